@@ -1,0 +1,111 @@
+#include "common/cpu_gemm.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "common/cpu_features.h"
+
+namespace scan_fast {
+namespace {
+
+// The Fortran and C interfaces of MKL with 32-bit integers, the flavour that torch links.
+using Sgemm = void (*)(const char* transa, const char* transb, const int* m, const int* n, const int* k,
+                       const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
+                       const float* beta, float* c, const int* ldc);
+using GemmBf16 = void (*)(int layout, int transa, int transb, int m, int n, int k, float alpha, const uint16_t* a,
+                          int lda, const uint16_t* b, int ldb, float beta, float* c, int ldc);
+using SetThreadsLocal = int (*)(int threads);
+
+struct Mkl {
+  Sgemm sgemm = nullptr;
+  GemmBf16 gemm_bf16 = nullptr;
+  SetThreadsLocal set_threads = nullptr;
+
+  Mkl() {
+    const char* wanted = std::getenv("SCAN_FAST_CPU_GEMM");
+    if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) return;
+    // Only torch's own library is asked: another BLAS in the process may use 64-bit integers or threads of its own.
+    void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (torch_cpu == nullptr) return;
+    set_threads = reinterpret_cast<SetThreadsLocal>(dlsym(torch_cpu, "MKL_Set_Num_Threads_Local"));
+    if (set_threads == nullptr) return;  // not MKL: its threads could not be held to one
+    sgemm = reinterpret_cast<Sgemm>(dlsym(torch_cpu, "sgemm_"));
+    gemm_bf16 = reinterpret_cast<GemmBf16>(dlsym(torch_cpu, "cblas_gemm_bf16bf16f32"));
+  }
+};
+
+const Mkl& mkl() {
+  static const Mkl instance;
+  return instance;
+}
+
+// Holds MKL to the calling thread while it lives.
+class OneThread {
+ public:
+  OneThread() : before_(mkl().set_threads(1)) {}
+  ~OneThread() { mkl().set_threads(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+// Row-major C = A * op(B) is column-major C^T = op(B)^T * A^T.
+void mkl_sgemm(bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  const OneThread pinned;
+  const int rows = static_cast<int>(m), columns = static_cast<int>(n), depth = static_cast<int>(k);
+  const int a_step = static_cast<int>(lda), b_step = static_cast<int>(ldb), c_step = static_cast<int>(ldc);
+  mkl().sgemm(transpose_b ? "T" : "N", "N", &columns, &rows, &depth, &alpha, b, &b_step, a, &a_step, &beta, c, &c_step);
+}
+
+constexpr int kRowMajor = 101, kNoTranspose = 111, kTranspose = 112;  // the CBLAS enumerators
+
+void mkl_gemm_bf16(bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda,
+                   const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  const OneThread pinned;
+  mkl().gemm_bf16(kRowMajor, kNoTranspose, transpose_b ? kTranspose : kNoTranspose, static_cast<int>(m),
+                  static_cast<int>(n), static_cast<int>(k), alpha, a, static_cast<int>(lda), b, static_cast<int>(ldb),
+                  beta, c, static_cast<int>(ldc));
+}
+
+}  // namespace
+
+const char* cpu_gemm_name() { return mkl().sgemm != nullptr ? "mkl" : "portable"; }
+
+bool cpu_gemm_has_bf16() { return mkl().gemm_bf16 != nullptr && cpu_has_amx_bf16(); }
+
+void gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float beta, float* c, int64_t ldc) {
+  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  portable_gemm(m, n, k, alpha, a, lda, b, 1, ldb, beta, c, ldc);
+}
+
+void gemm_nn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float beta, float* c, int64_t ldc) {
+  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  portable_gemm(m, n, k, alpha, a, lda, b, ldb, 1, beta, c, ldc);
+}
+
+void gemm_nt_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
+                  int64_t ldb, float beta, float* c, int64_t ldc) {
+  mkl_gemm_bf16(true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void gemm_nn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
+                  int64_t ldb, float beta, float* c, int64_t ldc) {
+  mkl_gemm_bf16(false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b,
+                   int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc) {
+  thread_local const std::unique_ptr<float[]> workspace(new float[kPortableGemmWorkspace]);
+  SCAN_FAST_BEST_ISA(portable_gemm_with_workspace)
+  (m, n, k, alpha, a, lda, b, b_row, b_column, beta, c, ldc, workspace.get());
+}
+
+}  // namespace scan_fast

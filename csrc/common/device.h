@@ -1,0 +1,287 @@
+// The device layer: one kernel source, compiled by nvcc for the GPU and by g++ (-DSCAN_FAST_EMULATE) for the test-suite.
+//
+// A .cu file includes this header, <common/types.h> and its own contract; no torch header. It is ordinary CUDA C++:
+//
+//   template <typename T>
+//   __global__ void __launch_bounds__(256) row_sum(const T* __restrict__ x, float* __restrict__ y, int c) {
+//     SCAN_FAST_SHARED(float, partial, 8);                       // static shared memory: Shared<float>
+//     float sum = 0;
+//     for (int i = threadIdx.x; i < c; i += blockDim.x) sum += to_float(x[int64_t(blockIdx.x) * c + i]);
+//     sum = warp_sum(sum);
+//     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+//     __syncthreads();
+//     ...
+//   }
+//   launch(row_sum<half_t>, dim3(rows), dim3(256), /*smem=*/0, stream, x, y, c);
+//
+// CUDA's own spellings exist in both forms: threadIdx, blockIdx, blockDim, gridDim, dim3, float2/float4/uint2/uint4/int2/
+// int4 and make_*, __syncthreads, __syncwarp, __shfl_{xor,down,up,idx}_sync (4- and 8-byte values, with width),
+// __ballot_sync, __any_sync, __all_sync, atomicAdd/Max/Min/Exch/CAS/Or (int, unsigned, unsigned long long),
+// __threadfence, __ldg, __float_as_uint and back, __popc, __ffs, __clz, min, max, rsqrtf, the C float functions.
+//
+// This layer adds, in namespace scan_fast:
+//   Shared<T>                        pointer to shared memory; s[i] reads and writes, s + n, s.as<U>(), s.get().
+//                                    On the host s[i] is a proxy: name the type, `const float v = s[i];`, not auto.
+//   SCAN_FAST_SHARED(T, name, n)     static shared array of n elements (n constant)
+//   SCAN_FAST_DYNAMIC_SHARED(name)   the launch's dynamic shared memory as Shared<unsigned char>, 128-byte aligned
+//   ld_shared<V>(p), st_shared(p, v) vector access (V = uint4, float4, ...) to shared memory, p a raw T* or Shared<T>
+//   ld_global<V>(p), st_global(p, v) vector access to global memory; p must be aligned to sizeof(V)
+//   cp_async_16(dst, src, bytes=16)  16-byte asynchronous copy global -> shared; only the first `bytes` are read, the
+//   cp_async_commit(), cp_async_wait<N>()   rest is zero-filled. After a wait, __syncthreads() before others read.
+//   ldmatrix_x4(r, p), ldmatrix_x4_trans(r, p)   p: this lane's 16-byte row (lane l gives row l%8 of matrix l/8)
+//   mma_16816<T>(d, a, b)            d[4] += a[4] x b[2], mma.sync.m16n8k16 row.col, T = half_t or bf16_t, float32 sums
+//   exp2_approx, log2_approx, rsqrt_approx, rcp_approx      the unit's .approx.ftz instructions
+//   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
+//   warp_sum, warp_max, warp_min     butterfly over 32 lanes (float, int; every lane gets the result, fixed order)
+//   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
+//   zero_async(ptr, bytes, stream), multiprocessors(), dispatch_dtype(dtype, []<typename T>() {...})
+//
+// The host form runs block after block, the threads of a block as fibers, each until its next barrier or warp
+// collective (emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
+// memory is allocated to its exact size), reading shared memory never written (poisoned with NaN), a missing
+// cp_async_wait (copies land only at the wait), collectives some lanes never reach, misaligned vectors, and with
+// emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
+// ld_shared/st_shared, cp_async, ldmatrix and atomics). emu::options().seed permutes the order of blocks and threads.
+// Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
+// summed in float32 in ascending k, which hardware does not promise. Times mean nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/types.h"
+
+#if defined(SCAN_FAST_EMULATE)
+#include "common/emulator.h"
+#elif defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#error "device.h is for kernels: compile with nvcc, or for the host with -DSCAN_FAST_EMULATE"
+#endif
+
+namespace scan_fast {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+
+#if !defined(SCAN_FAST_EMULATE)
+
+// ---- the GPU form ------------------------------------------------------------------------------------------------
+
+using half_t = __half;
+using bf16_t = __nv_bfloat16;
+
+template <typename T>
+struct Shared {
+  T* pointer;
+  __device__ __forceinline__ T& operator[](int64_t i) const { return pointer[i]; }
+  __device__ __forceinline__ T& operator[](int i) const { return pointer[i]; }
+  __device__ __forceinline__ T& operator[](unsigned i) const { return pointer[i]; }
+  __device__ __forceinline__ Shared operator+(int64_t i) const { return {pointer + i}; }
+  template <typename U>
+  __device__ __forceinline__ Shared<U> as() const {
+    return {reinterpret_cast<U*>(pointer)};
+  }
+  __device__ __forceinline__ T* get() const { return pointer; }
+};
+
+#define SCAN_FAST_SHARED(T, name, count)             \
+  __shared__ __align__(16) T name##_storage[count];  \
+  const ::scan_fast::Shared<T> name { name##_storage }
+#define SCAN_FAST_DYNAMIC_SHARED(name)                                                \
+  extern __shared__ __align__(128) unsigned char scan_fast_dynamic_shared_storage[];  \
+  const ::scan_fast::Shared<unsigned char> name { scan_fast_dynamic_shared_storage }
+
+template <typename V, typename T>
+__device__ __forceinline__ V ld_shared(const T* p) {
+  return *reinterpret_cast<const V*>(p);
+}
+template <typename T, typename V>
+__device__ __forceinline__ void st_shared(T* p, const V& value) {
+  *reinterpret_cast<V*>(p) = value;
+}
+template <typename V, typename T>
+__device__ __forceinline__ V ld_global(const T* p) {
+  return __ldg(reinterpret_cast<const V*>(p));
+}
+template <typename T, typename V>
+__device__ __forceinline__ void st_global(T* p, const V& value) {
+  *reinterpret_cast<V*>(p) = value;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void cp_async_16(void* dst, const void* src, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == 2 && __is_same(T, half_t)) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(__is_same(T, bf16_t), "mma_16816 takes half_t or bf16_t");
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(half_t x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16_t x) { return __bfloat162float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (__is_same(T, half_t)) {
+    return __float2half_rn(x);
+  } else if constexpr (__is_same(T, bf16_t)) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float lo, float hi) {
+  if constexpr (__is_same(T, half_t)) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t bits) {
+  if constexpr (__is_same(T, half_t)) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+  }
+}
+
+inline void throw_on_error(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+            Arguments&&... arguments) {
+  // Above 48 KB (static included, hence the margin) a kernel must ask for its shared memory.
+  if (smem > 32 * 1024) {
+    throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+                   "a kernel's shared memory");
+  }
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  throw_on_error(cudaGetLastError(), "a kernel launch");
+}
+
+inline void zero_async(void* pointer, size_t bytes, StreamHandle stream) {
+  throw_on_error(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+// The number of multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+#endif
+
+// ---- both forms --------------------------------------------------------------------------------------------------
+
+template <typename V, typename T>
+__device__ __forceinline__ V ld_shared(const Shared<T>& p) {
+  return ld_shared<V>(p.get());
+}
+template <typename T, typename V>
+__device__ __forceinline__ void st_shared(const Shared<T>& p, const V& value) {
+  st_shared(p.get(), value);
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T warp_max(T value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kFullMask, value, offset);
+    value = value < other ? other : value;
+  }
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T warp_min(T value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kFullMask, value, offset);
+    value = other < value ? other : value;
+  }
+  return value;
+}
+
+// Calls body.template operator()<T>() with the element type that dtype names.
+template <typename Body>
+void dispatch_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32: body.template operator()<float>(); return;
+    case DType::kBFloat16: body.template operator()<bf16_t>(); return;
+    case DType::kFloat16: body.template operator()<half_t>(); return;
+  }
+  throw std::runtime_error("unknown element type " + std::to_string(static_cast<int>(dtype)));
+}
+
+}  // namespace scan_fast

@@ -1,0 +1,50 @@
+"""Builds and runs the C++ tests of ``csrc/tests``: the CUDA kernels on the host, and plain C++; no GPU and no torch.
+
+``SCAN_FAST_TEST_BUILD_DIR`` says where to build (default ``build/native-tests``, kept between runs).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "tests"
+TESTS = re.findall(r"^scan_fast_(?:emulated|cpp)_test\((\w+)", (SOURCES / "CMakeLists.txt").read_text(), re.MULTILINE)
+
+
+def run(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    output = (finished.stdout + finished.stderr)[-6000:]
+    assert finished.returncode == 0, f"{' '.join(arguments)} returned {finished.returncode}:\n{output}"
+
+
+@pytest.fixture(scope="session")
+def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if shutil.which("cmake") is None or compiler is None:
+        pytest.skip("the C++ tests need cmake and a C++ compiler")
+    folder = Path(os.environ.get("SCAN_FAST_TEST_BUILD_DIR", ROOT / "build" / "native-tests"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = tmp_path_factory.mktemp("native-tests")
+    run(["cmake", "-S", str(SOURCES), "-B", str(folder)])
+    return folder
+
+
+def test_lists_every_test_program() -> None:
+    programs = {path.stem for path in SOURCES.glob("test_*.cpp")}
+    assert programs == set(TESTS)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_native(name: str, build_dir: Path) -> None:
+    run(["cmake", "--build", str(build_dir), "--target", name])
+    # The fibers switch stacks, which the leak checker cannot follow once a kernel has failed on purpose.
+    run([str(build_dir / name)], {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"})

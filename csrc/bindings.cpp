@@ -31,20 +31,31 @@ py::dict build_info() {
   return info;
 }
 
-// alpha * a * op(b) + beta * c in place, for the tests of the tile products: contiguous rows, CPU, float32.
-void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, bool transpose_b, double alpha, double beta,
-          bool portable) {
+// c = alpha * op(a) * op(b) + beta * c in place, for the tests of the tile products: CPU, rows of contiguous elements,
+// float32 or (a and b, where there is a kernel) bfloat16. layout is "nn", "nt" or "tn".
+void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const std::string& layout, double alpha,
+          double beta, bool portable) {
   TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && c.stride(1) == 1, "rows must be contiguous");
-  const int64_t m = c.size(0), n = c.size(1), k = a.size(1);
-  const float *pa = a.data_ptr<float>(), *pb = b.data_ptr<float>();
-  float* pc = c.data_ptr<float>();
-  if (portable) {
-    scan_fast::portable_gemm(m, n, k, alpha, pa, a.stride(0), pb, transpose_b ? 1 : b.stride(0),
-                             transpose_b ? b.stride(0) : 1, beta, pc, c.stride(0));
-  } else {
-    (transpose_b ? scan_fast::gemm_nt : scan_fast::gemm_nn)(m, n, k, alpha, pa, a.stride(0), pb, b.stride(0), beta, pc,
-                                                            c.stride(0));
+  const bool tn = layout == "tn", nt = layout == "nt";
+  const int64_t m = c.size(0), n = c.size(1), k = a.size(tn ? 0 : 1);
+  const int64_t lda = a.stride(0), ldb = b.stride(0), ldc = c.stride(0);
+  float* out = c.data_ptr<float>();
+  if (a.scalar_type() == torch::kBFloat16) {
+    TORCH_CHECK(scan_fast::cpu_gemm_has_bf16(), "no bfloat16 products on this processor");
+    const auto* pa = static_cast<const uint16_t*>(a.data_ptr());
+    const auto* pb = static_cast<const uint16_t*>(b.data_ptr());
+    (nt ? scan_fast::gemm_nt_bf16 : tn ? scan_fast::gemm_tn_bf16 : scan_fast::gemm_nn_bf16)(m, n, k, alpha, pa, lda, pb,
+                                                                                            ldb, beta, out, ldc);
+    return;
   }
+  const float *pa = a.data_ptr<float>(), *pb = b.data_ptr<float>();
+  if (portable) {
+    scan_fast::portable_gemm(m, n, k, alpha, pa, tn ? 1 : lda, tn ? lda : 1, pb, nt ? 1 : ldb, nt ? ldb : 1, beta, out,
+                             ldc);
+    return;
+  }
+  (nt ? scan_fast::gemm_nt : tn ? scan_fast::gemm_tn : scan_fast::gemm_nn)(m, n, k, alpha, pa, lda, pb, ldb, beta, out,
+                                                                           ldc);
 }
 
 }  // namespace
@@ -52,6 +63,6 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, bool 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
-             py::arg("transpose_b"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
+             py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
   module.def("build_info", &build_info, "What was compiled, and what this processor has.");
 }

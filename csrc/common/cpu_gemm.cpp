@@ -54,21 +54,22 @@ class OneThread {
   int before_;
 };
 
-// Row-major C = A * op(B) is column-major C^T = op(B)^T * A^T.
-void mkl_sgemm(bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-               const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+// Row-major C = op(A) * op(B) is column-major C^T = op(B)^T * op(A)^T.
+void mkl_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+               int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
   const OneThread pinned;
   const int rows = static_cast<int>(m), columns = static_cast<int>(n), depth = static_cast<int>(k);
   const int a_step = static_cast<int>(lda), b_step = static_cast<int>(ldb), c_step = static_cast<int>(ldc);
-  mkl().sgemm(transpose_b ? "T" : "N", "N", &columns, &rows, &depth, &alpha, b, &b_step, a, &a_step, &beta, c, &c_step);
+  mkl().sgemm(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &columns, &rows, &depth, &alpha, b, &b_step, a, &a_step,
+              &beta, c, &c_step);
 }
 
 constexpr int kRowMajor = 101, kNoTranspose = 111, kTranspose = 112;  // the CBLAS enumerators
 
-void mkl_gemm_bf16(bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda,
-                   const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+void mkl_gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a,
+                   int64_t lda, const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
   const OneThread pinned;
-  mkl().gemm_bf16(kRowMajor, kNoTranspose, transpose_b ? kTranspose : kNoTranspose, static_cast<int>(m),
+  mkl().gemm_bf16(kRowMajor, transpose_a ? kTranspose : kNoTranspose, transpose_b ? kTranspose : kNoTranspose, static_cast<int>(m),
                   static_cast<int>(n), static_cast<int>(k), alpha, a, static_cast<int>(lda), b, static_cast<int>(ldb),
                   beta, c, static_cast<int>(ldc));
 }
@@ -81,31 +82,42 @@ bool cpu_gemm_has_bf16() { return mkl().gemm_bf16 != nullptr && cpu_has_amx_bf16
 
 void gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc) {
-  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  portable_gemm(m, n, k, alpha, a, lda, b, 1, ldb, beta, c, ldc);
+  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  portable_gemm(m, n, k, alpha, a, lda, 1, b, 1, ldb, beta, c, ldc);
 }
 
 void gemm_nn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc) {
-  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  portable_gemm(m, n, k, alpha, a, lda, b, ldb, 1, beta, c, ldc);
+  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  portable_gemm(m, n, k, alpha, a, lda, 1, b, ldb, 1, beta, c, ldc);
+}
+
+void gemm_tn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float beta, float* c, int64_t ldc) {
+  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(true, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  portable_gemm(m, n, k, alpha, a, 1, lda, b, ldb, 1, beta, c, ldc);
 }
 
 void gemm_nt_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc) {
-  mkl_gemm_bf16(true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  mkl_gemm_bf16(false, true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 void gemm_nn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc) {
-  mkl_gemm_bf16(false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  mkl_gemm_bf16(false, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b,
-                   int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc) {
+void gemm_tn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
+                  int64_t ldb, float beta, float* c, int64_t ldc) {
+  mkl_gemm_bf16(true, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t a_row, int64_t a_column,
+                   const float* b, int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc) {
   thread_local const std::unique_ptr<float[]> workspace(new float[kPortableGemmWorkspace]);
   SCAN_FAST_BEST_ISA(portable_gemm_with_workspace)
-  (m, n, k, alpha, a, lda, b, b_row, b_column, beta, c, ldc, workspace.get());
+  (m, n, k, alpha, a, a_row, a_column, b, b_row, b_column, beta, c, ldc, workspace.get());
 }
 
 }  // namespace scan_fast

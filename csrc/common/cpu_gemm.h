@@ -22,17 +22,24 @@ void gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64
 void gemm_nn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc);
 
-// The same two with bfloat16 A and B (as bit patterns) and a float32 C, on AMX tiles through MKL. May be called only
+// C = alpha * A^T * B + beta * C with A (k, m), B (k, n), C (m, n).
+void gemm_tn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float beta, float* c, int64_t ldc);
+
+// The same three with bfloat16 A and B (as bit patterns) and a float32 C, on AMX tiles through MKL. May be called only
 // where cpu_gemm_has_bf16().
 bool cpu_gemm_has_bf16();
 void gemm_nt_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc);
 void gemm_nn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc);
+void gemm_tn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
+                  int64_t ldb, float beta, float* c, int64_t ldc);
 
-// The portable kernel itself: C = alpha * A * op(B) + beta * C, where B's element (k, n) is b[k * b_row + n * b_column].
-void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b,
-                   int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc);
+// The portable kernel itself: C = alpha * A * B + beta * C, where A's element (m, k) is a[m * a_row + k * a_column] and
+// B's element (k, n) is b[k * b_row + n * b_column].
+void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t a_row, int64_t a_column,
+                   const float* b, int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc);
 
 // Floats of scratch that portable_gemm_with_workspace needs.
 constexpr int64_t kPortableGemmWorkspace = (96 + 384) * 256;
@@ -40,6 +47,6 @@ constexpr int64_t kPortableGemmWorkspace = (96 + 384) * 256;
 }  // namespace scan_fast
 
 SCAN_FAST_DECLARE_PER_ISA(void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha,
-                                                            const float* a, int64_t lda, const float* b, int64_t b_row,
-                                                            int64_t b_column, float beta, float* c, int64_t ldc,
-                                                            float* workspace))
+                                                            const float* a, int64_t a_row, int64_t a_column,
+                                                            const float* b, int64_t b_row, int64_t b_column,
+                                                            float beta, float* c, int64_t ldc, float* workspace))

@@ -76,9 +76,9 @@ void multiply_panels(int64_t depth, const float* a_panel, const float* b_panel, 
 
 }  // namespace
 
-void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-                                  const float* b, int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc,
-                                  float* workspace) {
+void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+                                  int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
+                                  float beta, float* c, int64_t ldc, float* workspace) {
   float* a_packed = workspace;
   float* b_packed = workspace + kRows * kDepth;
   // k == 0 still makes one pass, over an empty depth, that scales C.
@@ -94,7 +94,8 @@ void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha, 
       for (int64_t m0 = 0; m0 < m; m0 += kRows) {
         const int64_t rows = smaller(kRows, m - m0);
         for (int64_t i = 0; i < rows; i += kTall) {
-          pack_panel(a + (m0 + i) * lda + k0, lda, 1, smaller(kTall, rows - i), depth, kTall, a_packed + i * depth);
+          pack_panel(a + (m0 + i) * a_row + k0 * a_column, a_row, a_column, smaller(kTall, rows - i), depth, kTall,
+                     a_packed + i * depth);
         }
         for (int64_t j = 0; j < columns; j += kPanel) {
           for (int64_t i = 0; i < rows; i += kTall) {

@@ -19,24 +19,30 @@ sizes = st.integers(1, 130)
     m=sizes,
     n=st.one_of(sizes, st.integers(380, 400)),
     k=st.one_of(sizes, st.integers(250, 520)),
-    transpose_b=st.booleans(),
-    portable=st.booleans(),
+    layout=st.sampled_from(["nn", "nt", "tn"]),
+    kernel=st.sampled_from(["default", "portable", "bfloat16"]),
     beta=st.sampled_from([0.0, 1.0, -0.5]),
     padding=st.integers(0, 3),
 )
-def test_matches_float64(m, n, k, transpose_b, portable, beta, padding):
+def test_matches_float64(m, n, k, layout, kernel, beta, padding):
+    if kernel == "bfloat16" and not _C.build_info()["cpu_gemm_bf16"]:
+        return
     generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
-    a = torch.randn(m, k + padding, generator=generator)[:, :k]
-    b_shape = (n, k) if transpose_b else (k, n)
-    b = torch.randn(b_shape[0], b_shape[1] + padding, generator=generator)[:, : b_shape[1]]
+    dtype = torch.bfloat16 if kernel == "bfloat16" else torch.float32
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns + padding, generator=generator).to(dtype)[:, :columns]
+
+    a = matrix(k, m) if layout == "tn" else matrix(m, k)
+    b = matrix(n, k) if layout == "nt" else matrix(k, n)
     storage = torch.randn(m, n + padding, generator=generator)
     if beta == 0:
         storage[:, :n] = torch.nan  # beta == 0 must not read C
     before = storage.clone()
     c = storage[:, :n]
-    product = a.double() @ (b.T if transpose_b else b).double()
+    product = (a.T if layout == "tn" else a).double() @ (b.T if layout == "nt" else b).double()
     expected = 1.5 * product if beta == 0 else 1.5 * product + beta * c.double()
-    _C.gemm(a, b, c, transpose_b, 1.5, beta, portable)
+    _C.gemm(a, b, c, layout, 1.5, beta, kernel == "portable")
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(storage[:, n:], before[:, n:])
 
@@ -51,7 +57,7 @@ info = _C.build_info()
 assert info["cpu_gemm"] == "portable" and not info["cpu_gemm_bf16"], info
 torch.manual_seed(0)
 a, b, c = torch.randn(101, 300), torch.randn(401, 300), torch.empty(101, 401)
-_C.gemm(a, b, c, True, 1.0, 0.0, False)
+_C.gemm(a, b, c, "nt", 1.0, 0.0, False)
 print(info["cpu_isa"], float((c - a.double() @ b.T.double()).abs().max()))
 """
     environment = {**os.environ, "SCAN_FAST_CPU_ISA": isa, "SCAN_FAST_CPU_GEMM": "portable"}

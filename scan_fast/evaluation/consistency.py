@@ -1,0 +1,73 @@
+"""The SCAN loss on held-out images: picks the best epoch and head without labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bounds the gathered block (heads x rows x neighbours x clusters) to 64 MiB of float32.
+_ELEMENTS_PER_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def selection_loss(
+    probabilities: Tensor, neighbors: Tensor, *, include_self: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SCAN loss (arXiv 2005.12320, equation 2) over all pairs of an image and a neighbour, entropy weight 1.
+
+    Everything is computed in log space and by chunks of gathered rows; there is never an N x N matrix.
+
+    Args:
+        probabilities: (H, N, C) the predictions of H heads for N images, each row summing to one; or their logarithms,
+            which are told apart by their negative entries. Logarithms keep the loss finite where probabilities
+            underflow.
+        neighbors: (N, k) int64 the neighbours of each image among the N; -1 (no neighbour) is left out.
+        include_self: count the pair of each image with itself too, as the original project does.
+
+    Returns:
+        total = consistency - entropy, consistency and entropy, each (H,) float64 on the CPU. Lower totals are better.
+
+    Raises:
+        ValueError: for wrong shapes or indices, rows that are no probabilities, or where there is no pair.
+    """
+    log_p = _log_probabilities(probabilities)
+    heads, n, clusters = log_p.shape
+    if neighbors.ndim != 2 or neighbors.shape[0] != n or neighbors.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"neighbors must be int64 of shape ({n}, k), got {neighbors.dtype} {tuple(neighbors.shape)}")
+    neighbors = neighbors.to(log_p.device, torch.int64)
+    if neighbors.numel() and (int(neighbors.min()) < -1 or int(neighbors.max()) >= n):
+        raise ValueError(f"neighbors must be from -1 to {n - 1}, got {int(neighbors.min())} to {int(neighbors.max())}")
+    if include_self:
+        neighbors = torch.cat([torch.arange(n, device=log_p.device)[:, None], neighbors], dim=1)
+    n_pairs = int((neighbors >= 0).sum())
+    if n_pairs == 0:
+        raise ValueError("neighbors must hold at least one neighbour (not -1)")
+    rows = max(1, _ELEMENTS_PER_CHUNK // (heads * neighbors.shape[1] * clusters))
+    total_pair_loss = torch.zeros(heads, dtype=torch.float64, device=log_p.device)
+    sum_p = torch.zeros((heads, clusters), dtype=torch.float64, device=log_p.device)
+    for start in range(0, n, rows):
+        own, chunk = log_p[:, start : start + rows], neighbors[start : start + rows]
+        pairs = own[:, :, None] + log_p[:, chunk.clamp_min(0)]
+        pair_loss = -pairs.logsumexp(dim=-1)
+        total_pair_loss += pair_loss.masked_fill(chunk < 0, 0).sum(dim=(1, 2), dtype=torch.float64)
+        sum_p += own.exp().sum(dim=1, dtype=torch.float64)
+    consistency = total_pair_loss / n_pairs
+    mean_p = (sum_p / n).clamp_min(1e-8)
+    entropy = -(mean_p * mean_p.log()).sum(dim=1)
+    consistency, entropy = consistency.cpu(), entropy.cpu()
+    return consistency - entropy, consistency, entropy
+
+
+def _log_probabilities(values: Tensor) -> Tensor:
+    if values.ndim != 3 or not values.is_floating_point() or 0 in values.shape:
+        raise ValueError(
+            f"probabilities must be floats of shape (H, N, C), none of them 0, got {values.dtype} {tuple(values.shape)}"
+        )
+    work = values if values.dtype == torch.float64 else values.float()
+    # Clamped, so that a probability of zero costs much but not infinitely much.
+    log_p = work if bool((work < 0).any()) else work.clamp_min(torch.finfo(work.dtype).tiny).log()
+    # Rounding to 16 bits moves a sum by less than this; logits are further off.
+    error = log_p.logsumexp(dim=2).abs().amax()
+    if not float(error) < 0.02:
+        raise ValueError("probabilities must sum to one in each row (or be their logarithms); logits are neither")
+    return log_p

@@ -1,0 +1,205 @@
+"""How good features are before any clustering: weighted kNN, k-means and a linear classifier on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn import functional as F
+
+from scan_fast.neighbors import topk_neighbors
+
+from .arrays import as_array, as_matrix
+from .metrics import clustering_metrics
+
+_QUERIES_PER_CHUNK = 4096
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 100,
+    temperature: float = 0.1,
+) -> float:
+    """The accuracy of a weighted nearest-neighbour vote (instance discrimination, arXiv 1805.01978, section 3.4).
+
+    Each of the k most similar bank images (cosine) votes for its class with weight ``exp(similarity / temperature)``.
+    Images with label -1 take no part: neither in the bank nor among the queries. Equal votes go to the smaller class;
+    a query without any neighbour (a feature that is not finite) counts as an error.
+
+    Args:
+        bank: (N, D) features with known classes.
+        bank_labels: (N,) integers.
+        queries: (Q, D) features, on the device of ``bank``; a bank image is not excluded from its own vote.
+        query_labels: (Q,) integers.
+        k: the number of voters, at most the labelled bank images (a larger k is reduced to that).
+        temperature: positive.
+
+    Returns:
+        A fraction from 0 to 1.
+
+    Raises:
+        ValueError: for wrong shapes, k or temperature, or where the bank or the queries have no label.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    bank, bank_labels = _labelled(bank, bank_labels, "bank", "bank_labels")
+    queries, query_labels = _labelled(queries, query_labels, "queries", "query_labels")
+    n_classes = int(bank_labels.max()) + 1
+    similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
+    # Relative to the nearest: the same vote, and no overflow for a small temperature.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp().masked_fill(index < 0, 0)
+    correct = 0
+    for start in range(0, queries.shape[0], _QUERIES_PER_CHUNK):
+        rows = slice(start, start + _QUERIES_PER_CHUNK)
+        votes = weight.new_zeros((weight[rows].shape[0], n_classes))
+        votes.scatter_add_(1, bank_labels[index[rows].clamp_min(0)], weight[rows])
+        answered = index[rows, 0] >= 0
+        correct += int(((votes.argmax(dim=1) == query_labels[rows]) & answered).sum())
+    return correct / queries.shape[0]
+
+
+def kmeans_baseline(
+    train: ArrayLike | Tensor, test: ArrayLike | Tensor, n_clusters: int, seeds: Sequence[int], *, n_init: int = 1
+) -> NDArray[np.int64]:
+    """K-means on L2-normalised features: fitted on ``train``, applied to ``test``, once for each seed.
+
+    Args:
+        train: (N, D) features, at least as many as clusters.
+        test: (M, D) features.
+        n_clusters: K.
+        seeds: the seeds of the k-means++ starts.
+        n_init: starts per seed; the one with the lowest inertia is kept.
+
+    Returns:
+        (len(seeds), M) int64 cluster ids of the test images.
+
+    Raises:
+        ValueError: for wrong shapes, features that are not finite, or too few images.
+    """
+    fitted = _unit_rows(train, "train")
+    applied = _unit_rows(test, "test", columns=fitted.shape[1])
+    if not 1 <= n_clusters <= fitted.shape[0]:
+        raise ValueError(f"n_clusters must be from 1 to the {fitted.shape[0]} train images, got {n_clusters}")
+    runs = [
+        KMeans(n_clusters, n_init=n_init, random_state=int(seed)).fit(fitted).predict(applied).astype(np.int64)
+        for seed in seeds
+    ]
+    return np.stack(runs) if runs else np.zeros((0, applied.shape[0]), dtype=np.int64)
+
+
+def kmeans_metrics(assignments: ArrayLike, labels: ArrayLike, n_clusters: int, n_classes: int) -> dict[str, float]:
+    """Mean and standard deviation over seeds of :func:`.metrics.clustering_metrics`.
+
+    Args:
+        assignments: (S, M) cluster ids, one row for each seed, as :func:`kmeans_baseline` returns.
+        labels: (M,) class ids; -1 for none.
+        n_clusters: K.
+        n_classes: the number of classes.
+
+    Returns:
+        ``{"acc_mean", "acc_std", "nmi_mean", ...}``; the standard deviation is the sample's (divided by S - 1), and 0
+        for one seed.
+
+    Raises:
+        ValueError: for wrong shapes or ids.
+    """
+    rows = as_array(assignments)
+    if rows.ndim != 2 or rows.shape[0] == 0:
+        raise ValueError(f"assignments must be (seeds, images) with at least one seed, got {rows.shape}")
+    per_seed = [clustering_metrics(row, labels, n_clusters, n_classes) for row in rows]
+    result: dict[str, float] = {}
+    for name in per_seed[0]:
+        values = np.array([metrics[name] for metrics in per_seed])
+        result[f"{name}_mean"] = float(values.mean())
+        result[f"{name}_std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    return result
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    weight_decay: float = 1e-3,
+    max_iterations: int = 200,
+) -> float:
+    """The test accuracy of a linear classifier (multinomial logistic regression) on frozen features.
+
+    Features are standardised by the train set's mean and deviation. The start is zero and the optimiser full-batch
+    L-BFGS in float64, so that the result depends on nothing but the input.
+
+    Args:
+        train: (N, D) features.
+        train_labels: (N,) integers; images with -1 are left out, here and in the test set.
+        test: (M, D) features, on the device of ``train``.
+        test_labels: (M,) integers.
+        weight_decay: the factor of half the squared norm of the weights (not the biases) in the loss.
+        max_iterations: L-BFGS steps at most.
+
+    Returns:
+        A fraction from 0 to 1.
+
+    Raises:
+        ValueError: for wrong shapes or values, or without labels.
+    """
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must not be negative and be finite, got {weight_decay}")
+    train, train_labels = _labelled(train, train_labels, "train", "train_labels")
+    test, test_labels = _labelled(test, test_labels, "test", "test_labels")
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"test must have train's {train.shape[1]} features, got {test.shape[1]}")
+    x, y = train.double(), test.double()
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+    # A feature that does not vary says nothing; dividing by its rounding error would make it loud.
+    scale = torch.where(deviation > 1e-9 * (mean.abs() + 1), deviation, torch.inf)
+    x, y = (x - mean) / scale, (y - mean) / scale
+    n_classes = int(train_labels.max()) + 1
+    weight = x.new_zeros((n_classes, x.shape[1]), requires_grad=True)
+    bias = x.new_zeros(n_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), train_labels) + 0.5 * weight_decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        predicted = F.linear(y, weight, bias).argmax(dim=1)
+    return float((predicted == test_labels).double().mean())
+
+
+def _labelled(features: Any, labels: Any, name: str, labels_name: str) -> tuple[Tensor, Tensor]:
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"{name} must be floats of shape (N, D), got {features.dtype} {tuple(features.shape)}")
+    if labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"{labels_name} must be integers of shape ({features.shape[0]},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    labels = labels.to(features.device, torch.int64)
+    keep = labels >= 0
+    if not bool(keep.any()):
+        raise ValueError(f"{labels_name} must hold at least one label (not -1)")
+    return features.detach()[keep], labels[keep]
+
+
+def _unit_rows(values: ArrayLike | Tensor, name: str, columns: int | None = None) -> NDArray[np.float32]:
+    matrix = as_matrix(values, name, columns=columns)
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name} must be finite, got infinite features")
+    norm = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return (matrix / np.maximum(norm, 1e-12)).astype(np.float32)

@@ -1,0 +1,17 @@
+"""The networks: backbones, heads, and strict loading of weights."""
+
+from .backbones import ModelConfig, build_backbone
+from .heads import ClusterModel, PretextModel
+from .original_weights import OriginalWeights, read_original
+from .weights import WeightsError, load_strict
+
+__all__ = [
+    "ClusterModel",
+    "ModelConfig",
+    "OriginalWeights",
+    "PretextModel",
+    "WeightsError",
+    "build_backbone",
+    "load_strict",
+    "read_original",
+]

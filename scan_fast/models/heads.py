@@ -1,0 +1,106 @@
+"""The two networks of a run: backbone with projector (pretext), and backbone with cluster heads."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbones import ModelConfig, build_backbone
+
+
+class PretextModel(nn.Module):
+    """A backbone and the projector whose output the pretext loss and the neighbour search see.
+
+    The parameters are named ``backbone.*`` and ``contrastive_head.*`` (``0`` and ``2`` for the MLP's two layers), as in
+    the original project.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config)
+        self.out_features = cast(int, self.backbone.out_features)
+        self.contrastive_head: nn.Module
+        if config.projector == "linear":
+            self.contrastive_head = nn.Linear(self.out_features, config.projection_dim)
+        else:
+            hidden = config.hidden_dim or self.out_features
+            self.contrastive_head = nn.Sequential(
+                nn.Linear(self.out_features, hidden), nn.ReLU(), nn.Linear(hidden, config.projection_dim)
+            )
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the backbone's features (B, out_features)."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to embeddings (B, projection_dim), not normalised."""
+        return self.contrastive_head(self.backbone(x))
+
+
+class ClusterModel(nn.Module):
+    """A backbone and H linear cluster heads, named ``backbone.*`` and ``cluster_head.{h}.weight|bias``.
+
+    Args:
+        config: the backbone; the projector's settings are not used.
+        n_clusters: C, the clusters of each head, at least 2.
+        n_heads: H, at least 1.
+
+    Raises:
+        ValueError: for too few clusters or heads.
+    """
+
+    def __init__(self, config: ModelConfig, n_clusters: int, n_heads: int = 1) -> None:
+        super().__init__()
+        if n_clusters < 2:
+            raise ValueError(f"n_clusters must be at least 2, got {n_clusters}")
+        if n_heads < 1:
+            raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+        self.backbone = build_backbone(config)
+        self.out_features = cast(int, self.backbone.out_features)
+        self.cluster_head = nn.ModuleList(nn.Linear(self.out_features, n_clusters) for _ in range(n_heads))
+
+    @property
+    def n_heads(self) -> int:
+        """H, the number of heads."""
+        return len(self.cluster_head)
+
+    @property
+    def n_clusters(self) -> int:
+        """C, the number of clusters of each head."""
+        return cast(nn.Linear, self.cluster_head[0]).out_features
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the backbone's features (B, out_features)."""
+        return self.backbone(x)
+
+    def heads(self, features: Tensor) -> Tensor:
+        """Map features (B, out_features) to the logits of all heads, (H, B, C), in one matrix product."""
+        linears = [cast(nn.Linear, head) for head in self.cluster_head]
+        if len(linears) == 1:
+            return linears[0](features)[None]
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+        return F.linear(features, weight, bias).unflatten(1, (self.n_heads, self.n_clusters)).movedim(1, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the logits of all heads, (H, B, C)."""
+        return self.heads(self.backbone(x))
+
+    def head(self, h: int) -> ClusterModel:
+        """Return a model with head ``h`` alone, as its head 0; parameters and backbone are shared with this model.
+
+        Raises:
+            ValueError: where there is no such head.
+        """
+        if not 0 <= h < self.n_heads:
+            raise ValueError(f"h must be from 0 to {self.n_heads - 1}, got {h}")
+        view = ClusterModel.__new__(ClusterModel)
+        nn.Module.__init__(view)
+        view.backbone = self.backbone
+        view.out_features = self.out_features
+        view.cluster_head = nn.ModuleList([self.cluster_head[h]])
+        view.training = self.training
+        return view

@@ -1,0 +1,217 @@
+"""Reads the weight files of the original SCAN project and of MoCo v2.
+
+The files are never unpickled freely: ``torch.load(weights_only=True)`` builds tensors and plain containers only, with
+an allow-list for the NumPy scalars in which the original project stores the index of its best head.
+
+==========  ==================================================================  ====================
+kind        file                                                                names
+==========  ==================================================================  ====================
+pretext     a state dict, or ``{"model", "optimizer", "epoch"}``                backbone.*, contrastive_head.*
+scan        ``{"model", "head"}``, or a checkpoint with ``best_loss_head``      backbone.*, cluster_head.{h}.*
+selflabel   a state dict with one head, or a checkpoint without a best head     backbone.*, cluster_head.0.*
+moco        ``{"state_dict"}``                                                  module.encoder_q.*
+==========  ==================================================================  ====================
+"""
+
+from __future__ import annotations
+
+import _codecs
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .weights import WeightsError
+
+Kind = Literal["pretext", "moco", "scan", "selflabel"]
+
+_LEAF = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+_BACKBONE = re.compile(
+    rf"backbone\.(conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|shortcut\.[01]|downsample\.[01]))\.{_LEAF}"
+)
+_PROJECTOR = re.compile(r"contrastive_head\.((0|2)\.)?(weight|bias)")
+_CLUSTER = re.compile(r"cluster_head\.(\d+)\.(weight|bias)")
+# What MoCo's training code saves beside the query encoder; the published file was cleaned of it.
+_MOCO_OTHER = re.compile(r"module\.(encoder_k\..*|queue|queue_ptr)")
+
+
+@dataclass(frozen=True)
+class OriginalWeights:
+    """The weights of one file, under scan-fast's (and the original project's) names.
+
+    Attributes:
+        kind: what the file holds.
+        state_dict: tensors on the CPU by name: ``backbone.*`` with ``contrastive_head.*`` (pretext, moco) or
+            ``cluster_head.{h}.*`` (scan, selflabel).
+        head: the best head of a ``scan`` file, 0 for ``selflabel``, None without cluster heads.
+    """
+
+    kind: Kind
+    state_dict: dict[str, Tensor]
+    head: int | None
+
+    @property
+    def architecture(self) -> Literal["resnet18", "resnet50"]:
+        """The network's family. Whether a ResNet-18 has the CIFAR or the STL stem does not show in its weights."""
+        return "resnet50" if "backbone.layer1.0.conv3.weight" in self.state_dict else "resnet18"
+
+    @property
+    def n_heads(self) -> int:
+        """The number of cluster heads, 0 for pretext weights."""
+        return len(_heads(self.state_dict))
+
+    @property
+    def n_clusters(self) -> int | None:
+        """The clusters of each head, or None for pretext weights."""
+        return self.state_dict["cluster_head.0.weight"].shape[0] if self.n_heads else None
+
+
+def read_original(path: str | Path) -> OriginalWeights:
+    """Read a weight file of the original project, or the official MoCo v2 checkpoint.
+
+    Args:
+        path: the file, in the zip format of today's PyTorch or the older one.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        WeightsError: for a file that is damaged, holds anything but tensors and plain values, or holds names that none
+            of the four kinds has.
+    """
+    path = Path(path)
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__} where a dict of weights is expected")
+    if "state_dict" in content:
+        return OriginalWeights("moco", _from_moco(path, _tensors(path, content["state_dict"])), None)
+    head: int | None = None
+    tensors = content
+    if "model" in content:
+        unknown = set(content) - {"model", "head", "optimizer", "epoch", "best_loss", "best_loss_head"}
+        if unknown:
+            raise WeightsError(f"{path} has unknown entries {_some(unknown)} beside 'model'")
+        head = _head(path, content)
+        tensors = content["model"]
+    state_dict = _without_module(_tensors(path, tensors))
+    kind: Kind = _kind(path, state_dict, head)
+    if kind == "pretext":
+        return OriginalWeights(kind, state_dict, None)
+    return OriginalWeights(kind, state_dict, head or 0)
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weight file {path}")
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [
+        # The module was renamed in NumPy 2; files of before name the old one.
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.int32, np.int64, np.float32, np.float64)),
+        _codecs.encode,  # how a pickle of protocol 2 stores bytes
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message recommends weights_only=False, which must not be followed for a foreign file.
+        reason = re.search(r"(Unsupported|GLOBAL|Can only|Trying to|Invalid|invalid)[^\n]*", str(error))
+        detail = reason.group(0) if reason else "not a weight file"
+        raise WeightsError(f"{path} was refused: it holds more than tensors and plain values ({detail})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a readable weight file: {first}") from error
+
+
+def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
+    if not isinstance(entries, Mapping) or not entries:
+        raise WeightsError(f"{path} holds no weights: expected names and tensors, got {type(entries).__name__}")
+    wrong = [str(name) for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if wrong:
+        raise WeightsError(f"{path} has entries that are no tensors: {_some(wrong)}")
+    return {name: value.detach() for name, value in entries.items()}
+
+
+def _head(path: Path, content: Mapping[str, Any]) -> int | None:
+    values = [content[key] for key in ("head", "best_loss_head") if key in content]
+    if not values or values[0] is None:
+        return None
+    value = values[0]
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise WeightsError(f"{path}: the index of the best head must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _without_module(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "module."  # DataParallel's
+    if all(name.startswith(prefix) for name in state_dict):
+        return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def _heads(state_dict: Mapping[str, Tensor]) -> set[int]:
+    return {int(match.group(1)) for name in state_dict if (match := _CLUSTER.fullmatch(name))}
+
+
+def _kind(path: Path, state_dict: Mapping[str, Tensor], head: int | None) -> Kind:
+    unknown = [name for name in state_dict if not any(p.fullmatch(name) for p in (_BACKBONE, _PROJECTOR, _CLUSTER))]
+    if unknown:
+        raise WeightsError(f"{path} has names that neither the original project nor MoCo uses: {_some(unknown)}")
+    if not any(name.startswith("backbone.") for name in state_dict):
+        raise WeightsError(f"{path} holds no backbone")
+    heads = _heads(state_dict)
+    projector = any(_PROJECTOR.fullmatch(name) for name in state_dict)
+    if not heads:
+        if not projector:
+            raise WeightsError(f"{path} holds neither a contrastive head nor cluster heads")
+        if head is not None:
+            raise WeightsError(f"{path} names a best cluster head, {head}, but holds no cluster heads")
+        return "pretext"
+    if projector:
+        raise WeightsError(f"{path} holds both a contrastive head and cluster heads")
+    if heads != set(range(len(heads))):
+        raise WeightsError(f"{path} has the cluster heads {sorted(heads)}, which do not count from 0")
+    if head is None:
+        if len(heads) > 1:
+            raise WeightsError(f"{path} has {len(heads)} cluster heads but does not say which is the best")
+        return "selflabel"
+    if head not in heads:
+        raise WeightsError(f"{path} names the best head {head}, but has {len(heads)} heads")
+    return "scan"
+
+
+def _from_moco(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    encoder, projector = "module.encoder_q.", "module.encoder_q.fc."
+    result: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, value in state_dict.items():
+        if name.startswith(projector):
+            new_name = "contrastive_head." + name.removeprefix(projector)
+        elif name.startswith(encoder):
+            new_name = "backbone." + name.removeprefix(encoder)
+        elif _MOCO_OTHER.fullmatch(name):
+            continue
+        else:
+            new_name = ""
+        if _BACKBONE.fullmatch(new_name) or _PROJECTOR.fullmatch(new_name):
+            result[new_name] = value
+        else:
+            unknown.append(name)
+    if unknown:
+        raise WeightsError(f"{path} has names that MoCo does not use: {_some(unknown)}")
+    if not result:
+        raise WeightsError(f"{path} holds no query encoder ({encoder}*)")
+    return result
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(repr(str(name)) for name in names)
+    return ", ".join(ordered[:6]) + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")

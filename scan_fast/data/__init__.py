@@ -1,0 +1,32 @@
+"""Images in, views out: sources (which images), views (which random parameters), renderers (which pixels), loader."""
+
+from .datasets import DataConfig, Splits, open_splits, source_from
+from .errors import DataError
+from .loader import Renderer, ViewMaker, epoch_batches, prefetch, steps_per_epoch
+from .render_torch import TorchRenderer
+from .sources import FileSource, Source, SubsetSource, TensorSource
+from .views import AffineView, Params, PlainView, SimCLRView, StrongView, View
+
+__all__ = [
+    "AffineView",
+    "DataConfig",
+    "DataError",
+    "FileSource",
+    "Params",
+    "PlainView",
+    "Renderer",
+    "SimCLRView",
+    "Source",
+    "Splits",
+    "StrongView",
+    "SubsetSource",
+    "TensorSource",
+    "TorchRenderer",
+    "View",
+    "ViewMaker",
+    "epoch_batches",
+    "open_splits",
+    "prefetch",
+    "source_from",
+    "steps_per_epoch",
+]

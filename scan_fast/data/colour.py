@@ -1,0 +1,163 @@
+"""Colour operations on (n, 3, H, W) float32 batches of whole grey levels 0..255, with PIL's arithmetic.
+
+An image enhanced by a factor f is PIL's blend of a degenerate image d and the image x: trunc(clip(d + f (x - d))). Each
+function takes one factor per image, (n,) float32, and returns a new batch of whole grey levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# PIL's luma in 16.16 fixed point: every partial sum is a multiple of 2^-16 below 256, hence exact in float32.
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+
+
+def luma(x: Tensor) -> Tensor:
+    """Return PIL's "L" conversion, (n, 1, H, W)."""
+    grey = x[:, 0:1] * _LUMA[0]
+    grey.add_(x[:, 1:2], alpha=_LUMA[1]).add_(x[:, 2:3], alpha=_LUMA[2])
+    return grey.add_(0.5).floor_()
+
+
+def _blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Return trunc(clip(d + f (x - d)))."""
+    return (x - degenerate).mul_(factor.view(-1, 1, 1, 1)).add_(degenerate).clamp_(0, 255).floor_()
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black."""
+    return (x * factor.view(-1, 1, 1, 1)).clamp_(max=255).floor_()
+
+
+def mean_luma(x: Tensor) -> Tensor:
+    """Return the rounded mean of each image's luma, (n, 1, 1, 1)."""
+    return luma(x).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's mean grey."""
+    return _blend(mean_luma(x), x, factor)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the luma (PIL's ImageEnhance.Color)."""
+    return _blend(luma(x), x, factor)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """Replace by the luma."""
+    return luma(x).expand(-1, 3, -1, -1)
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the smoothed image: a 3x3 kernel of ones, 5 in the middle, over 13; border pixels are kept."""
+    smooth = x.clone()
+    if min(x.shape[-2:]) > 2:
+        rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+        total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+        smooth[..., 1:-1, 1:-1] = total.add_(x[..., 1:-1, 1:-1], alpha=4).mul_(1 / 13).add_(0.5).floor_()
+    return _blend(smooth, x, factor)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue by a fraction of the colour circle, in PIL's 8-bit HSV: trunc(255 shift), wrapping at 256."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    safe = chroma.clamp(min=1)
+    # The quotients as PIL takes them, one by one in float32: their rounding decides the truncation below.
+    rc, gc, bc = ((value - c).div_(safe) for c in (r, g, b))
+    sector = torch.where(r == value, bc - gc, torch.where(g == value, 2 + rc - bc, 4 + gc - rc))
+    del rc, gc, bc
+    fraction = sector.div_(6).add_(1)
+    fraction.sub_(fraction.floor())
+    angle = fraction.mul_(255).floor_()
+    angle.masked_fill_(chroma == 0, 0)
+    weight = (chroma / value.clamp(min=1)).mul_(255).floor_()
+
+    step = (shift.double() * 255).trunc().float().view(-1, 1, 1)
+    angle = torch.remainder(angle.add_(step), 256)
+    # Back to RGB: channel c falls from v to v (1 - s) by a trapezoid of the hue, measured in sixths of the circle.
+    angle.mul_(6 / 255)
+    weight.mul_(1 / 255).mul_(value)
+    out = torch.empty_like(x)
+    for channel, offset in enumerate((5.0, 3.0, 1.0)):
+        k = torch.remainder(angle + offset, 6)
+        trapezoid = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.sub(value, trapezoid.mul_(weight), out=out[:, channel])
+    return out.add_(0.5).floor_().clamp_(0, 255)
+
+
+def histograms(x: Tensor) -> Tensor:
+    """Count grey levels: (n, 3, 256) int64."""
+    n = x.shape[0] * 3
+    levels = x.reshape(n, -1).to(torch.int64)
+    counts = torch.zeros((n, 256), dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(1, levels, torch.ones_like(levels)).view(-1, 3, 256)
+
+
+def tables(x: Tensor, kind: Tensor, amount: Tensor, index: Mapping[str, int]) -> Tensor:
+    """Return the lookup tables of the operations that treat each grey level alike.
+
+    Args:
+        x: (n, 3, H, W) the images; some tables depend on their content.
+        kind: (n,) int64 numbers of operations.
+        amount: (n,) float32 magnitudes.
+        index: the number of each operation by name.
+
+    Returns:
+        (n, 3, 256) float32 whole grey levels.
+    """
+    ramp = torch.arange(256, dtype=torch.float32, device=x.device)
+    table = ramp.expand(len(x), 3, 256).clone()
+
+    def rows(name: str) -> Tensor:
+        return (kind == index[name]).nonzero().squeeze(1)
+
+    if len(chosen := rows("brightness")):
+        table[chosen] = (ramp * amount[chosen].view(-1, 1, 1)).clamp_(max=255).floor_()
+    if len(chosen := rows("contrast")):
+        grey = mean_luma(x[chosen]).view(-1, 1, 1)
+        table[chosen] = (ramp - grey).mul_(amount[chosen].view(-1, 1, 1)).add_(grey).clamp_(0, 255).floor_()
+    if len(chosen := rows("solarize")):
+        table[chosen] = torch.where(ramp < amount[chosen].view(-1, 1, 1), ramp, 255 - ramp)
+    if len(chosen := rows("posterize")):
+        width = torch.exp2(8 - amount[chosen]).view(-1, 1, 1)
+        table[chosen] = (ramp / width).floor_().mul_(width)
+    if len(chosen := rows("autocontrast")):
+        table[chosen] = _autocontrast(x[chosen], ramp)
+    if len(chosen := rows("equalize")):
+        table[chosen] = _equalize(histograms(x[chosen]))
+    return table
+
+
+def _autocontrast(x: Tensor, ramp: Tensor) -> Tensor:
+    """Stretch each channel's range to 0..255; a channel of one level stays."""
+    low, high = (f(x.flatten(2), dim=2, keepdim=True).double() for f in (torch.amin, torch.amax))
+    # In float64, term by term as PIL computes it, because the result is truncated.
+    scale = 255.0 / (high - low).clamp(min=1)
+    stretched = (ramp.double() * scale).add_(-low * scale).trunc_().clamp_(0, 255)
+    return torch.where(high > low, stretched, ramp.double()).float()
+
+
+def _equalize(counts: Tensor) -> Tensor:
+    """Flatten each channel's histogram, in PIL's integer arithmetic; (n, 3, 256) counts to a table."""
+    levels = torch.arange(256, device=counts.device)
+    last = torch.where(counts > 0, levels, -1).amax(dim=2, keepdim=True)
+    total = counts.sum(dim=2, keepdim=True)
+    step = (total - counts.gather(2, last)) // 255
+    below = counts.cumsum(dim=2) - counts
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, table, levels).float()
+
+
+def apply_tables(x: Tensor, table: Tensor) -> Tensor:
+    """Look every grey level up in its image's and channel's table; table is (n, 3, 256)."""
+    n = x.shape[0] * 3
+    # 32-bit positions in the flattened tables: half the traffic of gather's 64-bit ones.
+    position = x.reshape(n, -1).to(torch.int32)
+    position += torch.arange(0, 256 * n, 256, dtype=torch.int32, device=x.device).unsqueeze(1)
+    return table.reshape(-1).index_select(0, position.view(-1)).view(x.shape)

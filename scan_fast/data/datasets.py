@@ -1,0 +1,329 @@
+"""The images of a run: what the configuration says, and the train, test and pretext sources that it opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..schema import Settings
+from .errors import DataError
+from .folders import Listing, check_folder, default_size, find_split, list_folder, split_folder
+from .random import permutation, stream_key
+from .sources import FileSource, Source, SubsetSource, TensorSource, dataset_source
+
+Triple = tuple[float, float, float]
+
+SourceName = Literal["digits", "cifar10", "cifar20", "stl10", "folder", "imagenet"]
+
+#: Per-channel mean and standard deviation in [0, 1], as the SCAN reference normalises with them.
+STATISTICS: dict[str, tuple[Triple, Triple]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar20": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # Of the 1,797 digits, computed from the images that this module makes.
+    "digits": ((0.3053, 0.3053, 0.3053), (0.3761, 0.3761, 0.3761)),
+}
+
+SUBSETS = Path(__file__).parent / "subsets"
+
+#: The superclass of each of CIFAR-100's 100 fine labels, in the dataset's own numbering.
+CIFAR20_COARSE = (
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11,
+    6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5,
+    5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17,
+    10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13,
+    16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+)  # fmt: skip
+CIFAR20_NAMES = (
+    "aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables",
+    "household_electrical_devices", "household_furniture", "insects", "large_carnivores",
+    "large_man-made_outdoor_things", "large_natural_outdoor_scenes", "large_omnivores_and_herbivores",
+    "medium_mammals", "non-insect_invertebrates", "people", "reptiles", "small_mammals", "trees", "vehicles_1",
+    "vehicles_2",
+)  # fmt: skip
+
+
+class DataConfig(Settings):
+    """Which images a run works on.
+
+    Attributes:
+        source: a known dataset, or "folder" for your own images.
+        root: the folder of images; for the known datasets, where they are kept (default ~/.cache/scan-fast/data).
+        download: whether a missing dataset may be downloaded.
+        image_size: side of the stored square images. Default: the dataset's own; for a folder 32, 64, 96 or 128 by the
+            median shorter side (see `folders.default_size`); 224 for ImageNet.
+        mean, std: per-channel normalisation in [0, 1]. Default: the dataset's; ImageNet's for folders.
+        limit: train on this many images only, drawn at random, the same for every seed.
+        test_fraction: part that is held out of a folder without a test split.
+        classes_file: a file with one class folder's name per line, in the order of the labels; the bare names
+            imagenet_50.txt, imagenet_100.txt and imagenet_200.txt are SCAN's ImageNet subsets.
+        labels: "auto" reads them where there are any, to report on; "none" ignores them.
+        on_error: "raise" at an unreadable image, or "skip" it.
+        workers: decoding threads; by default one per core.
+    """
+
+    source: SourceName = "folder"
+    root: Path | None = None
+    download: bool = True
+    image_size: int | None = Field(default=None, ge=1)
+    mean: Triple | None = None
+    std: Triple | None = None
+    limit: int | None = Field(default=None, ge=1)
+    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    classes_file: Path | None = None
+    labels: Literal["auto", "none"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+    workers: int | None = Field(default=None, ge=1)
+
+
+@dataclass
+class Splits:
+    """The opened images.
+
+    Attributes:
+        train: images to learn from.
+        test: held-out images, to select and to report on.
+        pretext: a larger set for the first stage, where there is one.
+        mean, std: per-channel normalisation in [0, 1].
+    """
+
+    train: Source
+    test: Source
+    pretext: Source | None
+    mean: Triple
+    std: Triple
+
+
+def open_splits(config: DataConfig) -> Splits:
+    """Open the images that a configuration names.
+
+    Raises:
+        DataError: where they are missing, unreadable or inconsistent; the message says what would be right.
+    """
+    train, test, pretext = _OPENERS[config.source](config)
+    if config.labels == "none":
+        for source in (train, test, pretext):
+            if source is not None:
+                source.labels = source.class_names = None
+    mean, std = STATISTICS.get(config.source, STATISTICS["imagenet"])
+    return Splits(
+        train=_limited(train, config.limit),
+        test=test,
+        pretext=None if pretext is None else _limited(pretext, config.limit),
+        mean=config.mean or mean,
+        std=config.std or std,
+    )
+
+
+def _limited(source: Source, limit: int | None) -> Source:
+    """Keep `limit` images, drawn by a permutation that depends on the number of images alone, in their old order."""
+    if limit is None or limit >= len(source):
+        return source
+    return SubsetSource(source, permutation(stream_key(0, "limit"), 0, len(source))[:limit].sort().values)
+
+
+def _dataset_root(config: DataConfig) -> Path:
+    root = config.root if config.root is not None else Path("~/.cache/scan-fast/data")
+    return root.expanduser()
+
+
+def _torchvision(name: str, config: DataConfig, **options: Any) -> Any:
+    """Open a torchvision dataset, downloading it where that is allowed."""
+    from torchvision import datasets
+
+    root = _dataset_root(config)
+    try:
+        if config.download:
+            root.mkdir(parents=True, exist_ok=True)
+        return getattr(datasets, name)(root=str(root), download=config.download, **options)
+    except (OSError, RuntimeError) as error:
+        advice = (
+            "check the network, or put the dataset's original archive there and set data.download=false"
+            if config.download
+            else "set data.download=true, or data.root to the folder that holds the dataset"
+        )
+        raise DataError(f"{config.source} cannot be opened in {root}: {error}. To go on, {advice}.") from error
+
+
+Opened = tuple[Source, Source, "Source | None"]
+
+
+def _open_digits(config: DataConfig) -> Opened:
+    """Scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed random quarter is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(-1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    order = permutation(stream_key(0, "digits"), 0, len(grey))
+    cut = len(grey) // 4
+
+    def part(name: str, indices: Tensor) -> TensorSource:
+        paths = [f"digits/{name}/{i:04d}" for i in indices.tolist()]
+        return TensorSource(grey[indices], labels[indices], paths, [str(d) for d in range(10)], config.image_size)
+
+    return part("train", order[cut:].sort().values), part("test", order[:cut].sort().values), None
+
+
+def _array_source(
+    name: str, images: np.ndarray, labels: Sequence[int] | np.ndarray, names: Sequence[str], config: DataConfig
+) -> TensorSource:
+    width = len(str(len(images) - 1))
+    paths = [f"{config.source}/{name}/{i:0{width}d}" for i in range(len(images))]
+    return TensorSource(
+        torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64), paths, names, config.image_size
+    )
+
+
+def _open_cifar10(config: DataConfig) -> Opened:
+    train, test = (_torchvision("CIFAR10", config, train=part) for part in (True, False))
+    return (
+        _array_source("train", train.data, train.targets, train.classes, config),
+        _array_source("test", test.data, test.targets, test.classes, config),
+        None,
+    )
+
+
+def _open_cifar20(config: DataConfig) -> Opened:
+    """CIFAR-100 with its 20 superclasses."""
+    coarse = np.array(CIFAR20_COARSE)
+    train, test = (_torchvision("CIFAR100", config, train=part) for part in (True, False))
+    return (
+        _array_source("train", train.data, coarse[train.targets], CIFAR20_NAMES, config),
+        _array_source("test", test.data, coarse[test.targets], CIFAR20_NAMES, config),
+        None,
+    )
+
+
+def _open_stl10(config: DataConfig) -> Opened:
+    """STL-10; its 100,000 unlabelled images join the training images for the pretext stage."""
+    train, test, extra = (_torchvision("STL10", config, split=split) for split in ("train", "test", "unlabeled"))
+
+    def interleaved(data: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(data.transpose(0, 2, 3, 1))
+
+    train_source = _array_source("train", interleaved(train.data), train.labels, train.classes, config)
+    test_source = _array_source("test", interleaved(test.data), test.labels, test.classes, config)
+    # Filled in place: the unlabelled images alone are 2.8 GB, and a concatenation would hold them twice.
+    images = np.empty((len(train.data) + len(extra.data), 96, 96, 3), dtype=np.uint8)
+    images[: len(train.data)] = train.data.transpose(0, 2, 3, 1)
+    images[len(train.data) :] = extra.data.transpose(0, 2, 3, 1)
+    paths = [*train_source.paths, *(f"stl10/unlabeled/{i:05d}" for i in range(len(extra.data)))]
+    return train_source, test_source, TensorSource(torch.from_numpy(images), None, paths, None, config.image_size)
+
+
+def _open_folder(config: DataConfig) -> Opened:
+    if config.root is None:
+        raise DataError("data.root must name the folder of images when data.source is 'folder'")
+    root = config.root.expanduser()
+    check_folder(root)
+    train, test = split_folder(root, config.test_fraction, _classes(config), labelled=config.labels == "auto")
+    size = config.image_size or default_size(train.files)
+    return _files(train, root, size, config), _files(test, root, size, config), None
+
+
+def _open_imagenet(config: DataConfig) -> Opened:
+    """ImageNet's training and validation folders, of one sub-folder per class."""
+    if config.root is None:
+        raise DataError("data.root must name the folder that holds ImageNet's train/ and val/: it is not downloaded")
+    root = config.root.expanduser()
+    check_folder(root)
+    train = find_split(root, ("train", "ilsvrc2012_img_train"))
+    test = find_split(root, ("val", "validation", "test", "ilsvrc2012_img_val"))
+    if train is None or test is None:
+        raise DataError(f"{root} must hold train/ and val/ with one sub-folder per class (WordNet id)")
+    classes = _classes(config)
+    if classes is None:
+        classes = list_folder(train).class_names
+    size = config.image_size or 224
+    return (
+        _files(list_folder(train, classes), root, size, config),
+        _files(list_folder(test, classes), root, size, config),
+        None,
+    )
+
+
+def _classes(config: DataConfig) -> list[str] | None:
+    """Read the class folders' names, in the order of their labels."""
+    if config.classes_file is None:
+        return None
+    file = config.classes_file.expanduser()
+    if not file.exists() and file.parent == Path():
+        file = SUBSETS / file.name if file.suffix else SUBSETS / f"{file.name}.txt"
+    if not file.is_file():
+        shipped = ", ".join(sorted(path.name for path in SUBSETS.glob("*.txt")))
+        raise DataError(f"data.classes_file: {config.classes_file} does not exist; shipped lists are {shipped}")
+    # A line may go on with the class's name in words.
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"data.classes_file: {file} must name each class folder once, one a line")
+    return names
+
+
+def _files(listing: Listing, root: Path, size: int, config: DataConfig) -> FileSource:
+    return FileSource(
+        listing.files,
+        listing.labels,
+        size,
+        root=root,
+        class_names=listing.class_names,
+        on_error=config.on_error,
+        workers=config.workers,
+    )
+
+
+_OPENERS: dict[str, Callable[[DataConfig], Opened]] = {
+    "digits": _open_digits,
+    "cifar10": _open_cifar10,
+    "cifar20": _open_cifar20,
+    "stl10": _open_stl10,
+    "folder": _open_folder,
+    "imagenet": _open_imagenet,
+}
+
+
+def source_from(
+    images: Any,
+    *,
+    size: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    workers: int | None = None,
+) -> Source:
+    """Open images as a user hands them over.
+
+    Args:
+        images: a folder (labelled where it has a sub-folder per class), a list of files, a torch Dataset, or an array
+            or tensor (N, H, W, C) or (N, H, W) uint8.
+        size: side of the square images; by default the images' own, and for files as for a folder's.
+        on_error: what to do at an unreadable file.
+        workers: decoding threads.
+
+    Raises:
+        DataError: for anything else, or images that cannot be read.
+    """
+    if isinstance(images, (str, Path)):
+        listing = list_folder(Path(images).expanduser())
+        config = DataConfig(on_error=on_error, workers=workers)
+        return _files(listing, listing.folder, size or default_size(listing.files), config)
+    if isinstance(images, (Tensor, np.ndarray)):
+        return TensorSource(torch.as_tensor(images), size=size)
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise DataError("images must not be empty, got an empty list")
+        if not all(isinstance(item, (str, Path)) for item in images):
+            raise DataError(f"a list of images must hold file paths, got {type(images[0]).__name__}")
+        files = [Path(item).expanduser() for item in images]
+        return FileSource(files, None, size or default_size(files), on_error=on_error, workers=workers)
+    if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+        return dataset_source(images, size)
+    raise DataError(
+        "images must be a folder, a list of files, a torch Dataset, or a uint8 array or tensor (N, H, W, C), "
+        f"got {type(images).__name__}"
+    )

@@ -1,0 +1,135 @@
+"""The torch renderer: a batch of images becomes a view, each image with its own parameters, on any device.
+
+The semantics are those of torchvision on PIL images: integer grey levels after every operation, PIL's rounding and
+truncation, antialiased bilinear crops, nearest resampling with black fill for the geometric operations. Images travel
+as (n, 3, H, W) float32 that hold whole numbers 0..255; float32 represents every intermediate of PIL's integer
+arithmetic exactly. The per-operation arithmetic is in `colour` (point and neighbourhood operations) and `geometry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import colour, geometry
+from .views import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
+
+_GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_POINTWISE = ("autocontrast", "equalize", "solarize", "contrast", "brightness", "posterize")
+
+
+class TorchRenderer:
+    """Renders views with torch operations.
+
+    Args:
+        mean, std: per-channel normalisation in [0, 1].
+        device: where to render; images and parameters are moved there.
+        dtype: of the result.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view.
+
+        Args:
+            images: (n, H, W, 3) uint8 on any device.
+            view: what to make; its size must be resolved.
+            params: from ``view.sample`` for these images.
+
+        Returns:
+            (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be (n, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
+        return self.normalise(self.pixels(images, view, params), params.get("cutout"))
+
+    @torch.no_grad()
+    def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view before normalisation and cutout: (n, 3, size, size) float32 of whole grey levels."""
+        params = {name: value.to(self.device, non_blocking=True) for name, value in params.items()}
+        x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().contiguous()
+        x = geometry.crop_resize(x, view.side, params)
+        if isinstance(view, SimCLRView):
+            _jitter(x, params)
+        elif isinstance(view, StrongView):
+            for level in range(view.operations):
+                x = _strong_level(x, params["operation"][:, level], params["magnitude"][:, level])
+        elif isinstance(view, AffineView):
+            x = geometry.affine_bilinear(x, params["matrix"])
+            _update(x, params["brightness"] != 1, colour.brightness, params["brightness"])
+            _update(x, params["contrast"] != 1, colour.contrast, params["contrast"])
+        return x
+
+    def normalise(self, x: Tensor, cutout: Tensor | None) -> Tensor:
+        """Map grey levels to (x / 255 - mean) / std and set the cutout boxes to zero."""
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=torch.channels_last)
+        torch.sub(x.mul_(1 / 255), self._mean, out=x)
+        out.copy_(x.div_(self._std))
+        if cutout is not None:
+            out.masked_fill_(geometry.box_mask(cutout.to(x.device), x.shape[-1]), 0)
+        return out
+
+
+def _update(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *args: Tensor) -> None:
+    """Apply an operation in place to the chosen images, with their rows of the arguments."""
+    index = chosen.nonzero().squeeze(1)
+    if index.numel() == 0:
+        return
+    if index.numel() == len(x):
+        x.copy_(operation(x, *args))
+        return
+    x.index_copy_(0, index, operation(x.index_select(0, index), *(a.index_select(0, index) for a in args)))
+
+
+_JITTER: tuple[tuple[str, float, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    ("brightness", 1.0, colour.brightness),
+    ("contrast", 1.0, colour.contrast),
+    ("saturation", 1.0, colour.saturation),
+    ("hue", 0.0, colour.hue),
+)
+
+
+def _jitter(x: Tensor, params: Params) -> None:
+    """Apply the colour jitter in each image's own order, then the grayscale, in place."""
+    order = params["order"]
+    for position in range(4):
+        for index, (name, neutral, operation) in enumerate(_JITTER):
+            value = params[name]
+            _update(x, (order[:, position] == index) & (value != neutral), operation, value)
+    _update(x, params["grayscale"], colour.grayscale)
+
+
+def _strong_level(x: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
+    """Apply one of the strong view's operations to each image; the 14 of them are four kinds of work."""
+    side = x.shape[-1]
+
+    def chosen(*names: str) -> Tensor:
+        return sum((operation == STRONG_INDEX[name] for name in names), torch.zeros_like(operation, dtype=torch.bool))
+
+    def pointwise(images: Tensor, kind: Tensor, amount: Tensor) -> Tensor:
+        return colour.apply_tables(images, colour.tables(images, kind, amount, STRONG_INDEX))
+
+    def geometric(images: Tensor, kind: Tensor, amount: Tensor) -> Tensor:
+        return geometry.affine_nearest(images, geometry.matrices(kind, amount, side, STRONG_INDEX))
+
+    _update(x, chosen(*_POINTWISE), pointwise, operation, magnitude)
+    _update(x, chosen(*_GEOMETRIC), geometric, operation, magnitude)
+    _update(x, chosen("color"), colour.saturation, magnitude)
+    _update(x, chosen("sharpness"), colour.sharpness, magnitude)
+    return x

@@ -72,13 +72,18 @@ class CMakeBuild(build_ext):
         if mode == "on" and reason:
             raise SystemExit(f"SCAN_FAST_CUDA=on, but {reason}")
         with_cuda = not reason
-        print(f"scan-fast: building for {'CPU and CUDA, nvcc ' + str(nvcc) if with_cuda else 'the CPU only: ' + reason}")
+        print(
+            f"scan-fast: building for {'CPU and CUDA, nvcc ' + str(nvcc) if with_cuda else 'the CPU only: ' + reason}"
+        )
 
         include_dirs = cpp_extension.include_paths()
         if torch_cuda is not None:
             include_dirs += cuda_include_dirs(torch_cuda)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve()
+        # One folder per interpreter and torch, kept between builds (editable installs would use a temporary one).
+        build_dir = (
+            ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        )
         build_dir.mkdir(parents=True, exist_ok=True)
         arguments = [
             f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",

@@ -6,7 +6,6 @@ All accept float32, bfloat16 and float16 (float64 through ``impl="reference"``),
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .ops import nt_xent as _nt_xent
@@ -150,9 +149,7 @@ def self_label_loss(
 class SelfLabelLoss(nn.Module):
     """The module form of :func:`self_label_loss`; it returns the loss alone."""
 
-    def __init__(
-        self, threshold: float = 0.99, apply_class_balancing: bool = True, *, impl: Impl = "auto"
-    ) -> None:
+    def __init__(self, threshold: float = 0.99, apply_class_balancing: bool = True, *, impl: Impl = "auto") -> None:
         super().__init__()
         self.threshold = threshold
         self.apply_class_balancing = apply_class_balancing

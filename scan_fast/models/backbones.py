@@ -20,6 +20,7 @@ from typing_extensions import Self
 from scan_fast.schema import Settings
 
 OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits")
+AUTO = "auto"
 _PREFIXES = ("torchvision:", "timm:")
 
 
@@ -27,7 +28,7 @@ class ModelConfig(Settings):
     """The network of a run: the backbone and, for the pretext stage, the projector on top of it.
 
     Attributes:
-        backbone: ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling), ``resnet18_stl`` (96 px: the same with one
+        backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling), ``resnet18_stl`` (96 px: the same with one
             max-pooling), ``resnet50``, ``resnet_digits`` (a small one for 8x8 images), ``torchvision:NAME`` or
             ``timm:NAME``.
         width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
@@ -48,11 +49,11 @@ class ModelConfig(Settings):
     def _check(self) -> Self:
         name = self.backbone
         foreign = name.startswith(_PREFIXES)
-        if not foreign and name not in OWN_BACKBONES:
+        if not foreign and name not in (*OWN_BACKBONES, AUTO):
             near = difflib.get_close_matches(name, OWN_BACKBONES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"backbone must be one of {', '.join(OWN_BACKBONES)}, torchvision:NAME or timm:NAME, got {name!r}{hint}"
+                f"backbone must be auto, {', '.join(OWN_BACKBONES)}, torchvision:NAME or timm:NAME, got {name!r}{hint}"
             )
         if foreign and not name.split(":", 1)[1]:
             raise ValueError(f"backbone {name!r} lacks the model's name, e.g. {name}resnet34")

@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing has to be installed by hand but Python,
+# make, a C++ compiler and CMake. VENV=path uses another environment.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.scan-fast-installed
+DEV    := $(VENV)/.scan-fast-dev-installed
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
+
+.PHONY: demo test test-fast lint format bench install clean
+
+demo: $(STAMP)            ## all stages on the handwritten digits
+	$(BIN)/scan-fast run digits
+
+test: $(DEV)              ## every test, and the linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-fast: $(DEV)         ## without the tests marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV)             ## short CPU benchmarks
+	$(BIN)/python -m benchmarks.end_to_end --device cpu
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and is not isolated: the native module is built against the very torch that will load it.
+$(STAMP): $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "torch==2.14.1" "torchvision==0.29.1"
+	$(BIN)/python -m pip install --quiet pybind11 ninja
+	$(BIN)/python -m pip install --no-build-isolation --editable .
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache scan_fast/_C*.so

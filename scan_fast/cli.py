@@ -1,0 +1,354 @@
+"""The command line: ``scan-fast run configs/cifar10.yaml``, ``scan-fast run --data my_photos --clusters 12``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+
+EXIT_USAGE = 2
+"""The exit code of every error that the user can mend."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="scan-fast", description="Group images without labels: SimCLR, neighbour mining, SCAN, self-labelling."
+    )
+    parser.add_argument("--version", action="version", version=f"scan-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.set_defaults(run=run)
+        return sub
+
+    stages = {
+        "run": ((), "all stages: images in, clusters, a predictor and a report out; an unfinished run continues"),
+        "pretext": (("pretext",), "stage one: learn a representation without labels (SimCLR)"),
+        "mine": (("mining",), "find the nearest neighbours of every image"),
+        "cluster": (("clustering",), "stage two: train the cluster heads (SCAN loss)"),
+        "selflabel": (("selflabel",), "stage three: learn from confident images"),
+    }
+    for name, (names, text) in stages.items():
+        sub = command(name, _train, f"{text}; section.key=value words change the configuration")
+        sub.set_defaults(stages=names)
+        sub.add_argument(
+            "target",
+            nargs="?",
+            help="a configuration (YAML file or the name of a shipped one) or an existing run folder",
+        )
+        sub.set_defaults(overrides=[])
+        sub.add_argument("--data", type=Path, metavar="FOLDER", help="a folder of images, instead of a configuration")
+        sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
+        sub.add_argument("--again", action="store_true", help="repeat: forget this stage and those after it first")
+        sub.add_argument("--quiet", action="store_true", help="print errors only")
+
+    sub = command("evaluate", _evaluate, "measure every finished stage of a run, and k-means for comparison")
+    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+    sub = command("predict", _predict, "assign new images to the clusters of a run (CSV)")
+    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
+    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("embed", _embed, "write the feature vectors of images (.npz with features and paths)")
+    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
+    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("report", _report, "write report.html of a finished run again")
+    sub.add_argument("target", type=Path, help="a run folder")
+
+    sub = command("sweep", _sweep, "the same run with several seeds: mean and standard deviation")
+    sub.add_argument("target", help="a configuration")
+    sub.set_defaults(overrides=[])
+    sub.add_argument("--seeds", default="0-2", help="such as 0-9 or 0,3,7 (default: %(default)s)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="holds one run folder per seed (default: runs/NAME-sweep)")
+    sub.add_argument("--quiet", action="store_true", help="print the final table only")
+
+    sub = command("info", _info, "what was built, and what each operation runs on")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors that the user can mend are one line on standard error, and exit code 2."""
+    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options = parser.parse_args(rest)
+    if overrides and "overrides" not in options:
+        parser.error(f"{options.command} takes no configuration values, got {overrides[0]}")
+    options.overrides = overrides
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("scan-fast: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = _explain(error)
+        if message is None or options.traceback:
+            raise
+        print(f"scan-fast: {message}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the ``section.key=value`` words out of a command line: they may stand anywhere among the options."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    for word in arguments:
+        value_of_option = bool(rest) and rest[-1] in ("--data", "--out", "--clusters", "--seeds", "--device")
+        is_override = _OVERRIDE.match(word) is not None and not value_of_option
+        (overrides if is_override else rest).append(word)
+    return rest, overrides
+
+
+def _explain(error: Exception) -> str | None:
+    """Return one line for an error that the user can mend, None for a defect of the program."""
+    import errno
+
+    from .runs.folder import RunError
+
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"{place}the disk is full; free some space, and the same command continues"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{place}not writable or not readable ({error.strerror}); choose another folder with --out"
+        return f"{place}{error.strerror or error}"
+    if isinstance(error, (ValueError, RunError, ImportError)):
+        return " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory ({str(error).splitlines()[0]}); lower the batch_size of this stage"
+    return None
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .runs.events import Events
+    from .runs.folder import RunFolder
+    from .stages.context import open_context
+    from .stages.pipeline import forget, print_summary, run_stages, stages_of
+
+    config, folder = _configuration(options)
+    if options.again and (folder / "config.yaml").is_file():
+        # Repeating is the one way to change a configuration: only what is done again may differ.
+        run = RunFolder.existing(folder)
+        _check_again(run.config(), config, options.stages)
+        with run:
+            run.write_text("config.yaml", config.to_yaml())
+    run = RunFolder.open(folder, config)
+    with run:
+        events = Events(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
+        context = open_context(config, run, events)
+        names = list(options.stages) or stages_of(context)
+        if names[0] not in stages_of(context):
+            raise ValueError(f"this configuration has no {names[0]} stage (selflabel: null)")
+        if options.again:
+            forget(context, names[0])
+        events.say(
+            f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
+            f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
+        )
+        run_stages(context, names)
+        print_summary(context, events)
+    return 0
+
+
+def _configuration(options: argparse.Namespace) -> tuple[Any, Path]:
+    """Return the configuration and the run folder that the command line asks for."""
+    from .runs.config import ConfigError, build_config, find_config, load_config, merge, nested, parse_override
+    from .runs.folder import RunFolder
+
+    target = options.target
+    changes: dict[str, Any] = {}
+    if options.clusters is not None:
+        changes["clustering.n_clusters"] = options.clusters
+    if options.data is not None:
+        if target is not None:
+            raise ConfigError(
+                f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
+            )
+        folder = options.data.expanduser().resolve()
+        changes |= {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
+        target = "folder"
+    if target is None:
+        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
+    path = Path(target).expanduser()
+    if path.is_dir():
+        run = RunFolder.existing(path)
+        values: dict[str, Any] = run.config().model_dump(mode="json")
+        for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
+            values = merge(values, nested(key, value))
+        return build_config(values), options.out or path
+    config = load_config(find_config(target), options.overrides, changes)
+    return config, options.out or Path("runs") / _run_name(config)
+
+
+def _run_name(config: Any) -> str:
+    parts = [config.name, config.preset, f"seed{config.seed}"]
+    if config.clustering.n_clusters is not None:
+        parts.insert(1, str(config.clustering.n_clusters))
+    return "-".join(part.replace("/", "_") for part in parts if part)
+
+
+def _check_again(old: Any, new: Any, stages: Sequence[str]) -> None:
+    from .runs.config import differences
+    from .runs.folder import RunError
+    from .stages.pipeline import STAGES
+
+    order = list(STAGES)
+    again = order[order.index(stages[0]) :] if stages else order
+    kept = [d for d in differences(old, new) if d.partition(".")[0] not in (*again, "evaluation")]
+    if stages and kept:
+        raise RunError(f"--again repeats {', '.join(again)}, which {'; '.join(kept)} does not belong to")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .runs.events import Events
+    from .runs.folder import RunFolder
+    from .stages.context import open_context
+    from .stages.pipeline import evaluate, print_summary
+
+    run = RunFolder.existing(options.target)
+    with run:
+        events = Events(run, quiet=options.json)
+        context = open_context(run.config(), run, events)
+        results = evaluate(context)
+        if options.json:
+            print(json.dumps(results, indent=2))
+        else:
+            print_summary(context, events)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    import csv
+
+    from .data.datasets import source_from
+    from .predictor import Predictor
+    from .stages.context import choose_device
+
+    predictor = Predictor.load(options.target, choose_device(options.device))
+    source = source_from(options.data, size=predictor.size)
+    top, cluster = predictor.probabilities(source).topk(2, dim=1)
+    handle = options.out.expanduser().open("w", newline="", encoding="utf-8") if options.out else sys.stdout
+    try:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(["path", "cluster", "confidence", "margin"])
+        for row, path in enumerate(source.paths):
+            best, second = top[row].tolist()
+            writer.writerow([path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}"])
+    finally:
+        if options.out:
+            handle.close()
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .data.datasets import source_from
+    from .predictor import Predictor
+    from .stages.context import choose_device
+
+    predictor = Predictor.load(options.target, choose_device(options.device))
+    source = source_from(options.data, size=predictor.size)
+    with options.out.expanduser().open("wb") as file:
+        np.savez(file, features=predictor.features(source).numpy(), paths=np.array(source.paths))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .runs.events import Events
+    from .runs.folder import RunFolder
+    from .stages.context import open_context
+    from .stages.pipeline import make_report
+
+    run = RunFolder.existing(options.target)
+    with run:
+        events = Events(run)
+        make_report(open_context(run.config(), run, events))
+        events.say(str(run.path / "report.html"))
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    import statistics
+
+    from .runs.config import find_config, load_config
+    from .runs.events import Events
+    from .runs.folder import RunFolder
+    from .stages.context import open_context
+    from .stages.pipeline import run_stages, stages_of
+
+    seeds = _seeds(options.seeds)
+    summaries = []
+    for seed in seeds:
+        config = load_config(find_config(options.target), options.overrides, {"seed": seed})
+        parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
+        run = RunFolder.open(parent / f"seed{seed}", config)
+        with run:
+            context = open_context(config, run, Events(run, quiet=options.quiet))
+            run_stages(context, stages_of(context))
+            summaries.append(run.summary())
+    rows = []
+    for stage in summaries[0]["stages"]:
+        entries = [summary["stages"][stage] for summary in summaries]
+        for key in ("knn_acc", "purity"):
+            if key in entries[0]:
+                rows.append((f"{stage} {key}", [entry[key] for entry in entries]))
+        for key in ("acc", "nmi", "ari"):
+            if key in entries[0].get("test", {}):
+                rows.append((f"{stage} test {key}", [entry["test"][key] for entry in entries]))
+    rows.append(("seconds", [summary["seconds"] for summary in summaries]))
+    deviation = statistics.stdev if len(seeds) > 1 else lambda values: 0.0
+    folder = RunFolder(parent)
+    folder.write_json(
+        "sweep.json",
+        {"seeds": seeds, **{name: {"mean": statistics.mean(v), "std": deviation(v), "values": v} for name, v in rows}},
+    )
+    Events(folder).table(
+        f"{config.name}, seeds {options.seeds}",
+        ["", "mean", "std", *(f"seed {seed}" for seed in seeds)],
+        [[name, f"{statistics.mean(v):.4f}", f"{deviation(v):.4f}", *(f"{x:.4f}" for x in v)] for name, v in rows],
+    )
+    return 0
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ValueError(f"--seeds must look like 0-9 or 0,3,7, got {text!r}") from None
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds must name at least one seed, each once, got {text!r}")
+    return seeds
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import collect, render
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What was built, and what each operation will run on: the facts behind ``scan-fast info``."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__
+from .ops import native
+
+OPERATIONS = {
+    "nt_xent": "nt_xent_forward",
+    "scan_loss": "scan_loss_forward",
+    "self_label_loss": "self_label_forward",
+    "topk_neighbors": "topk_neighbors",
+}
+OPTIONAL_PACKAGES = {
+    "nvidia.dali": "GPU augmentation",
+    "faiss": "mining.backend=faiss",
+    "timm": "model.backbone=timm:NAME",
+    "tensorboard": "runtime.tensorboard=true",
+}
+
+
+def collect() -> dict[str, Any]:
+    """Return the facts as plain values."""
+    return {
+        "scan_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "build": native.build_info(),
+        "operations": {
+            name: {device: runs_on(operator, device) for device in ("cpu", "cuda")}
+            for name, operator in OPERATIONS.items()
+        },
+        "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
+    }
+
+
+def runs_on(operator: str, device: str) -> str:
+    """Return "native" or "reference": what impl="auto" takes for float32 on a device."""
+    if device == "cuda":
+        built = native.is_available() and native.build_info()["cuda"] is not None
+        key = torch._C.DispatchKey.CUDA
+    else:
+        built = native.is_available()
+        key = torch._C.DispatchKey.CPU
+    registered = built and torch._C._dispatch_has_kernel_for_dispatch_key(f"scan_fast::{operator}", key.name)
+    return "native" if registered else "reference"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """Return the facts as text for the terminal."""
+    build = facts["build"]
+    lines = [
+        f"scan-fast {facts['scan_fast']}, Python {facts['python']}, torch {facts['torch']}, {facts['threads']} threads",
+        f"GPU: {facts['cuda_device'] or 'none usable'}",
+    ]
+    if "error" in build:
+        lines.append(f"compiled kernels: none ({build['error']})")
+    else:
+        cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "CPU only"
+        lines.append(f"compiled kernels: {cuda}, against torch {build['torch']}")
+        lines += [
+            f"  {key}: {value}" for key, value in build.items() if key not in ("cuda", "cuda_architectures", "torch")
+        ]
+    lines.append("operations (impl=auto, float32):")
+    lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
+    lines.append("optional packages:")
+    lines += [
+        f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"
+        for name, use in OPTIONAL_PACKAGES.items()
+    ]
+    return "\n".join(lines)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

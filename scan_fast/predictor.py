@@ -1,0 +1,76 @@
+"""Uses a finished run: assigns new images to its clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.loader import ViewMaker
+from .data.render_torch import TorchRenderer
+from .data.sources import Source
+from .data.views import PlainView
+from .models.backbones import ModelConfig
+from .models.heads import ClusterModel
+from .models.weights import load_strict
+from .stages.inference import forward_views
+
+FORMATS = (1,)
+
+
+class Predictor:
+    """A trained cluster model together with what it needs to know about its images.
+
+    Attributes:
+        n_clusters: the number of clusters.
+        size: images are brought to size x size before anything else.
+    """
+
+    def __init__(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        self.state = state
+        self.device = torch.device(device)
+        self.n_clusters: int = state["n_clusters"]
+        self.size: int = state["size"]
+        self.model = ClusterModel(ModelConfig.model_validate(state["model"]), self.n_clusters)
+        load_strict(self.model, state["state_dict"], what="model.pt")
+        self.model = self.model.to(self.device, memory_format=torch.channels_last).eval()
+        self._renderer = TorchRenderer(tuple(state["mean"]), tuple(state["std"]), self.device)
+        self._view = PlainView(kind="plain", size=state["view_size"])
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Predictor:
+        """Read a model.pt, or the run folder that holds it.
+
+        Raises:
+            ValueError: where the file is missing or of another kind.
+        """
+        path = Path(path).expanduser()
+        path = path / "model.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"there is no model at {path}; give a finished run folder or its model.pt")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a model of scan-fast: {error}") from error
+        if not isinstance(state, dict) or state.get("format") not in FORMATS:
+            raise ValueError(f"{path} is no model.pt of scan-fast (format {FORMATS[-1]})")
+        return cls(state, device)
+
+    def save(self, path: str | Path) -> None:
+        """Write a model.pt."""
+        torch.save(self.state, Path(path).expanduser())
+
+    def probabilities(self, source: Source, batch_size: int = 512) -> Tensor:
+        """Return (N, K) float32 probabilities of the source's images."""
+        return self._forward(source, batch_size, features=False).softmax(dim=1)
+
+    def features(self, source: Source, batch_size: int = 512) -> Tensor:
+        """Return (N, D) float32 backbone features of the source's images."""
+        return self._forward(source, batch_size, features=True)
+
+    def _forward(self, source: Source, batch_size: int, *, features: bool) -> Tensor:
+        views = ViewMaker(source, self._renderer, 0, "evaluation")
+        function = self.model.features if features else lambda images: self.model(images)[0]
+        return forward_views(self.model, function, views, self._view, batch_size)

@@ -1,0 +1,304 @@
+"""The configuration of a run: one strict model, read from YAML, changed by ``section.key=value``.
+
+A configuration file holds the values shared by all its presets and, under ``presets``, what each preset changes::
+
+    name: cifar10
+    preset: fast            # the default
+    data: {source: cifar10}
+    presets:
+      paper: {pretext: {epochs: 500}}
+      fast: {pretext: {epochs: 200}}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from ..data.datasets import DataConfig
+from ..data.views import PlainView, SimCLRView, StrongView, View
+from ..models.backbones import ModelConfig
+from ..schema import Settings
+
+CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what to change."""
+
+
+class OptimizerConfig(Settings):
+    """How weights are updated. ``momentum`` and ``nesterov`` apply to SGD."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_all: bool = True
+    """Whether biases and normalisation weights decay too, as in the original."""
+
+
+class ScheduleConfig(Settings):
+    """How the learning rate changes: linear warm-up over ``warmup_epochs``, then ``name``."""
+
+    name: Literal["constant", "cosine", "step"] = "constant"
+    warmup_epochs: int = Field(0, ge=0)
+    floor: float = Field(0.0, ge=0, le=1)
+    """The cosine's end, as a fraction of the learning rate."""
+    decay_rate: float = Field(0.1, gt=0, le=1)
+    decay_epochs: tuple[int, ...] = ()
+    every: Literal["epoch", "step"] = "epoch"
+
+
+class TrainingConfig(Settings):
+    """What all learned stages share."""
+
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(512, ge=2)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class PretextConfig(TrainingConfig):
+    """Stage one: SimCLR, or weights that someone else trained."""
+
+    method: Literal["simclr", "weights", "none"] = "simclr"
+    """``weights`` reads ``weights``; ``none`` takes the backbone as it is (use with ``model.pretrained``)."""
+    weights: Path | None = None
+    temperature: float = Field(0.1, gt=0)
+    anchors: Literal["both", "first"] = "both"
+    view: View = SimCLRView(kind="simclr", size=None)
+    monitor_every: int = Field(10, ge=0)
+    """Epochs between kNN checks on the test images (needs labels); 0 for never."""
+    monitor_k: int = Field(100, ge=1)
+
+
+class MiningConfig(Settings):
+    """Nearest neighbours in the space that stage one learned."""
+
+    k: int = Field(20, ge=1)
+    test_k: int = Field(5, ge=1)
+    features: Literal["projection", "backbone"] = "projection"
+    backend: Literal["auto", "native", "reference", "faiss"] = "auto"
+
+
+class ClusteringConfig(TrainingConfig):
+    """Stage two: a clustering head under the SCAN loss."""
+
+    n_clusters: int | None = Field(None, ge=2)
+    """None: as many as the source has classes."""
+    heads: int = Field(1, ge=1)
+    entropy_weight: float = Field(5.0, ge=0)
+    neighbors: int | None = Field(None, ge=1)
+    """How many of the mined neighbours are drawn from; None: all."""
+    include_self: bool = True
+    """Whether an image may be drawn as its own neighbour, as in the original."""
+    update: Literal["full", "heads"] = "full"
+    initialize: Literal["random", "kmeans"] = "random"
+    view: View = StrongView(kind="strong", size=None)
+    evaluate_every: int = Field(1, ge=1)
+
+
+class SelfLabelConfig(TrainingConfig):
+    """Stage three: learning from confident assignments."""
+
+    threshold: float = Field(0.99, ge=0, le=1)
+    balance: bool = True
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights; None: no average."""
+    ema_mode: Literal["teacher", "write_back"] = "teacher"
+    """``teacher``: the average gives the labels and is the result. ``write_back``: as in the original, the average
+    replaces the trained weights after every step, which divides the learning rate by 1 / (1 - ema) and keeps the batch
+    statistics of the start."""
+    weak_view: View = PlainView(kind="plain", size=None)
+    view: View = StrongView(kind="strong", size=None)
+    evaluate_every: int = Field(10, ge=1)
+
+
+class EvaluationConfig(Settings):
+    """What is measured beside the stages."""
+
+    batch_size: int = Field(512, ge=1)
+    baselines: bool = True
+    """k-means on pixels and on features, where there are labels."""
+    baseline_seeds: int = Field(3, ge=1)
+
+
+class RuntimeConfig(Settings):
+    """How a run is carried out; none of it belongs to the experiment, so it may change when a run is continued."""
+
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Longest time between checkpoints; 0 writes one after every step."""
+    tensorboard: bool = False
+
+
+class Config(Settings):
+    """Everything that defines a run."""
+
+    name: str = "run"
+    preset: str | None = None
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on the CPU. Losses and batch-norm statistics are float32 in any case."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    pretext: PretextConfig = PretextConfig()
+    mining: MiningConfig = MiningConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    selflabel: SelfLabelConfig | None = SelfLabelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML that :func:`load_config` reads back."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def find_config(name: str) -> Path:
+    """Return the file for a path, or for the bare name of a shipped configuration such as ``cifar10``."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = {
+        file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
+    }
+    if path.stem in shipped and path.suffix in ("", ".yaml") and not path.exists():
+        return shipped[path.stem]
+    raise ConfigError(f"there is no configuration {name!r}; give a YAML file or one of {', '.join(sorted(shipped))}")
+
+
+def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
+    """Read a configuration file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` strings."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
+    assigned = dict(changes or {})
+    assigned.update(parse_override(text) for text in overrides)
+    presets = values.pop("presets", {})
+    preset = assigned.get("preset", values.get("preset"))
+    if presets:
+        if preset not in presets:
+            raise ConfigError(f"preset {preset!r} is not in {path.name}; it has {', '.join(presets)}")
+        values = merge(values, presets[preset])
+        values["preset"] = preset
+    elif "preset" in assigned and assigned["preset"] != values.get("preset"):
+        raise ConfigError(f"{path} has no presets, so preset={preset} cannot be chosen")
+    for key, value in assigned.items():
+        values = merge(values, nested(key, value))
+    return build_config(values)
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Check plain values against the model; every problem is named with its key, and a typo with the nearest key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``section.key=value``; the value is YAML, so ``null``, ``true``, ``[1, 2]`` and numbers work."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"expected section.key=value, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key.strip()} is not valid YAML: {value!r}") from error
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """Turn ``a.b``, v into ``{"a": {"b": v}}``."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merge(base: Any, change: Any) -> Any:
+    """Merge nested dictionaries; a change of ``kind`` replaces the whole section, since its other keys differ."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    if "kind" in change and change["kind"] != base.get("kind", change["kind"]):
+        return change
+    return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return ``key: old -> new`` for every difference that would make ``new`` another experiment."""
+    before, after = (dict(_flatten(c.model_dump(mode="json", exclude={"runtime"}))) for c in (old, new))
+    return [
+        f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in {**before, **after}
+        if before.get(key, ...) != after.get(key, ...)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
+        section = ".".join(location[:-1])
+        if near:
+            hint = f"did you mean {'.'.join([*_without_kinds(location[:-1]), near[0]])}?"
+        else:
+            hint = f"{section or 'the top level'} has {', '.join(known)}"
+        return f"unknown key {'.'.join([*_without_kinds(location[:-1]), location[-1]])}: {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    given = problem.get("input")
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
+
+
+def _without_kinds(location: list[str]) -> list[str]:
+    """Drop the union tags that pydantic inserts into locations (``pretext.view.simclr`` -> ``pretext.view``)."""
+    kept: list[str] = []
+    model: type[BaseModel] | None = Config
+    for part in location:
+        if model is not None and part in model.model_fields:
+            kept.append(part)
+            models = _models_of(model.model_fields[part].annotation)
+            model = models[0] if len(models) == 1 else None
+    return kept
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        inner = [
+            m for model in models if part in model.model_fields for m in _models_of(model.model_fields[part].annotation)
+        ]
+        models = (
+            inner or [m for m in models if str(m.model_fields["kind"].default) == part]
+            if inner or any("kind" in m.model_fields for m in models)
+            else []
+        )
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_of(part)]

@@ -1,0 +1,216 @@
+"""The run folder: every file is written beside its final name and renamed, so a kill or a full disk loses nothing.
+
+Layout::
+
+    config.yaml      the resolved configuration          metrics.jsonl    one line per stage and epoch
+    summary.json     metrics and seconds per stage       checkpoints/     <stage>.pt while training, <stage>-final.pt
+    embeddings.npz   train, test: (N, D) float32         neighbors.npz    train, test: (N, k) int64; *_similarity
+    assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
+    model.pt         the predictor                       report.html      one file, opens from disk
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from .config import Config, ConfigError, build_config, differences
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks
+    fcntl = None  # type: ignore[assignment]
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used, or a stage that cannot start; the message says what to do."""
+
+
+class RunFolder:
+    """One experiment on disk. Use as a context manager: it holds a lock, so that two processes never share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser()
+        self._lock: TextIO | None = None
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path, config: Config) -> RunFolder:
+        """Create the folder for ``config``, or open the one of the same experiment.
+
+        Raises:
+            RunError: if it belongs to another experiment (with the differences), to no experiment, or is not writable.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise RunError(f"{run.path} is a file; choose another --out")
+        if run.has("config.yaml"):
+            changed = differences(run.config(), config)
+            if changed:
+                raise RunError(
+                    f"{run.path} holds another experiment ({'; '.join(changed)}); "
+                    "undo the change, or choose another folder with --out"
+                )
+        elif run.path.is_dir() and any(entry.name != ".lock" for entry in run.path.iterdir()):
+            raise RunError(f"{run.path} is not empty and is no run folder; choose another --out")
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_text("config.yaml", config.to_yaml())
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Open a folder that a run has made.
+
+        Raises:
+            RunError: if there is none.
+        """
+        run = cls(path)
+        if not run.has("config.yaml"):
+            raise RunError(f"{run.path} is no run folder (it has no config.yaml); give the folder that a run printed")
+        return run
+
+    def __enter__(self) -> RunFolder:
+        if fcntl is not None:
+            handle = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                handle.close()
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise RunError(f"{self.path} is in use by another scan-fast process") from error
+                raise
+            self._lock = handle
+        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
+            leftover.unlink(missing_ok=True)  # a process was killed while it wrote this
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Return whether a file of that name is there."""
+        return (self.path / name).is_file()
+
+    def config(self) -> Config:
+        """Read the resolved configuration."""
+        import yaml
+
+        try:
+            return build_config(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        except (ConfigError, yaml.YAMLError) as error:
+            raise RunError(f"{self.path / 'config.yaml'} cannot be read: {error}") from error
+
+    def summary(self) -> dict[str, Any]:
+        """Read summary.json, or start one."""
+        if not self.has("summary.json"):
+            return {"seed": None, "stages": {}, "seconds": 0.0}
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return summary
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Read an .npz file."""
+        with np.load(self.path / name) as file:
+            return {key: file[key] for key in file.files}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line that a kill cut short is left out."""
+        entries = []
+        if self.has("metrics.jsonl"):
+            for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return entries
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Read a file that :meth:`save` wrote."""
+        state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
+        return state
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write a file atomically: all of it is on disk under its name, or the former one still is."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return target
+
+    def write_text(self, name: str, content: str) -> Path:
+        """Write a text file atomically."""
+        return self.write_bytes(name, content.encode())
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a JSON file atomically."""
+        return self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_arrays(self, name: str, **arrays: np.ndarray) -> Path:
+        """Write an .npz file atomically."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        return self.write_bytes(name, buffer.getvalue())
+
+    def save(self, name: str, state: Mapping[str, Any]) -> Path:
+        """Write tensors and plain values atomically, readable with ``torch.load(weights_only=True)``."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        return self.write_bytes(name, buffer.getvalue())
+
+    def remove(self, *names: str) -> None:
+        """Remove files where they are there."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def drop_metrics(self, stage: str, first_epoch: int) -> None:
+        """Forget a stage's metrics from an epoch on: the stage is about to do these epochs again."""
+        if not self.has("metrics.jsonl"):
+            return
+        kept = [e for e in self.metrics() if e.get("stage") != stage or e.get("epoch", -1) < first_epoch]
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        if text != (self.path / "metrics.jsonl").read_text(encoding="utf-8"):
+            self.write_text("metrics.jsonl", text)
+
+    def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
+        """Enter a finished stage into summary.json."""
+        summary = self.summary()
+        summary["seed"] = seed
+        summary["stages"][stage] = {"seconds": round(seconds, 3), **results}
+        summary["seconds"] = round(sum(entry["seconds"] for entry in summary["stages"].values()), 3)
+        self.write_json("summary.json", summary)
+
+    def finished(self, stage: str) -> bool:
+        """Return whether a stage has been entered into summary.json."""
+        return stage in self.summary()["stages"]

@@ -1,0 +1,153 @@
+"""What every stage is given: the configuration, the run folder, the images and the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel
+
+from ..data.datasets import Splits, open_splits
+from ..data.loader import ViewMaker
+from ..data.random import stream_key
+from ..data.render_torch import TorchRenderer
+from ..data.sources import Source
+from ..data.views import PlainView, View
+from ..models.backbones import ModelConfig
+from ..runs.config import Config, ConfigError
+from ..runs.events import Events
+from ..runs.folder import RunFolder
+
+V = TypeVar("V", bound=BaseModel)
+
+
+@dataclass
+class Context:
+    """Everything a stage may use. Built by :func:`open_context`."""
+
+    config: Config
+    run: RunFolder
+    events: Events
+    splits: Splits
+    device: torch.device
+    precision: torch.dtype
+    renderer: TorchRenderer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model section with ``backbone: auto`` resolved from the image size."""
+        model = self.config.model
+        if model.backbone != "auto":
+            return model
+        size = self.splits.train.size
+        backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
+        return model.model_copy(update={"backbone": backbone})
+
+    @property
+    def n_clusters(self) -> int:
+        """The number of clusters: as configured, or as many as there are classes."""
+        if self.config.clustering.n_clusters is not None:
+            return self.config.clustering.n_clusters
+        names = self.splits.train.class_names
+        if names is None:
+            raise ConfigError(
+                "the number of clusters is not set and the images have no classes to count: give --clusters K"
+            )
+        if len(names) < 2:
+            raise ConfigError(
+                f"the images have {len(names)} class folder; give --clusters K to say how many groups to look for"
+            )
+        return len(names)
+
+    @property
+    def n_classes(self) -> int | None:
+        """The number of classes, or None where the images have no labels."""
+        names = self.splits.train.class_names
+        return None if names is None or self.splits.train.labels is None else len(names)
+
+    def view(self, view: View) -> View:
+        """Fill in a view's size from the images where the configuration leaves it open."""
+        return view.resolved(self.splits.train.size)
+
+    @property
+    def plain_view(self) -> View:
+        """The view for evaluation."""
+        return self.view(
+            PlainView(kind="plain", size=self.config.selflabel.weak_view.size if self.config.selflabel else None)
+        )
+
+    def views_of(self, source: Source, stage: str) -> ViewMaker:
+        """Return what renders views of a source with a stage's random numbers."""
+        return ViewMaker(source, self.renderer, self.config.seed, stage)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the mixed-precision context of forward passes."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
+
+    Raises:
+        ConfigError: for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def open_context(config: Config, run: RunFolder, events: Events, splits: Splits | None = None) -> Context:
+    """Open the images, choose the device and check that the numbers fit together.
+
+    Raises:
+        ConfigError: for a device that is not there, or numbers that the images do not allow.
+    """
+    device = choose_device(config.runtime.device)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        config.precision, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+    splits = splits if splits is not None else open_splits(config.data)
+    context = Context(config, run, events, splits, device, precision, TorchRenderer(splits.mean, splits.std, device))
+    check_sizes(context)
+    return context
+
+
+def check_sizes(context: Context) -> None:
+    """Refuse numbers of clusters and neighbours that the images cannot fill, before anything is trained."""
+    config = context.config
+    train, test = len(context.splits.train), len(context.splits.test)
+    if train < context.n_clusters:
+        raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
+    if config.mining.k >= train:
+        raise ConfigError(
+            f"mining.k={config.mining.k} neighbours need more than {config.mining.k} training images, there are {train}; "
+            f"use mining.k={max(1, min(20, train - 1))} or add images"
+        )
+    wanted = config.clustering.neighbors
+    if wanted is not None and wanted > config.mining.k:
+        raise ConfigError(f"clustering.neighbors={wanted} is more than the mining.k={config.mining.k} neighbours mined")
+    if test < 2:
+        raise ConfigError(
+            f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
+        )
+
+
+@contextmanager
+def seeded(seed: int, stage: str) -> Iterator[None]:
+    """Make weight initialisation a function of (seed, stage), and leave torch's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, f"{stage}/initialisation")[0])
+        yield

@@ -1,0 +1,57 @@
+"""Forward passes without training: features and predictions of every image of a source, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import ViewMaker
+from ..data.sources import Source
+from ..data.views import View
+from .context import Context
+
+
+def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
+    """Apply a part of a run's model to all images of a source; see :func:`forward_views`."""
+    views = context.views_of(source, "evaluation")
+    size = context.config.evaluation.batch_size
+    return forward_views(model, function, views, context.plain_view, size, context.autocast())
+
+
+@torch.no_grad()
+def forward_views(
+    model: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    views: ViewMaker,
+    view: View,
+    batch_size: int,
+    precision: AbstractContextManager[None] | None = None,
+) -> Tensor:
+    """Apply ``function`` to the views of all images of a source and return the results, float32 on the CPU.
+
+    Args:
+        model: is put into evaluation mode for the time and back afterwards.
+        function: maps views (B, 3, S, S) to features (B, D), or to the logits of all heads (H, B, C).
+        views: the source with its renderer.
+        view: the view of each image.
+        batch_size: images at a time.
+        precision: a context for the forward passes, such as autocast.
+
+    Returns:
+        (N, D), or (H, N, C).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    results = []
+    n = len(views.source)
+    with precision or nullcontext():
+        for start in range(0, n, batch_size):
+            indices = torch.arange(start, min(start + batch_size, n))
+            images = views(view, indices, epoch=0, view_index=0)
+            results.append(function(images).float().cpu())
+    for module, mode in modes:
+        module.training = mode
+    return torch.cat(results, dim=-2)

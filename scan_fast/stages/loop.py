@@ -1,0 +1,194 @@
+"""The one training loop.
+
+A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the rest:
+order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a function
+of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the very same
+weights as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import epoch_batches, prefetch, steps_per_epoch
+from ..data.random import stream_key
+from ..runs.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from ..runs.folder import RunError
+from .context import Context
+
+Batch = TypeVar("Batch")
+
+
+class Stage(ABC, Generic[Batch]):
+    """One learned stage: what differs between pretext, clustering and self-labelling.
+
+    Attributes:
+        name: the stage's name in files and on the screen.
+        model: the network; all of it is checkpointed.
+        training: epochs, batch size, optimiser, schedule.
+        n_images: images per epoch.
+        background: whether batches are prepared in a background thread (where reading images takes time).
+    """
+
+    name: str
+    model: nn.Module
+    training: TrainingConfig
+    n_images: int
+    background: bool = False
+
+    @abstractmethod
+    def batch(self, epoch: int, indices: Tensor) -> Batch:
+        """Render what a step needs of the images ``indices`` (B,) int64."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar to minimise and the scalars to average over the epoch, all on the device."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimiser updates."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def train_mode(self) -> None:
+        """Put the model into the mode in which the stage trains."""
+        self.model.train()
+
+    def after_step(self) -> None:
+        """Do what follows every update, such as moving an average."""
+
+    def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
+        """Evaluate after ``epoch`` (from 1) where it is due, keep the best, and return further metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what the stage keeps besides the model: plain values and tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` returned."""
+
+
+def train(stage: Stage[Any], context: Context) -> float:
+    """Train a stage to its end, from its checkpoint where there is one.
+
+    Returns:
+        The seconds that the stage took, those before an interruption included.
+
+    Raises:
+        RunError: where the loss stops being finite; the last checkpoint stays.
+    """
+    run, events, training = context.run, context.events, stage.training
+    checkpoint = f"checkpoints/{stage.name}.pt"
+    key = stream_key(context.config.seed, stage.name)
+    steps = steps_per_epoch(stage.n_images, training.batch_size)
+    optimizer = build_optimizer(stage.parameters(), training.optimizer)
+
+    epoch, step, seconds, totals = 0, 0, 0.0, {}  # type: int, int, float, dict[str, Tensor]
+    if run.has(checkpoint):
+        state = run.load(checkpoint, context.device)
+        stage.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        stage.load_state(state["stage"])
+        epoch, step, seconds, totals = state["epoch"], state["step"], state["seconds"], state["totals"]
+        events.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}" + (f", step {step}" if step else ""))
+    run.drop_metrics(stage.name, epoch + 1)
+
+    begin = saved = time.perf_counter()
+
+    def save() -> None:
+        nonlocal saved
+        run.save(
+            checkpoint,
+            {
+                "model": stage.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "stage": stage.state(),
+                "epoch": epoch,
+                "step": step,
+                "totals": totals,
+                "seconds": seconds + time.perf_counter() - begin,
+            },
+        )
+        saved = time.perf_counter()
+
+    with events.progress(stage.name, training.epochs * steps, epoch * steps + step) as ticker:
+        while epoch < training.epochs:
+            stage.train_mode()
+            for batch, size in _batches(stage, key, epoch, step):
+                set_learning_rate(optimizer, training, epoch, step, steps)
+                with context.autocast():
+                    loss, metrics = stage.step(batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                stage.after_step()
+                for name, value in metrics.items():
+                    value = value.detach().to(torch.float64)
+                    totals[name] = totals[name] + value if name in totals else value
+                step += 1
+                ticker.step(size)
+                if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                    save()
+            averages = {name: float(value) / steps for name, value in totals.items()}
+            if not math.isfinite(averages.get("loss", 0.0)):
+                raise RunError(
+                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower {stage.name}.optimizer.lr "
+                    f"(now {training.optimizer.lr:g}) and start again in a new folder"
+                )
+            epoch, step, totals = epoch + 1, 0, {}
+            averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
+            events.record(stage.name, epoch, epoch * steps, averages)
+            ticker.epoch(epoch, training.epochs, averages)
+            if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                save()
+    return seconds + time.perf_counter() - begin
+
+
+def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
+    orders = epoch_batches(key, epoch, stage.n_images, stage.training.batch_size, start_step=start_step)
+    batches = ((stage.batch(epoch, indices), len(indices)) for indices in orders)
+    return prefetch(batches) if stage.background else batches
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build the optimiser, with biases and normalisation weights exempt from decay where the configuration says so."""
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_all:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](groups, **common)
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, training: TrainingConfig, epoch: int, step: int, steps: int
+) -> None:
+    """Set the learning rate for a step (from 0) of an epoch (from 0)."""
+    position = epoch + (step / steps if training.schedule.every == "step" else 0.0)
+    factor = learning_rate_factor(training.schedule, position, training.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = training.optimizer.lr * factor
+
+
+def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
+    """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
+    if position < schedule.warmup_epochs:
+        # The first step of a warm-up must not stand still, so it starts one step (of the schedule's kind) in.
+        return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
+    if schedule.name == "cosine":
+        progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
+        return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule.name == "step":
+        # Strictly above, as in the original.
+        return schedule.decay_rate ** sum(position > decay for decay in schedule.decay_epochs)
+    return 1.0

@@ -1,0 +1,89 @@
+"""Mining: the nearest neighbours of every image in the space that stage one learned."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..evaluation.metrics import neighbor_purity
+from ..neighbors import topk_neighbors
+from ..runs.folder import RunError
+from .context import Context
+from .inference import forward_all
+from .pretext import embedding_of, load_pretext
+
+NAME = "mining"
+
+
+def run_mining(context: Context) -> None:
+    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
+    begin = time.perf_counter()
+    model = load_pretext(context)
+    config = context.config.mining
+    embeddings: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
+    results: dict[str, object] = {}
+    for split, source, k in (
+        ("train", context.splits.train, config.k),
+        ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
+    ):
+        embedding = F.normalize(forward_all(context, model, embedding_of(context, model), source), dim=1)
+        similarity, index = search(embedding.to(context.device), k, config.backend)
+        embeddings[split] = embedding.numpy()
+        found[split], found[f"{split}_similarity"] = index.cpu().numpy(), similarity.cpu().numpy()
+        if source.labels is not None:
+            results["purity" if split == "train" else "test_purity"] = neighbor_purity(found[split], source.labels)
+    context.run.write_arrays("embeddings.npz", **embeddings)
+    context.run.write_arrays("neighbors.npz", **found)
+    seconds = time.perf_counter() - begin
+    context.events.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
+    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Return similarity and index, (N, k) each, by the chosen backend; self is excluded by index in each."""
+    if backend != "faiss":
+        return topk_neighbors(embedding, k, impl=backend)  # type: ignore[arg-type]
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            "mining.backend=faiss needs the package faiss-cpu or faiss-gpu: pip install faiss-cpu"
+        ) from error
+    rows = embedding.cpu().numpy()
+    index = faiss.IndexFlatIP(rows.shape[1])
+    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(rows)
+    similarity, found = (torch.from_numpy(array) for array in index.search(rows, k + 1))
+    # The image itself is usually first, but a duplicate may come before it, or push it out altogether.
+    keep = found != torch.arange(len(rows))[:, None]
+    keep[keep.all(dim=1), k] = False
+    return similarity[keep].view(-1, k), found[keep].view(-1, k)
+
+
+def load_neighbors(context: Context) -> dict[str, Tensor]:
+    """Return the mined indices of the splits, each (N, k) int64; an image without neighbours is its own.
+
+    Raises:
+        RunError: where mining has not been finished, or belongs to other images.
+    """
+    run = context.run
+    if not run.has("neighbors.npz") or not run.finished(NAME):
+        raise RunError(f"{run.path} has no mined neighbours; run `scan-fast mine {run.path}` first")
+    arrays = run.arrays("neighbors.npz")
+    neighbors = {}
+    for split, source in (("train", context.splits.train), ("test", context.splits.test)):
+        index = torch.from_numpy(arrays[split])
+        if len(index) != len(source):
+            raise RunError(
+                f"{run.path / 'neighbors.npz'} is of {len(index)} {split} images, there are {len(source)} now; "
+                "the images have changed since: start again in a new folder"
+            )
+        own = torch.arange(len(index))[:, None]
+        neighbors[split] = torch.where(index >= 0, index, own)
+    return neighbors

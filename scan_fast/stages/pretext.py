@@ -1,0 +1,125 @@
+"""Stage one: a representation without labels, by SimCLR or from given weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.sources import Source
+from ..evaluation.probes import knn_accuracy
+from ..losses import nt_xent
+from ..models.heads import PretextModel
+from ..models.original_weights import read_original
+from ..models.weights import load_strict
+from ..runs.config import ConfigError
+from ..runs.folder import RunError
+from .context import Context, seeded
+from .inference import forward_all
+from .loop import Stage, train
+
+NAME = "pretext"
+FINAL = f"checkpoints/{NAME}-final.pt"
+
+
+class Pretext(Stage[tuple[Tensor, Tensor]]):
+    """SimCLR (https://arxiv.org/abs/2002.05709): two views of an image attract, all others repel."""
+
+    name = NAME
+
+    def __init__(self, context: Context, model: PretextModel) -> None:
+        self.context = context
+        self.config = context.config.pretext
+        self.training = self.config
+        self.source: Source = context.splits.pretext or context.splits.train
+        self.n_images = len(self.source)
+        self.background = not self.source.resident
+        self.model = model
+        self._views = context.views_of(self.source, NAME)
+        self._view = context.view(self.config.view)
+
+    def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Render two views of each image, each (B, 3, S, S)."""
+        first, second = (self._views(self._view, indices, epoch=epoch, view_index=v) for v in (0, 1))
+        return first, second
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the NT-Xent loss; both views go through the network, and its batch statistics, together."""
+        embeddings = self.model(torch.cat(batch))
+        z0, z1 = embeddings.chunk(2)
+        loss = nt_xent(z0, z1, self.config.temperature, anchors=self.config.anchors)
+        return loss, {"loss": loss}
+
+    def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
+        """Report the kNN accuracy on the test images where it is due and there are labels."""
+        every = self.config.monitor_every
+        if not last and (every == 0 or epoch % every):
+            return {}
+        return knn_monitor(self.context, self.model)
+
+
+def knn_monitor(context: Context, model: PretextModel) -> dict[str, float]:
+    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels."""
+    train_split, test_split = context.splits.train, context.splits.test
+    if train_split.labels is None or test_split.labels is None:
+        return {}
+    bank, queries = (forward_all(context, model, embedding_of(context, model), s) for s in (train_split, test_split))
+    config = context.config.pretext
+    accuracy = knn_accuracy(
+        bank, train_split.labels, queries, test_split.labels, k=config.monitor_k, temperature=config.temperature
+    )
+    return {"knn_acc": accuracy}
+
+
+def embedding_of(context: Context, model: PretextModel) -> Any:
+    """Return the function from views to the space in which neighbours are searched."""
+    return model if context.config.mining.features == "projection" else model.features
+
+
+def run_pretext(context: Context) -> None:
+    """Train the pretext model, or take the weights that the configuration names."""
+    config = context.config.pretext
+    with seeded(context.config.seed, NAME):
+        model = PretextModel(context.model_config).to(context.device, memory_format=torch.channels_last)
+    seconds = 0.0
+    results: dict[str, Any] = {}
+    if config.method == "simclr":
+        stage = Pretext(context, model)
+        seconds = train(stage, context)
+    else:
+        if config.method == "weights":
+            load_given_weights(context, model)
+        elif not context.config.model.pretrained:
+            raise ConfigError("pretext.method=none takes the backbone as it is, so it needs model.pretrained=true")
+        elif context.config.mining.features == "projection":
+            raise ConfigError("pretext.method=none has no trained projector, so it needs mining.features=backbone")
+    results |= knn_monitor(context, model)
+    context.run.save(FINAL, {"model": model.state_dict()})
+    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def load_given_weights(context: Context, model: PretextModel) -> None:
+    """Load ``pretext.weights``: a file of this project, of the original project, or of official MoCo-v2."""
+    path = context.config.pretext.weights
+    if path is None:
+        raise ConfigError("pretext.method=weights needs pretext.weights=FILE")
+    original = read_original(path.expanduser())
+    if original.kind not in ("pretext", "moco"):
+        raise ConfigError(f"pretext.weights={path} holds a {original.kind} model; stage one needs a pretext model")
+    load_strict(model, original.state_dict, what=str(path))
+
+
+def load_pretext(context: Context) -> PretextModel:
+    """Return the finished pretext model.
+
+    Raises:
+        RunError: where stage one has not been finished.
+    """
+    if not context.run.has(FINAL):
+        raise RunError(
+            f"{context.run.path} has no finished pretext stage; run `scan-fast pretext {context.run.path}` first"
+        )
+    model = PretextModel(context.model_config.model_copy(update={"pretrained": False}))
+    load_strict(model, context.run.load(FINAL)["model"], what=str(context.run.path / FINAL))
+    return model.to(context.device, memory_format=torch.channels_last)

@@ -1,0 +1,129 @@
+"""What a run leaves behind: metrics, assignments, the confusion matrix and the predictor."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.sources import Source
+from ..evaluation.metrics import clustering_metrics, confusion, match_clusters, save_confusion
+from ..evaluation.probes import kmeans_baseline, kmeans_metrics
+from ..models.heads import ClusterModel
+from .context import Context
+from .inference import forward_all
+
+MODEL_FORMAT = 1
+
+
+def splits_of(context: Context) -> dict[str, Source]:
+    """Return the splits that are clustered, by name, in the order of assignments.csv."""
+    return {"train": context.splits.train, "test": context.splits.test}
+
+
+def assess(context: Context, logits: Tensor, split: str) -> dict[str, float]:
+    """Measure one head's predictions of a split.
+
+    Args:
+        context: the run.
+        logits: (N, C) of all the split's images.
+        split: "train" or "test".
+
+    Returns:
+        clusters_used, confidence (mean of the largest probability) and, where there are labels, acc, nmi, ari, ami and
+        what else fits the numbers of clusters and classes.
+    """
+    labels = splits_of(context)[split].labels
+    probabilities = logits.softmax(dim=1)
+    confidence, clusters = probabilities.max(dim=1)
+    metrics = {"clusters_used": float(clusters.unique().numel()), "confidence": float(confidence.mean())}
+    if labels is not None and context.n_classes is not None:
+        metrics |= clustering_metrics(
+            clusters.numpy(), labels.numpy(), context.n_clusters, context.n_classes, probabilities.numpy()
+        )
+    return metrics
+
+
+def write_results(context: Context, model: ClusterModel, stage: str) -> None:
+    """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
+    logits = {split: forward_all(context, model, model, source)[0] for split, source in splits_of(context).items()}
+    context.run.write_text("assignments.csv", assignments_csv(context, logits))
+    context.run.save("model.pt", predictor_state(context, model, stage))
+    labels = context.splits.test.labels
+    if labels is not None and context.n_classes is not None:
+        clusters = logits["test"].argmax(dim=1).numpy()
+        many_to_one = context.n_clusters > context.n_classes
+        match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
+        matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
+        assert context.splits.test.class_names is not None
+        save_confusion(context.run.path / "confusion", matrix, context.splits.test.class_names)
+
+
+def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
+    """Return one row per image: path, cluster, confidence, margin to the second cluster, split and, if known, label."""
+    names = context.splits.train.class_names if context.n_classes is not None else None
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["path", "cluster", "confidence", "margin", "split", *(["label"] if names else [])])
+    for split, source in splits_of(context).items():
+        top, cluster = logits[split].softmax(dim=1).topk(2, dim=1)
+        # errors="replace" in spirit: a file name that is not valid text must not cost the table.
+        paths = [path.encode("utf-8", "replace").decode() for path in source.paths]
+        for row, path in enumerate(paths):
+            best, second = top[row].tolist()
+            line = [path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}", split]
+            if names and source.labels is not None:
+                label = int(source.labels[row])
+                line.append(names[label] if label >= 0 else "")
+            writer.writerow(line)
+    return buffer.getvalue()
+
+
+def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[str, Any]:
+    """Return everything that :class:`scan_fast.predictor.Predictor` needs: weights, sizes and normalisation."""
+    return {
+        "format": MODEL_FORMAT,
+        "stage": stage,
+        "model": context.model_config.model_copy(update={"pretrained": False}).model_dump(mode="json"),
+        "n_clusters": context.n_clusters,
+        "size": context.splits.train.size,
+        "view_size": context.plain_view.size,
+        "mean": list(context.splits.mean),
+        "std": list(context.splits.std),
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+    }
+
+
+def baselines(context: Context) -> dict[str, dict[str, float]]:
+    """Return the test metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
+
+    Empty without labels.
+    """
+    train, test = context.splits.train, context.splits.test
+    if test.labels is None or context.n_classes is None:
+        return {}
+    seeds = range(context.config.evaluation.baseline_seeds)
+    inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    if train.resident and test.resident:
+        inputs["kmeans_pixels"] = (_pixels(train), _pixels(test))
+    if context.run.has("embeddings.npz"):
+        embeddings = context.run.arrays("embeddings.npz")
+        inputs["kmeans_features"] = (embeddings["train"], embeddings["test"])
+    return {
+        name: kmeans_metrics(
+            kmeans_baseline(fit, applied, context.n_clusters, seeds),
+            test.labels.numpy(),
+            context.n_clusters,
+            context.n_classes,
+        )
+        for name, (fit, applied) in inputs.items()
+    }
+
+
+def _pixels(source: Source) -> np.ndarray:
+    images = source.read(torch.arange(len(source)))
+    return images.flatten(1).numpy().astype(np.float32)

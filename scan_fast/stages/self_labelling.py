@@ -1,0 +1,129 @@
+"""Stage three: the network learns from the images that it is sure of."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import self_label_loss
+from ..models.heads import ClusterModel
+from ..models.weights import load_strict
+from ..runs.folder import RunError
+from .clustering import load_clustering
+from .context import Context
+from .inference import forward_all
+from .loop import Stage, train
+from .results import assess
+
+NAME = "selflabel"
+FINAL = f"checkpoints/{NAME}-final.pt"
+
+
+class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
+    """Self-labelling (https://arxiv.org/abs/2005.12320, section 2.3), optionally with a moving average of the weights.
+
+    Without an average, or where it is written back, the labels come from the network itself in training mode, so that
+    its batch statistics follow the plain images too, as in the original. A teacher gives the labels in evaluation mode.
+    """
+
+    name = NAME
+
+    def __init__(self, context: Context, model: ClusterModel) -> None:
+        config = context.config.selflabel
+        assert config is not None
+        self.context = context
+        self.config = config
+        self.training = config
+        self.source = context.splits.train
+        self.n_images = len(self.source)
+        self.background = not self.source.resident
+        self.model: ClusterModel = model
+        self.average: ClusterModel | None = None
+        if config.ema is not None:
+            self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self._views = context.views_of(self.source, NAME)
+        self._weak, self._strong = context.view(config.weak_view), context.view(config.view)
+
+    @property
+    def result(self) -> ClusterModel:
+        """The network that gives the labels and that the stage is about: the teacher where there is one."""
+        return self.average if self.average is not None and self.config.ema_mode == "teacher" else self.model
+
+    def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Render the weak view, which gives the label, and the strong view, which learns it."""
+        weak = self._views(self._weak, indices, epoch=epoch, view_index=0)
+        strong = self._views(self._strong, indices, epoch=epoch, view_index=1)
+        return weak, strong
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy on confident images, zero where there is none."""
+        weak, strong = batch
+        with torch.no_grad():
+            weak_logits = self.result(weak)[0]
+        loss, confident = self_label_loss(
+            weak_logits, self.model(strong)[0], self.config.threshold, balance=self.config.balance
+        )
+        return loss, {"loss": loss, "confident": confident / len(weak)}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the average; a teacher follows the batch statistics too, written-back ones stay those of the start."""
+        if self.average is None or self.config.ema is None:
+            return
+        if self.config.ema_mode == "write_back":
+            for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(weight, 1 - self.config.ema)
+            self.model.load_state_dict(self.average.state_dict())
+            return
+        student = self.model.state_dict()
+        for name, average in self.average.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(student[name], 1 - self.config.ema)
+            else:
+                average.copy_(student[name])
+
+    def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
+        """Report the test metrics where they are due, and how many clusters are in use."""
+        if not last and epoch % self.config.evaluate_every:
+            return {}
+        logits = forward_all(self.context, self.result, self.result, self.context.splits.test)[0]
+        metrics = assess(self.context, logits, "test")
+        return {key: metrics[key] for key in ("acc", "nmi", "clusters_used") if key in metrics}
+
+    def state(self) -> dict[str, Any]:
+        """Return the average's weights."""
+        return {"average": self.average.state_dict() if self.average is not None else None}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back the average's weights."""
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def run_self_labelling(context: Context) -> None:
+    """Train on confident images and keep the last weights."""
+    model, _ = load_clustering(context)
+    stage = SelfLabelling(context, model)
+    seconds = train(stage, context)
+    results: dict[str, Any] = {}
+    for split, source in (("train", context.splits.train), ("test", context.splits.test)):
+        results[split] = assess(context, forward_all(context, stage.result, stage.result, source)[0], split)
+    context.run.save(FINAL, {"model": stage.result.state_dict()})
+    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def load_self_labelling(context: Context) -> ClusterModel:
+    """Return the finished model of stage three.
+
+    Raises:
+        RunError: where stage three has not been finished.
+    """
+    run = context.run
+    if not run.has(FINAL):
+        raise RunError(f"{run.path} has no finished self-labelling stage; run `scan-fast selflabel {run.path}` first")
+    model = ClusterModel(context.model_config.model_copy(update={"pretrained": False}), context.n_clusters)
+    load_strict(model, run.load(FINAL)["model"], what=str(run.path / FINAL))
+    return model.to(context.device, memory_format=torch.channels_last)

@@ -1,15 +1,113 @@
-"""Top-k neighbours (interim: reference only)."""
+"""Top-k neighbours: validation, the operator ``scan_fast::topk_neighbors`` and its fake, and the ``impl`` switch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from . import reference
+from .native import is_available, use_native
+
+METRICS = ("cosine", "dot")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NeighborResult(NamedTuple):
+    """The neighbours, and how hard they were to find.
+
+    Attributes:
+        similarity: (Q, k) float32, descending; -inf where there is no k-th neighbour.
+        index: (Q, k) int64; -1 where there is no k-th neighbour.
+        searched_again: int64 scalar: queries that the first search could not decide, because of many duplicates or
+            near ties. They cost time, not exactness. Zero for the reference, which searches once, in float64.
+    """
+
+    similarity: Tensor
+    index: Tensor
+    searched_again: Tensor
+
+
+def _validate(x: Tensor, k: int, queries: Tensor | None, metric: str, exclude_self: bool) -> None:
+    for name, tensor in (("x", x), ("queries", queries)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} must have two dimensions (rows, features), got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if x.shape[0] < 1 or x.shape[1] < 1:
+        raise ValueError(f"x must have at least one row and one column, got shape {tuple(x.shape)}")
+    if queries is not None:
+        if queries.shape[1] != x.shape[1]:
+            raise ValueError(f"queries must have {x.shape[1]} columns like x, got shape {tuple(queries.shape)}")
+        if queries.dtype != x.dtype:
+            raise ValueError(f"queries must have the dtype of x, {x.dtype}, got {queries.dtype}")
+        if queries.device != x.device:
+            raise ValueError(f"queries must be on the device of x, {x.device}, got {queries.device}")
+    if metric not in METRICS:
+        raise ValueError(f'metric must be "cosine" or "dot", got {metric!r}')
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise ValueError(f"k must be an integer, got {k!r}")
+    candidates = x.shape[0] - int(exclude_self and queries is None)
+    if k < 1 or k > candidates:
+        raise ValueError(f"k must be from 1 to the number of candidates, {candidates}, got {k}")
+
+
+def search(
+    x: Tensor,
+    k: int,
+    *,
+    queries: Tensor | None = None,
+    metric: str = "cosine",
+    exclude_self: bool = True,
+    impl: str = "auto",
+) -> NeighborResult:
+    """Search like :func:`scan_fast.topk_neighbors`, and also return how many queries were searched again.
+
+    Args:
+        x: (N, D) float32, bfloat16 or float16 (float64 through the reference).
+        k: neighbours per query, from 1 to the number of candidates.
+        queries: (Q, D), or None to search ``x`` against itself.
+        metric: ``"cosine"`` or ``"dot"``.
+        exclude_self: leave out row i for query i; without effect where ``queries`` are given.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        The neighbours, detached: similarities carry no gradient.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device, k, metric or impl.
+    """
+    _validate(x, k, queries, metric, exclude_self)
+    exclude_self = exclude_self and queries is None
+    database = x.detach()
+    wanted = database if queries is None else queries.detach()
+    normalize = metric == "cosine"
+    if use_native(impl, database, "topk_neighbors"):
+        return NeighborResult(*torch.ops.scan_fast.topk_neighbors(wanted, database, k, normalize, exclude_self))
+    similarity, index = reference.topk_neighbors(wanted, database, k, normalize, exclude_self)
+    return NeighborResult(similarity, index, index.new_zeros(()))
 
 
 def topk_neighbors(
     x: Tensor, k: int, *, queries: Tensor | None, metric: str, exclude_self: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """See :func:`scan_fast.topk_neighbors`."""
-    q = x if queries is None else queries
-    return reference.topk_neighbors(q, x, k, metric == "cosine", exclude_self and queries is None)
+    result = search(x, k, queries=queries, metric=metric, exclude_self=exclude_self, impl=impl)
+    return result.similarity, result.index
+
+
+if is_available():
+
+    @torch.library.register_fake("scan_fast::topk_neighbors")
+    def _(queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool) -> NeighborResult:
+        shape = (queries.shape[0], k)
+        return NeighborResult(
+            queries.new_empty(shape, dtype=torch.float32),
+            queries.new_empty(shape, dtype=torch.int64),
+            queries.new_empty((), dtype=torch.int64),
+        )

@@ -112,14 +112,17 @@ def topk_neighbors(
         counts; missing neighbours have index -1 and similarity -inf.
     """
     q, x = queries.detach().to(torch.float64), database.detach().to(torch.float64)
-    if normalize:
-        q, x = F.normalize(q, dim=1), F.normalize(x, dim=1)
     bad_query, bad_row = ~q.isfinite().all(dim=1), ~x.isfinite().all(dim=1)
     q, x = q.masked_fill(bad_query[:, None], 0), x.masked_fill(bad_row[:, None], 0)
+    q_length, x_length = (v.norm(dim=1).clamp_min(1e-12) for v in (q, x))
     similarities, indices = [], []
     for start in range(0, q.shape[0], rows_per_chunk):
         stop = min(start + rows_per_chunk, q.shape[0])
-        similarity = (q[start:stop] @ x.T).to(torch.float32)
+        similarity = q[start:stop] @ x.T
+        if normalize:
+            # Dividing after the sum keeps the exact zeros and ties of integer-valued rows.
+            similarity /= q_length[start:stop, None] * x_length
+        similarity = similarity.to(torch.float32)
         similarity.masked_fill_(bad_row, -torch.inf)
         similarity[bad_query[start:stop]] = -torch.inf
         if exclude_self:

@@ -1,0 +1,113 @@
+// bfloat16 products on AMX tiles for the CPU neighbour search.
+//
+// A tile holds 16 rows of 64 bytes. One step multiplies 32 query rows with 32 database rows over 32 elements of dim:
+// four accumulator tiles, two tiles of queries, two of the database; 4 tile loads (8 cycles each) against 4 tile products
+// (16 cycles each), so the matrix unit is the limit while the panels come from the first and second cache. Panels are stored
+// in exactly the order of use:
+//   queries   [step][half][16 rows][32 elements]
+//   database  [step][half][16 pairs of elements][16 rows][2 elements]     (the instruction wants pairs of k adjacent)
+// This file alone is compiled with AMX and AVX-512; it is entered only after amx_is_usable().
+#include <cstdlib>
+#include <cstring>
+
+#include "common/cpu_features.h"
+#include "neighbors/cpu_kernels.h"
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define SCAN_FAST_AMX 1
+#endif
+
+namespace scan_fast::neighbors {
+namespace {
+
+constexpr int64_t kStep = 32;          // elements of dim per tile product
+constexpr int64_t kTileSize = 16 * 32;  // elements
+
+int64_t steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
+
+uint16_t high_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+}  // namespace
+
+int64_t amx_panel_size(int64_t dim) { return steps(dim) * 2 * kTileSize; }
+
+void amx_pack_query(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel) {
+  uint16_t* out = panel + (row_in_panel / 16) * kTileSize + (row_in_panel % 16) * kStep;
+  for (int64_t d = 0; d < dim; ++d) out[(d / kStep) * 2 * kTileSize + d % kStep] = high_half(rounded[d]);
+}
+
+void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel) {
+  uint16_t* out = panel + (row_in_panel / 16) * kTileSize + (row_in_panel % 16) * 2;
+  for (int64_t d = 0; d < dim; ++d) {
+    out[(d / kStep) * 2 * kTileSize + (d % kStep) / 2 * 32 + d % 2] = high_half(rounded[d]);
+  }
+}
+
+#if defined(SCAN_FAST_AMX)
+
+bool amx_is_usable() {
+  static const bool usable = [] {
+    // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+    return cpu_has_amx_bf16() && std::getenv("SCAN_FAST_CPU_ISA") == nullptr && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  }();
+  return usable;
+}
+
+AmxSession::AmxSession() {
+  struct alignas(64) Layout {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static const Layout layout;
+  _tile_storeconfig(previous_);
+  _tile_loadconfig(&layout);
+}
+
+AmxSession::~AmxSession() {
+  if (previous_[0] == 0) {
+    _tile_release();
+  } else {
+    _tile_loadconfig(previous_);
+  }
+}
+
+void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t step = steps(dim); step > 0; --step, a += 2 * kTileSize, b += 2 * kTileSize) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTileSize, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + kTileSize, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  const int stride = kAmxTile * sizeof(float);
+  _tile_stored(0, c, stride);
+  _tile_stored(1, c + 16, stride);
+  _tile_stored(2, c + 16 * kAmxTile, stride);
+  _tile_stored(3, c + 16 * kAmxTile + 16, stride);
+}
+
+#else
+
+bool amx_is_usable() { return false; }
+AmxSession::AmxSession() : previous_{} {}
+AmxSession::~AmxSession() = default;
+void amx_product(const uint16_t*, const uint16_t*, int64_t, float*) { std::abort(); }
+
+#endif
+
+}  // namespace scan_fast::neighbors

@@ -1,0 +1,97 @@
+// The inner loops of the CPU neighbour search, one set per instruction set. No standard library templates here: an inline
+// function that the linker merges across instruction sets could crash an older processor.
+#pragma once
+
+#include <cstdint>
+
+namespace scan_fast::neighbors {
+
+// Candidates of a block of query rows. Row r owns value[r * capacity ..] and index[r * capacity ..].
+struct CandidateLists {
+  float* threshold;      // (rows,) a column enters when its fast similarity is at least this; +inf: the row is closed
+  float* value;          // (rows, capacity) fast similarities
+  int32_t* index;        // (rows, capacity) database rows
+  int32_t* count;        // (rows,)
+  int32_t* limit;        // (rows,) the list is tightened when count reaches this; at most capacity
+  uint8_t* overflow;     // (rows,) set when the list outgrew its capacity; the row is then closed
+  const double* margin;  // (rows,) 2 eps, in fast units
+  const int64_t* self;   // (rows,) the excluded column, or -1
+  const uint8_t* skip;   // (columns,) non-zero: this database row is nobody's neighbour
+  int64_t columns;
+  int64_t capacity;
+  int64_t k;
+};
+
+// What a rounded row costs in accuracy. All in the scaled units of the fast search.
+struct RoundedRow {
+  double residual_squared;  // |u - u^|^2
+  double norm_squared;      // |u^|^2
+};
+
+struct CpuKernels {
+  // The float32 tile: product() multiplies tile_rows query rows with tile_columns database rows.
+  int64_t tile_rows;
+  int64_t tile_columns;
+
+  // The exact sum of neighbors.h.
+  double (*dot)(const float* a, const float* b, int64_t dim);
+
+  // u = x * scale rounded to float32 (or on to bfloat16), with what is below the normal range set to zero.
+  RoundedRow (*round)(const float* x, double scale, int64_t dim, bool to_bfloat16, float* rounded);
+
+  // c (tile_rows, tile_columns) = a^T b for packed panels a (dim, tile_rows) and b (dim, tile_columns).
+  void (*product)(const float* a, const float* b, int64_t dim, float* c);
+
+  // Enters every element of a tile that reaches its row's threshold. columns is a multiple of 16.
+  void (*filter)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
+                 CandidateLists& lists);
+
+  // Raises the row's threshold and drops what falls below. final: as tight as float32 allows.
+  void (*tighten)(CandidateLists& lists, int64_t row, bool final);
+};
+
+}  // namespace scan_fast::neighbors
+
+namespace scan_fast::baseline {
+const neighbors::CpuKernels& neighbor_kernels();
+}
+#if defined(__x86_64__)
+namespace scan_fast::avx2 {
+const neighbors::CpuKernels& neighbor_kernels();
+}
+namespace scan_fast::avx512 {
+const neighbors::CpuKernels& neighbor_kernels();
+}
+#endif
+
+namespace scan_fast::neighbors {
+
+// bfloat16 products on AMX tiles: 32 query rows with 32 database rows. Panels are stored tile by tile, see cpu_amx.cpp.
+constexpr int64_t kAmxTile = 32;
+
+// True where the processor has AMX, the system lets this process use it, and SCAN_FAST_CPU_ISA does not lower it.
+bool amx_is_usable();
+
+// The size in elements of a packed panel of kAmxTile rows.
+int64_t amx_panel_size(int64_t dim);
+
+// Writes one rounded row (its values are exact in bfloat16) into a query panel or a database panel.
+void amx_pack_query(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
+void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
+
+// Loads the tile layout for the calling thread, and puts back the one it found (other libraries use tiles, too).
+class AmxSession {
+ public:
+  AmxSession();
+  ~AmxSession();
+  AmxSession(const AmxSession&) = delete;
+  AmxSession& operator=(const AmxSession&) = delete;
+
+ private:
+  alignas(64) unsigned char previous_[64];
+};
+
+// c (32, 32) = a b^T, inside an AmxSession.
+void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c);
+
+}  // namespace scan_fast::neighbors

@@ -1,0 +1,50 @@
+// Tensors in, tensors out for the neighbour search: checks, allocation, device dispatch.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "neighbors/neighbors.h"
+
+namespace scan_fast {
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// The Python layer gives the readable errors; these keep a direct caller of the operator from reading foreign memory.
+TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
+                         bool exclude_self) {
+  TORCH_CHECK_VALUE(queries.dim() == 2 && database.dim() == 2 && queries.size(1) == database.size(1),
+                    "queries and database must be (Q, D) and (N, D), got ", queries.sizes(), " and ", database.sizes());
+  TORCH_CHECK_VALUE(queries.device() == database.device(), "queries and database must be on one device");
+  TORCH_CHECK_VALUE(k >= 1 && k <= database.size(0), "k must be from 1 to ", database.size(0), ", got ", k);
+  TORCH_CHECK_VALUE(database.size(0) < std::numeric_limits<int32_t>::max(), "the database has too many rows");
+  TORCH_CHECK_VALUE(!exclude_self || queries.size(0) <= database.size(0),
+                    "exclude_self needs queries to be the first rows of the database");
+  return {queries.const_data_ptr<float>(), database.const_data_ptr<float>(), queries.size(0), database.size(0),
+          queries.size(1), k, normalize, exclude_self};
+}
+
+Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
+                      bool exclude_self) {
+  const at::Tensor q = queries.to(at::kFloat).contiguous();
+  const at::Tensor x = queries.is_same(database) ? q : database.to(at::kFloat).contiguous();
+  const TopkProblem problem = make_problem(q, x, k, normalize, exclude_self);
+  at::Tensor similarity = at::empty({q.size(0), k}, q.options());
+  at::Tensor index = at::empty({q.size(0), k}, q.options().dtype(at::kLong));
+  const int64_t again =
+      topk_neighbors_cpu(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
+  return {similarity, index, at::scalar_tensor(again, index.options())};
+}
+
+}  // namespace
+}  // namespace scan_fast
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, library) {
+  library.def(
+      "topk_neighbors(Tensor queries, Tensor database, int k, bool normalize, bool exclude_self)"
+      " -> (Tensor similarity, Tensor index, Tensor searched_again)");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, library) { library.impl("topk_neighbors", &scan_fast::topk_neighbors); }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/cpu_dispatch.h"
+
 namespace scan_fast::neighbors {
 
 // Candidates of a block of query rows. Row r owns value[r * capacity ..] and index[r * capacity ..].
@@ -52,17 +54,7 @@ struct CpuKernels {
 
 }  // namespace scan_fast::neighbors
 
-namespace scan_fast::baseline {
-const neighbors::CpuKernels& neighbor_kernels();
-}
-#if defined(__x86_64__)
-namespace scan_fast::avx2 {
-const neighbors::CpuKernels& neighbor_kernels();
-}
-namespace scan_fast::avx512 {
-const neighbors::CpuKernels& neighbor_kernels();
-}
-#endif
+SCAN_FAST_DECLARE_PER_ISA(const neighbors::CpuKernels& neighbor_kernels())
 
 namespace scan_fast::neighbors {
 

@@ -20,7 +20,6 @@
 #include <numeric>
 #include <vector>
 
-#include "common/cpu_features.h"
 #include "common/parallel.h"
 #include "neighbors/cpu_kernels.h"
 #include "neighbors/neighbors.h"
@@ -33,13 +32,7 @@ using neighbors::CandidateLists;
 using neighbors::CpuKernels;
 using neighbors::kAmxTile;
 
-const CpuKernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAvx512) return avx512::neighbor_kernels();
-  if (cpu_isa() == CpuIsa::kAvx2) return avx2::neighbor_kernels();
-#endif
-  return baseline::neighbor_kernels();
-}
+const CpuKernels& kernels() { return SCAN_FAST_BEST_ISA(neighbor_kernels)(); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

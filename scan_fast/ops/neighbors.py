@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ METRICS = ("cosine", "dot")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class NeighborResult(NamedTuple):
+@dataclass(frozen=True)
+class NeighborResult:
     """The neighbours, and how hard they were to find.
 
     Attributes:
@@ -104,9 +105,11 @@ def topk_neighbors(
 if is_available():
 
     @torch.library.register_fake("scan_fast::topk_neighbors")
-    def _(queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool) -> NeighborResult:
+    def _(
+        queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (queries.shape[0], k)
-        return NeighborResult(
+        return (
             queries.new_empty(shape, dtype=torch.float32),
             queries.new_empty(shape, dtype=torch.int64),
             queries.new_empty((), dtype=torch.int64),

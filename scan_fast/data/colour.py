@@ -66,29 +66,34 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue by a fraction of the colour circle, in PIL's 8-bit HSV: trunc(255 shift), wrapping at 256."""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    safe = chroma.clamp(min=1)
-    # The quotients as PIL takes them, one by one in float32: their rounding decides the truncation below.
-    rc, gc, bc = ((value - c).div_(safe) for c in (r, g, b))
-    sector = torch.where(r == value, bc - gc, torch.where(g == value, 2 + rc - bc, 4 + gc - rc))
-    del rc, gc, bc
-    fraction = sector.div_(6).add_(1)
-    fraction.sub_(fraction.floor())
-    angle = fraction.mul_(255).floor_()
+    lowest = torch.minimum(torch.minimum(r, g), b)
+    chroma = value - lowest
+    # PIL takes (max - c) / chroma for each channel. That of the lowest is 1 and of the highest 0, so the hue in sixths of
+    # the circle is a whole number plus or minus the middle one's quotient, rounded once, just as PIL rounds it.
+    quotient = (value - (r + g + b - value - lowest)).div_(chroma.clamp(min=1))
+    red = torch.where(g >= b, 1 - quotient, quotient - 1)
+    green = torch.where(r >= b, 1 + quotient, 3 - quotient)
+    blue = torch.where(g >= r, 3 + quotient, 5 - quotient)
+    sixths = torch.where(r == value, red, torch.where(g == value, green, blue))
+    del red, green, blue, quotient
+    # In float64, as in PIL: the truncation to 8 bits would otherwise fall to the other side of a whole number.
+    circle = torch.remainder(sixths.double().div_(6).add_(1), 1).float()
+    angle = circle.double().mul_(255).floor_().float()
     angle.masked_fill_(chroma == 0, 0)
     weight = (chroma / value.clamp(min=1)).mul_(255).floor_()
 
     step = (shift.double() * 255).trunc().float().view(-1, 1, 1)
     angle = torch.remainder(angle.add_(step), 256)
-    # Back to RGB: channel c falls from v to v (1 - s) by a trapezoid of the hue, measured in sixths of the circle.
-    angle.mul_(6 / 255)
-    weight.mul_(1 / 255).mul_(value)
+    # Back to RGB: channel c is v (1 - s t), where t in 0..1 is a trapezoid of the hue. In units of 1/255 all three are
+    # whole, so the numerator v (255^2 - s t) < 2^24 is exact, and one true division is all the rounding there is.
+    angle.mul_(6)
+    divisor = torch.full((), 65025.0, device=x.device)
     out = torch.empty_like(x)
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        k = torch.remainder(angle + offset, 6)
-        trapezoid = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.sub(value, trapezoid.mul_(weight), out=out[:, channel])
-    return out.add_(0.5).floor_().clamp_(0, 255)
+    for channel, offset in enumerate((5 * 255, 3 * 255, 255)):
+        k = torch.remainder(angle + offset, 6 * 255)
+        trapezoid = torch.minimum(k, 4 * 255 - k).clamp_(0, 255)
+        torch.sub(65025, trapezoid.mul_(weight), out=out[:, channel])
+    return out.mul_(value.unsqueeze(1)).div_(divisor).add_(0.5).floor_()
 
 
 def histograms(x: Tensor) -> Tensor:
@@ -138,7 +143,8 @@ def _autocontrast(x: Tensor, ramp: Tensor) -> Tensor:
     """Stretch each channel's range to 0..255; a channel of one level stays."""
     low, high = (f(x.flatten(2), dim=2, keepdim=True).double() for f in (torch.amin, torch.amax))
     # In float64, term by term as PIL computes it, because the result is truncated.
-    scale = 255.0 / (high - low).clamp(min=1)
+    # A tensor numerator, because torch divides a plain number by multiplying with the reciprocal.
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)
     stretched = (ramp.double() * scale).add_(-low * scale).trunc_().clamp_(0, 255)
     return torch.where(high > low, stretched, ramp.double()).float()
 
@@ -160,4 +166,4 @@ def apply_tables(x: Tensor, table: Tensor) -> Tensor:
     # 32-bit positions in the flattened tables: half the traffic of gather's 64-bit ones.
     position = x.reshape(n, -1).to(torch.int32)
     position += torch.arange(0, 256 * n, 256, dtype=torch.int32, device=x.device).unsqueeze(1)
-    return table.reshape(-1).index_select(0, position.view(-1)).view(x.shape)
+    return table.reshape(-1).index_select(0, position.reshape(-1)).view(x.shape)

@@ -15,7 +15,8 @@ def crop_resize(x: Tensor, side: int, params: Params) -> Tensor:
     """Cut each image's box out, resize it to (side, side) with PIL's antialiased bilinear filter, and mirror it.
 
     Both directions are one matrix product per image: out = Wy x Wx, where a column of W holds the filter's taps. The
-    mirror is a reversal of Wx. PIL rounds to whole levels after the horizontal and again after the vertical pass.
+    mirror is a reversal of Wx. Like PIL, this rounds to whole levels after the horizontal and again after the vertical
+    pass; newer Pillows shrink tall crops vertically first, which moves some of their pixels by one level.
     """
     n, _, height, width = x.shape
     flip = params["flip"]
@@ -26,7 +27,7 @@ def crop_resize(x: Tensor, side: int, params: Params) -> Tensor:
     horizontal = _taps(params["left"], params["width"], width, side)
     horizontal = torch.where(flip.view(-1, 1, 1), horizontal.flip(2), horizontal)
     vertical = _taps(params["top"], params["height"], height, side)
-    x = torch.bmm(x.view(n, 3 * height, width), horizontal).add_(0.5).floor_()
+    x = torch.bmm(x.reshape(n, 3 * height, width), horizontal).add_(0.5).floor_()
     x = torch.matmul(vertical.transpose(1, 2).unsqueeze(1), x.view(n, 3, height, side))
     return x.add_(0.5).floor_().clamp_(0, 255)
 

@@ -68,8 +68,8 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(r, g), b)
     lowest = torch.minimum(torch.minimum(r, g), b)
     chroma = value - lowest
-    # PIL takes (max - c) / chroma for each channel. That of the lowest is 1 and of the highest 0, so the hue in sixths of
-    # the circle is a whole number plus or minus the middle one's quotient, rounded once, just as PIL rounds it.
+    # PIL takes (max - c) / chroma of each channel. The lowest has 1 and the highest 0, so the hue in sixths of the
+    # circle is a whole number plus or minus the middle channel's quotient, rounded once, just as PIL rounds it.
     quotient = (value - (r + g + b - value - lowest)).div_(chroma.clamp(min=1))
     red = torch.where(g >= b, 1 - quotient, quotient - 1)
     green = torch.where(r >= b, 1 + quotient, 3 - quotient)

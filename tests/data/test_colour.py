@@ -37,7 +37,7 @@ def planar(images: torch.Tensor, device: str = "cpu") -> torch.Tensor:
 
 
 def interleaved(x: torch.Tensor) -> torch.Tensor:
-    assert torch.equal(x, x.round()) and 0 <= float(x.min()) and float(x.max()) <= 255
+    assert torch.equal(x, x.round()) and float(x.min()) >= 0 and float(x.max()) <= 255
     return x.cpu().permute(0, 2, 3, 1).to(torch.uint8)
 
 

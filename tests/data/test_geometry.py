@@ -79,8 +79,8 @@ def test_crop_resize_equals_torchvision(source: tuple[int, int], side: int, devi
             difference = (got[i].int() - pixels.int()).abs()
             assert int(difference.max()) <= 1
             unequal += share * float((difference > 0).float().mean()) / n
-    # PIL holds its taps in 22 bits, so an exact half may fall either way; else all pixels are equal.
-    assert unequal < 0.005
+    # PIL holds its taps in 22 bits, so an exact half (the two-toned images have many) may fall either way.
+    assert unequal < 0.02
 
 
 def test_whole_boxes_leave_the_pixels_alone() -> None:

@@ -75,7 +75,7 @@ def test_uniforms_change_with_every_argument(change: dict) -> None:
 def test_uniforms_are_uniform_and_below_one() -> None:
     u = uniforms(stream_key(0, "s"), 0, torch.arange(50_000), 0, 4)
     assert u.dtype == torch.float32
-    assert 0 <= float(u.min()) and float(u.max()) < 1
+    assert float(u.min()) >= 0 and float(u.max()) < 1
     counts = torch.histc(u, bins=100, min=0, max=1)
     expected = u.numel() / 100
     # Chi-square with 99 degrees of freedom: mean 99, deviation 14.

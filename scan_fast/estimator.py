@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from .data.sources import Splits, hold_out, source_from
+from .data.datasets import source_from, split_source
 from .predictor import Predictor
 from .runs.config import find_config, load_config
 from .runs.events import Events
@@ -74,7 +73,7 @@ class ImageClusterer:
         }
         config = load_config(find_config("folder"), (), changes)
         source = source_from(images, size=config.data.image_size)
-        train_rows, test_rows, splits = self._split(source, config)
+        splits = split_source(source, config.data)
         with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
             run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
             with run:
@@ -87,11 +86,6 @@ class ImageClusterer:
         self.probabilities_ = probabilities.numpy()
         self.labels_: np.ndarray = probabilities.argmax(dim=1).numpy()
         return self
-
-    @staticmethod
-    def _split(source: Any, config: Any) -> tuple[torch.Tensor, torch.Tensor, Splits]:
-        train_rows, test_rows = hold_out(source.paths, config.data.test_fraction)
-        return train_rows, test_rows, Splits.of(source.subset(train_rows), source.subset(test_rows), config.data)
 
     def fit_predict(self, images: Any) -> np.ndarray:
         """Return ``fit(images).labels_``."""

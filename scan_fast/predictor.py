@@ -35,7 +35,7 @@ class Predictor:
         self.size: int = state["size"]
         self.model = ClusterModel(ModelConfig.model_validate(state["model"]), self.n_clusters)
         load_strict(self.model, state["state_dict"], what="model.pt")
-        self.model = self.model.to(self.device, memory_format=torch.channels_last).eval()
+        self.model = self.model.to(self.device).to(memory_format=torch.channels_last).eval()
         self._renderer = TorchRenderer(tuple(state["mean"]), tuple(state["std"]), self.device)
         self._view = PlainView(kind="plain", size=state["view_size"])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..schema import Settings
 from .errors import DataError
-from .folders import Listing, check_folder, default_size, find_split, list_folder, split_folder
+from .folders import Listing, check_folder, default_size, find_split, held_out_rows, list_folder, split_folder
 from .random import permutation, stream_key
 from .sources import FileSource, Source, SubsetSource, TensorSource, dataset_source
 
@@ -117,6 +117,25 @@ def open_splits(config: DataConfig) -> Splits:
         train=_limited(train, config.limit),
         test=test,
         pretext=None if pretext is None else _limited(pretext, config.limit),
+        mean=config.mean or mean,
+        std=config.std or std,
+    )
+
+
+def split_source(source: Source, config: DataConfig) -> Splits:
+    """Hold a part of any source out for testing, by a hash of each image's name.
+
+    Raises:
+        DataError: for fewer than two images.
+    """
+    if len(source) < 2:
+        raise DataError(f"{len(source)} image is too few; at least 2 are needed, one for testing")
+    train, test = held_out_rows(source.paths, config.test_fraction)
+    mean, std = STATISTICS.get(config.source, STATISTICS["imagenet"])
+    return Splits(
+        train=_limited(SubsetSource(source, torch.tensor(train)), config.limit),
+        test=SubsetSource(source, torch.tensor(test)),
+        pretext=None,
         mean=config.mean or mean,
         std=config.std or std,
     )

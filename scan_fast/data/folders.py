@@ -154,7 +154,13 @@ def held_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     """
     if len(listing.files) < 2:
         raise DataError(f"{listing.folder} holds {len(listing.files)} image; at least 2 are needed, one for testing")
-    rank = [_hash01(file.relative_to(listing.folder).as_posix()) for file in listing.files]
+    train, test = held_out_rows([file.relative_to(listing.folder).as_posix() for file in listing.files], fraction)
+    return listing.take(train), listing.take(test)
+
+
+def held_out_rows(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Split the rows of at least two named images into train and test by a hash of each name; neither is empty."""
+    rank = [_hash01(name) for name in names]
     test = [i for i, value in enumerate(rank) if value < fraction]
     # Small folders: each part keeps at least one image.
     if not test:
@@ -162,7 +168,7 @@ def held_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     elif len(test) == len(rank):
         test.remove(max(test, key=rank.__getitem__))
     chosen = set(test)
-    return listing.take([i for i in range(len(rank)) if i not in chosen]), listing.take(test)
+    return [i for i in range(len(rank)) if i not in chosen], test
 
 
 def _hash01(text: str) -> float:

@@ -28,9 +28,9 @@ class ModelConfig(Settings):
     """The network of a run: the backbone and, for the pretext stage, the projector on top of it.
 
     Attributes:
-        backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling), ``resnet18_stl`` (96 px: the same with one
-            max-pooling), ``resnet50``, ``resnet_digits`` (a small one for 8x8 images), ``torchvision:NAME`` or
-            ``timm:NAME``.
+        backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling),
+            ``resnet18_stl`` (96 px: the same with one max-pooling), ``resnet50``, ``resnet_digits`` (a small one for
+            8x8 images), ``torchvision:NAME`` or ``timm:NAME``.
         width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
         pretrained: start from the weights that torchvision or timm publish (``torchvision:`` and ``timm:`` only).
         projector: ``mlp`` (linear, ReLU, linear) or ``linear``.

@@ -36,10 +36,10 @@ class OptimizerConfig(Settings):
     """How weights are updated. ``momentum`` and ``nesterov`` apply to SGD."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
     decay_all: bool = True
     """Whether biases and normalisation weights decay too, as in the original."""
 
@@ -48,10 +48,10 @@ class ScheduleConfig(Settings):
     """How the learning rate changes: linear warm-up over ``warmup_epochs``, then ``name``."""
 
     name: Literal["constant", "cosine", "step"] = "constant"
-    warmup_epochs: int = Field(0, ge=0)
-    floor: float = Field(0.0, ge=0, le=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+    floor: float = Field(default=0.0, ge=0, le=1)
     """The cosine's end, as a fraction of the learning rate."""
-    decay_rate: float = Field(0.1, gt=0, le=1)
+    decay_rate: float = Field(default=0.1, gt=0, le=1)
     decay_epochs: tuple[int, ...] = ()
     every: Literal["epoch", "step"] = "epoch"
 
@@ -59,8 +59,8 @@ class ScheduleConfig(Settings):
 class TrainingConfig(Settings):
     """What all learned stages share."""
 
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(512, ge=2)
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=512, ge=2)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -71,19 +71,19 @@ class PretextConfig(TrainingConfig):
     method: Literal["simclr", "weights", "none"] = "simclr"
     """``weights`` reads ``weights``; ``none`` takes the backbone as it is (use with ``model.pretrained``)."""
     weights: Path | None = None
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     anchors: Literal["both", "first"] = "both"
     view: View = SimCLRView(kind="simclr", size=None)
-    monitor_every: int = Field(10, ge=0)
+    monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks on the test images (needs labels); 0 for never."""
-    monitor_k: int = Field(100, ge=1)
+    monitor_k: int = Field(default=100, ge=1)
 
 
 class MiningConfig(Settings):
     """Nearest neighbours in the space that stage one learned."""
 
-    k: int = Field(20, ge=1)
-    test_k: int = Field(5, ge=1)
+    k: int = Field(default=20, ge=1)
+    test_k: int = Field(default=5, ge=1)
     features: Literal["projection", "backbone"] = "projection"
     backend: Literal["auto", "native", "reference", "faiss"] = "auto"
 
@@ -91,26 +91,26 @@ class MiningConfig(Settings):
 class ClusteringConfig(TrainingConfig):
     """Stage two: a clustering head under the SCAN loss."""
 
-    n_clusters: int | None = Field(None, ge=2)
+    n_clusters: int | None = Field(default=None, ge=2)
     """None: as many as the source has classes."""
-    heads: int = Field(1, ge=1)
-    entropy_weight: float = Field(5.0, ge=0)
-    neighbors: int | None = Field(None, ge=1)
+    heads: int = Field(default=1, ge=1)
+    entropy_weight: float = Field(default=5.0, ge=0)
+    neighbors: int | None = Field(default=None, ge=1)
     """How many of the mined neighbours are drawn from; None: all."""
     include_self: bool = True
     """Whether an image may be drawn as its own neighbour, as in the original."""
     update: Literal["full", "heads"] = "full"
     initialize: Literal["random", "kmeans"] = "random"
     view: View = StrongView(kind="strong", size=None)
-    evaluate_every: int = Field(1, ge=1)
+    evaluate_every: int = Field(default=1, ge=1)
 
 
 class SelfLabelConfig(TrainingConfig):
     """Stage three: learning from confident assignments."""
 
-    threshold: float = Field(0.99, ge=0, le=1)
+    threshold: float = Field(default=0.99, ge=0, le=1)
     balance: bool = True
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the weights; None: no average."""
     ema_mode: Literal["teacher", "write_back"] = "teacher"
     """``teacher``: the average gives the labels and is the result. ``write_back``: as in the original, the average
@@ -118,24 +118,24 @@ class SelfLabelConfig(TrainingConfig):
     statistics of the start."""
     weak_view: View = PlainView(kind="plain", size=None)
     view: View = StrongView(kind="strong", size=None)
-    evaluate_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(default=10, ge=1)
 
 
 class EvaluationConfig(Settings):
     """What is measured beside the stages."""
 
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(default=512, ge=1)
     baselines: bool = True
     """k-means on pixels and on features, where there are labels."""
-    baseline_seeds: int = Field(3, ge=1)
+    baseline_seeds: int = Field(default=3, ge=1)
 
 
 class RuntimeConfig(Settings):
     """How a run is carried out; none of it belongs to the experiment, so it may change when a run is continued."""
 
     device: str = "auto"
-    threads: int | None = Field(None, ge=1)
-    checkpoint_seconds: float = Field(60.0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between checkpoints; 0 writes one after every step."""
     tensorboard: bool = False
 
@@ -145,7 +145,7 @@ class Config(Settings):
 
     name: str = "run"
     preset: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 on a GPU, float32 on the CPU. Losses and batch-norm statistics are float32 in any case."""
     data: DataConfig = DataConfig()
@@ -177,7 +177,7 @@ def find_config(name: str) -> Path:
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
-    """Read a configuration file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` strings."""
+    """Read a file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` words."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -287,15 +287,18 @@ def _without_kinds(location: list[str]) -> list[str]:
 def _known_keys(location: list[str]) -> list[str]:
     models: list[type[BaseModel]] = [Config]
     for part in location:
-        inner = [
-            m for model in models if part in model.model_fields for m in _models_of(model.model_fields[part].annotation)
-        ]
-        models = (
-            inner or [m for m in models if str(m.model_fields["kind"].default) == part]
-            if inner or any("kind" in m.model_fields for m in models)
-            else []
-        )
+        inner = [inside for model in models for inside in _models_at(model, part)]
+        # A part that is no field is the tag of a union, which picks one of the models at hand.
+        models = inner or [model for model in models if "kind" in model.model_fields and _kind(model) == part]
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_at(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    return _models_of(model.model_fields[field].annotation) if field in model.model_fields else []
+
+
+def _kind(model: type[BaseModel]) -> str:
+    return str(model.model_fields["kind"].default)
 
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:

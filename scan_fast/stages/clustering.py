@@ -19,7 +19,7 @@ from .context import Context, seeded
 from .inference import forward_all
 from .loop import Stage, train
 from .mining import load_neighbors
-from .pretext import FINAL as PRETEXT_FINAL
+from .pretext import load_pretext
 from .results import assess
 
 NAME = "clustering"
@@ -109,20 +109,8 @@ def run_clustering(context: Context) -> None:
     """Train the heads (and, unless told otherwise, the backbone) and keep the best head by its loss."""
     config = context.config.clustering
     with seeded(context.config.seed, NAME):
-        model = ClusterModel(
-            context.model_config.model_copy(update={"pretrained": False}), context.n_clusters, config.heads
-        ).to(context.device, memory_format=torch.channels_last)
-    if not context.run.has(PRETEXT_FINAL):
-        raise RunError(
-            f"{context.run.path} has no finished pretext stage; run `scan-fast pretext {context.run.path}` first"
-        )
-    pretext = context.run.load(PRETEXT_FINAL, context.device)["model"]
-    load_strict(
-        model,
-        {name: value for name, value in pretext.items() if not name.startswith("contrastive_head.")},
-        what=str(context.run.path / PRETEXT_FINAL),
-        ignore_prefixes=("cluster_head.",),
-    )
+        model = context.place(ClusterModel(context.untrained, context.n_clusters, config.heads))
+    model.backbone.load_state_dict(load_pretext(context).backbone.state_dict())
     if config.initialize == "kmeans" and not context.run.has(f"checkpoints/{NAME}.pt"):
         start_from_kmeans(context, model)
     stage = Clustering(context, model)
@@ -150,8 +138,8 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     for number, head in enumerate(model.cluster_head):
         kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()
-        head.weight.copy_(2 * sharpness * centers / scale)  # type: ignore[union-attr, operator]
-        head.bias.copy_(-sharpness * centers.square().sum(dim=1))  # type: ignore[union-attr, operator]
+        head.weight.copy_(2 * sharpness * centers / scale)
+        head.bias.copy_(-sharpness * centers.square().sum(dim=1))
 
 
 def load_clustering(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
@@ -165,8 +153,6 @@ def load_clustering(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
         raise RunError(f"{run.path} has no finished clustering stage; run `scan-fast cluster {run.path}` first")
     best = run.load(FINAL)
     config = context.config.clustering
-    model = ClusterModel(
-        context.model_config.model_copy(update={"pretrained": False}), context.n_clusters, config.heads
-    )
+    model = ClusterModel(context.untrained, context.n_clusters, config.heads)
     load_strict(model, best["model"], what=str(run.path / FINAL))
-    return model.head(best["head"]).to(context.device, memory_format=torch.channels_last), best
+    return context.place(model.head(best["head"])), best

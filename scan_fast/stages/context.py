@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from pydantic import BaseModel
+from torch import nn
 
 from ..data.datasets import Splits, open_splits
 from ..data.loader import ViewMaker
@@ -21,7 +21,7 @@ from ..runs.config import Config, ConfigError
 from ..runs.events import Events
 from ..runs.folder import RunFolder
 
-V = TypeVar("V", bound=BaseModel)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -47,15 +47,18 @@ class Context:
         return model.model_copy(update={"backbone": backbone})
 
     @property
+    def untrained(self) -> ModelConfig:
+        """The model section for a network whose weights are loaded from this run."""
+        return self.model_config.model_copy(update={"pretrained": False})
+
+    @property
     def n_clusters(self) -> int:
         """The number of clusters: as configured, or as many as there are classes."""
         if self.config.clustering.n_clusters is not None:
             return self.config.clustering.n_clusters
         names = self.splits.train.class_names
         if names is None:
-            raise ConfigError(
-                "the number of clusters is not set and the images have no classes to count: give --clusters K"
-            )
+            raise ConfigError("the images have no classes to count: give the number of clusters with --clusters K")
         if len(names) < 2:
             raise ConfigError(
                 f"the images have {len(names)} class folder; give --clusters K to say how many groups to look for"
@@ -68,6 +71,10 @@ class Context:
         names = self.splits.train.class_names
         return None if names is None or self.splits.train.labels is None else len(names)
 
+    def place(self, model: M) -> M:
+        """Put a model on the device, its convolutions in the channels-last layout of the views."""
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
     def view(self, view: View) -> View:
         """Fill in a view's size from the images where the configuration leaves it open."""
         return view.resolved(self.splits.train.size)
@@ -75,9 +82,7 @@ class Context:
     @property
     def plain_view(self) -> View:
         """The view for evaluation."""
-        return self.view(
-            PlainView(kind="plain", size=self.config.selflabel.weak_view.size if self.config.selflabel else None)
-        )
+        return self.view(PlainView(kind="plain", size=self.config.clustering.view.size))
 
     def views_of(self, source: Source, stage: str) -> ViewMaker:
         """Return what renders views of a source with a stage's random numbers."""
@@ -133,7 +138,7 @@ def check_sizes(context: Context) -> None:
         raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
     if config.mining.k >= train:
         raise ConfigError(
-            f"mining.k={config.mining.k} neighbours need more than {config.mining.k} training images, there are {train}; "
+            f"mining.k={config.mining.k} must be below the number of training images, {train}; "
             f"use mining.k={max(1, min(20, train - 1))} or add images"
         )
     wanted = config.clustering.neighbors

@@ -1,9 +1,9 @@
 """The one training loop.
 
-A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the rest:
-order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a function
-of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the very same
-weights as one that was never interrupted.
+A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the
+rest: order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a
+function of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the
+very same weights as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def train(stage: Stage[Any], context: Context) -> float:
                 with context.autocast():
                     loss, metrics = stage.step(batch)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 stage.after_step()
                 for name, value in metrics.items():
@@ -138,8 +138,8 @@ def train(stage: Stage[Any], context: Context) -> float:
             averages = {name: float(value) / steps for name, value in totals.items()}
             if not math.isfinite(averages.get("loss", 0.0)):
                 raise RunError(
-                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower {stage.name}.optimizer.lr "
-                    f"(now {training.optimizer.lr:g}) and start again in a new folder"
+                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower "
+                    f"{stage.name}.optimizer.lr (now {training.optimizer.lr:g}) and start again in a new folder"
                 )
             epoch, step, totals = epoch + 1, 0, {}
             averages |= stage.end_epoch(epoch, last=epoch == training.epochs)

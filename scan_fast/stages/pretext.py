@@ -81,7 +81,7 @@ def run_pretext(context: Context) -> None:
     """Train the pretext model, or take the weights that the configuration names."""
     config = context.config.pretext
     with seeded(context.config.seed, NAME):
-        model = PretextModel(context.model_config).to(context.device, memory_format=torch.channels_last)
+        model = context.place(PretextModel(context.model_config))
     seconds = 0.0
     results: dict[str, Any] = {}
     if config.method == "simclr":
@@ -120,6 +120,6 @@ def load_pretext(context: Context) -> PretextModel:
         raise RunError(
             f"{context.run.path} has no finished pretext stage; run `scan-fast pretext {context.run.path}` first"
         )
-    model = PretextModel(context.model_config.model_copy(update={"pretrained": False}))
+    model = PretextModel(context.untrained)
     load_strict(model, context.run.load(FINAL)["model"], what=str(context.run.path / FINAL))
-    return model.to(context.device, memory_format=torch.channels_last)
+    return context.place(model)

@@ -88,7 +88,7 @@ def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[s
     return {
         "format": MODEL_FORMAT,
         "stage": stage,
-        "model": context.model_config.model_copy(update={"pretrained": False}).model_dump(mode="json"),
+        "model": context.untrained.model_dump(mode="json"),
         "n_clusters": context.n_clusters,
         "size": context.splits.train.size,
         "view_size": context.plain_view.size,

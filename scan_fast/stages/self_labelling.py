@@ -124,6 +124,6 @@ def load_self_labelling(context: Context) -> ClusterModel:
     run = context.run
     if not run.has(FINAL):
         raise RunError(f"{run.path} has no finished self-labelling stage; run `scan-fast selflabel {run.path}` first")
-    model = ClusterModel(context.model_config.model_copy(update={"pretrained": False}), context.n_clusters)
+    model = ClusterModel(context.untrained, context.n_clusters)
     load_strict(model, run.load(FINAL)["model"], what=str(run.path / FINAL))
-    return model.to(context.device, memory_format=torch.channels_last)
+    return context.place(model)

@@ -1,18 +1,197 @@
-"""NT-Xent (interim: reference only)."""
+"""NT-Xent: argument checks, the compiled operators' fakes and autograd, and the form for several processes.
+
+Under ``torch.set_float32_matmul_precision("medium")`` the kernels round the operands of their matrix products to 16
+bits, where the processor has fast products for them; sums and exponentials stay in float32.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from typing import Any
 
-from . import reference
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, reduction: str, impl: str) -> Tensor:
     """See :func:`scan_fast.nt_xent`."""
-    losses = reference.nt_xent(z0, z1, temperature, anchors == "both")
+    both = _check(z0, z1, temperature, anchors)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if native.use_native(impl, z0, "nt_xent_forward"):
+        losses = _NTXent.apply(z0, z1, float(temperature), both)
+    else:
+        losses = reference.nt_xent(z0, z1, float(temperature), both)
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
 def nt_xent_distributed(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, impl: str) -> Tensor:
-    """See :class:`scan_fast.NTXentLoss`."""
-    raise NotImplementedError
+    """The mean loss over this rank's anchors, with all ranks' rows as negatives; see :class:`scan_fast.NTXentLoss`.
+
+    The gradient is that of the sum of all ranks' losses. Communication per step: the embeddings in the forward pass
+    and, with the compiled kernels, three numbers per anchor in the backward pass.
+
+    Raises:
+        ValueError: as :func:`scan_fast.nt_xent`, and where the ranks' shapes or dtypes differ.
+    """
+    both = _check(z0, z1, temperature, anchors)
+    use_native = native.use_native(impl, z0, "nt_xent_forward")
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return nt_xent(z0, z1, temperature, anchors=anchors, reduction="mean", impl=impl)
+    _check_ranks_agree(z0)
+    if use_native:
+        return _DistributedNTXent.apply(z0, z1, float(temperature), both).mean()
+    n = z0.shape[0]
+    views = _Gather.apply(torch.stack([z0, z1]))
+    losses = reference.nt_xent(*_views_of_all_ranks(views), float(temperature), both)
+    return losses.view(2 if both else 1, -1, n)[:, dist.get_rank()].mean()
+
+
+def _check(z0: Tensor, z1: Tensor, temperature: float, anchors: str) -> bool:
+    """Raise ValueError for wrong arguments; return whether all rows are anchors."""
+    for name, z in (("z0", z0), ("z1", z1)):
+        if not isinstance(z, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(z).__name__}")
+        if z.ndim != 2:
+            raise ValueError(f"{name} must have 2 dimensions (N, D), got shape {tuple(z.shape)}")
+        if z.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {z.dtype}")
+    if z0.shape != z1.shape:
+        raise ValueError(f"z0 and z1 must have the same shape, got {tuple(z0.shape)} and {tuple(z1.shape)}")
+    if z0.shape[0] < 1 or z0.shape[1] < 1:
+        raise ValueError(f"z0 must have at least one row and one column, got shape {tuple(z0.shape)}")
+    if z0.dtype != z1.dtype:
+        raise ValueError(f"z0 and z1 must have the same dtype, got {z0.dtype} and {z1.dtype}")
+    if z0.device != z1.device:
+        raise ValueError(f"z0 and z1 must be on the same device, got {z0.device} and {z1.device}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise ValueError(f"temperature must be a number, got {temperature!r}")
+    if not (math.isfinite(temperature) and temperature >= 1e-8):
+        raise ValueError(f"temperature must be finite and at least 1e-8, got {temperature}")
+    if anchors not in ("both", "first"):
+        raise ValueError(f'anchors must be "both" or "first", got {anchors!r}')
+    return anchors == "both"
+
+
+# ---- the compiled operators --------------------------------------------------------------------------------------
+
+
+if native.is_available():
+
+    @torch.library.register_fake("scan_fast::nt_xent_forward")
+    def _fake_forward(
+        z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool, sample_begin: int, sample_count: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        losses = z0.new_empty((2 if both_anchors else 1) * sample_count, dtype=torch.float32)
+        rows = 2 * z0.shape[0]
+        unit = z0.new_empty((rows, z0.shape[1]), dtype=torch.float32)
+        return losses, torch.empty_like(losses), unit, losses.new_empty(rows)
+
+    @torch.library.register_fake("scan_fast::nt_xent_backward")
+    def _fake_backward(
+        grad_losses: Tensor,
+        losses: Tensor,
+        lse: Tensor,
+        unit: Tensor,
+        inv_norm: Tensor,
+        temperature: float,
+        both_anchors: bool,
+        sample_begin: int,
+        sample_count: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        grad_z0 = unit.new_empty((sample_count, unit.shape[-1]), dtype=dtype)
+        return grad_z0, torch.empty_like(grad_z0)
+
+
+class _NTXent(torch.autograd.Function):
+    """Per-anchor losses. Only the forward pass's results are saved; the backward pass makes the similarities anew."""
+
+    @staticmethod
+    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float, both: bool) -> Tensor:
+        n = z0.shape[0]
+        losses, lse, unit, inv_norm = torch.ops.scan_fast.nt_xent_forward(z0, z1, temperature, both, 0, n)
+        ctx.save_for_backward(losses, lse, unit, inv_norm)
+        ctx.temperature, ctx.both, ctx.samples, ctx.dtype = temperature, both, n, z0.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        losses, lse, unit, inv_norm = ctx.saved_tensors
+        grads = torch.ops.scan_fast.nt_xent_backward(
+            grad_losses, losses, lse, unit, inv_norm, ctx.temperature, ctx.both, 0, ctx.samples, ctx.dtype
+        )
+        return grads[0], grads[1], None, None
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def _all_gather(local: Tensor) -> Tensor:
+    """(world, *local.shape), by rank."""
+    gathered = local.new_empty((dist.get_world_size(), *local.shape))
+    dist.all_gather_into_tensor(gathered.flatten(), local.contiguous().flatten())
+    return gathered
+
+
+def _check_ranks_agree(z: Tensor) -> None:
+    # Ranks that disagree would hang or exchange garbage in the gather of the embeddings, so shapes travel first.
+    local = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device)
+    described = _all_gather(local).tolist()
+    if any(other != described[0] for other in described):
+        shapes = [f"({rows}, {columns}) {_DTYPES[dtype]}" for rows, columns, dtype in described]
+        raise ValueError(f"every rank must pass z0 and z1 of one shape and dtype, got by rank: {', '.join(shapes)}")
+
+
+def _views_of_all_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """From (world, 2, n, D) to the two views of all samples, (world * n, D) each, in order of rank."""
+    return gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)
+
+
+class _DistributedNTXent(torch.autograd.Function):
+    """The losses of this rank's anchors against the rows of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float, both: bool) -> Tensor:
+        n = z0.shape[0]
+        all0, all1 = _views_of_all_ranks(_all_gather(torch.stack([z0, z1])))
+        begin = dist.get_rank() * n
+        losses, lse, unit, inv_norm = torch.ops.scan_fast.nt_xent_forward(all0, all1, temperature, both, begin, n)
+        ctx.save_for_backward(losses, lse, unit, inv_norm)
+        ctx.temperature, ctx.both, ctx.samples, ctx.dtype = temperature, both, n, z0.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        losses, lse, unit, inv_norm = ctx.saved_tensors
+        n, views = ctx.samples, 2 if ctx.both else 1
+        # (world, 3, views, n) -> per quantity the anchors of all samples: all first views, then all second views.
+        gathered = _all_gather(torch.stack([grad_losses, losses, lse]).view(3, views, n)).permute(1, 2, 0, 3)
+        grad_all, losses_all, lse_all = gathered.reshape(3, -1).unbind()
+        begin = dist.get_rank() * n
+        grads = torch.ops.scan_fast.nt_xent_backward(
+            grad_all, losses_all, lse_all, unit, inv_norm, ctx.temperature, ctx.both, begin, n, ctx.dtype
+        )
+        return grads[0], grads[1], None, None
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose gradient is the sum of what every rank's loss sends to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        return _all_gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total[dist.get_rank()]

@@ -1,0 +1,56 @@
+// NT-Xent (SimCLR, arXiv 2002.05709, equation 1): the contract of the kernels. Raw pointers, no torch header.
+//
+//   u_i = x_i / max(|x_i|, 1e-12)      the M = 2N rows of z0, then of z1
+//   s_ij = u_i . u_j / tau             p(i) = (i + N) mod M is the other view of row i
+//   loss_i = log sum_{j != i} exp(s_ij) - s_{i,p(i)}
+//
+// Anchors are all M rows, or the N rows of z0; columns are always all M. A call handles the samples
+// [sample_begin, sample_begin + sample_count) of both views, so that a rank of a distributed run computes its own rows
+// against all ranks' columns with the same kernels.
+//
+// What is saved for the backward pass: the unit rows, 1 / max(|x|, 1e-12), and per anchor the loss and
+//   shifted_lse_i = log sum_{j != i} exp(s_ij) - 1/tau,
+// which is at most log(M). Neither can be had from the other without cancellation where the loss is small or large. With g_i the upstream gradient of
+// loss_i (zero where i is no anchor):
+//   du_i = 1/tau * [ sum_{j != i, p(i)} W_ij u_j + c_i u_p(i) ]
+//   W_ij = exp(s_ij - lse_i) g_i + exp(s_ij - lse_j) g_j        (symmetric)
+//   c_i = expm1(-loss_i) g_i + expm1(-loss_p(i)) g_p(i)         (the positive pair apart: its terms nearly cancel)
+//   dx_i = (du_i - u_i (u_i . du_i)) / |x_i|, or du_i / 1e-12 where |x_i| < 1e-12
+// Other rows' gradients need nothing but the lse and g of all anchors: no gradient is communicated.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace scan_fast {
+
+struct NTXentProblem {
+  int64_t samples;       // N >= 1
+  int64_t dim;           // D >= 1
+  double temperature;    // > 0
+  bool both_anchors;     // all 2N rows, or the first N
+  int64_t sample_begin;  // the samples that this call handles
+  int64_t sample_count;
+
+  int64_t rows() const { return 2 * samples; }
+  int64_t anchors() const { return both_anchors ? 2 * samples : samples; }
+  int64_t local_anchors() const { return both_anchors ? 2 * sample_count : sample_count; }
+};
+
+// unit: (2N, D), inv_norm: (2N,). z0 and z1: (N, D) contiguous float32.
+void nt_xent_normalize_cpu(const NTXentProblem& problem, const float* z0, const float* z1, float* unit,
+                           float* inv_norm);
+
+// losses and shifted_lse: local_anchors() values, the handled samples' first views and then, for both_anchors, second
+// views. `reduced` rounds the operands of the similarity products to bfloat16, where cpu_gemm_has_bf16(); else it is
+// ignored.
+void nt_xent_forward_cpu(const NTXentProblem& problem, const float* unit, bool reduced, float* losses,
+                         float* shifted_lse);
+
+// grad_losses, losses and shifted_lse: anchors() values, of all samples. grad_z0 and grad_z1: (sample_count, D) float32.
+void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const float* inv_norm,
+                          const float* losses, const float* shifted_lse, const float* grad_losses, bool reduced,
+                          float* grad_z0, float* grad_z1);
+
+}  // namespace scan_fast

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 
@@ -18,9 +18,14 @@ EXIT_USAGE = 2
 """The exit code of every error that the user can mend."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"scan-fast: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="scan-fast", description="Group images without labels: SimCLR, neighbour mining, SCAN, self-labelling."
     )
     parser.add_argument("--version", action="version", version=f"scan-fast {__version__}")
@@ -96,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        print("scan-fast: interrupted; the same command continues", file=sys.stderr)
+        again = " without --again" if getattr(options, "again", False) else ""
+        print(f"scan-fast: interrupted; the same command{again} continues", file=sys.stderr)
         return 130
     except Exception as error:
         message = _explain(error)
@@ -148,9 +154,8 @@ def _train(options: argparse.Namespace) -> int:
         # Repeating is the one way to change a configuration: only what is done again may differ.
         run = RunFolder.existing(folder)
         _check_again(run.config(), config, options.stages)
-        with run:
-            run.write_text("config.yaml", config.to_yaml())
-    run = RunFolder.open(folder, config)
+    else:
+        run = RunFolder.open(folder, config)
     with run:
         events = Events(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
         context = open_context(config, run, events)
@@ -159,6 +164,7 @@ def _train(options: argparse.Namespace) -> int:
             raise ValueError(f"this configuration has no {names[0]} stage (selflabel: null)")
         if options.again:
             forget(context, names[0])
+            run.write_text("config.yaml", config.to_yaml())
         events.say(
             f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
             f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
@@ -241,6 +247,7 @@ def _predict(options: argparse.Namespace) -> int:
     from .data.datasets import source_from
     from .predictor import Predictor
     from .stages.context import choose_device
+    from .stages.results import printable
 
     predictor = Predictor.load(options.target, choose_device(options.device))
     source = source_from(options.data, size=predictor.size)
@@ -249,7 +256,7 @@ def _predict(options: argparse.Namespace) -> int:
     try:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["path", "cluster", "confidence", "margin"])
-        for row, path in enumerate(source.paths):
+        for row, path in enumerate(map(printable, source.paths)):
             best, second = top[row].tolist()
             writer.writerow([path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}"])
     finally:

@@ -124,7 +124,10 @@ def write_report(folder: Path, images: Images, *, title: str) -> Path:
     )
     path = folder / "report.html"
     # Undecodable file names may hold lone surrogates, which UTF-8 cannot express.
-    path.write_bytes(page.encode("utf-8", errors="replace"))
+    # Beside its name first: a report that is there is whole, which is how a run knows that it has come to its end.
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_bytes(page.encode("utf-8", errors="replace"))
+    unfinished.replace(path)
     return path
 
 

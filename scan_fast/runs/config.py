@@ -171,26 +171,31 @@ def find_config(name: str) -> Path:
     shipped = {
         file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
     }
-    if path.stem in shipped and path.suffix in ("", ".yaml") and not path.exists():
+    # configs/NAME.yaml works from any folder; another folder's missing NAME.yaml is no wish for the shipped one.
+    if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return shipped[path.stem]
-    raise ConfigError(f"there is no configuration {name!r}; give a YAML file or one of {', '.join(sorted(shipped))}")
+    raise ConfigError(
+        f"there is no configuration {name!r}; give a YAML file, a run folder or one of {', '.join(sorted(shipped))}"
+    )
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
     """Read a file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` words."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
     assigned = dict(changes or {})
     assigned.update(parse_override(text) for text in overrides)
-    presets = values.pop("presets", {})
+    presets = values.pop("presets", None) or {}
+    if not isinstance(presets, dict) or not all(isinstance(change, dict) for change in presets.values()):
+        raise ConfigError(f"{path}: presets must hold sections under a name for each preset, got {presets!r}")
     preset = assigned.get("preset", values.get("preset"))
     if presets:
-        if preset not in presets:
-            raise ConfigError(f"preset {preset!r} is not in {path.name}; it has {', '.join(presets)}")
+        if preset not in list(presets):
+            raise ConfigError(f"preset {preset!r} is not in {path.name}; it has {', '.join(map(str, presets))}")
         values = merge(values, presets[preset])
         values["preset"] = preset
     elif "preset" in assigned and assigned["preset"] != values.get("preset"):
@@ -268,6 +273,8 @@ def _explain(problem: Any) -> str:
         return f"unknown key {'.'.join([*_without_kinds(location[:-1]), location[-1]])}: {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
+    if problem["type"] == "value_error":  # raised by our own validators, which say what was given
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     given = problem.get("input")
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
 

@@ -32,6 +32,16 @@ except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
 
+_WRITTEN_BY = {
+    "checkpoints/pretext-final.pt": "pretext",
+    "embeddings.npz": "mine",
+    "neighbors.npz": "mine",
+    "checkpoints/clustering-final.pt": "cluster",
+    "checkpoints/selflabel-final.pt": "selflabel",
+}
+"""The command that makes each finished result."""
+
+
 class RunError(RuntimeError):
     """A run folder that cannot be used, or a stage that cannot start; the message says what to do."""
 
@@ -41,32 +51,44 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
+        self._config: Config | None = None
         self._lock: TextIO | None = None
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: Path, config: Config) -> RunFolder:
-        """Create the folder for ``config``, or open the one of the same experiment.
+        """Return the folder for ``config``: a new one, or that of the same experiment. Entering it writes config.yaml.
+
+        A folder in which nothing has been computed yet takes any configuration, so that a first mistake can be mended.
 
         Raises:
-            RunError: if it belongs to another experiment (with the differences), to no experiment, or is not writable.
+            RunError: if it belongs to another experiment (with the differences) or to no experiment.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise RunError(f"{run.path} is a file; choose another --out")
-        if run.has("config.yaml"):
-            changed = differences(run.config(), config)
-            if changed:
-                raise RunError(
-                    f"{run.path} holds another experiment ({'; '.join(changed)}); "
-                    "undo the change, or choose another folder with --out"
-                )
-        elif run.path.is_dir() and any(entry.name != ".lock" for entry in run.path.iterdir()):
-            raise RunError(f"{run.path} is not empty and is no run folder; choose another --out")
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_text("config.yaml", config.to_yaml())
+        run._config = config
+        run._check_fits(config)
         return run
+
+    def _check_fits(self, config: Config) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another --out")
+        content = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        # What a process that was killed or refused at its very beginning has left behind does not count.
+        content -= {
+            ".lock",
+            "skipped.csv",
+            "tensorboard",
+            *(name for name in content if name.startswith(".") and name.endswith(".tmp")),
+        }
+        if "config.yaml" not in content and content:
+            raise RunError(f"{self.path} is not empty and is no run folder; choose another --out")
+        changed = differences(self.config(), config) if content > {"config.yaml"} else []
+        if changed:
+            raise RunError(
+                f"{self.path} holds another experiment ({'; '.join(changed)}); "
+                "undo the change, or choose another folder with --out"
+            )
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
@@ -81,6 +103,7 @@ class RunFolder:
         return run
 
     def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
             handle = (self.path / ".lock").open("w")
             try:
@@ -93,6 +116,13 @@ class RunFolder:
             self._lock = handle
         for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
             leftover.unlink(missing_ok=True)  # a process was killed while it wrote this
+        if self._config is not None:
+            try:
+                self._check_fits(self._config)  # another process may have come first
+                self.write_text("config.yaml", self._config.to_yaml())
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
@@ -121,13 +151,25 @@ class RunFolder:
         """Read summary.json, or start one."""
         if not self.has("summary.json"):
             return {"seed": None, "stages": {}, "seconds": 0.0}
-        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        try:
+            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._damaged("summary.json", error) from error
         return summary
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Read an .npz file."""
-        with np.load(self.path / name) as file:
-            return {key: file[key] for key in file.files}
+        """Read an .npz file.
+
+        Raises:
+            RunError: if it is damaged; the message says what to do.
+        """
+        try:
+            with np.load(self.path / name) as file:
+                return {key: file[key] for key in file.files}
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and NumPy raise BadZipFile, EOFError, ValueError and more
+            raise self._damaged(name, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a last line that a kill cut short is left out."""
@@ -141,9 +183,27 @@ class RunFolder:
         return entries
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Read a file that :meth:`save` wrote."""
-        state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            RunError: if it is damaged; the message says what to do.
+        """
+        try:
+            state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more
+            raise self._damaged(name, error) from error
         return state
+
+    def _damaged(self, name: str, error: Exception) -> RunError:
+        """Return the error for a file whose content is broken, as a failing disk leaves it."""
+        stage = _WRITTEN_BY.get(name)
+        if stage is None:
+            advice = "remove it, and the same command goes on from what else there is"
+        else:
+            advice = f"repeat what wrote it: scan-fast {stage} {self.path} --again"
+        return RunError(f"{self.path / name} is damaged ({type(error).__name__}); {advice}")
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

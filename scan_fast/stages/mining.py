@@ -40,6 +40,7 @@ def run_mining(context: Context) -> None:
     context.run.write_arrays("embeddings.npz", **embeddings)
     context.run.write_arrays("neighbors.npz", **found)
     seconds = time.perf_counter() - begin
+    context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
     context.events.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
     context.run.finish_stage(NAME, seconds, results, context.config.seed)
 

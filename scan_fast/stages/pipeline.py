@@ -20,7 +20,7 @@ from .mining import NAME as MINING
 from .mining import load_neighbors, run_mining
 from .pretext import NAME as PRETEXT
 from .pretext import knn_monitor, load_pretext, run_pretext
-from .results import assess, baselines, splits_of, write_results
+from .results import assess, baselines, splits_of, write_results, write_skipped
 from .self_labelling import NAME as SELFLABEL
 from .self_labelling import load_self_labelling, run_self_labelling
 
@@ -32,10 +32,10 @@ STAGES: dict[str, Callable[[Context], None]] = {
 }
 
 _FILES = {
-    PRETEXT: ("checkpoints/pretext.pt", "checkpoints/pretext-final.pt"),
+    PRETEXT: ("checkpoints/pretext-final.pt",),
     MINING: ("embeddings.npz", "neighbors.npz"),
-    CLUSTERING: ("checkpoints/clustering.pt", "checkpoints/clustering-final.pt"),
-    SELFLABEL: ("checkpoints/selflabel.pt", "checkpoints/selflabel-final.pt"),
+    CLUSTERING: ("checkpoints/clustering-final.pt",),
+    SELFLABEL: ("checkpoints/selflabel-final.pt",),
 }
 _RESULT_FILES = ("assignments.csv", "model.pt", "report.html", "confusion.csv", "confusion.png")
 
@@ -51,6 +51,11 @@ def forget(context: Context, first: str) -> None:
     names = names[names.index(first) :]
     summary = context.run.summary()
     summary["stages"] = {name: entry for name, entry in summary["stages"].items() if name not in names}
+    summary.pop("baselines", None)
+    # In this order, so that a kill in between leaves no finished stage without its files, and no checkpoint from which
+    # a stage would go on that should begin again.
+    for name in names:
+        context.run.remove(f"checkpoints/{name}.pt")
     context.run.write_json("summary.json", summary)
     for name in names:
         context.run.drop_metrics(name, 0)
@@ -61,10 +66,10 @@ def forget(context: Context, first: str) -> None:
 def run_stages(context: Context, names: Sequence[str]) -> None:
     """Do the named stages that are not finished, and then what a run leaves behind."""
     run, events = context.run, context.events
-    for skipped, source in ((len(source.skipped), source) for source in splits_of(context).values()):
-        if skipped:
-            path, reason = source.skipped[0]
-            events.say(f"left out {skipped} unreadable images, the first is {path}: {reason}")
+    skipped = write_skipped(context)
+    if skipped:
+        path, reason = skipped[0]
+        events.say(f"left out {len(skipped)} unreadable images (skipped.csv), the first is {path}: {reason}")
     did_something = False
     for name in names:
         if run.finished(name):

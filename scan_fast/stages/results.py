@@ -71,9 +71,7 @@ def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
     writer.writerow(["path", "cluster", "confidence", "margin", "split", *(["label"] if names else [])])
     for split, source in splits_of(context).items():
         top, cluster = logits[split].softmax(dim=1).topk(2, dim=1)
-        # errors="replace" in spirit: a file name that is not valid text must not cost the table.
-        paths = [path.encode("utf-8", "replace").decode() for path in source.paths]
-        for row, path in enumerate(paths):
+        for row, path in enumerate(map(printable, source.paths)):
             best, second = top[row].tolist()
             line = [path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}", split]
             if names and source.labels is not None:
@@ -81,6 +79,27 @@ def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
                 line.append(names[label] if label >= 0 else "")
             writer.writerow(line)
     return buffer.getvalue()
+
+
+def printable(path: str) -> str:
+    """Return a path that can be written as UTF-8: a file name that is not valid text must not cost a table."""
+    return path.encode("utf-8", "replace").decode()
+
+
+def write_skipped(context: Context) -> list[tuple[str, str]]:
+    """List the images that could not be read in skipped.csv (path, reason), and return them; no file for none."""
+    sources = [*splits_of(context).values(), context.splits.pretext]
+    # Subsets of one source share its list.
+    skipped = sorted({entry for source in sources if source is not None for entry in source.skipped})
+    if not skipped:
+        context.run.remove("skipped.csv")
+        return []
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["path", "reason"])
+    writer.writerows((printable(path), " ".join(printable(reason).split())) for path, reason in skipped)
+    context.run.write_text("skipped.csv", buffer.getvalue())
+    return skipped
 
 
 def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[str, Any]:

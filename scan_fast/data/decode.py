@@ -38,7 +38,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     width, height = image.size
     if (width, height) != (size, size):
         edge = min(width, height)
-        left, top = (width - edge) / 2, (height - edge) / 2
+        left, top = (width - edge) // 2, (height - edge) // 2
         box = (left, top, left + edge, top + edge)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.array(image)

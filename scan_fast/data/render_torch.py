@@ -62,6 +62,8 @@ class TorchRenderer:
     @torch.no_grad()
     def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
         """Render one view before normalisation and cutout: (n, 3, size, size) float32 of whole grey levels."""
+        if len(images) == 0:
+            return torch.empty((0, 3, view.side, view.side), device=self.device)
         params = {name: value.to(self.device, non_blocking=True) for name, value in params.items()}
         x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().contiguous()
         x = geometry.crop_resize(x, view.side, params)

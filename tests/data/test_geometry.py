@@ -79,7 +79,7 @@ def test_crop_resize_equals_torchvision(source: tuple[int, int], side: int, devi
             difference = (got[i].int() - pixels.int()).abs()
             assert int(difference.max()) <= 1
             unequal += share * float((difference > 0).float().mean()) / n
-    # PIL holds its taps in 22 bits, so an exact half (the two-toned images have many) may fall either way.
+    # PIL holds its taps in 22 bits, so a mean of pixels that is exactly half a level may fall either way.
     assert unequal < 0.02
 
 

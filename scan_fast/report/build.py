@@ -39,7 +39,7 @@ _METRIC_NAMES = {
     "ari": "ARI",
     "ami": "AMI",
 }
-_FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one")
+_FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one", "confidence")
 
 
 @dataclass
@@ -70,9 +70,9 @@ class ClusterView:
 def write_report(folder: Path, images: Images, *, title: str) -> Path:
     """Write ``report.html`` into a run folder: one file without scripts or links to elsewhere.
 
-    Read are ``assignments.csv`` (columns path, split, cluster, confidence, margin; optionally label, and runner_up, the
-    second most probable cluster, from which neighbouring clusters are shown) and, where present, ``config.yaml``,
-    ``summary.json``, ``metrics.jsonl`` and ``confusion.csv`` or ``confusion.png``.
+    Read are ``assignments.csv`` (columns path, split, cluster, confidence, margin and optionally label) and, where
+    present, ``config.yaml``, ``summary.json``, ``metrics.jsonl``, ``confusion.csv`` or ``confusion.png``, and
+    ``embeddings.npz`` (one array per split), which tells how near clusters are to each other.
 
     Args:
         folder: the run folder.
@@ -90,7 +90,7 @@ def write_report(folder: Path, images: Images, *, title: str) -> Path:
     """
     folder = Path(folder)
     run = read_run(folder)
-    clusters = _clusters(run.assignments, _n_clusters(run))
+    clusters = _clusters(run, _n_clusters(run))
     shown = sorted((c for c in clusters if c.size), key=lambda c: (-c.size, c.id))[:CLUSTERS_WITH_IMAGES]
     for cluster in shown:
         _choose_images(cluster, run.assignments)
@@ -115,6 +115,7 @@ def write_report(folder: Path, images: Images, *, title: str) -> Path:
         n_filled=sum(c.size > 0 for c in clusters),
         labelled=any(c.label for c in clusters),
         stages=_stages(run),
+        baselines=_baselines(run),
         charts=_charts(run),
         confusion=_confusion_view(run.confusion),
         confusion_image=_confusion_image(run),
@@ -135,11 +136,12 @@ def _n_clusters(run: RunFiles) -> int:
     """The configured number of clusters where it is known, else one more than the largest id."""
     found = int(run.assignments.clusters.max(initial=-1)) + 1
     leaves = {name.rsplit(" ", 1)[-1]: value for name, value in flatten(run.config)}
-    configured = leaves.get("n_clusters", leaves.get("clusters"))
+    configured = leaves.get("n_clusters")
     return max(found, configured) if isinstance(configured, int) and not isinstance(configured, bool) else found
 
 
-def _clusters(data: Assignments, n_clusters: int) -> list[ClusterView]:
+def _clusters(run: RunFiles, n_clusters: int) -> list[ClusterView]:
+    data, nearest = run.assignments, _nearest(run, n_clusters)
     total = max(1, data.clusters.size)
     split_names = list(dict.fromkeys(data.splits))
     order = np.argsort(data.clusters, kind="stable")
@@ -158,7 +160,7 @@ def _clusters(data: Assignments, n_clusters: int) -> list[ClusterView]:
                 confidence=float(known.mean()) if known.size else math.nan,
                 by_split=[(name, in_split[name]) for name in split_names] if len(split_names) > 1 else [],
                 label=_main_label(data, members),
-                nearest=_nearest(data, members, cluster),
+                nearest=nearest.get(cluster, []),
             )
         )
     return views
@@ -174,13 +176,26 @@ def _main_label(data: Assignments, members: NDArray[np.int64]) -> tuple[str, flo
     return label, count / known.total()
 
 
-def _nearest(data: Assignments, members: NDArray[np.int64], cluster: int) -> list[tuple[int, float]]:
-    """The clusters that are most often the second choice of the members, with the share of members."""
-    if data.runner_up is None or members.size == 0:
-        return []
-    seconds = Counter(int(second) for second in data.runner_up[members] if second >= 0 and second != cluster)
-    ordered = sorted(seconds.items(), key=lambda item: (-item[1], item[0]))
-    return [(second, count / members.size) for second, count in ordered[:3]]
+def _nearest(run: RunFiles, n_clusters: int) -> dict[int, list[tuple[int, float]]]:
+    """For each cluster the three with the most similar mean embedding, and the cosine similarity of the means."""
+    if run.embeddings is None:
+        return {}
+    means = np.zeros((n_clusters, run.embeddings.shape[1]))
+    for cluster in range(n_clusters):
+        members = run.embeddings[run.assignments.clusters == cluster]
+        if len(members):
+            means[cluster] = members.mean(axis=0)
+    length = np.linalg.norm(means, axis=1)
+    # Empty clusters, and those whose members point everywhere or are not finite, are near to none.
+    usable = np.flatnonzero((length > 1e-6) & np.isfinite(length))
+    unit = means[usable] / length[usable, None]
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, : min(3, usable.size - 1)]
+    return {
+        int(usable[row]): [(int(usable[column]), float(similarity[row, column])) for column in columns]
+        for row, columns in enumerate(order)
+    }
 
 
 def _choose_images(cluster: ClusterView, data: Assignments) -> None:
@@ -281,7 +296,7 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
         found.append(
             (
                 f"{len(empty)} of {len(clusters)} clusters {'is' if len(empty) == 1 else 'are'} empty: {which}.",
-                "Ask for fewer clusters, or give the entropy term more weight.",
+                "Ask for fewer clusters, or give the entropy term more weight (clustering.entropy_weight).",
             )
         )
     limit = 0.9 if len(clusters) < 4 else min(0.5, 10 / len(clusters))
@@ -291,7 +306,7 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
                 (
                     f"Cluster #{cluster.id} holds {_percent(cluster.share)} of the images.",
                     "If these images are not alike, train the pretext stage longer, ask for more clusters, or give the "
-                    "entropy term more weight.",
+                    "entropy term more weight (clustering.entropy_weight).",
                 )
             )
     if clusters and not np.isnan(data.confidence).all():
@@ -305,6 +320,22 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
                 )
             )
     return found
+
+
+def _baselines(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Name and scores (mean and deviation over seeds) of each method that the run was compared with."""
+    found = run.summary.get("baselines")
+    rows = []
+    for name, values in found.items() if isinstance(found, dict) else ():
+        if not isinstance(values, dict):
+            continue
+        cells = [
+            (_METRIC_NAMES.get(metric, metric), f"{_percent(mean)} ± {_percent(values.get(f'{metric}_std', 0.0))}")
+            for key, mean in values.items()
+            if (metric := key.removesuffix("_mean")) != key and isinstance(mean, int | float)
+        ]
+        rows.append((str(name).replace("_", " "), cells))
+    return rows
 
 
 def _stage_items(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:
@@ -351,10 +382,11 @@ def _commands(folder: Path) -> list[tuple[str, str]]:
     """What to do next, and the command line for it."""
     run = shlex.quote(str(folder))
     return [
-        ("Sort new images into these clusters", f"scan-fast predict {run} --data new_images/"),
-        ("Write the images' features", f"scan-fast embed {run} --data images/"),
-        ("Compare with true labels", f"scan-fast evaluate {run}"),
-        ("Use the model elsewhere", f"scan-fast export {run}"),
+        ("Sort new images into these clusters", f"scan-fast predict {run} --data new_images/ --out clusters.csv"),
+        ("Write the features of images", f"scan-fast embed {run} --data new_images/ --out features.npz"),
+        ("Measure again, with k-means for comparison", f"scan-fast evaluate {run}"),
+        ("Try another number of clusters", f"scan-fast cluster {run} --again --clusters 20"),
+        ("… and then do what follows it", f"scan-fast run {run}"),
         ("Make this page again", f"scan-fast report {run}"),
     ]
 

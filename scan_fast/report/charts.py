@@ -14,13 +14,13 @@ _POINTS = 300
 
 
 def line_chart(series: Series) -> Markup | None:
-    """Draw one series, or return None where it has no finite value.
+    """Draw one series, or return None where it has less than two points or no finite value.
 
     Values that are not finite leave a gap. Long series are thinned to about 300 points, keeping each bin's extremes, so
     that a spike stays visible and the page small.
     """
     finite = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-    if not finite:
+    if len(series.x) < 2 or not finite:
         return None
     low, high = min(y for _, y in finite), max(y for _, y in finite)
     first, last = series.x[0], series.x[-1]
@@ -31,7 +31,7 @@ def line_chart(series: Series) -> Markup | None:
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first) if last > first else 0.5
+        across = (x - first) / (last - first)
         return _LEFT + across * width, _TOP + (1 - (y / 2 - low / 2) / (high / 2 - low / 2)) * height
 
     path, pen_down = [], False
@@ -54,15 +54,10 @@ def line_chart(series: Series) -> Markup | None:
         if label_low
         else f'<text x="{_LEFT - 6}" y="{middle + 4}" text-anchor="end">{label_high}</text>'
     )
-    if last > first:
-        x_labels = (
-            f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{series.unit} {number(first)}</text>'
-            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{number(last)}</text>'
-        )
-    else:
-        x_labels = (
-            f'<text x="{_LEFT + width / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{series.unit} {number(first)}</text>'
-        )
+    x_labels = (
+        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{series.unit} {number(first)}</text>'
+        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{number(last)}</text>'
+    )
     description = (
         f"{series.name} over {len(series.x)} {series.unit}s: first {number(finite[0][1])}, "
         f"last {number(finite[-1][1])}, lowest {number(min(y for _, y in finite))}, "

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+_LARGEST_EMBEDDINGS = 1 << 30  # bytes
 _COLUMNS = ("path", "split", "cluster", "confidence", "margin")
 
 
@@ -28,7 +29,6 @@ class Assignments:
         clusters: (N,) cluster ids.
         confidence: (N,) the probability of the image's cluster; NaN where the file has none.
         margin: (N,) the distance to the second most probable cluster's probability; NaN where there is none.
-        runner_up: (N,) the second most probable cluster, -1 where unknown; None without such a column.
         labels: the true class of each image, empty where unknown; None without such a column.
     """
 
@@ -38,7 +38,6 @@ class Assignments:
     clusters: NDArray[np.int64]
     confidence: NDArray[np.float64]
     margin: NDArray[np.float64]
-    runner_up: NDArray[np.int64] | None
     labels: list[str] | None
 
 
@@ -73,6 +72,8 @@ class RunFiles:
     series: dict[str, list[Series]] = field(default_factory=dict)
     confusion: Confusion | None = None
     confusion_image: Path | None = None
+    embeddings: NDArray[np.float32] | None = None
+    """(N, D) the image embeddings in the order of the assignments."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> RunFiles:
 
     Args:
         folder: with ``assignments.csv``, and, where present, ``config.yaml``, ``summary.json``, ``metrics.jsonl``,
-            ``confusion.csv`` and ``confusion.png``.
+            ``embeddings.npz``, ``confusion.csv`` and ``confusion.png``.
 
     Raises:
         FileNotFoundError: without ``assignments.csv``.
@@ -96,15 +97,17 @@ def read_run(folder: Path) -> RunFiles:
     if not isinstance(config, dict) or not isinstance(summary, dict):
         raise ValueError(f"config.yaml and summary.json of the run {folder} must hold mappings")
     picture = folder / "confusion.png"
+    assignments = _read_assignments(folder / "assignments.csv")
     return RunFiles(
         folder=folder,
-        assignments=_read_assignments(folder / "assignments.csv"),
+        assignments=assignments,
         config=config,
         config_text=config_text,
         summary=summary,
         series=_read_series(folder / "metrics.jsonl"),
         confusion=_read_confusion(folder / "confusion.csv"),
         confusion_image=picture if picture.is_file() else None,
+        embeddings=_read_embeddings(folder / "embeddings.npz", assignments.splits),
     )
 
 
@@ -129,7 +132,6 @@ def _read_assignments(path: Path) -> Assignments:
     labels: list[str] = []
     rows: list[int] = []
     clusters: list[int] = []
-    runner_up: list[int] = []
     scores: list[tuple[float, float]] = []
     seen: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -142,7 +144,6 @@ def _read_assignments(path: Path) -> Assignments:
             try:
                 clusters.append(int(record["cluster"]))
                 scores.append((_number(record["confidence"]), _number(record["margin"])))
-                runner_up.append(int(record.get("runner_up") or -1))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {reader.line_num}, is no row of assignments: {error}") from error
             if clusters[-1] < 0:
@@ -161,9 +162,28 @@ def _read_assignments(path: Path) -> Assignments:
         clusters=np.array(clusters, dtype=np.int64),
         confidence=score_array[:, 0],
         margin=score_array[:, 1],
-        runner_up=np.array(runner_up, dtype=np.int64) if "runner_up" in columns else None,
         labels=labels if "label" in columns else None,
     )
+
+
+def _read_embeddings(path: Path, splits: list[str]) -> NDArray[np.float32] | None:
+    """One array per split, of which the rows are in the order of the assignments; None where they are of other images.
+
+    They only decorate the page, so a large file, which would take long to read, is left alone.
+    """
+    if not splits or not path.is_file() or path.stat().st_size > _LARGEST_EMBEDDINGS:
+        return None
+    names = np.array(splits)
+    with np.load(path, allow_pickle=False) as arrays:
+        found = {split: arrays[split] for split in dict.fromkeys(splits) if split in arrays}
+    if any(array.ndim != 2 or len(array) != (names == split).sum() for split, array in found.items()):
+        return None
+    if len(found) != len(set(splits)) or len({array.shape[1] for array in found.values()}) != 1:
+        return None
+    result = np.empty((len(splits), next(iter(found.values())).shape[1]), dtype=np.float32)
+    for split, array in found.items():
+        result[names == split] = array
+    return result
 
 
 def _number(text: str) -> float:

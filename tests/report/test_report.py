@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from html.parser import HTMLParser
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scan_fast.cli import build_parser
 from scan_fast.evaluation import save_confusion
 from scan_fast.report import write_report
 from scan_fast.report.build import CLUSTERS_WITH_IMAGES, duration
@@ -128,12 +131,18 @@ def test_report_of_a_labelled_run(tmp_path: Path) -> None:
         "seconds": 3725.0,
         "stages": {
             "pretext": {"seconds": 65.0, "knn_acc": 0.8125},
-            "clustering": {"seconds": 5.0, "test": {"acc": 0.875, "nmi": 0.5, "acc_top5": 0.99}},
+            "clustering": {
+                "seconds": 5.0,
+                "train": {"acc": 0.25},
+                "test": {"acc": 0.875, "nmi": 0.5, "acc_top5": 0.99},
+            },
         },
+        "baselines": {"kmeans_pixels": {"acc_mean": 0.375, "acc_std": 0.0625, "nmi_mean": 0.5, "nmi_std": 0.0}},
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines = [json.dumps({"stage": "pretext", "epoch": e, "step": 9 * e, "time": e, "loss": 5.0 - e}) for e in range(4)]
-    lines += [json.dumps({"stage": "clustering", "epoch": 0, "test": {"acc": 0.5}}), '{"stage": "clustering", "epo']
+    lines += [json.dumps({"stage": "clustering", "epoch": e, "test": {"acc": 0.5}}) for e in (1, 2)]
+    lines += ['{"stage": "clustering", "epo']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     page = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8"))
     words = page.words
@@ -143,6 +152,7 @@ def test_report_of_a_labelled_run(tmp_path: Path) -> None:
     assert "accuracy (clustering, test) 87.5\u202f%" in words
     assert "top-5 accuracy 99.0\u202f%" in words
     assert "1 h 02 min" in words and "1 min 05 s" in words and "knn_acc 81.2" in words
+    assert "kmeans pixels baseline accuracy 37.5\u202f% ± 6.2\u202f% NMI 50.0\u202f% ± 0.0\u202f%" in words
     assert page.tags["svg"] == 2
     assert any("loss over 4 epochs: first 5, last 2" in text for text in page.values("svg", "aria-label"))
     # 30, 10 and 5 of 45: rows sum to one, and the empty row stays empty.
@@ -218,8 +228,11 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
 def test_many_clusters_and_large_pictures_stay_bounded(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (600, 800, 3), dtype=np.uint8)) for _ in range(3)]
-    rows = [(f"{i}.jpg", "all", i // 30, "0.9", "0.5", (i // 30 + 1) % 60) for i in range(1800)]
-    write_run(tmp_path, rows, extra=("runner_up",), n_clusters=60)
+    rows = [(f"{i}.jpg", "all", i // 30, "0.9", "0.5") for i in range(1800)]
+    write_run(tmp_path, rows, n_clusters=60)
+    # Clusters lie around a circle: each is nearest to those before and after it.
+    angle = 2 * np.pi * (np.arange(1800) // 30) / 60
+    np.savez(tmp_path / "embeddings.npz", all=np.stack([np.cos(angle), np.sin(angle)], axis=1))
     path = write_report(tmp_path, lambda split, rows: [noise[row % 3].copy() for row in rows], title="t")
     page = Page(path.read_text(encoding="utf-8"))
     assert page.tags["article"] == CLUSTERS_WITH_IMAGES == 48
@@ -229,9 +242,38 @@ def test_many_clusters_and_large_pictures_stay_bounded(tmp_path: Path) -> None:
     assert "#59" in page.words
     first = Image.open(io.BytesIO(base64.b64decode(page.values("img", "src")[0].split(",")[1])))
     assert max(first.size) == 96
-    # Cluster 47's second choice has no card to jump to; cluster 0's has.
+    # Cluster 47 is near to 46, 48 and 45 or 49, but 48 has no card to jump to.
     hrefs = page.values("a", "href")
-    assert "#cluster-1" in hrefs and "#cluster-48" not in hrefs
+    assert "#cluster-46" in hrefs and "#cluster-48" not in hrefs
+    assert "#46 0.99 #48 0.99 #4" in page.words
+
+
+def test_nearest_clusters_follow_the_mean_embeddings(tmp_path: Path) -> None:
+    rows = [(str(i), ["train", "test"][i % 2], c, "0.9", "0.5") for i, c in enumerate([0, 0, 1, 1, 2, 2])]
+    write_run(tmp_path, rows, n_clusters=4)  # cluster 3 is empty
+    means = np.repeat([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]], 2, axis=0)
+    noise = np.tile([[0.0, 0.1], [0.0, -0.1]], (3, 1))
+    embeddings = means + noise
+    np.savez(tmp_path / "embeddings.npz", train=embeddings[::2], test=embeddings[1::2])
+    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    near = [m.strip() for m in re.findall(r"mean embeddings\)((?: #\d -?\d\.\d\d)+)", words)]
+    assert near == ["#1 0.60 #2 -1.00", "#0 0.60 #2 -0.60", "#1 -0.60 #0 -1.00"]
+    # Embeddings of other images say nothing.
+    np.savez(tmp_path / "embeddings.npz", train=embeddings, test=embeddings)
+    assert "mean embeddings" not in write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")
+
+
+def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a run; it's"
+    folder.mkdir()
+    write_run(folder, simple_rows())
+    text = write_report(folder, pictures, title="t").read_text(encoding="utf-8")
+    commands = [html.unescape(command) for command in re.findall(r"<code>(.*?)</code>", text)]
+    assert len(commands) == 6
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "scan-fast"
+        assert str(folder) == str(build_parser().parse_args(words).target)
 
 
 def test_lost_pictures_are_named(tmp_path: Path) -> None:
@@ -300,8 +342,9 @@ def test_line_chart_places_values() -> None:
     for value, y in heights.items():
         assert y == pytest.approx(heights[0.0] - value * slope, abs=0.11)
     assert slope > 20
-    assert line_chart(Series("x", "epoch", [0.0], [float("inf")])) is None
-    for values in ([3.0], [0.0, 0.0], [1e300, -1e300], [1e-30, 2e-30]):
+    assert line_chart(Series("x", "epoch", [0.0, 1.0], [float("inf"), float("nan")])) is None
+    assert line_chart(Series("x", "epoch", [0.0], [1.0])) is None
+    for values in ([0.0, 0.0], [1e300, -1e300], [1e-30, 2e-30]):
         svg = str(line_chart(Series("x", "step", list(map(float, range(len(values)))), values)))
         assert all(0 <= x <= 320 and 0 <= y <= 150 for stroke in drawn_points(svg) for x, y in stroke)
 
@@ -322,7 +365,12 @@ def test_long_series_are_thinned_but_keep_spikes() -> None:
         ([{"epoch": 0, "step": 5, "a": 1}, {"epoch": 0, "step": 9, "a": 2}], "step 5", 2, 2),
         ([{"epoch": 0, "a": 1}, {"epoch": 1, "a": 2}, {"epoch": 1, "a": 3}], "epoch 0", 2, 3),
         ([{"a": 1}, {"a": 2}, {"a": 4}], "record 0", 3, 4),
-        ([{"epoch": 1, "a": 2}, {"epoch": 0, "a": True}, {"epoch": 0, "a": "x"}], "epoch 1", 1, 2),
+        (
+            [{"epoch": 2, "a": 3}, {"epoch": 1, "a": 2}, {"epoch": 0, "a": True}, {"epoch": 0, "a": "x"}],
+            "epoch 1",
+            2,
+            3,
+        ),
     ],
 )
 def test_curves_are_over_epochs_or_steps(tmp_path: Path, lines: list[dict], unit: str, x: int, y: int) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,20 +16,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
 from .charts import line_chart, number
 from .run_files import Assignments, Confusion, RunFiles, flatten, read_run
+from .thumbnails import Images, Thumbnail, choose, load
 
-Images = Callable[[str, list[int]], list[Image.Image]]
-
-# 48 x 24 thumbnails of about 4 kB keep the file around 5 MB.
+# With 24 thumbnails of about 4 kB each, the file stays around 5 MB.
 CLUSTERS_WITH_IMAGES = 48
-TYPICAL_IMAGES = 16
-UNCERTAIN_IMAGES = 8
 CHARTS_PER_STAGE = 12
 CONFUSION_CLASSES = 40
-_THUMBNAIL = 96
 _METRIC_NAMES = {
     "acc": "accuracy",
     "acc_many_to_one": "accuracy, many to one",
@@ -40,16 +34,6 @@ _METRIC_NAMES = {
     "ami": "AMI",
 }
 _FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one", "confidence")
-
-
-@dataclass
-class Thumbnail:
-    """One image of a cluster: its place in the assignments and, once loaded, its data URL."""
-
-    index: int
-    name: str
-    tooltip: str
-    url: str = ""
 
 
 @dataclass
@@ -93,8 +77,8 @@ def write_report(folder: Path, images: Images, *, title: str) -> Path:
     clusters = _clusters(run, _n_clusters(run))
     shown = sorted((c for c in clusters if c.size), key=lambda c: (-c.size, c.id))[:CLUSTERS_WITH_IMAGES]
     for cluster in shown:
-        _choose_images(cluster, run.assignments)
-    _load_images([t for c in shown for t in (*c.typical, *c.uncertain)], run.assignments, images)
+        cluster.typical, cluster.uncertain = choose(run.assignments, cluster.id)
+    load([t for c in shown for t in (*c.typical, *c.uncertain)], run.assignments, images)
     environment = Environment(
         loader=PackageLoader("scan_fast.report", "."),
         autoescape=select_autoescape(default=True),
@@ -196,60 +180,6 @@ def _nearest(run: RunFiles, n_clusters: int) -> dict[int, list[tuple[int, float]
         int(usable[row]): [(int(usable[column]), float(similarity[row, column])) for column in columns]
         for row, columns in enumerate(order)
     }
-
-
-def _choose_images(cluster: ClusterView, data: Assignments) -> None:
-    members = np.flatnonzero(data.clusters == cluster.id)
-    confidence, margin = np.nan_to_num(data.confidence[members], nan=-1), np.nan_to_num(data.margin[members], nan=-1)
-    ordered = members[np.lexsort((members, -margin, -confidence))]
-    typical, rest = ordered[:TYPICAL_IMAGES], ordered[TYPICAL_IMAGES:]
-    cluster.typical = [_thumbnail(int(i), data) for i in typical]
-    cluster.uncertain = [_thumbnail(int(i), data) for i in rest[::-1][:UNCERTAIN_IMAGES]]
-
-
-def _thumbnail(index: int, data: Assignments) -> Thumbnail:
-    path = data.paths[index]
-    parts = [path, f"confidence {number(data.confidence[index])}"]
-    if data.labels is not None and data.labels[index] not in ("", "-1"):
-        parts.append(f"labelled {data.labels[index]}")
-    name = path.replace("\\", "/").rsplit("/", 1)[-1] or path
-    return Thumbnail(index, name, " · ".join(parts))
-
-
-def _load_images(thumbnails: Sequence[Thumbnail], data: Assignments, images: Images) -> None:
-    by_split: dict[str, list[Thumbnail]] = {}
-    for thumbnail in thumbnails:
-        by_split.setdefault(data.splits[thumbnail.index], []).append(thumbnail)
-    for split, wanted in by_split.items():
-        rows = [int(data.rows[t.index]) for t in wanted]
-        try:
-            pictures: list[Image.Image | None] = list(images(split, rows))
-        except OSError:
-            pictures = [_one_image(images, split, row) for row in rows]
-        if len(pictures) != len(rows):
-            raise ValueError(f"images({split!r}, ...) must return {len(rows)} pictures, got {len(pictures)}")
-        for thumbnail, picture in zip(wanted, pictures, strict=True):
-            thumbnail.url = _data_url(picture) if picture is not None else ""
-
-
-def _one_image(images: Images, split: str, row: int) -> Image.Image | None:
-    try:
-        return images(split, [row])[0]
-    except OSError:
-        return None
-
-
-def _data_url(picture: Image.Image) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    # Tiny images (digits) would show JPEG's blocks and cost little anyway.
-    small = max(picture.size) <= 40
-    buffer = io.BytesIO()
-    if small:
-        picture.save(buffer, "PNG", optimize=True)
-    else:
-        picture.save(buffer, "JPEG", quality=80)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _facts(run: RunFiles, clusters: Sequence[ClusterView]) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
     """SCAN (https://arxiv.org/abs/2005.12320, section 2.2) with any number of heads."""
 
     name = NAME
+    model: ClusterModel
 
     def __init__(self, context: Context, model: ClusterModel) -> None:
         self.context = context
@@ -40,7 +41,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.source = context.splits.train
         self.n_images = len(self.source)
         self.background = not self.source.resident
-        self.model: ClusterModel = model
+        self.model = model
         neighbors = load_neighbors(context)
         self._neighbors = neighbors["train"][:, : self.config.neighbors]
         if self.config.include_self:
@@ -138,6 +139,7 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     for number, head in enumerate(model.cluster_head):
         kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()
+        assert isinstance(head, torch.nn.Linear)
         head.weight.copy_(2 * sharpness * centers / scale)
         head.bias.copy_(-sharpness * centers.square().sum(dim=1))
 

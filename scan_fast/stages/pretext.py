@@ -28,6 +28,8 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
 
     name = NAME
 
+    model: PretextModel
+
     def __init__(self, context: Context, model: PretextModel) -> None:
         self.context = context
         self.config = context.config.pretext

@@ -211,9 +211,9 @@ def _results(run: RunFiles) -> tuple[str, list[tuple[str, str]]] | None:
         scores = [(name, value) for name, value in leaves if name.rsplit(" ", 1)[-1] == "acc"]
         if scores:
             split = scores[-1][0].removesuffix("acc")
-            wanted = [(n.removeprefix(split), v) for n, v in leaves if n.startswith(split) and _is_fraction(n, v)]
+            wanted = [(n.removeprefix(split), v) for n, v in leaves if n.startswith(split)]
             where = f"{stage}, {split.strip()}" if split else stage
-            return where, [(_METRIC_NAMES.get(n, n), _percent(v)) for n, v in wanted[:6]]
+            return where, [(_METRIC_NAMES[n], _percent(v)) for n, v in wanted if n in _METRIC_NAMES]
     return None
 
 
@@ -222,14 +222,22 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
     found = []
     empty = [c.id for c in clusters if c.size == 0]
     if empty:
-        which = ", ".join(f"#{i}" for i in empty[:12]) + (f" and {len(empty) - 12} more" if len(empty) > 12 else "")
         found.append(
             (
-                f"{len(empty)} of {len(clusters)} clusters {'is' if len(empty) == 1 else 'are'} empty: {which}.",
+                f"{len(empty)} of {len(clusters)} clusters {'is' if len(empty) == 1 else 'are'} empty: {_ids(empty)}.",
                 "Ask for fewer clusters, or give the entropy term more weight (clustering.entropy_weight).",
             )
         )
-    limit = 0.9 if len(clusters) < 4 else min(0.5, 10 / len(clusters))
+    tiny = [c.id for c in clusters if 0 < c.share < 0.1 / len(clusters)]
+    if tiny:
+        found.append(
+            (
+                f"{len(tiny)} of {len(clusters)} clusters {'has' if len(tiny) == 1 else 'have'} less than a tenth of "
+                f"an even share: {_ids(tiny)}.",
+                "Rare groups look like this, and so does a clustering stage that has not trained long enough.",
+            )
+        )
+    limit = 0.9 if len(clusters) < 4 else min(0.5, 4 / len(clusters))
     for cluster in clusters:
         if cluster.size and cluster.share > limit:
             found.append(
@@ -266,6 +274,11 @@ def _baselines(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
         ]
         rows.append((str(name).replace("_", " "), cells))
     return rows
+
+
+def _ids(clusters: Sequence[int]) -> str:
+    more = f" and {len(clusters) - 12} more" if len(clusters) > 12 else ""
+    return ", ".join(f"#{cluster}" for cluster in clusters[:12]) + more
 
 
 def _stage_items(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:

@@ -80,8 +80,11 @@ def number(value: float, digits: int = 4) -> str:
         return str(value)
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     text = f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return text.replace("e+0", "e").replace("e+", "e")
 
 
 def _thinned(series: Series) -> list[tuple[float, float]]:

@@ -134,7 +134,7 @@ def test_report_of_a_labelled_run(tmp_path: Path) -> None:
             "clustering": {
                 "seconds": 5.0,
                 "train": {"acc": 0.25},
-                "test": {"acc": 0.875, "nmi": 0.5, "acc_top5": 0.99},
+                "test": {"confidence": 0.5, "acc": 0.875, "nmi": 0.5, "acc_top5": 0.99},
             },
         },
         "baselines": {"kmeans_pixels": {"acc_mean": 0.375, "acc_std": 0.0625, "nmi_mean": 0.5, "nmi_std": 0.0}},
@@ -169,6 +169,14 @@ def test_empty_and_dominant_clusters_are_warned_about(tmp_path: Path) -> None:
     assert page.values("article", "id") == ["cluster-0", "cluster-3"]
     rows_named = [text for text in page.text if re.fullmatch(r"#\d", text.strip())]
     assert {"#0", "#1", "#2", "#3", "#4"} <= {text.strip() for text in rows_named}
+
+
+def test_tiny_clusters_are_warned_about(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", "all", min(i % 5, 3) if i else 4, "0.9", "") for i in range(200)]
+    write_run(tmp_path, rows, n_clusters=5)
+    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    assert "1 of 5 clusters has less than a tenth of an even share: #4." in words
+    assert "holds" not in words and "empty" not in words
 
 
 def test_undecided_predictions_are_warned_about(tmp_path: Path) -> None:
@@ -383,10 +391,11 @@ def test_curves_are_over_epochs_or_steps(tmp_path: Path, lines: list[dict], unit
 
 
 def test_numbers_and_durations() -> None:
-    assert [number(v) for v in (0.12345, 12, 1e-5, 123456.0, 1.5e9, float("nan"))] == [
+    assert [number(v) for v in (0.12345, 12, 1e-5, -0.00027449, 123456.0, 1.5e9, float("nan"))] == [
         "0.1235",
         "12",
         "1e-5",
+        "-2.745e-4",
         "123456",
         "1.5e9",
         "nan",

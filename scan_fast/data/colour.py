@@ -7,6 +7,7 @@ function takes one factor per image, (n,) float32, and returns a new batch of wh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,7 +35,10 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def mean_luma(x: Tensor) -> Tensor:
     """Return the rounded mean of each image's luma, (n, 1, 1, 1)."""
-    return luma(x).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+    pixels = x.shape[2] * x.shape[3]
+    # A sum below 2^24 is exact in float32.
+    total = luma(x).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float32 if pixels <= 1 << 16 else torch.float64)
+    return (total.double() / pixels).add_(0.5).floor_().float()
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
@@ -68,32 +72,49 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(r, g), b)
     lowest = torch.minimum(torch.minimum(r, g), b)
     chroma = value - lowest
-    # PIL takes (max - c) / chroma of each channel. The lowest has 1 and the highest 0, so the hue in sixths of the
-    # circle is a whole number plus or minus the middle channel's quotient, rounded once, just as PIL rounds it.
-    quotient = (value - (r + g + b - value - lowest)).div_(chroma.clamp(min=1))
-    red = torch.where(g >= b, 1 - quotient, quotient - 1)
-    green = torch.where(r >= b, 1 + quotient, 3 - quotient)
-    blue = torch.where(g >= r, 3 + quotient, 5 - quotient)
-    sixths = torch.where(r == value, red, torch.where(g == value, green, blue))
-    del red, green, blue, quotient
-    # In float64, as in PIL: the truncation to 8 bits would otherwise fall to the other side of a whole number.
-    circle = torch.remainder(sixths.double().div_(6).add_(1), 1).float()
-    angle = circle.double().mul_(255).floor_().float()
-    angle.masked_fill_(chroma == 0, 0)
-    weight = (chroma / value.clamp(min=1)).mul_(255).floor_()
+    # The hue depends on which channel is which, on the chroma, and on how far the middle channel is below the highest:
+    # value - middle = 2 value + lowest - r - g - b. All whole, so it is looked up.
+    row = (2 * value).add_(lowest).sub_(r).sub_(g).sub_(b).add_(chroma, alpha=256).to(torch.int32)
+    row.add_(g >= b, alpha=1 << 16).add_(r >= b, alpha=1 << 17).add_(g >= r, alpha=1 << 18)
+    angle = _angles(x.device).index_select(0, row.flatten()).view(value.shape)
+    weight = chroma.div_(value.clamp(min=1)).mul_(255).floor_()
 
     step = (shift.double() * 255).trunc().float().view(-1, 1, 1)
-    angle = torch.remainder(angle.add_(step), 256)
+    angle.add_(step)
+    angle.sub_((angle / 256).floor_(), alpha=256)
     # Back to RGB: channel c is v (1 - s t), where t in 0..1 is a trapezoid of the hue. In units of 1/255 all three are
     # whole, so the numerator v (255^2 - s t) < 2^24 is exact, and one true division is all the rounding there is.
     angle.mul_(6)
     divisor = torch.full((), 65025.0, device=x.device)
     out = torch.empty_like(x)
-    for channel, offset in enumerate((5 * 255, 3 * 255, 255)):
-        k = torch.remainder(angle + offset, 6 * 255)
-        trapezoid = torch.minimum(k, 4 * 255 - k).clamp_(0, 255)
-        torch.sub(65025, trapezoid.mul_(weight), out=out[:, channel])
+    torch.sub(angle, 3 * 255, out=out[:, 0]).abs_().neg_().add_(2 * 255)
+    torch.sub(angle, 2 * 255, out=out[:, 1]).abs_().sub_(255)
+    torch.sub(angle, 4 * 255, out=out[:, 2]).abs_().sub_(255)
+    out.clamp_(0, 255).mul_(weight.neg_().unsqueeze(1)).add_(65025)
     return out.mul_(value.unsqueeze(1)).div_(divisor).add_(0.5).floor_()
+
+
+@cache
+def _angles(device: torch.device) -> Tensor:
+    """Tabulate PIL's 8-bit hue, (2^19,) float32, by channel order, chroma and value - middle.
+
+    The order is three bits: g >= b, r >= b, g >= r, lowest first.
+    PIL takes (max - c) / chroma of each channel. The lowest has 1 and the highest 0, so the hue in sixths of the circle
+    is a whole number plus or minus the middle channel's quotient in float32, rounded once; the truncation to 8 bits is
+    that of PIL's float64 expressions.
+    """
+    order = torch.arange(8).view(8, 1, 1)
+    chroma = torch.arange(256.0).view(1, 256, 1)
+    quotient = torch.arange(256.0).view(1, 1, 256) / chroma.clamp(min=1)
+    g_over_b, r_over_b, g_over_r = ((order >> bit) & 1 == 1 for bit in range(3))
+    # As PIL does, red is asked first and then green, where channels are equal; a tie's quotient 0 gives both one hue.
+    red = torch.where(g_over_b, 1 - quotient, quotient - 1)
+    green = torch.where(r_over_b, 1 + quotient, 3 - quotient)
+    blue = torch.where(g_over_r, 3 + quotient, 5 - quotient)
+    sixths = torch.where(~g_over_r & r_over_b, red, torch.where(g_over_b & g_over_r, green, blue))
+    circle = (sixths.double() / 6 + 1).remainder(1).float()
+    angle = (circle.double() * 255).floor().float()
+    return torch.where(chroma == 0, 0, angle).flatten().to(device)
 
 
 def histograms(x: Tensor) -> Tensor:

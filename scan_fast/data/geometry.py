@@ -24,24 +24,26 @@ def crop_resize(x: Tensor, side: int, params: Params) -> Tensor:
     if height == side and width == side and bool(whole.all()):
         _mirror(x, flip)
         return x
-    horizontal = _taps(params["left"], params["width"], width, side)
-    horizontal = torch.where(flip.view(-1, 1, 1), horizontal.flip(2), horizontal)
-    vertical = _taps(params["top"], params["height"], height, side)
+    horizontal = _taps(params["left"], params["width"], flip, width, side)
+    vertical = _taps(params["top"], params["height"], torch.zeros_like(flip), height, side)
     x = torch.bmm(x.reshape(n, 3 * height, width), horizontal).add_(0.5).floor_()
     x = torch.matmul(vertical.transpose(1, 2).unsqueeze(1), x.view(n, 3, height, side))
-    return x.add_(0.5).floor_().clamp_(0, 255)
+    return x.add_(0.5).floor_()
 
 
-def _taps(start: Tensor, length: Tensor, source: int, side: int) -> Tensor:
+def _taps(start: Tensor, length: Tensor, flip: Tensor, source: int, side: int) -> Tensor:
     """Return (n, source, side) filter matrices: column j weighs the source pixels that make output pixel j."""
     device = start.device
-    start, length = start.float().view(-1, 1, 1), length.float().view(-1, 1, 1)
-    ratio = length / side
-    # Positions are relative to the box, and a tap outside it has no weight, as when the crop were cut out first.
-    pixel = torch.arange(source, dtype=torch.float32, device=device).view(1, -1, 1) + 0.5 - start
-    centre = (torch.arange(side, dtype=torch.float32, device=device).view(1, 1, -1) + 0.5) * ratio
-    taps = (pixel - centre).abs_().mul_(-1 / ratio.clamp(min=1)).add_(1).clamp_(min=0)
-    taps.mul_((pixel > 0) & (pixel < length))
+    start, length, flip = start.view(-1, 1), length.view(-1, 1), flip.view(-1, 1)
+    ratio = length.float() / side
+    slope = 1 / ratio.clamp(min=1)
+    # Positions are relative to the box. A pixel outside it is infinitely far away and has no weight, as if the crop
+    # were cut out first.
+    index = torch.arange(source, device=device) - start
+    pixel = torch.where((index >= 0) & (index < length), (index.float() + 0.5) * slope, math.inf)
+    centre = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) * ratio
+    centre = torch.where(flip, length - centre, centre) * slope
+    taps = (pixel.unsqueeze(2) - centre.unsqueeze(1)).abs_().neg_().add_(1).clamp_(min=0)
     return taps.div_(taps.sum(dim=1, keepdim=True))
 
 

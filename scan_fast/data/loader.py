@@ -100,6 +100,9 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
     What the producer raises is raised in the consumer. When the consumer stops early (close, break, an exception), the
     thread ends after the item that it is computing.
 
+    This pays where the consumer waits for a device. On a CPU that also trains, both sides' thread teams would wait for
+    each other's cores; make the views in the loop there.
+
     Args:
         items: the iterator to run; only the thread touches it.
         depth: how many finished items may wait, at least 1.

@@ -40,8 +40,9 @@ class TorchRenderer:
             raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
         self.device = torch.device(device)
         self.dtype = dtype
-        self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        wide_mean, wide_std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+        self._scale = (1 / (255 * wide_std)).to(self.device, torch.float32)
+        self._shift = (-wide_mean / wide_std).to(self.device, torch.float32)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
@@ -65,7 +66,8 @@ class TorchRenderer:
         if len(images) == 0:
             return torch.empty((0, 3, view.side, view.side), device=self.device)
         params = {name: value.to(self.device, non_blocking=True) for name, value in params.items()}
-        x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().contiguous()
+        planar = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        x = torch.empty(planar.shape, device=self.device).copy_(planar)
         x = geometry.crop_resize(x, view.side, params)
         if isinstance(view, SimCLRView):
             _jitter(x, params)
@@ -79,10 +81,9 @@ class TorchRenderer:
         return x
 
     def normalise(self, x: Tensor, cutout: Tensor | None) -> Tensor:
-        """Map grey levels to (x / 255 - mean) / std and set the cutout boxes to zero."""
+        """Map grey levels to (x / 255 - mean) / std, in place, and set the cutout boxes to zero."""
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=torch.channels_last)
-        torch.sub(x.mul_(1 / 255), self._mean, out=x)
-        out.copy_(x.div_(self._std))
+        out.copy_(x.mul_(self._scale).add_(self._shift))
         if cutout is not None:
             out.masked_fill_(geometry.box_mask(cutout.to(x.device), x.shape[-1]), 0)
         return out

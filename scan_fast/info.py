@@ -44,14 +44,7 @@ def collect() -> dict[str, Any]:
 
 def runs_on(operator: str, device: str) -> str:
     """Return "native" or "reference": what impl="auto" takes for float32 on a device."""
-    if device == "cuda":
-        built = native.is_available() and native.build_info()["cuda"] is not None
-        key = torch._C.DispatchKey.CUDA
-    else:
-        built = native.is_available()
-        key = torch._C.DispatchKey.CPU
-    registered = built and torch._C._dispatch_has_kernel_for_dispatch_key(f"scan_fast::{operator}", key.name)
-    return "native" if registered else "reference"
+    return "native" if native.has_kernel(operator, device) else "reference"
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -10,14 +10,29 @@ import torch  # torch must be loaded before the compiled module: it brings the l
 Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
+OPERATORS = ("nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
+"""The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
+
 _C: Any = None
 load_error: str | None = None
 try:
     from scan_fast import _C as _compiled
 
-    _C = _compiled
+    missing = [name for name in OPERATORS if not torch._C._dispatch_has_kernel(f"scan_fast::{name}")]
+    if missing:
+        load_error = f"scan_fast._C was built from other sources and lacks {', '.join(missing)}"
+    else:
+        _C = _compiled
 except ImportError as error:
     load_error = str(error)
+
+# Which operator has a kernel for which device. Fixed at import, so that torch.compile sees a constant.
+_KERNELS = frozenset(
+    (operator, device)
+    for operator in OPERATORS
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if _C is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scan_fast::{operator}", key)
+)
 
 _warned = False
 
@@ -25,6 +40,11 @@ _warned = False
 def is_available() -> bool:
     """Return True where the compiled module was found and loaded."""
     return _C is not None
+
+
+def has_kernel(operator: str, device: str) -> bool:
+    """Return whether an operator of :data:`OPERATORS` is compiled for a device type, "cpu" or "cuda"."""
+    return (operator, device) in _KERNELS
 
 
 def build_info() -> dict[str, Any]:
@@ -68,12 +88,9 @@ def _why_not(tensor: torch.Tensor, operator: str) -> str | None:
         return f"the compiled module scan_fast._C could not be loaded ({load_error})"
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there is no kernel for {tensor.dtype}; use float32, bfloat16 or float16"
-    device = tensor.device.type
-    if device == "cpu":
-        return None
-    if device == "cuda" and build_info()["cuda"] is not None:
-        return None
-    return f"there is no kernel for device {device!r} in this build"
+    if not has_kernel(operator, tensor.device.type):
+        return f"there is no kernel for device {tensor.device.type!r} in this build"
+    return None
 
 
 def _warn_once() -> None:

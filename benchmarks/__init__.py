@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.NAME [--device cpu|cuda] [--json FILE]``."""

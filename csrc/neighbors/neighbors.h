@@ -32,8 +32,8 @@ struct TopkProblem {
   const float* queries;   // (n_queries, dim), contiguous
   const float* database;  // (n_database, dim), contiguous; may be the same memory
   int64_t n_queries;
-  int64_t n_database;  // below 2^31
-  int64_t dim;
+  int64_t n_database;  // below 2^31 - 256
+  int64_t dim;         // below 2^31
   int64_t k;  // 1 <= k <= n_database
   bool normalize;
   bool exclude_self;  // query i is database row i and not its own neighbour; needs n_queries <= n_database
@@ -41,5 +41,13 @@ struct TopkProblem {
 
 // Writes similarity (n_queries, k) and index (n_queries, k); returns how many queries the first search could not decide.
 int64_t topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index);
+
+// The same on the current CUDA device and `stream`, without waiting for it: all pointers are device memory, and
+// searched_again is one int64. `workspace` holds topk_neighbors_cuda_workspace bytes, aligned to 256. list_bytes bounds
+// the memory for lists of candidates: with more queries than fit, they are searched batch by batch.
+constexpr int64_t kListBytes = int64_t{256} << 20;
+size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes = kListBytes);
+void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, int64_t* searched_again,
+                         void* workspace, StreamHandle stream, int64_t list_bytes = kListBytes);
 
 }  // namespace scan_fast

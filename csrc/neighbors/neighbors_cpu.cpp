@@ -164,8 +164,9 @@ struct Search {
   float exact(int64_t i, int64_t j) const {
     const int64_t dim = problem.dim;
     const double sum = kernels().dot(problem.queries + i * dim, problem.database + j * dim, dim);
-    if (!problem.normalize) return static_cast<float>(sum);
-    return static_cast<float>(sum / (cosine_length(queries.length[i]) * cosine_length(database.length[j])));
+    const double similarity =
+        problem.normalize ? sum / (cosine_length(queries.length[i]) * cosine_length(database.length[j])) : sum;
+    return static_cast<float>(similarity) + 0.0f;  // -0 becomes 0, which it equals
   }
 
   // Writes the k best of the candidates; reorders them.

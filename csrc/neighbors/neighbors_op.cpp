@@ -2,6 +2,11 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#ifdef SCAN_FAST_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 #include <limits>
 #include <tuple>
 
@@ -9,6 +14,9 @@
 
 namespace scan_fast {
 namespace {
+
+// Indices are 32-bit inside the kernels, with room for a tile.
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 256;
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -19,7 +27,8 @@ TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, 
                     "queries and database must be (Q, D) and (N, D), got ", queries.sizes(), " and ", database.sizes());
   TORCH_CHECK_VALUE(queries.device() == database.device(), "queries and database must be on one device");
   TORCH_CHECK_VALUE(k >= 1 && k <= database.size(0), "k must be from 1 to ", database.size(0), ", got ", k);
-  TORCH_CHECK_VALUE(database.size(0) < std::numeric_limits<int32_t>::max(), "the database has too many rows");
+  TORCH_CHECK_VALUE(queries.size(0) < kMaxRows && database.size(0) < kMaxRows && database.size(1) < kMaxRows,
+                    "at most ", kMaxRows, " rows and columns");
   TORCH_CHECK_VALUE(!exclude_self || queries.size(0) <= database.size(0),
                     "exclude_self needs queries to be the first rows of the database");
   return {queries.const_data_ptr<float>(), database.const_data_ptr<float>(), queries.size(0), database.size(0),
@@ -33,6 +42,18 @@ Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int
   const TopkProblem problem = make_problem(q, x, k, normalize, exclude_self);
   at::Tensor similarity = at::empty({q.size(0), k}, q.options());
   at::Tensor index = at::empty({q.size(0), k}, q.options().dtype(at::kLong));
+#ifdef SCAN_FAST_WITH_CUDA
+  if (q.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(q.device());
+    at::Tensor again = at::empty({}, index.options());
+    const at::Tensor workspace =
+        at::empty({static_cast<int64_t>(topk_neighbors_cuda_workspace(problem))}, q.options().dtype(at::kByte));
+    topk_neighbors_cuda(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>(),
+                        again.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                        c10::cuda::getCurrentCUDAStream().stream());
+    return {similarity, index, again};
+  }
+#endif
   const int64_t again =
       topk_neighbors_cpu(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
   return {similarity, index, at::scalar_tensor(again, index.options())};
@@ -48,3 +69,6 @@ TORCH_LIBRARY_FRAGMENT(scan_fast, library) {
 }
 
 TORCH_LIBRARY_IMPL(scan_fast, CPU, library) { library.impl("topk_neighbors", &scan_fast::topk_neighbors); }
+#ifdef SCAN_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, library) { library.impl("topk_neighbors", &scan_fast::topk_neighbors); }
+#endif

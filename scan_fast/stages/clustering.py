@@ -130,6 +130,7 @@ def run_clustering(context: Context) -> None:
 def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     """Set each head to a k-means solution (its own seed) of the unit features: logits fall with squared distance."""
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     features = forward_all(context, model, model.features, context.splits.train)
     scale = features.norm(dim=1).mean()
@@ -137,7 +138,9 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     # A temperature at which neighbouring centres still share an image: starting sure of everything would freeze it.
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):
-        kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
+        # One thread: more of them add up the centres in whatever order they finish, and no two runs agree in all bits.
+        with threadpool_limits(1, user_api="openmp"):
+            kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()
         assert isinstance(head, torch.nn.Linear)
         head.weight.copy_(2 * sharpness * centers / scale)

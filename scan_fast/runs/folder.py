@@ -166,7 +166,7 @@ class RunFolder:
         try:
             with np.load(self.path / name) as file:
                 return {key: file[key] for key in file.files}
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # zipfile and NumPy raise BadZipFile, EOFError, ValueError and more
             raise self._damaged(name, error) from error
@@ -190,9 +190,9 @@ class RunFolder:
         """
         try:
             state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             raise
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
             raise self._damaged(name, error) from error
         return state
 

@@ -1,0 +1,345 @@
+"""Configurations: what a file, a preset and the command line make of one another, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scan_fast.data.datasets import STATISTICS
+from scan_fast.data.views import STRONG_OPERATIONS
+from scan_fast.runs.config import (
+    Config,
+    ConfigError,
+    ScheduleConfig,
+    build_config,
+    differences,
+    find_config,
+    load_config,
+    parse_override,
+)
+from scan_fast.stages.loop import learning_rate_factor
+
+SHIPPED = (
+    "cifar10", "cifar20", "digits", "folder", "imagenet", "imagenet50", "imagenet100", "imagenet200", "stl10",
+)  # fmt: skip
+
+
+def shipped(name: str, *overrides: str) -> Config:
+    return load_config(find_config(name), overrides)
+
+
+def value(config: Config, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+# -- the original's hyperparameters ------------------------------------------------------------------------------------
+
+SIMCLR = {
+    "model.projector": "mlp",
+    "model.projection_dim": 128,
+    "pretext.method": "simclr",
+    "pretext.epochs": 500,
+    "pretext.batch_size": 512,
+    "pretext.temperature": 0.1,
+    "pretext.anchors": "first",
+    "pretext.monitor_k": 100,
+    "pretext.optimizer.name": "sgd",
+    "pretext.optimizer.lr": 0.4,
+    "pretext.optimizer.momentum": 0.9,
+    "pretext.optimizer.nesterov": False,
+    "pretext.optimizer.weight_decay": 1e-4,
+    "pretext.optimizer.decay_all": True,
+    "pretext.schedule.name": "cosine",
+    "pretext.schedule.floor": 1e-3,
+    "pretext.schedule.warmup_epochs": 0,
+    "pretext.schedule.every": "epoch",
+    "mining.k": 20,
+    "mining.test_k": 5,
+    "mining.features": "projection",
+}
+MOCO = {
+    "model.backbone": "resnet50",
+    "model.projector": "mlp",
+    "model.projection_dim": 128,
+    "pretext.method": "weights",
+    "pretext.temperature": 0.07,
+    "mining.k": 50,
+    "mining.test_k": 5,
+    "mining.features": "backbone",
+    "data.image_size": 256,
+    "evaluation.batch_size": 256,
+}
+SIMCLR_VIEW = {
+    "kind": "simclr", "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "brightness": 0.4, "contrast": 0.4,
+    "saturation": 0.4, "hue": 0.1, "jitter": 0.8, "grayscale": 0.2,
+}  # fmt: skip
+ADAM = {"name": "adam", "lr": 1e-4, "weight_decay": 1e-4, "decay_all": True}
+SMALL_SCAN = {
+    "clustering.entropy_weight": 5.0,
+    "clustering.heads": 1,
+    "clustering.update": "full",
+    "clustering.neighbors": None,
+    "clustering.include_self": True,
+    "clustering.initialize": "random",
+    "clustering.schedule.name": "constant",
+    "clustering.schedule.warmup_epochs": 0,
+    **{f"clustering.optimizer.{key}": v for key, v in ADAM.items()},
+}
+LARGE_SCAN = {
+    "clustering.epochs": 100,
+    "clustering.entropy_weight": 5.0,
+    "clustering.heads": 10,
+    "clustering.update": "heads",
+    "clustering.neighbors": None,
+    "clustering.include_self": True,
+    "clustering.initialize": "random",
+    "clustering.schedule.name": "constant",
+    "clustering.optimizer.name": "sgd",
+    "clustering.optimizer.lr": 5.0,
+    "clustering.optimizer.momentum": 0.9,
+    "clustering.optimizer.nesterov": False,
+    "clustering.optimizer.weight_decay": 0.0,
+}
+SMALL_SELFLABEL = {
+    "selflabel.batch_size": 1000,
+    "selflabel.threshold": 0.99,
+    "selflabel.balance": True,
+    "selflabel.ema": None,
+    "selflabel.schedule.name": "constant",
+    **{f"selflabel.optimizer.{key}": v for key, v in ADAM.items()},
+}
+LARGE_SELFLABEL = {
+    "selflabel.epochs": 25,
+    "selflabel.batch_size": 512,
+    "selflabel.threshold": 0.99,
+    "selflabel.balance": False,
+    "selflabel.ema": 0.999,
+    "selflabel.ema_mode": "write_back",
+    "selflabel.schedule.name": "constant",
+    "selflabel.optimizer.name": "sgd",
+    "selflabel.optimizer.lr": 0.03,
+    "selflabel.optimizer.momentum": 0.9,
+    "selflabel.optimizer.nesterov": False,
+    "selflabel.optimizer.weight_decay": 0.0,
+}
+
+
+def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, Any]:
+    """The rows on augmentation: the view of each stage, by its keys."""
+    strong = {"kind": "strong", "size": size, "operations": 4, "cutout": cutout, "flip": 0.5}
+    simclr = {**SIMCLR_VIEW, "size": size}
+    found = {f"clustering.view.{key}": v for key, v in (strong if clustering == "strong" else simclr).items()}
+    if pretext:
+        found |= {f"pretext.view.{key}": v for key, v in simclr.items()}
+    found |= {f"selflabel.view.{key}": v for key, v in strong.items()}
+    return found | {"selflabel.weak_view.kind": "plain", "selflabel.weak_view.size": size}
+
+
+ORIGINAL: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        "clustering.n_clusters": 10, "clustering.epochs": 50, "clustering.batch_size": 128, "selflabel.epochs": 200,
+    },
+    "cifar20": {
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        "clustering.n_clusters": 20, "clustering.epochs": 100, "clustering.batch_size": 512, "selflabel.epochs": 200,
+    },
+    "stl10": {
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 96, 32, True), "model.backbone": "resnet18_stl",
+        "clustering.n_clusters": 10, "clustering.epochs": 100, "clustering.batch_size": 128, "selflabel.epochs": 100,
+    },
+    **{
+        f"imagenet{classes}": {
+            **MOCO, **LARGE_SCAN, **LARGE_SELFLABEL, **views("simclr", 224, 75, False),
+            "clustering.n_clusters": classes, "clustering.batch_size": batch,
+        }
+        for classes, batch in ((50, 512), (100, 1024), (200, 1024))
+    },
+    "imagenet": {
+        **MOCO, **LARGE_SCAN, "clustering.n_clusters": 1000, "selflabel": None,
+        "clustering.view.kind": "simclr", "clustering.view.size": 224,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_paper_preset_holds_the_originals_values(name: str) -> None:
+    config = shipped(name, "preset=paper")
+    wrong = {k: (value(config, k), v) for k, v in ORIGINAL[name].items() if value(config, k) != v}
+    assert not wrong
+
+
+def test_normalisation_is_the_originals() -> None:
+    assert STATISTICS["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert STATISTICS["cifar20"] == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    assert STATISTICS["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    # STL-10 has the statistics of ImageNet, which is what a source without its own gets.
+    assert "stl10" not in STATISTICS
+    assert all(shipped(name).data.mean is None and shipped(name).data.std is None for name in SHIPPED)
+
+
+def test_strong_operations_are_the_originals() -> None:
+    assert {name: (low, high) for name, low, high in STRONG_OPERATIONS} == {
+        "identity": (0.0, 1.0), "autocontrast": (0.0, 1.0), "equalize": (0.0, 1.0), "rotate": (-30.0, 30.0),
+        "solarize": (0.0, 256.0), "color": (0.05, 0.95), "contrast": (0.05, 0.95), "brightness": (0.05, 0.95),
+        "sharpness": (0.05, 0.95), "shear_x": (-0.1, 0.1), "translate_x": (-0.1, 0.1), "translate_y": (-0.1, 0.1),
+        "posterize": (4.0, 8.0), "shear_y": (-0.1, 0.1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar20", "stl10"])
+def test_paper_cosine_is_the_originals(name: str) -> None:
+    config = shipped(name, "preset=paper").pretext
+    lr, epochs = config.optimizer.lr, config.epochs
+    floor = lr * 0.1**3
+    for epoch in (0, 1, 100, 250, 499):
+        expected = floor + (lr - floor) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        assert lr * learning_rate_factor(config.schedule, epoch, epochs) == pytest.approx(expected, rel=1e-12)
+
+
+def test_step_schedule_falls_after_its_epochs() -> None:
+    schedule = ScheduleConfig(name="step", decay_rate=0.1, decay_epochs=(3, 5))
+    factors = [learning_rate_factor(schedule, epoch, 8) for epoch in range(8)]
+    assert factors == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_warm_up_is_linear_and_then_cosine() -> None:
+    schedule = ScheduleConfig(name="cosine", warmup_epochs=3, floor=0.01)
+    factors = [learning_rate_factor(schedule, epoch, 13) for epoch in range(13)]
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    assert factors[3:] == pytest.approx(expected)
+
+
+def test_constant_schedule_is_constant() -> None:
+    assert {learning_rate_factor(ScheduleConfig(), p / 7, 10) for p in range(70)} == {1.0}
+
+
+# -- files, presets, overrides -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_load_in_both_presets_and_round_trip(name: str) -> None:
+    paper, fast = shipped(name, "preset=paper"), shipped(name, "preset=fast")
+    assert shipped(name) == fast
+    assert differences(paper, fast)
+    for config in (paper, fast):
+        assert build_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_shipped_configuration_is_found_by_name_and_by_its_usual_path(tmp_path: Path) -> None:
+    assert find_config("digits") == find_config("configs/digits.yaml") == find_config("digits.yaml")
+    with pytest.raises(ConfigError, match=r"there is no configuration 'elsewhere/digits\.yaml'"):
+        find_config("elsewhere/digits.yaml")
+    (tmp_path / "digits.yaml").write_text("name: mine\n")
+    assert load_config(find_config(str(tmp_path / "digits.yaml"))).name == "mine"
+
+
+def test_overrides_win_over_changes_over_presets() -> None:
+    config = load_config(find_config("digits"), ["pretext.epochs=3"], {"pretext.epochs": 2, "mining.k": 7})
+    assert (config.pretext.epochs, config.mining.k) == (3, 7)
+    assert load_config(find_config("digits"), ["preset=paper"]).pretext.anchors == "first"
+
+
+def test_overrides_are_yaml() -> None:
+    assert parse_override("a.b=null") == ("a.b", None)
+    assert parse_override("a=[1, 2]") == ("a", [1, 2])
+    assert parse_override("a=") == ("a", None)
+    assert parse_override("a=b=c") == ("a", "b=c")
+    config = shipped("digits", "selflabel=null", "pretext.optimizer.lr=1e-3", "data.mean=[0, 0.5, 1]")
+    assert config.selflabel is None
+    assert config.pretext.optimizer.lr == 1e-3
+    assert config.data.mean == (0.0, 0.5, 1.0)
+
+
+def test_another_kind_of_view_replaces_the_view() -> None:
+    view = shipped("cifar10", "clustering.view.kind=plain").clustering.view
+    assert view.kind == "plain"
+    assert view.size is None
+
+
+def test_differences_name_the_key_and_leave_the_runtime_out() -> None:
+    old, new = shipped("digits"), shipped("digits", "mining.k=9", "runtime.threads=2", "selflabel=null")
+    found = differences(old, new)
+    assert "mining.k: 20 -> 9" in found
+    assert any(line.startswith("selflabel.epochs: ") and line.endswith("-> unset") for line in found)
+    assert not any(line.startswith("runtime") for line in found)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretext.epoch=3", "unknown key pretext.epoch: did you mean pretext.epochs?"),
+        ("pretxt.epochs=3", "unknown key pretxt: did you mean pretext?"),
+        ("clustering.optimizer.learning_rate=1", "clustering.optimizer.learning_rate"),
+        ("pretext.view.scales=[0.2, 1]", "unknown key pretext.view.scales: did you mean pretext.view.scale?"),
+        ("zzz=1", "unknown key zzz: the top level has clustering, data,"),
+        ("pretext.epochs=many", "pretext.epochs: input should be a valid integer"),
+        ("pretext.epochs=2.5", "pretext.epochs: input should be a valid integer"),
+        ("pretext.epochs=yes", "pretext: epochs must not be true or false"),
+        ("pretext.epochs=0", "pretext.epochs: input should be greater than or equal to 1, got 0"),
+        ("pretext.temperature=.inf", "pretext.temperature: input should be a finite number"),
+        ("pretext.optimizer.lr=.nan", "pretext.optimizer.lr: input should be"),
+        ("pretext.optimizer.name=lamb", "'sgd', 'adam' or 'adamw', got 'lamb'"),
+        ("clustering.n_clusters=1", "clustering.n_clusters: input should be greater than or equal to 2, got 1"),
+        ("clustering=5", "clustering: input should be a valid dictionary"),
+        ("data.mean=[1, 2]", "data.mean"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
+        ("clustering.view.kind=weak", "clustering.view"),
+        ("model.backbone=resnet17", "got 'resnet17'; did you mean 'resnet"),
+        ("preset=quick", "preset 'quick' is not in digits.yaml; it has paper, fast"),
+        ("preset=[1]", "preset [1] is not in digits.yaml"),
+        ("pretext.epochs=[", "the value of pretext.epochs is not valid YAML"),
+    ],
+)
+def test_refused_values_name_their_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        shipped("digits", override)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 400
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        shipped("digits", "pretext.epochs=0", "mining.k=x", "clustering.hedas=2")
+    assert all(key in str(refusal.value) for key in ("pretext.epochs", "mining.k", "did you mean clustering.heads?"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "is not valid YAML"),
+        (b"- 1\n- 2\n", "must hold sections (data, pretext, ...), it holds list"),
+        (b"", "it holds NoneType"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"1: 2\n", "1: keys should be strings"),
+        (b"presets: [1, 2]\n", "presets must hold sections"),
+        (b"presets: {fast: 3}\n", "presets must hold sections"),
+        (b"presets: {1: {seed: 3}}\n", "preset None is not in file.yaml; it has 1"),
+        (b"pretext:\n", "pretext: input should be a valid dictionary"),
+    ],
+)
+def test_refused_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        load_config(file)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_preset_of_a_file_without_presets_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text("name: plain\n")
+    with pytest.raises(ConfigError, match="has no presets, so preset=fast cannot be chosen"):
+        load_config(tmp_path / "plain.yaml", ["preset=fast"])

@@ -8,6 +8,8 @@
 
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
+#include "scan_loss/scan_loss_op.h"
+#include "self_label/self_label_op.h"
 
 namespace py = pybind11;
 
@@ -64,5 +66,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
              py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
+  module.def("scan_loss_forward", &scan_fast::scan_loss_forward, "See csrc/scan_loss/scan_loss_op.h.",
+             py::arg("anchors"), py::arg("neighbors"), py::arg("entropy_weight"));
+  module.def("scan_loss_backward", &scan_fast::scan_loss_backward, "See csrc/scan_loss/scan_loss_op.h.",
+             py::arg("grad_total"), py::arg("grad_consistency"), py::arg("grad_entropy"), py::arg("anchors"),
+             py::arg("neighbors"), py::arg("mean_prob"), py::arg("row_stats"), py::arg("entropy_weight"));
+  module.def("self_label_forward", &scan_fast::self_label_forward, "See csrc/self_label/self_label_op.h.",
+             py::arg("weak"), py::arg("strong"), py::arg("threshold"), py::arg("balance"));
+  module.def("self_label_backward", &scan_fast::self_label_backward, "See csrc/self_label/self_label_op.h.",
+             py::arg("grad_loss"), py::arg("strong"), py::arg("target"), py::arg("row_weight"), py::arg("row_stats"));
   module.def("build_info", &build_info, "What was compiled, and what this processor has.");
 }

@@ -1,15 +1,70 @@
-"""SCAN loss (interim: reference only)."""
+"""The SCAN loss operator: argument checks, the shapes torch.compile needs, and the choice of implementation.
+
+The operators ``scan_fast::scan_loss``, ``scan_loss_forward`` and ``scan_loss_backward`` and their autograd are
+registered by the compiled module (``csrc/scan_loss/scan_loss_op.cpp``).
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
+
+_ROW_STATS = 6  # kScanLossRowStats of csrc/scan_loss/scan_loss.h
 
 
 def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float, *, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`scan_fast.scan_loss`."""
-    if anchors.ndim == 2:
-        total, cons, ent = reference.scan_loss(anchors[None], neighbors[None], entropy_weight)
-        return total[0], cons[0], ent[0]
+    shape = anchors.shape
+    if len(shape) not in (2, 3):
+        raise ValueError(f"anchors must be logits (B, C) or (H, B, C), got shape {tuple(shape)}")
+    if 0 in shape:
+        raise ValueError(f"anchors must not be empty, got shape {tuple(shape)}")
+    if neighbors.shape != shape:
+        raise ValueError(f"neighbors must have the shape of anchors, {tuple(shape)}, got {tuple(neighbors.shape)}")
+    if neighbors.dtype != anchors.dtype:
+        raise ValueError(f"neighbors must have the dtype of anchors, {anchors.dtype}, got {neighbors.dtype}")
+    if neighbors.device != anchors.device:
+        raise ValueError(f"neighbors must be on the device of anchors, {anchors.device}, got {neighbors.device}")
+    if not anchors.dtype.is_floating_point:
+        raise ValueError(f"anchors must be floating-point logits, got {anchors.dtype}")
+    if not math.isfinite(entropy_weight):
+        raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
+    if native.use_native(impl, anchors, "scan_loss_forward"):
+        return torch.ops.scan_fast.scan_loss.default(anchors, neighbors, entropy_weight)
+    if len(shape) == 2:
+        total, consistency, entropy = reference.scan_loss(anchors[None], neighbors[None], entropy_weight)
+        return total[0], consistency[0], entropy[0]
     return reference.scan_loss(anchors, neighbors, entropy_weight)
+
+
+def _fake_forward(
+    anchors: Tensor, neighbors: Tensor, entropy_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads, (rows, classes) = anchors.shape[:-2], anchors.shape[-2:]
+
+    def empty(*sizes: int) -> Tensor:
+        return anchors.new_empty((*heads, *sizes), dtype=torch.float32)
+
+    return empty(), empty(), empty(), empty(classes), empty(rows, _ROW_STATS)
+
+
+def _fake_backward(
+    grad_total: Tensor | None,
+    grad_consistency: Tensor | None,
+    grad_entropy: Tensor | None,
+    anchors: Tensor,
+    neighbors: Tensor,
+    mean_prob: Tensor,
+    row_stats: Tensor,
+    entropy_weight: float,
+) -> tuple[Tensor, Tensor]:
+    return anchors.new_empty(anchors.shape), anchors.new_empty(anchors.shape)
+
+
+if native.is_available():
+    torch.library.register_fake("scan_fast::scan_loss_forward", _fake_forward)
+    torch.library.register_fake("scan_fast::scan_loss_backward", _fake_backward)

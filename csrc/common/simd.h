@@ -1,0 +1,246 @@
+// Vectors of floats for files in ISA_SOURCES: one width per instruction set, GCC vector extensions for arithmetic, and
+// intrinsics only where those have no spelling (partial and 16-bit loads and stores).
+//
+// load<T>(p) and store<T>(p, v) move kLanes elements of float, Bf16 or Fp16 to and from float lanes; load_partial and
+// store_partial the first n < kLanes of them, touching no other memory. exp and log are accurate to about 2 units in
+// the last place and keep NaN; exp returns exactly 0 below -87.3 and expects no argument above 88.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(SCAN_FAST_ISA_avx512) || defined(SCAN_FAST_ISA_avx2)
+// GCC 12 warns of its own deliberately undefined registers (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace scan_fast::SCAN_FAST_ISA {
+namespace {
+
+#if defined(SCAN_FAST_ISA_avx512)
+constexpr int kLanes = 16;
+#elif defined(SCAN_FAST_ISA_avx2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+inline Vec splat(float x) { return x - Vec{}; }
+// The second operand where either is NaN.
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+
+inline float reduce_add(Vec v) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_reduce_add_ps(v);
+#else
+  float sum[kLanes];
+  std::memcpy(sum, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  }
+  return sum[0];
+#endif
+}
+inline float reduce_max(Vec v) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_reduce_max_ps(v);
+#else
+  float best[kLanes];
+  std::memcpy(best, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) best[i] = best[i] > best[i + width] ? best[i] : best[i + width];
+  }
+  return best[0];
+#endif
+}
+
+// ---- conversions -------------------------------------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float widen(float x) { return x; }
+inline float widen(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Fp16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 1023u) << 13);
+  // Subnormals included: the exponent field is rescaled by an exact product.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+template <typename T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline Bf16 narrow<Bf16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <>
+inline Fp16 narrow<Fp16>(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (x != x) return {0x7e00};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14: adding 0.5 aligns the last place with 2^-24 and rounds to even.
+    const uint32_t units = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    return {static_cast<uint16_t>(sign | units)};
+  }
+  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13))};
+}
+
+// ---- loads and stores --------------------------------------------------------------------------------------------
+
+template <typename T>
+inline Vec load(const T* p) {
+  if constexpr (sizeof(T) == 4) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  } else {
+#if defined(SCAN_FAST_ISA_avx512)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (__is_same(T, Fp16)) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(SCAN_FAST_ISA_avx2)
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (__is_same(T, Fp16)) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+  }
+}
+
+template <typename T>
+inline Vec load_partial(const T* p, int n, float fill) {
+#if defined(SCAN_FAST_ISA_avx512)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p);
+  } else {
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, p);
+    if constexpr (__is_same(T, Fp16)) return _mm512_mask_cvtph_ps(_mm512_set1_ps(fill), mask, half);
+    return _mm512_mask_blend_ps(mask, _mm512_set1_ps(fill),
+                                _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+  }
+#else
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? widen(p[i]) : fill;
+  Vec v;
+  std::memcpy(&v, lanes, sizeof(v));
+  return v;
+#endif
+}
+
+template <typename T>
+inline void store(T* p, Vec v) {
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (__is_same(T, Bf16)) {
+    // Round to nearest even by integer arithmetic; the half-word moves keep compilers busy enough to need no intrinsic.
+    IntVec bits;
+    std::memcpy(&bits, &v, sizeof(v));
+    const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const IntVec result = v != v ? IntVec{} + 0x7fc0 : rounded;
+    typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+    const HalfVec half = __builtin_convertvector(result, HalfVec);
+    std::memcpy(static_cast<void*>(p), &half, sizeof(half));
+  } else {
+#if defined(SCAN_FAST_ISA_avx512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(SCAN_FAST_ISA_avx2)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow<T>(v[i]);
+#endif
+  }
+}
+
+template <typename T>
+inline void store_partial(T* p, Vec v, int n) {
+#if defined(SCAN_FAST_ISA_avx512)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
+    return;
+  }
+#endif
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// ---- functions ---------------------------------------------------------------------------------------------------
+
+inline Vec exp(Vec x) {
+  const Vec low = splat(-87.3f);
+  const Vec clamped = x < low ? low : x;
+  // x = n log(2) + f with |f| <= log(2) / 2; the large constant rounds to an integer in its last place.
+  const Vec magic = splat(12582912.0f);
+  const Vec n = (clamped * 1.44269504f + magic) - magic;
+  const Vec f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  return x < low ? Vec{} : p * scale;
+}
+
+inline Vec log(Vec x) {
+  IntVec bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2))
+  const IntVec offset = bits - 0x3f3504f3;
+  const Vec e = __builtin_convertvector(offset >> 23, Vec);
+  const IntVec mantissa = (offset & 0x7fffff) + 0x3f3504f3;
+  Vec f;
+  std::memcpy(&f, &mantissa, sizeof(f));
+  f -= 1.0f;
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;  // Cephes logf
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec square = f * f;
+  Vec result = f + (p * f * square - e * 2.12194440e-4f - 0.5f * square) + e * 0.693359375f;
+  const Vec infinity = splat(__builtin_inff());
+  result = x == Vec{} ? -infinity : result;
+  return x < infinity ? result : x;  // also NaN
+}
+
+}  // namespace
+}  // namespace scan_fast::SCAN_FAST_ISA

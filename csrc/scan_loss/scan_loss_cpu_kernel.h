@@ -1,0 +1,34 @@
+// The inner loops of the CPU kernel, compiled per instruction set.
+#pragma once
+
+#include "common/cpu_dispatch.h"
+#include "scan_loss/scan_loss.h"
+
+namespace scan_fast {
+
+// `rows` rows of one head.
+struct ScanLossRows {
+  const void* anchors;
+  const void* neighbors;
+  float* row_stats;
+  int64_t rows, classes;
+};
+
+}  // namespace scan_fast
+
+// column_sums (C) receives the sums of the anchor probabilities; the return value is the sum of the consistencies.
+SCAN_FAST_DECLARE_PER_ISA(double scan_loss_rows_forward(::scan_fast::DType dtype, const ::scan_fast::ScanLossRows& block,
+                                                        float* column_sums))
+
+// Adds `blocks` arrays of column sums (each `stride` floats from the next) in order, writes their mean over `rows`, and
+// returns the entropy.
+SCAN_FAST_DECLARE_PER_ISA(double scan_loss_mean_and_entropy(const float* column_sums, int64_t blocks, int64_t stride,
+                                                            int64_t rows, int64_t classes, float* mean_prob))
+
+// slope[c] = d entropy / d mean_prob[c]: -(log m + 1), and 0 below the floor.
+SCAN_FAST_DECLARE_PER_ISA(void scan_loss_entropy_slope(const float* mean_prob, int64_t classes, float* slope))
+
+// Writes the gradients of the rows, with the upstream gradients of consistency and entropy already divided by B.
+SCAN_FAST_DECLARE_PER_ISA(void scan_loss_rows_backward(::scan_fast::DType dtype, const ::scan_fast::ScanLossRows& block,
+                                                       const float* slope, float consistency_scale, float entropy_scale,
+                                                       void* grad_anchors, void* grad_neighbors))

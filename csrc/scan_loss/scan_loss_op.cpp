@@ -1,0 +1,162 @@
+// The SCAN loss as dispatcher operators.
+//
+//   scan_loss           what the public function calls: differentiable, made of the two below
+//   scan_loss_forward   the values, and what the backward pass needs
+//   scan_loss_backward  the gradients
+//
+// Autograd lives here rather than in Python, because at the usual sizes (1024 x 10) the Python autograd boundary costs
+// more than both kernels. Under torch.compile the node is traced through, so both kernels appear in the graph.
+#include "scan_loss/scan_loss_op.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "common/op_utils.h"
+#include "scan_loss/scan_loss.h"
+
+namespace scan_fast {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+ScanLossShape shape_of(const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 || logits.dim() == 3, "anchors must be (B, C) or (H, B, C), got shape ",
+                    logits.sizes());
+  return {logits.dim() == 3 ? logits.size(0) : 1, logits.size(-2), logits.size(-1)};
+}
+
+auto forward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::scan_loss_forward", "")
+                             .typed<decltype(scan_loss_forward)>();
+  return op;
+}
+
+auto backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::scan_loss_backward", "")
+                             .typed<decltype(scan_loss_backward)>();
+  return op;
+}
+
+struct ScanLossNode : torch::autograd::Function<ScanLossNode> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* context, const at::Tensor& anchors, const at::Tensor& neighbors,
+                               double entropy_weight) {
+    auto [total, consistency, entropy, mean_prob, row_stats] =
+        forward_operator().call(anchors, neighbors, entropy_weight);
+    context->save_for_backward({anchors, neighbors, mean_prob, row_stats});
+    context->saved_data["entropy_weight"] = entropy_weight;
+    context->set_materialize_grads(false);
+    return {total, consistency, entropy};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    const variable_list saved = context->get_saved_variables();
+    auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt; };
+    auto [grad_anchors, grad_neighbors] =
+        backward_operator().call(optional(gradients[0]), optional(gradients[1]), optional(gradients[2]), saved[0],
+                                 saved[1], saved[2], saved[3], context->saved_data["entropy_weight"].toDouble());
+    if (!context->needs_input_grad(0)) grad_anchors = at::Tensor();
+    if (!context->needs_input_grad(1)) grad_neighbors = at::Tensor();
+    variable_list result = once_differentiable({grad_anchors, grad_neighbors}, "scan_loss");
+    result.emplace_back();
+    return result;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> scan_loss(const at::Tensor& anchors, const at::Tensor& neighbors,
+                                                         double entropy_weight) {
+  if (at::GradMode::is_enabled() && (anchors.requires_grad() || neighbors.requires_grad())) {
+    const variable_list result = ScanLossNode::apply(anchors, neighbors, entropy_weight);
+    return {result[0], result[1], result[2]};
+  }
+  auto [total, consistency, entropy, mean_prob, row_stats] = forward_operator().call(anchors, neighbors, entropy_weight);
+  return {total, consistency, entropy};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
+                                                                                        const at::Tensor& neighbors,
+                                                                                        double entropy_weight) {
+  check_pair(anchors, neighbors, "anchors", "neighbors");
+  const ScanLossShape shape = shape_of(anchors);
+  const DType dtype = dtype_of(anchors, "anchors");
+  const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
+  const auto options = anchors.options().dtype(at::kFloat);
+  const bool batched = anchors.dim() == 3;
+  auto with = [&](std::initializer_list<int64_t> sizes) {
+    at::DimVector all;
+    if (batched) all.push_back(shape.heads);
+    all.append(sizes);
+    return at::empty(all, options);
+  };
+  at::Tensor total = with({}), consistency = with({}), entropy = with({});
+  at::Tensor mean_prob = with({shape.classes}), row_stats = with({shape.rows, kScanLossRowStats});
+  ScanLossForward arguments{a->const_data_ptr(),
+                            n->const_data_ptr(),
+                            total.data_ptr<float>(),
+                            consistency.data_ptr<float>(),
+                            entropy.data_ptr<float>(),
+                            mean_prob.data_ptr<float>(),
+                            row_stats.data_ptr<float>(),
+                            nullptr,
+                            static_cast<float>(entropy_weight)};
+  auto workspace_of = [&](size_t bytes) {
+    return at::empty({static_cast<int64_t>(bytes)}, anchors.options().dtype(at::kByte));
+  };
+  const at::Tensor workspace = workspace_of(scan_loss_cpu_workspace(shape));
+  arguments.workspace = workspace.data_ptr();
+  scan_loss_forward_cpu(dtype, shape, arguments);
+  return {total, consistency, entropy, mean_prob, row_stats};
+}
+
+std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
+    const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& grad_consistency,
+    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& anchors, const at::Tensor& neighbors,
+    const at::Tensor& mean_prob, const at::Tensor& row_stats, double entropy_weight) {
+  check_pair(anchors, neighbors, "anchors", "neighbors");
+  const ScanLossShape shape = shape_of(anchors);
+  const DType dtype = dtype_of(anchors, "anchors");
+  TORCH_CHECK_VALUE(mean_prob.numel() == shape.heads * shape.classes && mean_prob.is_contiguous() &&
+                        row_stats.numel() == shape.heads * shape.rows * kScanLossRowStats && row_stats.is_contiguous(),
+                    "mean_prob and row_stats must be what scan_loss_forward returned for these logits");
+  const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
+  at::Tensor grad_anchors = at::empty(anchors.sizes(), anchors.options());
+  at::Tensor grad_neighbors = at::empty(anchors.sizes(), anchors.options());
+  at::Tensor holders[3];
+  const ScanLossBackward arguments{gradient_pointer(grad_total, holders[0]),
+                                   gradient_pointer(grad_consistency, holders[1]),
+                                   gradient_pointer(grad_entropy, holders[2]),
+                                   a->const_data_ptr(),
+                                   n->const_data_ptr(),
+                                   mean_prob.const_data_ptr<float>(),
+                                   row_stats.const_data_ptr<float>(),
+                                   grad_anchors.data_ptr(),
+                                   grad_neighbors.data_ptr(),
+                                   static_cast<float>(entropy_weight)};
+  scan_loss_backward_cpu(dtype, shape, arguments);
+  return {grad_anchors, grad_neighbors};
+}
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
+  m.def(
+      "scan_loss(Tensor anchors, Tensor neighbors, float entropy_weight) -> "
+      "(Tensor total, Tensor consistency, Tensor entropy)",
+      &scan_loss);
+  m.def(
+      "scan_loss_forward(Tensor anchors, Tensor neighbors, float entropy_weight) -> "
+      "(Tensor total, Tensor consistency, Tensor entropy, Tensor mean_prob, Tensor row_stats)");
+  m.def(
+      "scan_loss_backward(Tensor? grad_total, Tensor? grad_consistency, Tensor? grad_entropy, Tensor anchors, "
+      "Tensor neighbors, Tensor mean_prob, Tensor row_stats, float entropy_weight) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
+  m.impl("scan_loss_forward", &scan_loss_forward);
+  m.impl("scan_loss_backward", &scan_loss_backward);
+}
+
+}  // namespace scan_fast

@@ -1,0 +1,73 @@
+// The CPU kernel of the self-label loss: rows over threads, then the weights and the weighted sum in row order, so that
+// the bits do not depend on the number of threads.
+#include <algorithm>
+#include <vector>
+
+#include "common/parallel.h"
+#include "self_label/self_label_cpu_kernel.h"
+
+namespace scan_fast {
+namespace {
+
+constexpr int64_t kElementsPerBlock = 32 * 1024;
+
+int64_t rows_per_block(const SelfLabelShape& shape) {
+  return std::max<int64_t>(1, kElementsPerBlock / shape.classes);
+}
+
+template <typename Pointer>
+Pointer advanced(Pointer base, int64_t elements, DType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return static_cast<Byte*>(base) + elements * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+}  // namespace
+
+size_t self_label_cpu_workspace(const SelfLabelShape& shape) {
+  return static_cast<size_t>(shape.rows) * sizeof(float) + static_cast<size_t>(shape.classes) * sizeof(int32_t);
+}
+
+void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const SelfLabelForward& arguments) {
+  const int64_t each = rows_per_block(shape);
+  const auto rows_forward = SCAN_FAST_BEST_ISA(self_label_rows_forward);
+  float* losses = static_cast<float*>(arguments.workspace);
+  int32_t* per_class = reinterpret_cast<int32_t*>(losses + shape.rows);
+  parallel_for((shape.rows + each - 1) / each, [&](int64_t task, int) {
+    const int64_t first = task * each, rows = std::min(each, shape.rows - first);
+    rows_forward(dtype, advanced(arguments.weak, first * shape.classes, dtype),
+                 advanced(arguments.strong, first * shape.classes, dtype), rows, shape.classes, arguments.threshold,
+                 arguments.target + first, arguments.row_weight + first, losses + first,
+                 arguments.row_stats + first * kSelfLabelRowStats);
+  });
+  std::fill(per_class, per_class + shape.classes, 0);
+  int64_t confident = 0, present = 0;
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    if (arguments.row_weight[i] == 0.0f) continue;
+    ++confident;
+    present += per_class[arguments.target[i]]++ == 0;
+  }
+  double loss = 0;
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    if (arguments.row_weight[i] == 0.0f) continue;
+    const double weight = arguments.balance ? 1.0 / (static_cast<double>(present) * per_class[arguments.target[i]])
+                                            : 1.0 / static_cast<double>(confident);
+    arguments.row_weight[i] = static_cast<float>(weight);
+    loss += weight * static_cast<double>(losses[i]);
+  }
+  *arguments.loss = static_cast<float>(loss);
+  *arguments.n_confident = confident;
+}
+
+void self_label_backward_cpu(DType dtype, const SelfLabelShape& shape, const SelfLabelBackward& arguments) {
+  const int64_t each = rows_per_block(shape);
+  const auto rows_backward = SCAN_FAST_BEST_ISA(self_label_rows_backward);
+  parallel_for((shape.rows + each - 1) / each, [&](int64_t task, int) {
+    const int64_t first = task * each, rows = std::min(each, shape.rows - first);
+    rows_backward(dtype, advanced(arguments.strong, first * shape.classes, dtype), rows, shape.classes,
+                  *arguments.grad_loss, arguments.target + first, arguments.row_weight + first,
+                  arguments.row_stats + first * kSelfLabelRowStats,
+                  advanced(arguments.grad_strong, first * shape.classes, dtype));
+  });
+}
+
+}  // namespace scan_fast

@@ -1,0 +1,108 @@
+// The inner loops of the self-label loss, in vectors of float over the classes of one row at a time.
+//
+// The largest probability of a row is 1 / sum e^(x - max), so confidence needs no division per class; the label is the
+// first class that equals the maximum. Rows that are not confident cost one read of their weak logits, nothing else.
+#include "common/simd.h"
+#include "self_label/self_label_cpu_kernel.h"
+
+namespace scan_fast::SCAN_FAST_ISA {
+namespace {
+
+const float kMinusInfinity = -__builtin_inff();
+
+template <typename T>
+inline float row_max(const T* x, int64_t classes) {
+  Vec best = splat(kMinusInfinity);
+  int64_t c = 0;
+  for (; c + kLanes <= classes; c += kLanes) best = larger(load(x + c), best);
+  if (c < classes) best = larger(load_partial(x + c, static_cast<int>(classes - c), kMinusInfinity), best);
+  return reduce_max(best);
+}
+
+template <typename T>
+inline float row_sum(const T* x, int64_t classes, float max) {
+  Vec sum = {};
+  int64_t c = 0;
+  for (; c + kLanes <= classes; c += kLanes) sum += exp(load(x + c) - max);
+  if (c < classes) sum += exp(load_partial(x + c, static_cast<int>(classes - c), kMinusInfinity) - max);
+  return reduce_add(sum);
+}
+
+template <typename T>
+inline int32_t first_equal(const T* x, int64_t classes, float value) {
+  for (int64_t c = 0; c < classes; ++c) {
+    if (widen(x[c]) == value) return static_cast<int32_t>(c);
+  }
+  return 0;  // a row of NaN, which is never confident
+}
+
+template <typename T>
+void rows_forward(const T* weak, const T* strong, int64_t rows, int64_t classes, float threshold, int32_t* target,
+                  float* confident, float* losses, float* row_stats) {
+  for (int64_t i = 0; i < rows; ++i, weak += classes, strong += classes) {
+    const float best = row_max(weak, classes);
+    const bool counts = 1.0f / row_sum(weak, classes, best) > threshold;
+    target[i] = first_equal(weak, classes, best);
+    confident[i] = counts ? 1.0f : 0.0f;
+    losses[i] = row_stats[i * kSelfLabelRowStats] = row_stats[i * kSelfLabelRowStats + 1] = 0.0f;
+    if (!counts) continue;
+    const float max = row_max(strong, classes), sum = row_sum(strong, classes, max);
+    row_stats[i * kSelfLabelRowStats] = max;
+    row_stats[i * kSelfLabelRowStats + 1] = 1.0f / sum;
+    losses[i] = log(splat(sum))[0] - (widen(strong[target[i]]) - max);
+  }
+}
+
+template <typename T>
+void rows_backward(const T* strong, int64_t rows, int64_t classes, float scale, const int32_t* target,
+                   const float* row_weight, const float* row_stats, T* grad) {
+  for (int64_t i = 0; i < rows; ++i, strong += classes, grad += classes) {
+    if (row_weight[i] == 0.0f) {
+      std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(classes) * sizeof(T));
+      continue;
+    }
+    const float max = row_stats[i * kSelfLabelRowStats], k = scale * row_weight[i];
+    const float factor = k * row_stats[i * kSelfLabelRowStats + 1];
+    int64_t c = 0;
+    for (; c + kLanes <= classes; c += kLanes) store(grad + c, factor * exp(load(strong + c) - max));
+    if (c < classes) {
+      const int lanes = static_cast<int>(classes - c);
+      store_partial(grad + c, factor * exp(load_partial(strong + c, lanes, kMinusInfinity) - max), lanes);
+    }
+    const Vec at_target = factor * exp(splat(widen(strong[target[i]])) - max) - k;
+    grad[target[i]] = narrow<T>(at_target[0]);
+  }
+}
+
+}  // namespace
+
+void self_label_rows_forward(DType dtype, const void* weak, const void* strong, int64_t rows, int64_t classes,
+                             float threshold, int32_t* target, float* confident, float* losses, float* row_stats) {
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    rows_forward(static_cast<const T*>(weak), static_cast<const T*>(strong), rows, classes, threshold, target, confident,
+                 losses, row_stats);
+  };
+  switch (dtype) {
+    case DType::kBFloat16: return run(Bf16{});
+    case DType::kFloat16: return run(Fp16{});
+    default: return run(0.0f);
+  }
+}
+
+void self_label_rows_backward(DType dtype, const void* strong, int64_t rows, int64_t classes, float scale,
+                              const int32_t* target, const float* row_weight, const float* row_stats,
+                              void* grad_strong) {
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    rows_backward(static_cast<const T*>(strong), rows, classes, scale, target, row_weight, row_stats,
+                  static_cast<T*>(grad_strong));
+  };
+  switch (dtype) {
+    case DType::kBFloat16: return run(Bf16{});
+    case DType::kFloat16: return run(Fp16{});
+    default: return run(0.0f);
+  }
+}
+
+}  // namespace scan_fast::SCAN_FAST_ISA

@@ -1,0 +1,137 @@
+// The self-label loss as dispatcher operators: self_label (differentiable, what the public function calls) is made of
+// self_label_forward and self_label_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
+#include "self_label/self_label_op.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <limits>
+
+#include "common/op_utils.h"
+#include "self_label/self_label.h"
+
+namespace scan_fast {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+SelfLabelShape shape_of(const at::Tensor& logits, const char* name) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, name, " must be (B, C), got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(1) <= std::numeric_limits<int32_t>::max(), name, " has too many classes");
+  return {logits.size(0), logits.size(1)};
+}
+
+auto forward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::self_label_forward", "")
+                             .typed<decltype(self_label_forward)>();
+  return op;
+}
+
+auto backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::self_label_backward", "")
+                             .typed<decltype(self_label_backward)>();
+  return op;
+}
+
+struct SelfLabelNode : torch::autograd::Function<SelfLabelNode> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* context, const at::Tensor& weak, const at::Tensor& strong,
+                               double threshold, bool balance) {
+    auto [loss, n_confident, target, row_weight, row_stats] =
+        forward_operator().call(weak, strong, threshold, balance);
+    context->save_for_backward({strong, target, row_weight, row_stats});
+    context->mark_non_differentiable({n_confident});
+    context->set_materialize_grads(false);
+    return {loss, n_confident};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    if (!gradients[0].defined()) return {{}, {}, {}, {}};
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor gradient = backward_operator().call(gradients[0], saved[0], saved[1], saved[2], saved[3]);
+    return {{}, once_differentiable({gradient}, "self_label_loss")[0], {}, {}};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> self_label(const at::Tensor& weak, const at::Tensor& strong, double threshold,
+                                              bool balance) {
+  if (at::GradMode::is_enabled() && strong.requires_grad()) {
+    const variable_list result = SelfLabelNode::apply(weak.detach(), strong, threshold, balance);
+    return {result[0], result[1]};
+  }
+  auto [loss, n_confident, target, row_weight, row_stats] =
+      forward_operator().call(weak.detach(), strong, threshold, balance);
+  return {loss, n_confident};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(const at::Tensor& weak,
+                                                                                         const at::Tensor& strong,
+                                                                                         double threshold,
+                                                                                         bool balance) {
+  check_pair(weak, strong, "weak", "strong");
+  const SelfLabelShape shape = shape_of(weak, "weak");
+  const DType dtype = dtype_of(weak, "weak");
+  const auto w = weak.expect_contiguous(), s = strong.expect_contiguous();
+  const auto options = weak.options();
+  at::Tensor loss = at::empty({}, options.dtype(at::kFloat)), n_confident = at::empty({}, options.dtype(at::kLong));
+  at::Tensor target = at::empty({shape.rows}, options.dtype(at::kInt));
+  at::Tensor row_weight = at::empty({shape.rows}, options.dtype(at::kFloat));
+  at::Tensor row_stats = at::empty({shape.rows, kSelfLabelRowStats}, options.dtype(at::kFloat));
+  SelfLabelForward arguments{w->const_data_ptr(),
+                             s->const_data_ptr(),
+                             loss.data_ptr<float>(),
+                             n_confident.data_ptr<int64_t>(),
+                             target.data_ptr<int32_t>(),
+                             row_weight.data_ptr<float>(),
+                             row_stats.data_ptr<float>(),
+                             nullptr,
+                             static_cast<float>(threshold),
+                             balance};
+  auto workspace_of = [&](size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, options.dtype(at::kByte)); };
+  const at::Tensor workspace = workspace_of(self_label_cpu_workspace(shape));
+  arguments.workspace = workspace.data_ptr();
+  self_label_forward_cpu(dtype, shape, arguments);
+  return {loss, n_confident, target, row_weight, row_stats};
+}
+
+at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& strong, const at::Tensor& target,
+                               const at::Tensor& row_weight, const at::Tensor& row_stats) {
+  const SelfLabelShape shape = shape_of(strong, "strong");
+  const DType dtype = dtype_of(strong, "strong");
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must be a scalar, got shape ", grad_loss.sizes());
+  TORCH_CHECK_VALUE(target.numel() == shape.rows && target.is_contiguous() && target.scalar_type() == at::kInt &&
+                        row_weight.numel() == shape.rows && row_weight.is_contiguous() &&
+                        row_stats.numel() == shape.rows * kSelfLabelRowStats && row_stats.is_contiguous(),
+                    "target, row_weight and row_stats must be what self_label_forward returned for these logits");
+  const auto s = strong.expect_contiguous();
+  at::Tensor grad_strong = at::empty(strong.sizes(), strong.options()), holder;
+  const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),
+                                    target.const_data_ptr<int32_t>(),        row_weight.const_data_ptr<float>(),
+                                    row_stats.const_data_ptr<float>(),       grad_strong.data_ptr()};
+  self_label_backward_cpu(dtype, shape, arguments);
+  return grad_strong;
+}
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
+  m.def(
+      "self_label(Tensor weak, Tensor strong, float threshold, bool balance) -> (Tensor loss, Tensor n_confident)",
+      &self_label);
+  m.def(
+      "self_label_forward(Tensor weak, Tensor strong, float threshold, bool balance) -> "
+      "(Tensor loss, Tensor n_confident, Tensor target, Tensor row_weight, Tensor row_stats)");
+  m.def(
+      "self_label_backward(Tensor grad_loss, Tensor strong, Tensor target, Tensor row_weight, Tensor row_stats) -> "
+      "Tensor");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
+  m.impl("self_label_forward", &self_label_forward);
+  m.impl("self_label_backward", &self_label_backward);
+}
+
+}  // namespace scan_fast

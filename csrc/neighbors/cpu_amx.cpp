@@ -1,9 +1,9 @@
 // bfloat16 products on AMX tiles for the CPU neighbour search.
 //
 // A tile holds 16 rows of 64 bytes. One step multiplies 32 query rows with 32 database rows over 32 elements of dim:
-// four accumulator tiles, two tiles of queries, two of the database; 4 tile loads (8 cycles each) against 4 tile products
-// (16 cycles each), so the matrix unit is the limit while the panels come from the first and second cache. Panels are stored
-// in exactly the order of use:
+// four accumulator tiles, two tiles of queries, two of the database; 4 tile loads (8 cycles each) against 4 tile
+// products (16 cycles each), so the matrix unit is the limit while the panels come from the first and second cache.
+// Panels are stored in exactly the order of use:
 //   queries   [step][half][16 rows][32 elements]
 //   database  [step][half][16 pairs of elements][16 rows][2 elements]     (the instruction wants pairs of k adjacent)
 // This file alone is compiled with AMX and AVX-512; it is entered only after amx_is_usable().
@@ -55,7 +55,8 @@ void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, 
 bool amx_is_usable() {
   static const bool usable = [] {
     // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-    return cpu_has_amx_bf16() && std::getenv("SCAN_FAST_CPU_ISA") == nullptr && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return cpu_has_amx_bf16() && std::getenv("SCAN_FAST_CPU_ISA") == nullptr &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }();
   return usable;
 }

@@ -1,10 +1,10 @@
 // Inner loops of the CPU neighbour search, compiled once per instruction set (SCAN_FAST_ISA).
 //
-// product: a register tile of kRows x kColumns float32 sums over the whole of dim, so nothing is spilled and the tile is
-// written once, to a few KiB that stay in the first cache. AVX-512: 8 x 48 = 24 accumulators, 3 loads and 8 broadcasts per
-// 24 multiply-adds, i.e. bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops a cycle), not by loads.
-// filter: one compare per vector of the hot tile; candidates are rare (about k + k ln(N / k) a row), so the scalar part
-// after a hit does not show.
+// product: a register tile of kRows x kColumns float32 sums over the whole of dim, so nothing is spilled and the tile
+// is written once, to a few KiB that stay in the first cache. AVX-512: 8 x 48 = 24 accumulators, 3 loads and 8
+// broadcasts per 24 multiply-adds, i.e. bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops a cycle), not
+// by loads. filter: one compare per vector of the hot tile; candidates are rare (about k + k ln(N / k) a row), so the
+// scalar part after a hit does not show.
 #include <cmath>
 #include <cstring>
 
@@ -163,7 +163,8 @@ void tighten(CandidateLists& lists, int64_t row, bool final) {
   const int64_t n = lists.count[row];
   if (n <= lists.k) {
     // Nothing can be dropped yet.
-    lists.limit[row] = static_cast<int32_t>(2 * lists.limit[row] < lists.capacity ? 2 * lists.limit[row] : lists.capacity);
+    const int64_t doubled = 2 * static_cast<int64_t>(lists.limit[row]);
+    lists.limit[row] = static_cast<int32_t>(doubled < lists.capacity ? doubled : lists.capacity);
     return;
   }
   // Bisection for a value t that at least k candidates reach. Any such t is valid; a tight one keeps fewer.
@@ -211,9 +212,8 @@ __attribute__((noinline)) void enter(const float* c, unsigned hits, int64_t row,
   for (; hits != 0; hits &= hits - 1) {
     const int lane = __builtin_ctz(hits);
     const int64_t column = first_column + lane;
-    // The threshold may have risen since the compare.
-    if (column >= lists.columns || column == lists.self[row] || lists.skip[column] || !(c[lane] >= lists.threshold[row]))
-      continue;
+    if (column >= lists.columns || column == lists.self[row] || lists.skip[column]) continue;
+    if (!(c[lane] >= lists.threshold[row])) continue;  // it may have risen since the compare
     const int64_t slot = row * lists.capacity + lists.count[row]++;
     lists.value[slot] = c[lane];
     lists.index[slot] = static_cast<int32_t>(column);

@@ -1,5 +1,5 @@
-// The inner loops of the CPU neighbour search, one set per instruction set. No standard library templates here: an inline
-// function that the linker merges across instruction sets could crash an older processor.
+// The inner loops of the CPU neighbour search, one set per instruction set. No standard library templates here: an
+// inline function that the linker merges across instruction sets could crash an older processor.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
 // Exact top-k neighbours by dot product or cosine: the contract between the tensor layer and the kernels.
 //
-// similarity(i, j) = float32( sum_d q[i,d] x[j,d] )                                  "dot"
-//                  = float32( sum_d q[i,d] x[j,d] / (|q_i| |x_j|) )                  "cosine", |v| = max(sqrt(v.v), 1e-12)
+// similarity(i, j) = float32( sum_d q[i,d] x[j,d] )                               "dot"
+//                  = float32( sum_d q[i,d] x[j,d] / (|q_i| |x_j|) )               "cosine", |v| = max(sqrt(v.v), 1e-12)
 //
-// with sums, lengths and the division in float64. The sums run over 32 lanes (lane l takes d = l mod 32, ascending), which
-// are added as a tree (l + 16, then 8, 4, 2, 1): products of two float32 are exact in float64, so a processor with fused
-// multiply-add, one without, and a GPU warp all get the same bits. The k best rows come in descending order, equal
-// similarities by ascending index. A row with a non-finite entry is nobody's neighbour and has none; missing
+// with sums, lengths and the division in float64. The sums run over 32 lanes (lane l takes d = l mod 32, ascending),
+// which are added as a tree (l + 16, then 8, 4, 2, 1): products of two float32 are exact in float64, so a processor
+// with fused multiply-add, one without, and a GPU warp all get the same bits. The k best rows come in descending order,
+// equal similarities by ascending index. A row with a non-finite entry is nobody's neighbour and has none; missing
 // neighbours, and similarities that overflow to -inf, are written as index -1 and similarity -inf.
 //
 // How a fast search can be exact. Rows are scaled (to length one for "cosine", all by one power of two for "dot") and
@@ -39,7 +39,8 @@ struct TopkProblem {
   bool exclude_self;  // query i is database row i and not its own neighbour; needs n_queries <= n_database
 };
 
-// Writes similarity (n_queries, k) and index (n_queries, k); returns how many queries the first search could not decide.
+// Writes similarity (n_queries, k) and index (n_queries, k); returns how many queries the first search could not
+// decide.
 int64_t topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index);
 
 // The same on the current CUDA device and `stream`, without waiting for it: all pointers are device memory, and

@@ -276,7 +276,8 @@ std::vector<int64_t> Search::fast(const std::vector<int64_t>& wanted, bool amx, 
       block.margin.data()[r] = 2 * bound;
       block.self.data()[r] = problem.exclude_self ? i : -1;
       if (amx) {
-        neighbors::amx_pack_query(block.rounded.data(), dim, r % tile, block.packed_bfloat16.data() + r / tile * block_panel);
+        neighbors::amx_pack_query(block.rounded.data(), dim, r % tile,
+                                  block.packed_bfloat16.data() + r / tile * block_panel);
       } else {
         float* out = block.packed_float32.data() + r / tile * block_panel + r % tile;
         for (int64_t d = 0; d < dim; ++d) out[d * tile] = block.rounded.data()[d];

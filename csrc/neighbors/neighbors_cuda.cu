@@ -6,19 +6,19 @@
 //   open_queries     thread per query: its margin 2 eps, whether it can be searched at all
 //   search_tiles     block per 128 queries x a share of the columns; see below
 //   decide           block per query: exact similarities of the candidates, sorted, k best written
-//   search_exactly   a few blocks loop over the queries that were not decided: float64 against all rows, radix selection
+//   search_exactly   a few blocks loop over the undecided queries: float64 against all rows, radix selection
 //
-// search_tiles: 128 x 256 tile per block, 64 columns of dim at a time through a ring of kStages cp.async stages that runs
-// on across tiles; 8 warps (2 x 4) of 64 x 64 with mma.m16n8k16 (float16 in, float32 sums): 128 accumulators a thread. 16-byte
-// chunks of a row are stored at chunk ^ (row % 8), so that neither cp.async nor ldmatrix meets a bank conflict. Per tile, a
-// thread takes the maximum of its 16 values of a row and compares it with the row's threshold: about one instruction per
-// element. Survivors (about k + k ln(N / k) a row) go to the row's list in global memory (second cache), the slot from an
-// atomic in shared memory. Thresholds rise only between tiles, behind barriers, so the set of candidates is the same in
-// every run; only its order in the list varies, and nothing depends on that.
+// search_tiles: 128 x 256 tile per block, 64 columns of dim at a time through a ring of kStages cp.async stages that
+// runs on across tiles; 8 warps (2 x 4) of 64 x 64 with mma.m16n8k16 (float16 in, float32 sums): 128 accumulators a
+// thread. 16-byte chunks of a row are stored at chunk ^ (row % 8), so that neither cp.async nor ldmatrix meets a bank
+// conflict. Per tile, a thread takes the maximum of its 16 values of a row and compares it with the row's threshold:
+// about one instruction per element. Survivors (about k + k ln(N / k) a row) go to the row's list in global memory
+// (second cache), the slot from an atomic in shared memory. Thresholds rise only between tiles, behind barriers, so the
+// set of candidates is the same in every run; only its order in the list varies, and nothing depends on that.
 //
 // Limit: 2 Q N D flops at the float16 rate. Per 64 columns of dim a block moves 48 KiB for 4.2 Mflop, 87 flop per byte
-// of the second cache. float16 rather than bfloat16: same speed, eight times finer, so fewer candidates. Rows are scaled
-// to length 128 to stay clear of float16's subnormal range.
+// of the second cache. float16 rather than bfloat16: same speed, eight times finer, so fewer candidates. Rows are
+// scaled to length 128 to stay clear of float16's subnormal range.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kThreads) measure_rows(const float* __restrict
 __global__ void __launch_bounds__(kThreads)
     round_rows(const float* __restrict__ x, int64_t rows, int64_t dim, int64_t padded_dim, bool normalize,
                const double* __restrict__ length, const unsigned long long* longest, half_t* __restrict__ rounded,
-               double* residual, double* norm, unsigned long long* worst_residual, unsigned long long* longest_rounded) {
+               double* residual, double* norm, unsigned long long* worst_residual,
+               unsigned long long* longest_rounded) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const bool usable = length[row] <= DBL_MAX;
@@ -253,8 +254,8 @@ __device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    search_tiles(TopkProblem problem, Workspace work, int64_t padded_dim, int64_t first_query, int64_t batch, int splits,
-                 int capacity) {
+    search_tiles(TopkProblem problem, Workspace work, int64_t padded_dim, int64_t first_query, int64_t batch,
+                 int splits, int capacity) {
   SCAN_FAST_DYNAMIC_SHARED(memory);
   SCAN_FAST_SHARED(float, threshold, kTileRows);
   SCAN_FAST_SHARED(int, count, kTileRows);
@@ -283,7 +284,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     limit[thread] = first_limit < last_limit ? first_limit : last_limit;
   }
 
-  // Thread: 16-byte chunk thread % 8 of rows thread / 8 + {0, 32, 64, ...}; 32 rows further on, the swizzle is the same.
+  // Thread: 16-byte chunk thread % 8 of rows thread / 8 + {0, 32, 64, ...}; 32 rows further on, the swizzle is the
+  // same.
   const int load_row = thread / 8;
   const Shared<half_t> load_slot = stages + (load_row * kChunk + (thread % 8 ^ load_row % 8) * 8);
   const half_t* const query_source =
@@ -296,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int left = n - load_tile * kTileColumns;
       const int columns = left < kTileColumns ? left : kTileColumns;
       const half_t* const column_source =
-          work.database_rounded + static_cast<int64_t>(load_tile) * kTileColumns * padded_dim + thread % 8 * 8 + load_depth;
+          work.database_rounded + static_cast<int64_t>(load_tile) * kTileColumns * padded_dim + thread % 8 * 8 +
+          load_depth;
       const Shared<half_t> slot = load_slot + load_stage * kStageHalves;
 #pragma unroll 1
       for (int row = load_row; row < kTileRows; row += 32) {
@@ -307,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 2
       for (int row = load_row; row < kTileColumns; row += 32) {
         const bool inside = row < columns;
-        cp_async_16((slot + (kTileRows + row - load_row) * kChunk).get(), column_source + (inside ? row : 0) * padded_dim,
-                    inside ? 16 : 0);
+        cp_async_16((slot + (kTileRows + row - load_row) * kChunk).get(),
+                    column_source + (inside ? row : 0) * padded_dim, inside ? 16 : 0);
       }
       load_depth += kChunk;
       if (load_depth == padded_dim) {
@@ -365,7 +368,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (++chunk_of_tile < chunks) continue;
     chunk_of_tile = 0;
 
-    // The tile is complete: enter what reaches its row's threshold. Thread: rows lane / 4 (+ 8), columns 2 (lane % 4) + {0, 1}.
+    // The tile is complete: enter what reaches its row's threshold. Thread: rows lane / 4 (+ 8), columns 2 (lane % 4) +
+    // {0, 1}.
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
@@ -531,8 +535,8 @@ __global__ void __launch_bounds__(kThreads) leave_all_undecided(TopkProblem prob
 
 // ---- the exact search --------------------------------------------------------------------------------------------
 
-// Blocks share the undecided queries: keys of all rows, the k-th largest by radix selection (keys are distinct), a sort.
-// all: every query, whatever undecided_count says.
+// Blocks share the undecided queries: keys of all rows, the k-th largest by radix selection (keys are distinct), a
+// sort. all: every query, whatever undecided_count says.
 __global__ void __launch_bounds__(kExactThreads)
     search_exactly(TopkProblem problem, Workspace work, bool all, int64_t sort_keys, float* __restrict__ similarity,
                    int64_t* __restrict__ index) {
@@ -590,7 +594,9 @@ __global__ void __launch_bounds__(kExactThreads)
       if (key != 0 && key >= kth) best[atomicAdd(filled.get(), 1)] = key;
     }
     sort_descending(best, sort_keys);
-    for (int64_t rank = thread; rank < k; rank += kExactThreads) write_key(problem, similarity, index, i, rank, best[rank]);
+    for (int64_t rank = thread; rank < k; rank += kExactThreads) {
+      write_key(problem, similarity, index, i, rank, best[rank]);
+    }
     __syncthreads();
   }
 }
@@ -726,8 +732,8 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
              static_cast<int>(plan.splits), static_cast<int>(plan.capacity));
       launch(decide, dim3(static_cast<unsigned>(batch)), dim3(kDecideThreads),
              static_cast<size_t>(plan.decide_keys) * sizeof(unsigned long long), stream, problem, work, first,
-             static_cast<int>(plan.splits), static_cast<int>(plan.capacity), static_cast<int>(plan.decide_keys), similarity,
-             index);
+             static_cast<int>(plan.splits), static_cast<int>(plan.capacity), static_cast<int>(plan.decide_keys),
+             similarity, index);
     }
   } else {
     launch(leave_all_undecided, grid_of(q, kThreads), dim3(kThreads), 0, stream, problem, work);

@@ -5,6 +5,11 @@
 
 #include <tuple>
 
+#if defined(SCAN_FAST_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 #include "nt_xent/nt_xent.h"
 
 namespace scan_fast {
@@ -24,12 +29,35 @@ NTXentProblem make_problem(int64_t samples, int64_t dim, double temperature, boo
   return {samples, dim, temperature, both_anchors, sample_begin, sample_count};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& z0, const Tensor& z1, double temperature,
-                                                       bool both_anchors, int64_t sample_begin, int64_t sample_count) {
+NTXentProblem forward_problem(const Tensor& z0, const Tensor& z1, double temperature, bool both_anchors,
+                              int64_t sample_begin, int64_t sample_count) {
   TORCH_CHECK_VALUE(z0.dim() == 2 && z0.sizes() == z1.sizes(), "z0 and z1 must have one shape (N, D), got ", z0.sizes(),
                     " and ", z1.sizes());
+  return make_problem(z0.size(0), z0.size(1), temperature, both_anchors, sample_begin, sample_count);
+}
+
+// What the backward pass reads, checked and in the layout of the kernels.
+struct BackwardInputs {
+  NTXentProblem problem;
+  Tensor grad_losses, losses, lse, unit, inv_norm;
+};
+
+BackwardInputs backward_inputs(const Tensor& grad_losses, const Tensor& losses, const Tensor& lse, const Tensor& unit,
+                               const Tensor& inv_norm, double temperature, bool both_anchors, int64_t sample_begin,
+                               int64_t sample_count) {
   const NTXentProblem problem =
-      make_problem(z0.size(0), z0.size(1), temperature, both_anchors, sample_begin, sample_count);
+      make_problem(unit.size(0) / 2, unit.size(1), temperature, both_anchors, sample_begin, sample_count);
+  for (const Tensor& values : {grad_losses, losses, lse}) {
+    TORCH_CHECK_VALUE(values.numel() == problem.anchors(), "grad_losses, losses and lse must hold the ",
+                      problem.anchors(), " anchors, got ", values.sizes());
+  }
+  return {problem,          grad_losses.to(torch::kFloat).contiguous(), losses.contiguous(), lse.contiguous(),
+          unit.contiguous(), inv_norm.contiguous()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& z0, const Tensor& z1, double temperature,
+                                                       bool both_anchors, int64_t sample_begin, int64_t sample_count) {
+  const NTXentProblem problem = forward_problem(z0, z1, temperature, both_anchors, sample_begin, sample_count);
   const Tensor x0 = z0.to(torch::kFloat).contiguous(), x1 = z1.to(torch::kFloat).contiguous();
   const auto options = x0.options().requires_grad(false);
   Tensor unit = torch::empty({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
@@ -45,20 +73,72 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_losses, const Tensor&
                                         const Tensor& unit, const Tensor& inv_norm, double temperature,
                                         bool both_anchors, int64_t sample_begin, int64_t sample_count,
                                         torch::ScalarType dtype) {
-  const NTXentProblem problem =
-      make_problem(unit.size(0) / 2, unit.size(1), temperature, both_anchors, sample_begin, sample_count);
-  for (const Tensor& values : {grad_losses, losses, lse}) {
-    TORCH_CHECK_VALUE(values.numel() == problem.anchors(), "grad_losses, losses and lse must hold the ",
-                      problem.anchors(), " anchors, got ", values.sizes());
-  }
-  const Tensor g = grad_losses.to(torch::kFloat).contiguous(), loss = losses.contiguous(), l = lse.contiguous();
-  const Tensor u = unit.contiguous(), inv = inv_norm.contiguous();
-  Tensor grad_z0 = torch::empty({sample_count, problem.dim}, u.options()), grad_z1 = torch::empty_like(grad_z0);
-  nt_xent_backward_cpu(problem, u.const_data_ptr<float>(), inv.const_data_ptr<float>(), loss.const_data_ptr<float>(),
-                       l.const_data_ptr<float>(), g.const_data_ptr<float>(), reduced_precision(),
-                       grad_z0.data_ptr<float>(), grad_z1.data_ptr<float>());
+  const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
+                                            sample_begin, sample_count);
+  Tensor grad_z0 = torch::empty({sample_count, in.problem.dim}, in.unit.options());
+  Tensor grad_z1 = torch::empty_like(grad_z0);
+  nt_xent_backward_cpu(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
+                       in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
+                       in.grad_losses.const_data_ptr<float>(), reduced_precision(), grad_z0.data_ptr<float>(),
+                       grad_z1.data_ptr<float>());
   return {grad_z0.to(dtype), grad_z1.to(dtype)};
 }
+
+#if defined(SCAN_FAST_WITH_CUDA)
+
+DType kernel_dtype(torch::ScalarType dtype) {
+  switch (dtype) {
+    case torch::kFloat: return DType::kFloat32;
+    case torch::kBFloat16: return DType::kBFloat16;
+    case torch::kHalf: return DType::kFloat16;
+    default: TORCH_CHECK_VALUE(false, "there is no kernel for ", dtype, "; use float32, bfloat16 or float16");
+  }
+}
+
+// 16-bit embeddings carry no more than single 16-bit products keep.
+bool reduced_on_gpu(torch::ScalarType dtype) { return reduced_precision() || dtype != torch::kFloat; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& z0, const Tensor& z1, double temperature,
+                                                        bool both_anchors, int64_t sample_begin,
+                                                        int64_t sample_count) {
+  const NTXentProblem problem = forward_problem(z0, z1, temperature, both_anchors, sample_begin, sample_count);
+  TORCH_CHECK_VALUE(z0.device() == z1.device() && z0.scalar_type() == z1.scalar_type(),
+                    "z0 and z1 must share one device and dtype");
+  const c10::cuda::CUDAGuard guard(z0.device());
+  const Tensor x0 = z0.contiguous(), x1 = z1.contiguous();
+  const DType dtype = kernel_dtype(z0.scalar_type());
+  const bool reduced = reduced_on_gpu(z0.scalar_type());
+  const auto options = x0.options().dtype(torch::kFloat).requires_grad(false);
+  Tensor unit = torch::empty({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
+  Tensor losses = torch::empty({problem.local_anchors()}, options), lse = torch::empty_like(losses);
+  Tensor workspace = torch::empty({nt_xent_forward_cuda_workspace(problem, reduced)}, options.dtype(torch::kByte));
+  nt_xent_forward_cuda(problem, x0.const_data_ptr(), x1.const_data_ptr(), dtype, reduced, losses.data_ptr<float>(),
+                       lse.data_ptr<float>(), unit.data_ptr<float>(), inv_norm.data_ptr<float>(), workspace.data_ptr(),
+                       c10::cuda::getCurrentCUDAStream().stream());
+  return {losses, lse, unit, inv_norm};
+}
+
+std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_losses, const Tensor& losses, const Tensor& lse,
+                                         const Tensor& unit, const Tensor& inv_norm, double temperature,
+                                         bool both_anchors, int64_t sample_begin, int64_t sample_count,
+                                         torch::ScalarType dtype) {
+  const c10::cuda::CUDAGuard guard(unit.device());
+  const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
+                                            sample_begin, sample_count);
+  const DType out = kernel_dtype(dtype);
+  const bool reduced = reduced_on_gpu(dtype);
+  Tensor grad_z0 = torch::empty({sample_count, in.problem.dim}, in.unit.options().dtype(dtype));
+  Tensor grad_z1 = torch::empty_like(grad_z0);
+  Tensor workspace =
+      torch::empty({nt_xent_backward_cuda_workspace(in.problem, reduced)}, in.unit.options().dtype(torch::kByte));
+  nt_xent_backward_cuda(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
+                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
+                        in.grad_losses.const_data_ptr<float>(), out, reduced, grad_z0.data_ptr(), grad_z1.data_ptr(),
+                        workspace.data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  return {grad_z0, grad_z1};
+}
+
+#endif
 
 }  // namespace
 
@@ -75,5 +155,12 @@ TORCH_LIBRARY_IMPL(scan_fast, CPU, library) {
   library.impl("nt_xent_forward", &forward_cpu);
   library.impl("nt_xent_backward", &backward_cpu);
 }
+
+#if defined(SCAN_FAST_WITH_CUDA)
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, library) {
+  library.impl("nt_xent_forward", &forward_cuda);
+  library.impl("nt_xent_backward", &backward_cuda);
+}
+#endif
 
 }  // namespace scan_fast

@@ -1,0 +1,303 @@
+// NT-Xent: the tile schedule of the CPU kernel, and the CUDA kernels run on the host, against a double oracle.
+#include <algorithm>
+#include <set>
+
+#include "check.h"
+#include "common/device.h"
+#include "nt_xent/nt_xent.h"
+#include "nt_xent/schedule.h"
+
+namespace {
+
+using namespace scan_fast;
+
+struct Result {
+  std::vector<double> losses, grad_z0, grad_z1;  // of all anchors; of all samples
+};
+
+// The definition, written out: losses of all anchors and the gradient of sum_i upstream_i loss_i.
+Result oracle(const std::vector<float>& z0, const std::vector<float>& z1, int64_t n, int64_t d, double temperature,
+              bool both, const std::vector<float>& upstream) {
+  const int64_t m = 2 * n, anchors = both ? m : n;
+  std::vector<double> u(m * d), norm(m), s(m * m), du(m * d, 0.0);
+  for (int64_t i = 0; i < m; ++i) {
+    const float* x = i < n ? &z0[i * d] : &z1[(i - n) * d];
+    double sum = 0;
+    for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
+    norm[i] = std::max(std::sqrt(sum), 1e-12);
+    for (int64_t k = 0; k < d; ++k) u[i * d + k] = x[k] / norm[i];
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      double dot = 0;
+      for (int64_t k = 0; k < d; ++k) dot += u[i * d + k] * u[j * d + k];
+      s[i * m + j] = dot / temperature;
+    }
+  }
+  Result result;
+  for (int64_t i = 0; i < anchors; ++i) {
+    const int64_t positive = (i + n) % m;
+    double largest = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      if (j != i) largest = std::max(largest, s[i * m + j]);
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      if (j != i) sum += std::exp(s[i * m + j] - largest);
+    }
+    const double lse = largest + std::log(sum);
+    result.losses.push_back(lse - s[i * m + positive]);
+    for (int64_t j = 0; j < m; ++j) {
+      if (j == i) continue;
+      const double c = upstream[i] * (std::exp(s[i * m + j] - lse) - (j == positive)) / temperature;
+      for (int64_t k = 0; k < d; ++k) {
+        du[i * d + k] += c * u[j * d + k];
+        du[j * d + k] += c * u[i * d + k];
+      }
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    double radial = 0;
+    for (int64_t k = 0; k < d; ++k) radial += du[i * d + k] * u[i * d + k];
+    for (int64_t k = 0; k < d; ++k) {
+      (i < n ? result.grad_z0 : result.grad_z1).push_back((du[i * d + k] - radial * u[i * d + k]) / norm[i]);
+    }
+  }
+  return result;
+}
+
+template <typename T>
+std::vector<T> converted(const std::vector<float>& x) {
+  std::vector<T> out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) out[i] = from_float<T>(x[i]);
+  return out;
+}
+
+struct Buffer {
+  std::vector<unsigned char> storage;
+  unsigned char* aligned;
+  explicit Buffer(int64_t bytes) : storage(bytes + 256, 0xff) {
+    aligned = storage.data() + (256 - reinterpret_cast<uintptr_t>(storage.data()) % 256) % 256;
+  }
+};
+
+// Runs both passes over the samples in parts, as ranks would, and compares with the oracle.
+void compare(int64_t n, int64_t d, double temperature, bool both, bool reduced, const std::vector<int64_t>& cuts,
+             double tolerance) {
+  check::Random random{static_cast<uint64_t>(n * 1000 + d)};
+  std::vector<float> z0(n * d), z1(n * d);
+  for (int64_t i = 0; i < n * d; ++i) {
+    z0[i] = static_cast<float>(random.normal());
+    z1[i] = static_cast<float>(0.5 * z0[i] + 0.7 * random.normal());
+  }
+  const int64_t anchors = both ? 2 * n : n;
+  std::vector<float> upstream(anchors);
+  for (float& g : upstream) g = static_cast<float>(random.normal());
+  const Result expected = oracle(z0, z1, n, d, temperature, both, upstream);
+
+  std::vector<float> losses(anchors, NAN), lse(anchors, NAN), unit(2 * n * d, NAN), inv_norm(2 * n, NAN);
+  std::vector<float> grad_z0(n * d, NAN), grad_z1(n * d, NAN);
+  const int views = both ? 2 : 1;
+  for (size_t part = 0; part + 1 < cuts.size(); ++part) {
+    const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
+    std::vector<float> part_losses(problem.local_anchors(), NAN), part_lse(problem.local_anchors(), NAN);
+    const Buffer workspace(nt_xent_forward_cuda_workspace(problem, reduced));
+    nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, reduced, part_losses.data(), part_lse.data(),
+                         unit.data(), inv_norm.data(), workspace.aligned, nullptr);
+    for (int view = 0; view < views; ++view) {
+      for (int64_t i = 0; i < problem.sample_count; ++i) {
+        losses[view * n + cuts[part] + i] = part_losses[view * problem.sample_count + i];
+        lse[view * n + cuts[part] + i] = part_lse[view * problem.sample_count + i];
+      }
+    }
+  }
+  for (size_t part = 0; part + 1 < cuts.size(); ++part) {
+    const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
+    const Buffer workspace(nt_xent_backward_cuda_workspace(problem, reduced));
+    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(),
+                          DType::kFloat32, reduced, grad_z0.data() + cuts[part] * d, grad_z1.data() + cuts[part] * d,
+                          workspace.aligned, nullptr);
+  }
+  double largest = 1e-3;
+  for (const double g : expected.grad_z0) largest = std::max(largest, std::fabs(g));
+  for (int64_t i = 0; i < anchors; ++i) CHECK_NEAR(losses[i], expected.losses[i], tolerance * (1 + 1 / temperature));
+  // The projection loses what the radial part had; short rows divide by their length.
+  for (int64_t i = 0; i < n * d; ++i) {
+    CHECK_NEAR(grad_z0[i], expected.grad_z0[i], tolerance / temperature * std::max(largest, 1.0 * inv_norm[i / d]));
+    CHECK_NEAR(grad_z1[i], expected.grad_z1[i], tolerance / temperature * std::max(largest, 1.0 * inv_norm[n + i / d]));
+  }
+}
+
+void odd_shapes() {
+  emu::options() = {.detect_races = true};
+  for (const bool both : {true, false}) {
+    for (const auto& [n, d] : std::vector<std::pair<int64_t, int64_t>>{{1, 7}, {3, 1}, {65, 64}, {33, 200}, {5, 130}}) {
+      compare(n, d, 0.5, both, false, {0, n}, 3e-6);
+      compare(n, d, 0.5, both, true, {0, n}, 2e-3);
+    }
+  }
+}
+
+void several_tiles_and_parts() {
+  emu::options() = {.detect_races = true, .seed = 5};
+  for (const bool both : {true, false}) {
+    compare(130, 128, 0.1, both, false, {0, 130}, 3e-6);
+    compare(70, 24, 0.1, both, false, {0, 1, 40, 70}, 3e-6);
+  }
+}
+
+void low_temperatures() {
+  emu::options() = {};
+  for (const double temperature : {0.0301, 0.02, 0.005}) compare(40, 48, temperature, true, false, {0, 40}, 3e-6);
+}
+
+void repeated_runs_give_the_same_bits() {
+  const int64_t n = 70, d = 40;
+  const NTXentProblem problem{n, d, 0.1, true, 0, n};
+  check::Random random{9};
+  std::vector<float> z0(n * d), z1(n * d), upstream(2 * n, 1.0f);
+  for (float& x : z0) x = static_cast<float>(random.normal());
+  for (float& x : z1) x = static_cast<float>(random.normal());
+  std::vector<float> first;
+  for (const uint64_t seed : {0, 1, 2}) {
+    emu::options() = {.detect_races = false, .seed = seed};  // permutes blocks and threads
+    std::vector<float> losses(2 * n), lse(2 * n), unit(2 * n * d), inv_norm(2 * n), out(2 * n * d);
+    const Buffer forward(nt_xent_forward_cuda_workspace(problem, false));
+    nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, false, losses.data(), lse.data(), unit.data(),
+                         inv_norm.data(), forward.aligned, nullptr);
+    const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
+    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(),
+                          DType::kFloat32, false, out.data(), out.data() + n * d, backward.aligned, nullptr);
+    out.insert(out.end(), losses.begin(), losses.end());
+    if (first.empty()) first = out;
+    CHECK(out == first);
+  }
+}
+
+template <typename T>
+void sixteen_bit(DType dtype) {
+  emu::options() = {};
+  const int64_t n = 20, d = 16;
+  const NTXentProblem problem{n, d, 0.2, true, 0, n};
+  check::Random random{4};
+  std::vector<float> z0(n * d), z1(n * d), upstream(2 * n, 1.0f);
+  for (float& x : z0) x = to_float(from_float<T>(static_cast<float>(random.normal())));
+  for (float& x : z1) x = to_float(from_float<T>(static_cast<float>(random.normal())));
+  const Result expected = oracle(z0, z1, n, d, 0.2, true, upstream);
+  const std::vector<T> t0 = converted<T>(z0), t1 = converted<T>(z1);
+  std::vector<float> losses(2 * n), lse(2 * n), unit(2 * n * d), inv_norm(2 * n);
+  std::vector<T> grad_z0(n * d), grad_z1(n * d);
+  const Buffer forward(nt_xent_forward_cuda_workspace(problem, false));
+  nt_xent_forward_cuda(problem, t0.data(), t1.data(), dtype, false, losses.data(), lse.data(), unit.data(),
+                       inv_norm.data(), forward.aligned, nullptr);
+  const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
+  nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(), dtype, false,
+                        grad_z0.data(), grad_z1.data(), backward.aligned, nullptr);
+  for (int64_t i = 0; i < 2 * n; ++i) CHECK_NEAR(losses[i], expected.losses[i], 2e-5);
+  for (int64_t i = 0; i < n * d; ++i) {
+    CHECK_NEAR(to_float(grad_z0[i]), expected.grad_z0[i], 1e-4 + std::fabs(expected.grad_z0[i]) / 200);
+    CHECK_NEAR(to_float(grad_z1[i]), expected.grad_z1[i], 1e-4 + std::fabs(expected.grad_z1[i]) / 200);
+  }
+}
+void half_inputs() { sixteen_bit<half_t>(DType::kFloat16); }
+void bfloat16_inputs() { sixteen_bit<bf16_t>(DType::kBFloat16); }
+
+void unusual_rows() {
+  emu::options() = {};
+  const int64_t n = 6, d = 5;
+  const NTXentProblem problem{n, d, 0.3, true, 0, n};
+  std::vector<float> losses(2 * n), lse(2 * n), unit(2 * n * d), inv_norm(2 * n), z1(n * d);
+  check::Random random{2};
+  for (float& x : z1) x = static_cast<float>(random.normal());
+  const auto forward = [&](const std::vector<float>& z0) {
+    const Buffer workspace(nt_xent_forward_cuda_workspace(problem, false));
+    nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, false, losses.data(), lse.data(), unit.data(),
+                         inv_norm.data(), workspace.aligned, nullptr);
+    return losses;
+  };
+  std::vector<float> huge = z1, tiny = z1, zero = z1, bad = z1;
+  for (float& x : huge) x *= 1e37f;
+  for (float& x : tiny) x *= 1e-11f;
+  std::fill_n(zero.begin(), d, 0.0f);
+  bad[7] = NAN;
+  const std::vector<float> plain = forward(z1), of_huge = forward(huge), of_tiny = forward(tiny);
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    CHECK_NEAR(of_huge[i], plain[i], 1e-5);
+    CHECK_NEAR(of_tiny[i], plain[i], 1e-5);
+  }
+  const Result expected = oracle(zero, z1, n, d, 0.3, true, std::vector<float>(2 * n, 1.0f));
+  const std::vector<float> of_zero = forward(zero), of_bad = forward(bad);
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    CHECK_NEAR(of_zero[i], expected.losses[i], 1e-5);
+    CHECK(std::isnan(of_bad[i]));
+  }
+}
+
+// Every ordered pair (anchor, other row) is served exactly once, and nothing else is.
+void forward_tasks_cover_every_pair_once() {
+  for (const int64_t n : {1, 5, 17, 40}) {
+    for (const bool both : {true, false}) {
+      for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, n}, {n / 3, n}, {n / 3, n / 3 + 1}}) {
+        const NTXentProblem problem{n, 1, 1.0, both, begin, end - begin};
+        const std::vector<RowBlock> blocks = make_row_blocks(problem, 4);
+        std::vector<int> served(4 * n * n, 0);
+        std::set<std::pair<int64_t, int64_t>> slots;  // (slot, anchor) written, each by one task only
+        for (const ForwardTask& task : make_forward_tasks(blocks, 12)) {
+          const RowBlock& rows = blocks[task.row];
+          for (int64_t i = rows.begin; i < rows.begin + rows.size; ++i) {
+            CHECK(slots.emplace(task.column_begin, rows.anchor + i - rows.begin).second);
+            for (int64_t c = task.column_begin; c < task.column_end; ++c) {
+              for (int64_t j = blocks[c].begin; j < blocks[c].begin + blocks[c].size; ++j) {
+                ++served[i * 2 * n + j];
+                if (task.mirrored) ++served[j * 2 * n + i];
+              }
+            }
+          }
+          if (!task.mirrored) continue;
+          for (int64_t c = task.column_begin; c < task.column_end; ++c) {
+            for (int64_t j = 0; j < blocks[c].size; ++j) {
+              CHECK(slots.emplace(task.row, blocks[c].anchor + j).second);
+              // The kernel writes a run's column sums to consecutive anchors.
+              CHECK(blocks[c].anchor - blocks[task.column_begin].anchor ==
+                    blocks[c].begin - blocks[task.column_begin].begin);
+            }
+          }
+        }
+        for (int64_t i = 0; i < 2 * n; ++i) {
+          const int64_t sample = i % n;
+          const int wanted = sample >= begin && sample < end && (both || i < n) ? 1 : 0;
+          for (int64_t j = 0; j < 2 * n; ++j) CHECK(served[i * 2 * n + j] == wanted);
+        }
+      }
+    }
+  }
+}
+
+void tournaments_pair_everybody_once() {
+  for (int64_t players = 0; players < 20; ++players) {
+    std::set<std::pair<int64_t, int64_t>> met;
+    for (int64_t round = 0; round < tournament_rounds(players); ++round) {
+      std::set<int64_t> busy;
+      for (const auto& [x, y] : tournament_round(players, round)) {
+        CHECK(0 <= x && x < y && y < players);
+        CHECK(busy.insert(x).second && busy.insert(y).second);
+        CHECK(met.emplace(x, y).second);
+      }
+    }
+    CHECK(static_cast<int64_t>(met.size()) == players * (players - 1) / 2);
+  }
+}
+
+}  // namespace
+
+int main() {
+  RUN(forward_tasks_cover_every_pair_once);
+  RUN(tournaments_pair_everybody_once);
+  RUN(odd_shapes);
+  RUN(several_tiles_and_parts);
+  RUN(low_temperatures);
+  RUN(repeated_runs_give_the_same_bits);
+  RUN(half_inputs);
+  RUN(bfloat16_inputs);
+  RUN(unusual_rows);
+  return check::finish();
+}

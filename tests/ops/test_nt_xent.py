@@ -30,16 +30,16 @@ def views(n, d, *, seed=0, dtype=torch.float32, device="cpu", close=0.5):
 
 
 def oracle(z0, z1, temperature, anchors):
-    """The definition in float64: one cross-entropy per anchor over all rows but itself."""
+    """The definition in float64: one cross-entropy per anchor over all rows but itself, which is cut out."""
     z0, z1 = (z.detach().double().cpu().requires_grad_() for z in (z0, z1))
     unit = F.normalize(torch.cat([z0, z1]), dim=1)
     n = z0.shape[0]
-    losses = []
-    for i in range(2 * n if anchors == "both" else n):
-        others = [j for j in range(2 * n) if j != i]
-        logits = unit[others] @ unit[i] / temperature
-        losses.append(F.cross_entropy(logits, torch.tensor(others.index((i + n) % (2 * n)))))
-    return torch.stack(losses), (z0, z1)
+    anchors_index = torch.arange(2 * n if anchors == "both" else n)
+    others = torch.arange(2 * n) != anchors_index[:, None]
+    logits = (unit[anchors_index] @ unit.T / temperature)[others].view(len(anchors_index), 2 * n - 1)
+    positive = (anchors_index + n) % (2 * n)
+    target = positive - (positive > anchors_index).long()  # its place once the anchor is cut out
+    return F.cross_entropy(logits, target, reduction="none"), (z0, z1)
 
 
 def gradients(losses, inputs, upstream):
@@ -73,7 +73,7 @@ def test_matches_the_definition(device, impl, anchors, n, d, temperature):
     assert_matches(*views(n, d, device=device), temperature, anchors, impl)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(1, 70),
     d=st.integers(1, 70),

@@ -75,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
     sub.add_argument("--device", default="auto")
 
+    sub = command("export", _export, "write a model that runs without this package")
+    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
+    sub.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="torch.export or ONNX (default: pt2)")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+
     sub = command("report", _report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, help="a run folder")
 
@@ -117,7 +122,14 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     overrides: list[str] = []
     for word in arguments:
-        value_of_option = bool(rest) and rest[-1] in ("--data", "--out", "--clusters", "--seeds", "--device")
+        value_of_option = bool(rest) and rest[-1] in (
+            "--data",
+            "--out",
+            "--clusters",
+            "--seeds",
+            "--device",
+            "--format",
+        )
         is_override = _OVERRIDE.match(word) is not None and not value_of_option
         (overrides if is_override else rest).append(word)
     return rest, overrides
@@ -276,6 +288,14 @@ def _embed(options: argparse.Namespace) -> int:
     source = source_from(options.data, size=predictor.size)
     with options.out.expanduser().open("wb") as file:
         np.savez(file, features=predictor.features(source).numpy(), paths=np.array(source.paths))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export import export
+    from .predictor import Predictor
+
+    export(Predictor.load(options.target), options.out.expanduser(), options.format)
     return 0
 
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scan_fast.cli import main
+from scan_fast.data.datasets import source_from
+from scan_fast.data.views import PlainView
+from scan_fast.models.backbones import ModelConfig
+from scan_fast.models.heads import ClusterModel
+from scan_fast.predictor import Predictor
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = ModelConfig(backbone="resnet_digits", width=0.5)
+    model = ClusterModel(config, 4)
+    model(torch.randn(64, 3, 8, 8))  # batch statistics that are not the initial ones
+    state = {
+        "format": 1,
+        "stage": "selflabel",
+        "model": config.model_dump(mode="json"),
+        "n_clusters": 4,
+        "size": 8,
+        "view_size": PlainView(kind="plain", size=8).size,
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+        "state_dict": model.state_dict(),
+    }
+    torch.save(state, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_exported_program_predicts_the_same(model_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
+    assert main(["export", str(model_file), "--out", str(out)]) == 0
+    images = torch.randint(0, 256, (7, 8, 8, 3), dtype=torch.uint8)
+    expected = Predictor.load(model_file).probabilities(source_from(images))
+    program = torch.export.load(out).module()
+    torch.testing.assert_close(program(images), expected, rtol=1e-5, atol=1e-6)
+    assert program(images[:1]).shape == (1, 4)
+
+
+def test_missing_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "m.pt2")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

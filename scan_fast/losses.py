@@ -34,6 +34,10 @@ def nt_xent(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the anchors.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
+    ``torch.set_float32_matmul_precision("medium")`` lets the kernel round the operands of its matrix products to 16
+    bits, as it lets ``torch.matmul``: several times as fast where the processor has such products, with gradients good
+    to about a hundredth.
+
     Returns:
         A float32 scalar, or (2N,) / (N,) losses for ``reduction="none"``.
 

@@ -360,8 +360,8 @@ def _seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds.extend(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            seeds.extend(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise ValueError(f"--seeds must look like 0-9 or 0,3,7, got {text!r}") from None
     if not seeds or len(set(seeds)) != len(seeds):

@@ -72,8 +72,9 @@ class ImageClusterer:
             **(self.settings or {}),
         }
         config = load_config(find_config("folder"), (), changes)
-        source = source_from(images, size=config.data.image_size)
-        splits = split_source(source, config.data)
+        data = config.data
+        source = source_from(images, size=data.image_size, on_error=data.on_error, workers=data.workers)
+        splits = split_source(source, data)
         with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
             run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
             with run:

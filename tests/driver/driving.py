@@ -28,17 +28,22 @@ TINY = (
     "data.limit=160",
     "pretext.epochs=2",
     "pretext.batch_size=64",
+    "pretext.temperature=0.2",
+    "pretext.optimizer.lr=0.002",
     "mining.k=5",
     "clustering.epochs=2",
     "clustering.batch_size=64",
     "clustering.heads=2",
+    "clustering.entropy_weight=5",
+    "clustering.initialize=random",
     "selflabel.epochs=2",
     "selflabel.batch_size=64",
     "selflabel.threshold=0.2",
+    "selflabel.ema=0.9",
     "evaluation.baselines=false",
     "runtime.threads=1",
 )
-"""Digits in a second: 160 images, two steps an epoch, two epochs a stage."""
+"""Digits in a second: 160 images, two steps an epoch, two epochs a stage; and what tests count on."""
 
 TINY_FOLDER = (
     "model.backbone=resnet_digits",

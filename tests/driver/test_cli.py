@@ -182,5 +182,5 @@ def test_as_a_program(tmp_path: Path) -> None:
 
 def test_version_and_help() -> None:
     assert run_here("--version").out == f"scan-fast {scan_fast.__version__}\n"
-    text = run_here("--help").out
-    assert all(f"  {name} " in text for name in ("run", "pretext", "mine", "cluster", "selflabel", "evaluate", "sweep"))
+    listed = run_here("--help").out.split()
+    assert {"run", "pretext", "mine", "cluster", "selflabel", "evaluate", "sweep"} <= set(listed)

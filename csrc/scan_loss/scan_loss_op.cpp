@@ -107,6 +107,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss
   auto workspace_of = [&](size_t bytes) {
     return at::empty({static_cast<int64_t>(bytes)}, anchors.options().dtype(at::kByte));
   };
+#ifdef SCAN_FAST_WITH_CUDA
+  if (anchors.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(anchors.device());
+    const at::Tensor workspace = workspace_of(scan_loss_cuda_workspace(shape));
+    arguments.workspace = workspace.data_ptr();
+    scan_loss_forward_cuda(dtype, shape, arguments, current_stream());
+    return {total, consistency, entropy, mean_prob, row_stats};
+  }
+#endif
   const at::Tensor workspace = workspace_of(scan_loss_cpu_workspace(shape));
   arguments.workspace = workspace.data_ptr();
   scan_loss_forward_cpu(dtype, shape, arguments);
@@ -137,6 +146,13 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
                                    grad_anchors.data_ptr(),
                                    grad_neighbors.data_ptr(),
                                    static_cast<float>(entropy_weight)};
+#ifdef SCAN_FAST_WITH_CUDA
+  if (anchors.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(anchors.device());
+    scan_loss_backward_cuda(dtype, shape, arguments, current_stream());
+    return {grad_anchors, grad_neighbors};
+  }
+#endif
   scan_loss_backward_cpu(dtype, shape, arguments);
   return {grad_anchors, grad_neighbors};
 }
@@ -158,5 +174,12 @@ TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
   m.impl("scan_loss_forward", &scan_loss_forward);
   m.impl("scan_loss_backward", &scan_loss_backward);
 }
+
+#ifdef SCAN_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, m) {
+  m.impl("scan_loss_forward", &scan_loss_forward);
+  m.impl("scan_loss_backward", &scan_loss_backward);
+}
+#endif
 
 }  // namespace scan_fast

@@ -93,6 +93,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_labe
                              static_cast<float>(threshold),
                              balance};
   auto workspace_of = [&](size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, options.dtype(at::kByte)); };
+#ifdef SCAN_FAST_WITH_CUDA
+  if (weak.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(weak.device());
+    const at::Tensor workspace = workspace_of(self_label_cuda_workspace(shape));
+    arguments.workspace = workspace.data_ptr();
+    self_label_forward_cuda(dtype, shape, arguments, current_stream());
+    return {loss, n_confident, target, row_weight, row_stats};
+  }
+#endif
   const at::Tensor workspace = workspace_of(self_label_cpu_workspace(shape));
   arguments.workspace = workspace.data_ptr();
   self_label_forward_cpu(dtype, shape, arguments);
@@ -113,6 +122,13 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
   const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),
                                     target.const_data_ptr<int32_t>(),        row_weight.const_data_ptr<float>(),
                                     row_stats.const_data_ptr<float>(),       grad_strong.data_ptr()};
+#ifdef SCAN_FAST_WITH_CUDA
+  if (strong.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(strong.device());
+    self_label_backward_cuda(dtype, shape, arguments, current_stream());
+    return grad_strong;
+  }
+#endif
   self_label_backward_cpu(dtype, shape, arguments);
   return grad_strong;
 }
@@ -133,5 +149,12 @@ TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
   m.impl("self_label_forward", &self_label_forward);
   m.impl("self_label_backward", &self_label_backward);
 }
+
+#ifdef SCAN_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, m) {
+  m.impl("self_label_forward", &self_label_forward);
+  m.impl("self_label_backward", &self_label_backward);
+}
+#endif
 
 }  // namespace scan_fast

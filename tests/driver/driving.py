@@ -13,13 +13,16 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+import scan_fast
 from scan_fast.cli import main
 from scan_fast.runs.config import Config, find_config, load_config
 
@@ -38,7 +41,7 @@ TINY = (
     "clustering.initialize=random",
     "selflabel.epochs=2",
     "selflabel.batch_size=64",
-    "selflabel.threshold=0.2",
+    "selflabel.threshold=0.1",
     "selflabel.ema=0.9",
     "evaluation.baselines=false",
     "runtime.threads=1",
@@ -105,6 +108,14 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["driving", "scan_fast.stages.pipeline", "sklearn.cluster", "sklearn.datasets"])
 
 
+def _start_server() -> None:
+    # It imports by its own search path, whatever folder the tests are in.
+    folders = [str(Path(__file__).parent), str(Path(scan_fast.__file__).parents[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders))
+        forkserver.ensure_running()
+
+
 @dataclass
 class Death:
     """Kill the process at the ``at``-th renaming of a file (from 1), before or after it; ``name`` counts one only."""
@@ -146,6 +157,7 @@ class Process:
     """A command in a process of its own."""
 
     def __init__(self, *words: object, log: Path, death: Death | None = None) -> None:
+        _start_server()
         self._log = log
         self.process = _processes.Process(target=_child, args=([str(word) for word in words], str(log), death))
         self.process.start()

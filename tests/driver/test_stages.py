@@ -364,7 +364,7 @@ def test_labels_come_from_the_teacher_in_evaluation_or_the_student_in_training_m
         giver = model if ema is None else copy.deepcopy(model).eval()
         with torch.no_grad():
             labels = giver(weak)[0]
-        expected, confident = self_label_loss(labels, model(strong)[0], 0.2, balance=True)
+        expected, confident = self_label_loss(labels, model(strong)[0], 0.1, balance=True)
         loss, shown = stage.step((weak, strong))
         torch.testing.assert_close(loss, expected)
         assert float(shown["confident"]) == pytest.approx(float(confident) / 32)

@@ -122,7 +122,7 @@ setup(
     packages=[*find_packages(include=["scan_fast", "scan_fast.*"]), "scan_fast.configs"],
     package_dir={"scan_fast.configs": "configs"},
     package_data={
-        "scan_fast": ["py.typed", "*.pyi", "**/*.html", "**/*.txt"],
+        "scan_fast": ["py.typed", "*.json", "*.pyi", "**/*.html", "**/*.txt"],
         "scan_fast.configs": ["*.yaml"],
     },
     ext_modules=[Extension("scan_fast._C", sources=[])] if native else [],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, gpu_status
 from .ops import native
 
 OPERATIONS = {
@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
             name: {device: runs_on(operator, device) for device in ("cpu", "cuda")}
             for name, operator in OPERATIONS.items()
         },
+        "gpu_kernels": gpu_status.records(),
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
     }
 
@@ -64,6 +65,8 @@ def render(facts: dict[str, Any]) -> str:
         ]
     lines.append("operations (impl=auto, float32):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
+    lines.append("CUDA kernels:")
+    lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
     lines.append("optional packages:")
     lines += [
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"

@@ -1,0 +1,92 @@
+"""What the machine can do at most, measured with library calls, and the time that a given amount of work then needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work no implementation of an algorithm avoids.
+
+    Attributes:
+        flops: multiplications and additions in matrix products.
+        bytes: traffic with main memory: inputs read once per pass, outputs written once.
+        exponentials: evaluations of exp.
+        unit: the kind of product, a key of :func:`measure_ceilings`.
+    """
+
+    flops: float
+    bytes: float
+    exponentials: float = 0.0
+    unit: str = "gemm_float32"
+
+
+def limit(work: Work, ceilings: dict[str, float]) -> tuple[float, str]:
+    """Return the least seconds for some work, and what bounds it: matrix products, memory or exponentials.
+
+    The three may overlap, so the limit is the longest of them. Exponentials have a ceiling on GPUs only.
+    """
+    times = {"products": work.flops / ceilings[work.unit], "memory": work.bytes / ceilings["copy_bytes"]}
+    if "exp" in ceilings:
+        times["exponentials"] = work.exponentials / ceilings["exp"]
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: int) -> float:
+    def once() -> float:
+        if device == "cpu":
+            begin = time.perf_counter()
+            body()
+            return time.perf_counter() - begin
+        begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin_event.record()
+        body()
+        end_event.record()
+        end_event.synchronize()
+        return float(begin_event.elapsed_time(end_event)) / 1e3
+
+    once()
+    return amount / min(once() for _ in range(repeats))
+
+
+def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
+    """Measure the best rates over several runs, on random data.
+
+    Returns:
+        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second, ``copy_bytes`` in
+        bytes read plus written per second, and on CUDA ``exp``, evaluations per second by the number of units and
+        the highest clock (16 per clock and multiprocessor).
+    """
+    n = (8192 if device == "cuda" else 2048) // (4 if quick else 1)
+    repeats = 3 if quick else 8
+    rates: dict[str, float] = {}
+    dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if device == "cuda" else ()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for dtype in dtypes:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+
+            def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
+                return torch.mm(a, b, out=out)
+
+            rates[f"gemm_{str(dtype).removeprefix('torch.')}"] = _best_rate(2.0 * n**3, product, device, repeats)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    size = ((4 << 30) if device == "cuda" else (256 << 20)) // (16 if quick else 1)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rates["copy_bytes"] = _best_rate(2.0 * size, lambda: target.copy_(source), device, repeats)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        clock = float(getattr(properties, "clock_rate", 0)) * 1e3  # kHz
+        if clock:
+            rates["exp"] = 16.0 * properties.multi_processor_count * clock
+    return rates

@@ -1,0 +1,126 @@
+"""Exact top-k neighbours: ``python -m benchmarks.neighbors [--device cpu|cuda] [--sizes 20000x512x20 ...]``.
+
+A size is N x D x K: the K nearest of N rows of D dimensions by cosine, for all N, self excluded. On processors with
+AMX the search uses it; ``SCAN_FAST_CPU_ISA=avx512`` in the environment measures the float32 search instead.
+
+Results are checked on a sample of the queries against float64: the similarity of every returned pair must be right, the
+k-th must be as good as the true k-th, and nobody may be their own neighbour.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import scan_fast
+from scan_fast.ops import native
+
+from . import eager, peers
+from .ceilings import Work
+from .harness import Case, Contender, Family, Tensors, main
+
+CHECKED_QUERIES = 512
+
+
+def _faiss(x: Tensor, k: int) -> Tensors:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    rows = F.normalize(x, dim=1).cpu().numpy()
+    index = faiss.IndexFlatIP(rows.shape[1])
+    if x.is_cuda:
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index)
+    index.add(rows)
+    # As people do: ask for one more, and drop the query itself.
+    similarity, neighbor = (torch.from_numpy(result) for result in index.search(rows, k + 1))
+    itself = neighbor == torch.arange(len(rows))[:, None]
+    itself[~itself.any(dim=1), k] = True
+    return similarity[~itself].view(-1, k), neighbor[~itself].view(-1, k)
+
+
+def _exact(x: Tensor, k: int) -> Tensors:
+    """For evenly spaced queries: their row numbers and the k best similarities in float64; and the unit rows."""
+    unit = F.normalize(x.double(), dim=1)
+    queries = torch.linspace(0, x.shape[0] - 1, min(CHECKED_QUERIES, x.shape[0]), device=x.device).long().unique()
+    similarity = unit[queries] @ unit.T
+    similarity[torch.arange(len(queries), device=x.device), queries] = -torch.inf
+    return queries, similarity.topk(k, dim=1).values, unit
+
+
+def _error(ours: Tensors, exact: Tensors) -> float:
+    """The largest absolute error of a similarity or of its pair; infinity for self, repeated or invalid neighbours."""
+    queries, best, unit = exact
+    value, index = (result.to(unit.device)[queries] for result in ours)
+    in_range = bool(((index >= 0) & (index < len(unit))).all())
+    repeats = bool((index.sort(dim=1).values.diff(dim=1) == 0).any())
+    if not in_range or repeats or bool((index == queries[:, None]).any()):
+        return float("inf")
+    claimed = torch.einsum("qd,qkd->qk", unit[queries], unit[index])
+    error = torch.maximum((value.double() - best).abs().max(), (claimed - best).abs().max())
+    return float(error.nan_to_num(nan=float("inf")))
+
+
+def case(size: str, device: str) -> Case:
+    """Build the case of a size such as ``20000x512x20``."""
+    rows, dim, k = (int(part) for part in size.split("x"))
+
+    def inputs(seed: int) -> Tensors:
+        # Clusters with spread: neighbours of real embeddings are neither all alike nor all unrelated.
+        generator = torch.Generator().manual_seed(seed)
+        centers = torch.randn(100, dim, generator=generator)
+        label = torch.randint(0, 100, (rows,), generator=generator)
+        x = torch.empty(rows, dim).normal_(generator=generator)
+        return (x.add_(centers[label]).to(device),)
+
+    def ours(x: Tensor) -> Tensors:
+        return scan_fast.topk_neighbors(x, k, impl="native")
+
+    def plain(x: Tensor) -> Tensors:
+        return eager.topk_neighbors(x, k)
+
+    def tiled(x: Tensor) -> Tensors:
+        return eager.topk_neighbors_tiled(x, k)
+
+    def by_faiss(x: Tensor) -> Tensors:
+        return _faiss(x, k)
+
+    cuda = device == "cuda"
+    # Every pair once with 16-bit operands: the search may use the symmetry. On the CPU without AMX, float32.
+    unit = "gemm_float16" if cuda else "gemm_bfloat16" if _searches_in_bfloat16() else "gemm_float32"
+    work = Work(flops=float(rows) * rows * dim, bytes=4.0 * rows * dim + 12.0 * rows * k, unit=unit)
+    no_faiss = peers.missing("faiss")
+    if cuda and not no_faiss:
+        import faiss
+
+        no_faiss = "" if hasattr(faiss, "StandardGpuResources") else "faiss is installed without GPU support"
+    contenders = [
+        Contender("scan-fast", ours, 2e-6, work, capturable=False, skipped=peers.no_kernel("topk_neighbors", device)),
+        Contender("faiss IndexFlatIP", by_faiss, 2e-5, capturable=False, skipped=no_faiss),
+        Contender("eager", plain, 2e-5, capturable=False),
+    ]
+    if cuda:
+        contenders.append(Contender("eager, faiss's tiles", tiled, 2e-5, capturable=False))
+    return Case(size, inputs, lambda x: _exact(x, k), contenders, _error)
+
+
+def _searches_in_bfloat16() -> bool:
+    return bool(native.build_info().get("cpu_amx_bf16")) and "SCAN_FAST_CPU_ISA" not in os.environ
+
+
+FAMILY = Family(
+    name="neighbors",
+    title="Exact top-k neighbours, all against all, float32 rows",
+    case=case,
+    sizes={
+        "cpu": ("5000x128x20", "20000x128x20", "20000x512x20"),
+        "cuda": ("20000x512x20", "50000x512x20", "100000x128x50"),
+    },
+    quick_sizes=("500x32x5", "1000x64x20"),
+    memory_sizes={"cpu": ("20000x512x20",), "cuda": ("50000x512x20",)},
+)
+
+if __name__ == "__main__":
+    main(FAMILY)

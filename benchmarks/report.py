@@ -1,0 +1,170 @@
+"""Writes docs/benchmarks.md and its plots from the results under benchmarks/results/: ``python -m benchmarks.report``.
+
+Only what is in those files is shown. A result made with ``--quick`` is refused: it is a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import human_seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+ORDER = ("targets", "nt_xent", "scan_loss", "self_label", "neighbors")
+INTRODUCTION = """# Benchmarks
+
+This page is written by `python -m benchmarks.report` from the files under `benchmarks/results/`, each of which names
+its hardware, versions and commit. To measure on your machine:
+
+    python -m benchmarks.nt_xent     --device cpu --json benchmarks/results/cpu-nt_xent.json
+    python -m benchmarks.scan_loss   --device cpu --json benchmarks/results/cpu-scan_loss.json
+    python -m benchmarks.self_label  --device cpu --json benchmarks/results/cpu-self_label.json
+    python -m benchmarks.neighbors   --device cpu --json benchmarks/results/cpu-neighbors.json
+    python -m benchmarks.targets     --device cpu --json benchmarks/results/cpu-targets.json
+
+How it is measured: all contenders run in turns in one process, every result is compared with float64 before it is
+timed, and times are medians over the rounds (with the 10th and 90th percentile). "Of limit" compares with the time the
+same machine needs for the unavoidable arithmetic or traffic at rates measured in the same process. Memory is the peak
+beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code usually writes it,
+`benchmarks/eager.py`. What has and has not run on a GPU is listed in [gpu-status.md](gpu-status.md).
+"""
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Read all kernel results and targets of a folder, in the page's order."""
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if result.get("benchmark") not in ORDER:
+            continue
+        if result.get("quick"):
+            raise SystemExit(f"{file} was measured with --quick; measure it again without")
+        results.append(result | {"file": file.name})
+    return sorted(results, key=lambda r: (r["device"] != "cpu", ORDER.index(r["benchmark"])))
+
+
+def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
+    """Return the page; ``plots`` maps a result's file name to its picture's path relative to docs/."""
+    if not results:
+        return INTRODUCTION + "\nNo results have been committed yet.\n"
+    parts = [INTRODUCTION]
+    for result in results:
+        where = "GPU" if result["device"] == "cuda" else "CPU"
+        parts.append(f"\n## {result.get('title', 'Targets')} ({where})\n\n{_origin(result)}\n")
+        if result["benchmark"] == "targets":
+            parts.append(_targets(result["targets"]))
+            continue
+        if result["file"] in plots:
+            parts.append(f"\n![{result['title']}]({plots[result['file']]})\n")
+        parts += [f"\n{case['size']}\n\n{_table(case['contenders'])}" for case in result["cases"]]
+    return "".join(parts)
+
+
+def _origin(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    lines = [f"{e['device']}, {e['threads']} threads, torch {e['torch']}, commit `{e['commit'][:12]}`"]
+    if "ceilings" in result:
+        rates = result["ceilings"]
+        products = ", ".join(
+            f"{name.removeprefix('gemm_')} products {rate / 1e12:.3g} Tflop/s"
+            for name, rate in rates.items()
+            if name.startswith("gemm_")
+        )
+        lines.append(f"measured ceilings: {products}, copy {rates['copy_bytes'] / 1e9:.3g} GB/s")
+    return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
+
+
+def _targets(targets: Sequence[dict[str, Any]]) -> str:
+    rows = ["\n| target | measured | |\n|---|---:|---|\n"]
+    for line in targets:
+        value = "not measured" if line["measured"] is None else f"{line['measured']:.2f}"
+        rows.append(f"| {line['target']} | {value} | {'met' if line['met'] else '**missed**'} |\n")
+    return "".join(rows)
+
+
+def _table(contenders: Sequence[dict[str, Any]]) -> str:
+    eager = next((r["seconds"] for r in contenders if r["name"] == "eager" and "seconds" in r), None)
+    with_calls = any("call_seconds" in r for r in contenders)
+    calls = " per call |" if with_calls else ""
+    rows = [f"| | median | 10 - 90 % |{calls} x eager | of limit | memory |\n|---|---:|---:|{'---:|' if calls else ''}"]
+    rows.append("---:|---:|---:|\n")
+    for r in contenders:
+        if "seconds" not in r:
+            reason = str(r.get("skipped") or r.get("failed")).replace("|", "/")
+            rows.append(f"| {r['name']} | {reason} |{' |' * (5 if with_calls else 4)}\n")
+            continue
+        cells = [
+            human_seconds(r["seconds"]),
+            f"{human_seconds(r['seconds_p10'])} - {human_seconds(r['seconds_p90'])}",
+            *([human_seconds(r["call_seconds"]) if "call_seconds" in r else ""] if with_calls else []),
+            f"{eager / r['seconds']:.2f}" if eager else "",
+            f"{r['of_limit']:.0%} ({r['bound']})" if "of_limit" in r else "",
+            f"{r['memory_bytes'] / 2**20:.1f} MiB" if r.get("memory_bytes") is not None else "",
+        ]
+        rows.append(f"| {r['name']} | {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw median times over sizes, one line per contender that was measured at two sizes or more, and the limit."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    # The same input gives the same file: no date, no random identifiers.
+    matplotlib.rcParams["svg.hashsalt"] = "scan-fast"
+    sizes = [case["size"] for case in result["cases"]]
+    names = dict.fromkeys(r["name"] for case in result["cases"] for r in case["contenders"])
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for name in names:
+        cases = (case["contenders"] for case in result["cases"])
+        of_name: list[dict[str, Any]] = [next((r for r in case if r["name"] == name), {}) for case in cases]
+        points = [(i, r["seconds"]) for i, r in enumerate(of_name) if "seconds" in r]
+        if len(points) < 2:
+            continue
+        ours = name.startswith("scan-fast")
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2)
+        if ours:
+            limits = [(i, r["limit_seconds"]) for i, r in enumerate(of_name) if "limit_seconds" in r]
+            axes.plot(*zip(*limits, strict=True), ":", color=line.get_color(), label=f"{name}, limit")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_ylabel("seconds per call")
+    axes.set_title(result["title"])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write(results_folder: Path, page: Path) -> None:
+    """Write the page and its plots."""
+    results = load(results_folder)
+    plots = {}
+    for result in results:
+        if "cases" in result and len(result["cases"]) > 1:
+            picture = page.parent / "benchmarks" / (Path(result["file"]).stem + ".svg")
+            plot(result, picture)
+            plots[result["file"]] = f"benchmarks/{picture.name}"
+    page.write_text(render(results, plots))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    write(options.results, options.page)
+    print(f"wrote {options.page}")
+
+
+if __name__ == "__main__":
+    main()

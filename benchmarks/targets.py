@@ -1,0 +1,133 @@
+"""The promises of this project, measured: ``python -m benchmarks.targets --device cpu [--json FILE]``.
+
+Prints target, measured value and pass or fail per line, and exits with status 1 unless all are met. Run it on an idle
+machine: every ratio is between contenders that were measured in turns in one process, but a busy core is no one's
+friend. The float32 neighbour search runs in a process of its own, in which AMX is switched off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import neighbors, nt_xent, scan_loss, self_label
+from .environment import describe
+from .harness import Effort, Family, run_family
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (nt_xent, scan_loss, self_label, neighbors)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """``contender`` must be ``times`` faster than ``peer``, or need at most ``megabytes`` beyond inputs and outputs."""
+
+    family: str
+    size: str
+    contender: str = "scan-fast"
+    peer: str = "eager"
+    times: float | None = None
+    megabytes: float | None = None
+    without_amx: bool = False
+
+    def value(self, contenders: Sequence[dict[str, Any]]) -> float | None:
+        """Return the measured ratio or megabytes (10^6 bytes), None where something could not be measured."""
+        by_name = {result["name"]: result for result in contenders}
+        ours = by_name.get(self.contender, {})
+        if self.megabytes is not None:
+            peak = ours.get("memory_bytes")
+            return None if peak is None else float(peak) / 1e6
+        peer = by_name.get(self.peer, {})
+        return float(peer["seconds"] / ours["seconds"]) if "seconds" in peer and "seconds" in ours else None
+
+    def is_met(self, value: float | None) -> bool:
+        """Return whether a measured value meets the target; None does not."""
+        if value is None:
+            return False
+        return value <= self.megabytes if self.megabytes is not None else value >= (self.times or 0.0)
+
+    def __str__(self) -> str:
+        where = f"{self.family} {self.size}, {self.contender}{' without AMX' if self.without_amx else ''}"
+        if self.megabytes is not None:
+            return f"{where}: at most {self.megabytes:g} MB beyond inputs and gradients"
+        return f"{where}: {self.times:g} x {self.peer}"
+
+
+CPU_TARGETS = (
+    Target("nt_xent", "1024x128", times=2.2),
+    Target("nt_xent", "4096x128", times=6.0),
+    Target("nt_xent", "8192x128", times=5.5),
+    Target("nt_xent", "8192x128", "scan-fast 16-bit", times=12.0),
+    Target("nt_xent", "8192x128", megabytes=32.0),
+    Target("scan_loss", "10x1024x1000", times=5.0),
+    Target("scan_loss", "1024x10", times=8.0),
+    Target("self_label", "1000x10", times=4.0),
+    Target("self_label", "1024x1000", times=4.0),
+    Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=3.5),
+    Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
+)
+TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
+
+
+def measure(targets: Sequence[Target], device: str, effort: Effort) -> list[dict[str, Any]]:
+    """Measure what the targets need, each size once, and return one plain dictionary per target."""
+    measured: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for key in dict.fromkeys((t.family, t.size, t.without_amx) for t in targets):
+        family, size, without_amx = key
+        wanted = [t for t in targets if (t.family, t.size, t.without_amx) == key]
+        names = sorted({name for t in wanted for name in (t.contender, t.peer)})
+        memory_sizes = [size] if any(t.megabytes is not None for t in wanted) else []
+        if without_amx:
+            measured[key] = _without_amx(family, size, names, device, effort)
+        else:
+            result = run_family(FAMILIES[family], device, [size], effort, names, memory_sizes)
+            measured[key] = result["cases"][0]["contenders"]
+    lines = []
+    for target in targets:
+        value = target.value(measured[target.family, target.size, target.without_amx])
+        lines.append({"target": str(target), "measured": value, "met": target.is_met(value)})
+    return lines
+
+
+def _without_amx(family: str, size: str, names: Sequence[str], device: str, effort: Effort) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", f"benchmarks.{family}", "--device", device, "--sizes", size, "--no-memory"]
+        command += ["--case-seconds", str(effort.case_seconds), "--json", str(file), "--contenders", *names]
+        # The kernels read this once, when they are loaded, and then do without AMX.
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "SCAN_FAST_CPU_ISA": "avx512"}, check=True)
+        contenders: list[dict[str, Any]] = json.loads(file.read_text())["cases"][0]["contenders"]
+    return contenders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
+    parser.add_argument("--device", choices=sorted(TARGETS), default="cpu")
+    parser.add_argument("--family", choices=sorted(FAMILIES), help="only this family's targets")
+    parser.add_argument("--case-seconds", type=float, default=40.0, help="stop a case's rounds after this time")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    targets = [t for t in TARGETS[options.device] if options.family in (None, t.family)]
+    lines = measure(targets, options.device, Effort(case_seconds=options.case_seconds))
+    print()
+    for line in lines:
+        value = "not measured" if line["measured"] is None else f"{line['measured']:.2f}"
+        print(f"{'pass' if line['met'] else 'FAIL'}  {line['target']:<78} {value:>12}")
+    if options.json:
+        result = {"benchmark": "targets", "device": options.device, "environment": describe(options.device)}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result | {"targets": lines}, indent=2) + "\n")
+    if not all(line["met"] for line in lines):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

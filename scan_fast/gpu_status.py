@@ -1,0 +1,71 @@
+"""Which CUDA kernels have passed on a GPU, and in which form: behind ``scan-fast info`` and docs/gpu-status.md.
+
+gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
+``"unverified"`` (an earlier form of it passed; that record stays) or ``"never run"``.
+``python -m benchmarks.gpu_status`` maintains it. Should an operation come to have several kernels, its dispatcher takes
+what :func:`preferred` says: this is the one place for that decision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).with_name("gpu_status.json")
+# Included by device.h for runs on the host only.
+_HOST_ONLY = ("common/emulator.h",)
+_COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Return the entry of each kernel, by its source without suffix below csrc/, e.g. ``"nt_xent/nt_xent_cuda"``."""
+    kernels: dict[str, dict[str, Any]] = json.loads(RECORDS.read_text())["kernels"]
+    return kernels
+
+
+def preferred(kernels: Sequence[str]) -> str:
+    """Return the first verified kernel of a sequence that is ordered by preference, or the first if none is."""
+    known = records()
+    return next((name for name in kernels if known.get(name, {}).get("status") == "verified"), kernels[0])
+
+
+def summary(name: str, record: dict[str, Any]) -> str:
+    """Return one line about a kernel."""
+    if record["status"] == "never run":
+        return f"{name}: compiled, never run on a GPU"
+    passed = record["passed"]
+    where = f"on {passed['device']}, {passed['date']}, commit {passed['commit'][:12]}"
+    if record["status"] == "verified":
+        return f"{name}: passed {where}"
+    return f"{name}: changed since it passed {where}"
+
+
+def kernels_of(csrc: Path) -> dict[str, Path]:
+    """Return the CUDA sources of the module below ``csrc``, by name; those of the C++ tests are left out."""
+    sources = sorted(path for path in csrc.rglob("*.cu") if "tests" not in path.relative_to(csrc).parts)
+    return {str(path.relative_to(csrc).with_suffix("")): path for path in sources}
+
+
+def source_hash(csrc: Path, source: Path) -> str:
+    """Return the SHA-256 of a CUDA source and of all headers of the project that it includes.
+
+    Comments and white space do not count: they cannot change what runs.
+    """
+    digest = hashlib.sha256()
+    seen: list[Path] = []
+    waiting = [source]
+    while waiting:
+        path = waiting.pop(0)
+        if path in seen:
+            continue
+        seen.append(path)
+        text = path.read_text()
+        included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
+        waiting += [csrc / name for name in included if (csrc / name).is_file() and name not in _HOST_ONLY]
+        code = _COMMENT_OR_STRING.sub(lambda match: match[0] if match[0].startswith('"') else " ", text)
+        digest.update(f"{path.relative_to(csrc)}\n{' '.join(code.split())}\n".encode())
+    return digest.hexdigest()

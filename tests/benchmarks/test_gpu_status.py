@@ -1,0 +1,98 @@
+"""The record of what ran on a GPU, and its rules."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_status as tool
+from scan_fast import gpu_status
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSED = {"sha256": "a" * 64, "date": "2030-01-02", "commit": "c" * 40, "device": "a GPU"}
+
+
+def test_the_record_of_this_repository_is_right() -> None:
+    assert tool.problems(gpu_status.records(), tool.hashes(), tool.PAGE.read_text()) == []
+
+
+def test_every_record_has_one_line_in_info() -> None:
+    for name, record in gpu_status.records().items():
+        assert gpu_status.summary(name, record).startswith(name)
+
+
+def test_a_changed_kernel_may_not_stay_verified() -> None:
+    records = {"f/k": {"status": "verified", "passed": PASSED}}
+    assert tool.problems(records, {"f/k": "a" * 64}, tool.render(records)) == []
+    (problem,) = tool.problems(records, {"f/k": "b" * 64}, tool.render(records))
+    assert "f/k" in problem and "verified" in problem
+    again = tool.refreshed(records, {"f/k": "b" * 64, "f/new": "d" * 64})
+    assert again["f/k"] == {"status": "unverified", "passed": PASSED}
+    assert again["f/new"] == {"status": "never run", "passed": None}
+    assert tool.problems(again, {"f/k": "b" * 64, "f/new": "d" * 64}, tool.render(again)) == []
+
+
+def test_a_stale_page_and_a_lost_source_are_found() -> None:
+    records = tool.refreshed({}, {"f/k": "a" * 64})
+    assert tool.problems(records, {"f/k": "a" * 64}, "old") == ["docs/gpu-status.md does not show the record"]
+    assert tool.problems(records, {}, tool.render(records)) == ["f/k has an entry but no source"]
+
+
+def test_update_takes_over_what_passed_and_nothing_else() -> None:
+    present = {"f/good": "a" * 64, "f/bad": "b" * 64, "f/edited": "e" * 64}
+    summary = {
+        "rehearsal": False,
+        "date": "2030-01-02",
+        "environment": {"commit": "c" * 40, "device": "a GPU"},
+        "kernels": {
+            "f/good": {"passed": True, "sha256": "a" * 64},
+            "f/bad": {"passed": False, "sha256": "b" * 64},
+            "f/edited": {"passed": True, "sha256": "0" * 64},
+        },
+    }
+    records = tool.updated({}, present, summary)
+    assert {name: record["status"] for name, record in records.items()} == {
+        "f/good": "verified",
+        "f/bad": "never run",
+        "f/edited": "unverified",
+    }
+    assert records["f/good"]["passed"] == PASSED
+    with pytest.raises(SystemExit, match="rehearsal"):
+        tool.updated({}, present, summary | {"rehearsal": True})
+
+
+def test_preferred_takes_the_first_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_status, "records", lambda: {"b": {"status": "verified"}, "a": {"status": "unverified"}})
+    assert gpu_status.preferred(["a", "b", "c"]) == "b"
+    assert gpu_status.preferred(["a", "c"]) == "a"
+
+
+def test_the_hash_sees_code_and_headers_but_not_comments(tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    (csrc / "f").mkdir(parents=True)
+    kernel, header = csrc / "f" / "k.cu", csrc / "f" / "k.h"
+    kernel.write_text('#include "f/k.h"\n#include <cmath>\nconst char* s = "// no comment";\nint x = 1;\n')
+    header.write_text("int y;  // one\n")
+    original = gpu_status.source_hash(csrc, kernel)
+    header.write_text("/* two\n lines */ int   y;\n")
+    assert gpu_status.source_hash(csrc, kernel) == original
+    header.write_text("long y;\n")
+    changed_header = gpu_status.source_hash(csrc, kernel)
+    header.write_text("int y;\n")
+    kernel.write_text(kernel.read_text().replace("// no comment", "// another"))
+    assert len({original, changed_header, gpu_status.source_hash(csrc, kernel)}) == 3
+
+
+def test_every_kernel_of_the_build_is_known() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for name in gpu_status.kernels_of(ROOT / "csrc"):
+        assert f"{name}.cu" in listed
+
+
+def test_the_record_is_in_the_package(tmp_path: Path) -> None:
+    # An installed package has no csrc/ beside it, and still says what was verified.
+    copy = tmp_path / "gpu_status.json"
+    shutil.copy(gpu_status.RECORDS, copy)
+    assert set(json.loads(copy.read_text())) == {"kernels"}
+    assert '"*.json"' in (ROOT / "setup.py").read_text()

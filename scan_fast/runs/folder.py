@@ -7,6 +7,7 @@ Layout::
     embeddings.npz   train, test: (N, D) float32         neighbors.npz    train, test: (N, k) int64; *_similarity
     assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
     model.pt         the predictor                       report.html      one file, opens from disk
+    skipped.csv      images left out as unreadable
 """
 
 from __future__ import annotations

@@ -314,44 +314,23 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    import statistics
-
     from .runs.config import find_config, load_config
     from .runs.events import Events
     from .runs.folder import RunFolder
-    from .stages.context import open_context
-    from .stages.pipeline import run_stages, stages_of
+    from .sweep import sweep
 
     seeds = _seeds(options.seeds)
-    summaries = []
-    for seed in seeds:
-        config = load_config(find_config(options.target), options.overrides, {"seed": seed})
-        parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
-        run = RunFolder.open(parent / f"seed{seed}", config)
-        with run:
-            context = open_context(config, run, Events(run, quiet=options.quiet))
-            run_stages(context, stages_of(context))
-            summaries.append(run.summary())
-    rows = []
-    for stage in summaries[0]["stages"]:
-        entries = [summary["stages"][stage] for summary in summaries]
-        for key in ("knn_acc", "purity"):
-            if key in entries[0]:
-                rows.append((f"{stage} {key}", [entry[key] for entry in entries]))
-        for key in ("acc", "nmi", "ari"):
-            if key in entries[0].get("test", {}):
-                rows.append((f"{stage} test {key}", [entry["test"][key] for entry in entries]))
-    rows.append(("seconds", [summary["seconds"] for summary in summaries]))
-    deviation = statistics.stdev if len(seeds) > 1 else lambda values: 0.0
-    folder = RunFolder(parent)
-    folder.write_json(
-        "sweep.json",
-        {"seeds": seeds, **{name: {"mean": statistics.mean(v), "std": deviation(v), "values": v} for name, v in rows}},
-    )
-    Events(folder).table(
+    config = load_config(find_config(options.target), options.overrides)
+    parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
+    results = sweep(config, seeds, parent, quiet=options.quiet)
+    Events(RunFolder(parent)).table(
         f"{config.name}, seeds {options.seeds}",
         ["", "mean", "std", *(f"seed {seed}" for seed in seeds)],
-        [[name, f"{statistics.mean(v):.4f}", f"{deviation(v):.4f}", *(f"{x:.4f}" for x in v)] for name, v in rows],
+        [
+            [name, f"{entry['mean']:.4f}", f"{entry['std']:.4f}", *(f"{value:.4f}" for value in entry["values"])]
+            for name, entry in results.items()
+            if name != "seeds"
+        ],
     )
     return 0
 

@@ -1,0 +1,41 @@
+"""Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
+
+With ``--out`` the run folders are kept, and a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from scan_fast.runs.config import find_config, load_config
+from scan_fast.sweep import sweep
+
+from .environment import describe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, help="keep the run folders here")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    config = load_config(find_config(options.config), options.overrides, {"runtime.device": options.device})
+    with tempfile.TemporaryDirectory() as temporary:
+        results = sweep(config, options.seeds, options.out or Path(temporary))
+    for name, entry in results.items():
+        if name != "seeds":
+            print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
+    if options.json:
+        environment = describe("cuda" if options.device == "cuda" else "cpu")
+        content = {"environment": environment, "config": config.model_dump(mode="json"), "results": results}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.random import integers
+from ..data.random import integers, permutation, stream_key
 from ..evaluation.consistency import selection_loss
 from ..losses import scan_loss
 from ..models.heads import ClusterModel
@@ -26,6 +26,8 @@ NAME = "clustering"
 FINAL = f"checkpoints/{NAME}-final.pt"
 NEIGHBOR_DRAW = 2
 """The number of the random stream that draws neighbours; 0 and 1 are the views of anchor and neighbour."""
+KMEANS_IMAGES = 20_000
+"""So many images, drawn at random, are enough for a k-means start."""
 
 
 class Clustering(Stage[tuple[Tensor, Tensor]]):
@@ -134,7 +136,10 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
 
     features = forward_all(context, model, model.features, context.splits.train)
     scale = features.norm(dim=1).mean()
-    unit = F.normalize(features, dim=1).numpy().astype(np.float64)
+    rows = (
+        permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))[:KMEANS_IMAGES].sort().values
+    )
+    unit = F.normalize(features[rows], dim=1).numpy().astype(np.float64)
     # A temperature at which neighbouring centres still share an image: starting sure of everything would freeze it.
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):

@@ -92,6 +92,11 @@ def train(stage: Stage[Any], context: Context) -> float:
     epoch, step, seconds, totals = 0, 0, 0.0, {}  # type: int, int, float, dict[str, Tensor]
     if run.has(checkpoint):
         state = run.load(checkpoint, context.device)
+        if state["n_images"] != stage.n_images:
+            raise RunError(
+                f"{run.path / checkpoint} is of {state['n_images']} images, there are {stage.n_images} now; "
+                "the images have changed since: start again in a new folder"
+            )
         stage.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         stage.load_state(state["stage"])
@@ -109,6 +114,7 @@ def train(stage: Stage[Any], context: Context) -> float:
                 "model": stage.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "stage": stage.state(),
+                "n_images": stage.n_images,
                 "epoch": epoch,
                 "step": step,
                 "totals": totals,
@@ -183,7 +189,7 @@ def set_learning_rate(
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
     """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
     if position < schedule.warmup_epochs:
-        # The first step of a warm-up must not stand still, so it starts one step (of the schedule's kind) in.
+        # The first step must not stand still: the ramp starts at 1 / (warmup_epochs + 1).
         return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
     if schedule.name == "cosine":
         progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)

@@ -1,4 +1,4 @@
-// The device layer: one kernel source, compiled by nvcc for the GPU and by g++ (-DSCAN_FAST_EMULATE) for the test-suite.
+// The device layer: one kernel source, compiled by nvcc for the GPU and by g++ (-DSCAN_FAST_EMULATE) for the tests.
 //
 // A .cu file includes this header, <common/types.h> and its own contract; no torch header. It is ordinary CUDA C++:
 //
@@ -14,8 +14,8 @@
 //   }
 //   launch(row_sum<half_t>, dim3(rows), dim3(256), /*smem=*/0, stream, x, y, c);
 //
-// CUDA's own spellings exist in both forms: threadIdx, blockIdx, blockDim, gridDim, dim3, float2/float4/uint2/uint4/int2/
-// int4 and make_*, __syncthreads, __syncwarp, __shfl_{xor,down,up,idx}_sync (4- and 8-byte values, with width),
+// CUDA's own spellings exist in both forms: threadIdx, blockIdx, blockDim, gridDim, dim3, float2/float4/uint2/uint4/
+// int2/int4 and make_*, __syncthreads, __syncwarp, __shfl_{xor,down,up,idx}_sync (4- and 8-byte values, with width),
 // __ballot_sync, __any_sync, __all_sync, atomicAdd/Max/Min/Exch/CAS/Or (int, unsigned, unsigned long long),
 // __threadfence, __ldg, __float_as_uint and back, __popc, __ffs, __clz, min, max, rsqrtf, the C float functions.
 //

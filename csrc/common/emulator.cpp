@@ -249,7 +249,7 @@ const char* name_of(Collective kind) {
   }
 }
 
-// PTX ISA, "Warp-level matrix load instruction": lane l gets, of each 8x8 matrix, row l/4, elements 2(l%4) and the next;
+// PTX ISA, "Warp-level matrix load instruction": lane l gets, of each 8x8 matrix, row l/4, elements 2(l%4) and next;
 // transposed, column l/4, rows 2(l%4) and the next.
 void finish_ldmatrix(Slot (&slots)[kWarp], bool transposed) {
   uint16_t element[4][8][8];
@@ -414,7 +414,8 @@ Region* region_of(const void* pointer) {
 
 [[noreturn]] void report_race(const Region& region, size_t offset, const char* what, unsigned other) {
   fail("race on " + region.name + " shared memory, byte " + std::to_string(offset) + ": " + what + " by threads " +
-       std::to_string(other) + " and " + std::to_string(machine.current->index) + " without a barrier between" + where());
+       std::to_string(other) + " and " + std::to_string(machine.current->index) +
+       " without a barrier between" + where());
 }
 
 void check_cell(Region& region, size_t index, Access access) {
@@ -447,7 +448,8 @@ void check_cell(Region& region, size_t index, Access access) {
   for (const Reader& reader : cell.readers) {
     const unsigned others = reader.warp == warp ? reader.lanes & ~(1u << lane) : reader.lanes;
     if (others && (reader.warp != warp || reader.warp_epoch == warp_epoch)) {
-      report_race(region, 2 * index, "read and write", reader.warp * kWarp + static_cast<unsigned>(__builtin_ctz(others)));
+      report_race(region, 2 * index, "read and write",
+                  reader.warp * kWarp + static_cast<unsigned>(__builtin_ctz(others)));
     }
   }
   cell.writer = static_cast<int>(me);
@@ -473,7 +475,9 @@ void touch(const void* pointer, size_t bytes, Access access) {
   }
   if (region->cells.empty()) region->cells.resize((region->bytes + 1) / 2);
   const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(pointer) - region->base);
-  if (offset + bytes > region->bytes) fail("an access runs past the end of " + region->name + " shared memory" + where());
+  if (offset + bytes > region->bytes) {
+    fail("an access runs past the end of " + region->name + " shared memory" + where());
+  }
   for (size_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) check_cell(*region, cell, access);
 }
 
@@ -503,7 +507,9 @@ void sync_block() {
 
 const Slot* exchange(Collective kind, unsigned mask, const Slot& mine) {
   Fiber& fiber = *machine.current;
-  if (!(mask >> lane() & 1)) fail(std::string(name_of(kind)) + " is called by a lane that its mask leaves out" + where());
+  if (!(mask >> lane() & 1)) {
+    fail(std::string(name_of(kind)) + " is called by a lane that its mask leaves out" + where());
+  }
   fiber.kind = kind;
   fiber.mask = mask;
   fiber.mine = mine;

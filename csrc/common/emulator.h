@@ -204,7 +204,8 @@ struct bf16_t {
 inline float to_float(float x) { return x; }
 inline float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(half_t x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
   if (exponent != 0) return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
   const float magnitude = std::ldexp(static_cast<float>(fraction), -24);
@@ -292,7 +293,9 @@ struct Shared {
 
 #define SCAN_FAST_SHARED(T, name, count)         \
   static char name##_key = 0;                    \
-  const ::scan_fast::Shared<T> name { static_cast<T*>(::scan_fast::emu::static_shared(&name##_key, sizeof(T) * (count))) }
+  const ::scan_fast::Shared<T> name {            \
+    static_cast<T*>(::scan_fast::emu::static_shared(&name##_key, sizeof(T) * (count))) \
+  }
 #define SCAN_FAST_DYNAMIC_SHARED(name) \
   const ::scan_fast::Shared<unsigned char> name { ::scan_fast::emu::dynamic_shared() }
 

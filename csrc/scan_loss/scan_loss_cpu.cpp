@@ -59,8 +59,8 @@ void scan_loss_forward_cpu(DType dtype, const ScanLossShape& shape, const ScanLo
     for (int64_t block = 0; block < blocks.per_head; ++block) sum += losses[head * blocks.per_head + block];
     const double consistency = sum / static_cast<double>(shape.rows);
     const double entropy =
-        mean_and_entropy(column_sums + head * blocks.per_head * shape.classes, blocks.per_head, shape.classes, shape.rows,
-                         shape.classes, arguments.mean_prob + head * shape.classes);
+        mean_and_entropy(column_sums + head * blocks.per_head * shape.classes, blocks.per_head, shape.classes,
+                         shape.rows, shape.classes, arguments.mean_prob + head * shape.classes);
     arguments.consistency[head] = static_cast<float>(consistency);
     arguments.entropy[head] = static_cast<float>(entropy);
     arguments.total[head] = static_cast<float>(consistency - static_cast<double>(arguments.entropy_weight) * entropy);

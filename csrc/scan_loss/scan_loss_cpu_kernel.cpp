@@ -157,11 +157,13 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
   const Vec slope_vector = one_vector ? load_lanes(slope, tail, 0.0f) : Vec{};
   for (int64_t i = 0; i < block.rows; ++i, a += classes, n += classes, grad_a += classes, grad_n += classes) {
     const float* stats = block.row_stats + i * kScanLossRowStats;
-    const Vec max_a = splat(stats[0]), inverse_a = splat(stats[1]), max_n = splat(stats[2]), inverse_n = splat(stats[3]);
+    const Vec max_a = splat(stats[0]), inverse_a = splat(stats[1]);
+    const Vec max_n = splat(stats[2]), inverse_n = splat(stats[3]);
     const bool healthy = stats[4] == 0;
     const Vec shift = splat(stats[4]), inverse_joint = splat(stats[5]);
     auto probabilities = [&](int64_t c, int lanes, Vec& p, Vec& q, Vec& r) {
-      const Vec x = load_lanes(a + c, lanes, kMinusInfinity) - max_a, y = load_lanes(n + c, lanes, kMinusInfinity) - max_n;
+      const Vec x = load_lanes(a + c, lanes, kMinusInfinity) - max_a;
+      const Vec y = load_lanes(n + c, lanes, kMinusInfinity) - max_n;
       const Vec exp_a = exp(x), exp_n = exp(y);
       p = exp_a * inverse_a;
       q = exp_n * inverse_n;

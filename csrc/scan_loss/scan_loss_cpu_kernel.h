@@ -17,8 +17,8 @@ struct ScanLossRows {
 }  // namespace scan_fast
 
 // column_sums (C) receives the sums of the anchor probabilities; the return value is the sum of the consistencies.
-SCAN_FAST_DECLARE_PER_ISA(double scan_loss_rows_forward(::scan_fast::DType dtype, const ::scan_fast::ScanLossRows& block,
-                                                        float* column_sums))
+SCAN_FAST_DECLARE_PER_ISA(double scan_loss_rows_forward(::scan_fast::DType dtype,
+                                                        const ::scan_fast::ScanLossRows& block, float* column_sums))
 
 // Adds `blocks` arrays of column sums (each `stride` floats from the next) in order, writes their mean over `rows`, and
 // returns the entropy.

@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kThreads)
       // Rare: the exponentials are still needed for the column sums, so the logits are read again.
       float best = -infinity(), sum = 0.0f;
       for (int c = lane; c < classes; c += kGroup) {
-        best = fmaxf(best, to_float(anchors[row * classes + c]) - max_a + (to_float(neighbors[row * classes + c]) - max_n));
+        best = fmaxf(best, to_float(anchors[row * classes + c]) - max_a +
+                               (to_float(neighbors[row * classes + c]) - max_n));
       }
       best = group_max<kGroup>(best);
       if (best > -infinity()) {  // else no class is possible for both views: the sum stays 0, the loss is infinite

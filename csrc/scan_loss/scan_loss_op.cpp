@@ -72,7 +72,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> scan_loss(const at::Tensor& ancho
     const variable_list result = ScanLossNode::apply(anchors, neighbors, entropy_weight);
     return {result[0], result[1], result[2]};
   }
-  auto [total, consistency, entropy, mean_prob, row_stats] = forward_operator().call(anchors, neighbors, entropy_weight);
+  auto [total, consistency, entropy, mean_prob, row_stats] =
+      forward_operator().call(anchors, neighbors, entropy_weight);
   return {total, consistency, entropy};
 }
 

@@ -2,7 +2,8 @@
 //
 // With (B, C) row-major logits of weak and strong views: row i is confident where max softmax(weak_i) > threshold, both
 // in float32; its label t_i is the first largest class. Its weight w_i is 1 / (number of confident rows), or, balanced,
-// 1 / (classes that occur * confident rows of its class); other rows have weight 0 and their strong logits are not read.
+// 1 / (classes that occur * confident rows of its class); other rows have weight 0, and their strong logits are
+// not read.
 //   loss = sum_i w_i (lse(strong_i) - strong_i[t_i]),  zero where nothing is confident
 #pragma once
 

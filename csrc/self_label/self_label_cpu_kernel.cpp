@@ -80,8 +80,8 @@ void self_label_rows_forward(DType dtype, const void* weak, const void* strong, 
                              float threshold, int32_t* target, float* confident, float* losses, float* row_stats) {
   auto run = [&](auto element) {
     using T = decltype(element);
-    rows_forward(static_cast<const T*>(weak), static_cast<const T*>(strong), rows, classes, threshold, target, confident,
-                 losses, row_stats);
+    rows_forward(static_cast<const T*>(weak), static_cast<const T*>(strong), rows, classes, threshold, target,
+                 confident, losses, row_stats);
   };
   switch (dtype) {
     case DType::kBFloat16: return run(Bf16{});

@@ -209,8 +209,8 @@ void self_label_backward_cuda(DType dtype, const SelfLabelShape& shape, const Se
     T* grad = static_cast<T*>(arguments.grad_strong);
     const bool vectors = aligned_rows<T>(strong, shape.classes) && aligned_rows<T>(grad, shape.classes);
     with_row_layout(shape.classes, vectors, [&]<int kGroup, bool kVector>() {
-      launch(backward_kernel<T, kGroup, kVector>, grid_of(shape), dim3(kThreads), 0, stream, arguments.grad_loss, strong,
-             arguments.target, arguments.row_weight, arguments.row_stats, grad, shape.rows,
+      launch(backward_kernel<T, kGroup, kVector>, grid_of(shape), dim3(kThreads), 0, stream, arguments.grad_loss,
+             strong, arguments.target, arguments.row_weight, arguments.row_stats, grad, shape.rows,
              static_cast<int>(shape.classes));
     });
   });

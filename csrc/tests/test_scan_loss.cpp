@@ -26,8 +26,8 @@ Results run(DType dtype, const ScanLossShape& shape, const Elements& a, const El
   std::vector<float> stats(heads * shape.rows * kScanLossRowStats, NAN);
   std::vector<unsigned char> workspace(scan_loss_cuda_workspace(shape), 0xff);
   scan_loss_forward_cuda(dtype, shape,
-                         {a.data(), n.data(), r.total.data(), r.consistency.data(), r.entropy.data(), r.mean_prob.data(),
-                          stats.data(), workspace.data(), weight},
+                         {a.data(), n.data(), r.total.data(), r.consistency.data(), r.entropy.data(),
+                          r.mean_prob.data(), stats.data(), workspace.data(), weight},
                          nullptr);
   scan_loss_backward_cuda(dtype, shape,
                           {pointer(upstream.total), pointer(upstream.consistency), pointer(upstream.entropy), a.data(),

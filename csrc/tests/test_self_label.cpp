@@ -17,7 +17,8 @@ struct Results {
 
 Results run(DType dtype, const SelfLabelShape& shape, const Elements& weak, const Elements& strong, float threshold,
             bool balance, float upstream) {
-  Results r{NAN, -1, std::vector<int32_t>(shape.rows, -7), std::vector<float>(shape.rows, NAN), Elements(dtype, weak.size())};
+  Results r{NAN, -1, std::vector<int32_t>(shape.rows, -7), std::vector<float>(shape.rows, NAN),
+            Elements(dtype, weak.size())};
   std::vector<float> stats(shape.rows * kSelfLabelRowStats, NAN);
   std::vector<unsigned char> workspace(self_label_cuda_workspace(shape), 0xff);
   self_label_forward_cuda(dtype, shape,
@@ -85,7 +86,8 @@ void matches_the_definition() {
         emu::options() = {.detect_races = true, .seed = ++seed};
         const Elements weak = weak_logits(dtype, shape, seed);
         const Elements strong = check::normal_logits(dtype, weak.size(), 3, seed + 100);
-        compare(dtype, shape, weak, strong, 0.9f, balance, -1.5f, run(dtype, shape, weak, strong, 0.9f, balance, -1.5f));
+        const Results r = run(dtype, shape, weak, strong, 0.9f, balance, -1.5f);
+        compare(dtype, shape, weak, strong, 0.9f, balance, -1.5f, r);
       }
     }
   }

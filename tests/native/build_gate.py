@@ -1,0 +1,170 @@
+"""Compiles the CUDA kernels for every supported architecture and reads what the compiler says; needs no GPU.
+
+``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to what the
+hardware allocates, as budgets by architecture into ``build_budgets.json``; kernels with few registers need no entry. An
+entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Results of compilation
+are kept under ``build/build-gate`` by the hash of the source, its headers, flags and compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "build-gate"
+BUDGETS = Path(__file__).with_name("build_budgets.json")
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
+# What a kernel may use without an entry: registers with which a multiprocessor still holds 1,024 threads, static shared
+# memory, no stack frame and no spills.
+DEFAULT = {"registers": 64, "smem": 20 << 10, "stack": 0, "spills": 0}
+# Warnings of ptxas that tell of lost overlap or of ignored instructions: C7508, C7510, C7511, C7515 and their like.
+SERIALIZED = re.compile(r"^.*\bC75\d\d\b.*$", re.MULTILINE)
+
+
+def find_nvcc() -> Path | None:
+    """Return nvcc: CUDACXX, CUDA_HOME, the PATH, or /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [
+        os.environ.get("CUDACXX"),
+        home and f"{home}/bin/nvcc",
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
+
+
+def find_cuobjdump() -> Path | None:
+    """Return cuobjdump: the PATH, the toolkit, the pip package nvidia-cuda-cuobjdump, or the copy in Triton."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    candidates = [shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump", *site.glob("nvidia/**/bin/cuobjdump")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.submodule_search_locations:
+        candidates.append(Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
+
+
+def kernels() -> list[str]:
+    """Return the CUDA sources of the module as CMakeLists.txt lists them, relative to csrc/."""
+    return re.findall(r"^\s*\$\{CSRC\}/(\S+\.cu)\s*$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+
+
+def demangled(text: str) -> str:
+    """Replace mangled names in a text. File hashes within anonymous namespaces go, too: names must be stable."""
+    text = re.sub(r"\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8}", "12_GLOBAL__N_1", text)
+    filt = shutil.which("c++filt")
+    return subprocess.run([filt], input=text, capture_output=True, text=True, check=True).stdout if filt else text
+
+
+def short_name(signature: str) -> str:
+    """``void scan_fast::(anonymous namespace)::k<true>(float*)`` becomes ``k<true>``."""
+    name = signature.replace("(anonymous namespace)::", "").removeprefix("void ").replace("scan_fast::", "")
+    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|unsigned int|long)\)", "", name)).strip()
+
+
+def compile_kernel(source: str, architecture: str, nvcc: Path) -> dict[str, Any]:
+    """Compile one source for one architecture.
+
+    Returns:
+        ``{"kernels": {name: {"registers", "smem", "stack", "spills"}}, "warnings": [line], "object": path}``, bytes.
+    """
+    from scan_fast.gpu_status import source_hash
+
+    version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    parts = (source, source_hash(CSRC, CSRC / source), architecture, *FLAGS, version)
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    name = f"{Path(source).stem}-{architecture}-{key}"
+    record, binary = CACHE / f"{name}.json", CACHE / f"{name}.o"
+    if record.exists() and binary.exists():
+        cached: dict[str, Any] = json.loads(record.read_text())
+        return cached | {"object": str(binary)}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{Path(source).stem}-{architecture}-*"):
+        old.unlink()
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [str(nvcc), *FLAGS, target, f"-I{CSRC}", "-c", str(CSRC / source), "-o", str(binary)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{finished.stderr[-4000:]}")
+    result = parse(finished.stdout + finished.stderr)
+    record.write_text(json.dumps(result, indent=1))
+    return result | {"object": str(binary)}
+
+
+def parse(log: str) -> dict[str, Any]:
+    """Read the output of ``nvcc -Xptxas=-v``."""
+    found: dict[str, dict[str, int]] = {}
+    blocks = re.split(r"^ptxas info\s*: Compiling entry function ", demangled(log), flags=re.MULTILINE)
+    for block in blocks[1:]:
+        signature = block.partition("' for '")[0].lstrip("'")
+
+        def number(pattern: str, text: str = block) -> int:
+            match = re.search(pattern, text)
+            return int(match[1]) if match else 0
+
+        found[short_name(signature)] = {
+            "registers": number(r"Used (\d+) registers"),
+            "smem": number(r"(\d+) bytes smem"),
+            "stack": number(r"(\d+) bytes stack frame"),
+            "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        }
+    return {"kernels": found, "warnings": sorted(set(SERIALIZED.findall(log)))}
+
+
+def instructions(binary: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
+    """Return, per kernel, how often each instruction of interest occurs in the machine code."""
+    sass = subprocess.run([str(cuobjdump), "--dump-sass", binary], capture_output=True, text=True, check=True).stdout
+    counts: dict[str, dict[str, int]] = {}
+    for block in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        name, _, code = block.partition("\n")
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
+        wanted = {op: names.count(op) for op in ("HMMA", "HGMMA", "LDGSTS", "LDSM", "MUFU", "LDL", "STL")}
+        counts[short_name(demangled(name.strip()).strip())] = wanted
+    return counts
+
+
+def over_budget(measured: dict[str, int], entry: dict[str, Any], architecture: str) -> list[str]:
+    """Return what exceeds a kernel's budget, each with the number allowed."""
+    limits = DEFAULT | {key: entry[key] for key in ("smem", "stack", "spills") if key in entry}
+    limits["registers"] = entry.get(architecture, DEFAULT["registers"])
+    return [f"{key} {value}, allowed {limits[key]}" for key, value in measured.items() if value > limits[key]]
+
+
+def record() -> None:
+    """Write the present build's registers as budgets."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise SystemExit("nvcc was not found")
+    before = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    blocks = []
+    for source in kernels():
+        built = {arch: compile_kernel(source, arch, nvcc)["kernels"] for arch in ARCHITECTURES}
+        lines = []
+        for name in sorted({name for of_arch in built.values() for name in of_arch}):
+            registers = {arch: -(-of_arch[name]["registers"] // 8) * 8 for arch, of_arch in built.items()}
+            kept = {key: v for key, v in before.get(source, {}).get(name, {}).items() if key not in ARCHITECTURES}
+            entry = {arch: count for arch, count in registers.items() if count > DEFAULT["registers"]} | kept
+            if entry:
+                lines.append(f"  {json.dumps(name)}: {json.dumps(entry)}")
+        blocks.append(f" {json.dumps(source)}: {{\n" + ",\n".join(lines) + "\n }")
+    BUDGETS.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", required=True)
+    parser.parse_args()
+    record()

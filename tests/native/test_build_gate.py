@@ -1,0 +1,110 @@
+"""Every CUDA kernel compiles for every supported architecture, without spills, and with matrix instructions.
+
+Where nvcc is missing, only the reading of its output is tested. ``build_budgets.json`` holds the registers that
+kernels may use; ``python tests/native/build_gate.py --record`` writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import build_gate
+import pytest
+
+NVCC = build_gate.find_nvcc()
+CUOBJDUMP = build_gate.find_cuobjdump()
+BUDGETS = json.loads(build_gate.BUDGETS.read_text())
+BUILDS = [(source, architecture) for source in build_gate.kernels() for architecture in build_gate.ARCHITECTURES]
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (set CUDACXX or CUDA_HOME)")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found (pip: nvidia-cuda-cuobjdump)")
+# Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
+MATRIX = {
+    "neighbors/neighbors_cuda.cu": ("search_tiles",),
+    "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel"),
+}
+
+NAME = "_ZN9scan_fast48_GLOBAL__N__c952af28_15_nt_xent_cuda_cu_c644615815backward_kernelILb0ELb1EEEvPKfi"
+LOG = f"""
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{NAME}' for 'sm_80'
+ptxas info    : Function properties for {NAME}
+    24 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 242 registers, used 1 barriers, 128 bytes smem, 464 bytes cmem[0]
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function 'f'
+ptxas info    : Compiling entry function '_ZN9scan_fast5plainEv' for 'sm_80'
+ptxas info    : Function properties for _ZN9scan_fast5plainEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 18 registers, used 0 barriers, 448 bytes cmem[0]
+"""
+
+
+def build(source: str, architecture: str) -> dict[str, Any]:
+    assert NVCC is not None
+    return build_gate.compile_kernel(source, architecture, NVCC)
+
+
+def test_reads_what_the_compiler_says() -> None:
+    result = build_gate.parse(LOG)
+    spilled, plain = result["kernels"].values()
+    assert spilled == {"registers": 242, "smem": 128, "stack": 24, "spills": 20}
+    assert plain == {"registers": 18, "smem": 0, "stack": 0, "spills": 0}
+    assert len(result["warnings"]) == 1 and "C7510" in result["warnings"][0]
+    assert "backward_kernel" in next(iter(result["kernels"]))
+    assert "c952af28" not in "".join(result["kernels"])
+
+
+def test_a_budget_is_a_budget() -> None:
+    used = {"registers": 100, "smem": 64, "stack": 0, "spills": 0}
+    assert build_gate.over_budget(used, {}, "80") == ["registers 100, allowed 64"]
+    assert build_gate.over_budget(used, {"80": 104}, "80") == []
+    assert build_gate.over_budget(used, {"80": 104}, "90a") == ["registers 100, allowed 64"]
+    assert build_gate.over_budget(used | {"stack": 8}, {"80": 104}, "80") == ["stack 8, allowed 0"]
+    assert build_gate.over_budget(used | {"stack": 8}, {"80": 104, "stack": 8, "reason": "a table"}, "80") == []
+
+
+def test_every_exception_has_a_reason() -> None:
+    for source, entries in BUDGETS.items():
+        for name, entry in entries.items():
+            if "stack" in entry or "spills" in entry:
+                assert entry.get("reason"), f"{source} {name}"
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "architecture"), BUILDS)
+def test_registers_shared_memory_and_spills(source: str, architecture: str) -> None:
+    result = build(source, architecture)
+    assert result["kernels"], "no kernel was compiled"
+    assert result["warnings"] == []
+    budgets = BUDGETS.get(source, {})
+    excess = {
+        name: found
+        for name, measured in result["kernels"].items()
+        if (found := build_gate.over_budget(measured, budgets.get(name, {}), architecture))
+    }
+    assert not excess, "where this is meant: python tests/native/build_gate.py --record"
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "architecture"), BUILDS)
+def test_machine_code(source: str, architecture: str) -> None:
+    assert CUOBJDUMP is not None
+    built = build(source, architecture)
+    counts = build_gate.instructions(built["object"], CUOBJDUMP)
+    assert set(counts) == set(built["kernels"])
+    budgets = BUDGETS.get(source, {})
+    for name, ops in counts.items():
+        if "stack" not in budgets.get(name, {}):
+            assert ops["LDL"] == ops["STL"] == 0, f"{name} uses local memory"
+        if name.split("<")[0].startswith(MATRIX.get(source, ())):
+            assert ops["HMMA"] + ops["HGMMA"] > 0, f"{name} multiplies without matrix units"
+            assert ops["LDGSTS"] > 0 and ops["LDSM"] > 0, f"{name} lost its asynchronous copies or matrix loads"
+
+
+def test_matrix_kernels_are_named_in_their_sources() -> None:
+    multiplying = {s for s in build_gate.kernels() if re.search(r"\bmma_16816<", (build_gate.CSRC / s).read_text())}
+    assert multiplying == set(MATRIX) & set(build_gate.kernels())

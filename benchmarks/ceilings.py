@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,8 +56,9 @@ def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: 
     return amount / min(once() for _ in range(repeats))
 
 
+@functools.cache
 def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
-    """Measure the best rates over several runs, on random data.
+    """Measure the best rates over several runs, on random data, once per process.
 
     Returns:
         ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second, ``copy_bytes`` in

@@ -107,7 +107,7 @@ def work(rows: int, dim: int, device: str, unit: str) -> Work:
 
 
 def _metric_learning_skip(rows: int, device: str) -> str:
-    reason = peers.missing("pytorch_metric_learning.losses")
+    reason = peers.missing("pytorch_metric_learning")
     # Every positive pair meets every negative pair: (2N)^3 floats, several times over.
     need = 6 * 4 * rows**3
     room = torch.cuda.mem_get_info()[0] if device == "cuda" else 2 << 30
@@ -161,7 +161,7 @@ def case(size: str, device: str) -> Case:
         Contender("eager", _training_step(_eager), 1e-4, skipped=too_large),
         Contender("eager autocast bfloat16", _training_step(_eager_autocast), 5e-2, skipped=too_large),
         Contender("torch.compile", _training_step(peers.compiled(_eager)), 1e-4, compiles=True, skipped=too_large),
-        Contender("lightly", _training_step(_lightly), 1e-4, skipped=too_large or peers.missing("lightly.loss")),
+        Contender("lightly", _training_step(_lightly), 1e-4, skipped=too_large or peers.missing("lightly")),
         Contender(
             "pytorch-metric-learning",
             _training_step(_metric_learning),

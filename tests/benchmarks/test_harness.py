@@ -114,7 +114,7 @@ def test_memory_beyond_counts_temporaries_and_not_outputs() -> None:
 def test_every_family_measures_ours_and_eager(family: harness.Family, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     size = family.quick_sizes[0]
-    result = harness.run_family(family, "cpu", [size], BRIEF, ["scan-fast", "eager"], file=file)
+    result = harness.run_family(family, "cpu", [size], harness.QUICK, ["scan-fast", "eager"], file=file)
     assert json.loads(file.read_text()) == result
     ours, plain = result["cases"][0]["contenders"]
     assert (ours["name"], plain["name"]) == ("scan-fast", "eager")

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/types.h>
 
+#include "augment/augment_op.h"
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
 #include "scan_loss/scan_loss_op.h"
@@ -66,6 +67,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
              py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
+  module.def("augment", &scan_fast::augment, "See csrc/augment/augment_op.h.", py::arg("images"), py::arg("indices"),
+             py::arg("recipes"), py::arg("size"), py::arg("scale"), py::arg("shift"), py::arg("dtype"));
   module.def("scan_loss_forward", &scan_fast::scan_loss_forward, "See csrc/scan_loss/scan_loss_op.h.",
              py::arg("anchors"), py::arg("neighbors"), py::arg("entropy_weight"));
   module.def("scan_loss_backward", &scan_fast::scan_loss_backward, "See csrc/scan_loss/scan_loss_op.h.",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, gpu_status
+from .data.render import automatic_renderer
 from .ops import native
 
 OPERATIONS = {
@@ -39,6 +40,7 @@ def collect() -> dict[str, Any]:
             for name, operator in OPERATIONS.items()
         },
         "gpu_kernels": gpu_status.records(),
+        "renderer": {device: automatic_renderer(device) for device in ("cpu", "cuda")},
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
     }
 
@@ -65,6 +67,8 @@ def render(facts: dict[str, Any]) -> str:
         ]
     lines.append("operations (impl=auto, float32):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
+    renderer = facts["renderer"]
+    lines.append(f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}  (data.renderer=auto)")
     lines.append("CUDA kernels:")
     lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
     lines.append("optional packages:")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .data.loader import ViewMaker
-from .data.render_torch import TorchRenderer
+from .data.render import renderer_for
 from .data.sources import Source
 from .data.views import PlainView
 from .models.backbones import ModelConfig
@@ -36,7 +36,7 @@ class Predictor:
         self.model = ClusterModel(ModelConfig.model_validate(state["model"]), self.n_clusters)
         load_strict(self.model, state["state_dict"], what="model.pt")
         self.model = self.model.to(self.device).to(memory_format=torch.channels_last).eval()
-        self._renderer = TorchRenderer(tuple(state["mean"]), tuple(state["std"]), self.device)
+        self._renderer = renderer_for("auto", tuple(state["mean"]), tuple(state["std"]), self.device)
         self._view = PlainView(kind="plain", size=state["view_size"])
 
     @classmethod

@@ -3,6 +3,8 @@
 from .datasets import DataConfig, Splits, open_splits, source_from
 from .errors import DataError
 from .loader import Renderer, ViewMaker, epoch_batches, prefetch, steps_per_epoch
+from .render import make_renderer
+from .render_fused import FusedRenderer
 from .render_torch import TorchRenderer
 from .sources import FileSource, Source, SubsetSource, TensorSource
 from .views import AffineView, Params, PlainView, SimCLRView, StrongView, View
@@ -12,6 +14,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "FileSource",
+    "FusedRenderer",
     "Params",
     "PlainView",
     "Renderer",
@@ -25,6 +28,7 @@ __all__ = [
     "View",
     "ViewMaker",
     "epoch_batches",
+    "make_renderer",
     "open_splits",
     "prefetch",
     "source_from",

@@ -67,6 +67,8 @@ class DataConfig(Settings):
         labels: "auto" reads them where there are any, to report on; "none" ignores them.
         on_error: "raise" at an unreadable image, or "skip" it.
         workers: decoding threads; by default one per core.
+        renderer: what makes the views: "fused" (one native kernel, on the devices it is compiled for), "torch" (torch
+            operations, on any device), or "auto" for fused where that is possible.
     """
 
     source: SourceName = "folder"
@@ -81,6 +83,7 @@ class DataConfig(Settings):
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     workers: int | None = Field(default=None, ge=1)
+    renderer: Literal["auto", "torch", "fused"] = "auto"
 
 
 @dataclass

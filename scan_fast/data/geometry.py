@@ -75,25 +75,37 @@ def matrices(kind: Tensor, amount: Tensor, side: int, index: Mapping[str, int]) 
     return torch.where((kind == index["rotate"]).unsqueeze(1), rotation, m)
 
 
-def affine_nearest(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample with the nearest pixel and black outside, as PIL's Image.transform(AFFINE, NEAREST).
+def fixed_point(matrix: Tensor) -> Tensor:
+    """Turn maps into PIL's steps through the input in 16.16 fixed point.
 
-    PIL steps through the input in 16.16 fixed point, except for pure shifts, where it takes floating-point positions;
-    both are reproduced, so the same pixels are picked.
+    For pure shifts PIL takes floating-point positions instead; rounding those down to whole pixels first gives the same
+    pixels.
 
     Args:
-        x: (n, 3, H, W).
         matrix: (n, 6) float64 maps from output to input pixels.
+
+    Returns:
+        (n, 6) int32: start x, x per column, x per row, start y, y per column, y per row.
     """
-    n, channels, height, width = x.shape
     a, b, c, d, e, f = matrix.double().unbind(1)
     shift = (b == 0) & (d == 0)
     one = 65536.0
     x0, y0 = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5
     start_x = torch.where(shift, x0.floor() * one, (x0 * one + 0.5).floor())
     start_y = torch.where(shift, y0.floor() * one, (y0 * one + 0.5).floor())
-    steps = [(v * one + 0.5).floor() for v in (a, b, d, e)]
-    start_x, start_y, ax, bx, dy, ey = (v.to(torch.int32).view(-1, 1, 1) for v in (start_x, start_y, *steps))
+    ax, bx, dy, ey = ((v * one + 0.5).floor() for v in (a, b, d, e))
+    return torch.stack((start_x, ax, bx, start_y, dy, ey), dim=1).to(torch.int32)
+
+
+def affine_nearest(x: Tensor, matrix: Tensor) -> Tensor:
+    """Resample with the nearest pixel and black outside, as PIL's Image.transform(AFFINE, NEAREST).
+
+    Args:
+        x: (n, 3, H, W).
+        matrix: (n, 6) float64 maps from output to input pixels.
+    """
+    n, channels, height, width = x.shape
+    start_x, ax, bx, start_y, dy, ey = (v.view(-1, 1, 1) for v in fixed_point(matrix).unbind(1))
     column = torch.arange(width, dtype=torch.int32, device=x.device).view(1, 1, -1)
     row = torch.arange(height, dtype=torch.int32, device=x.device).view(1, -1, 1)
     px = (start_x + ax * column + bx * row) >> 16

@@ -10,7 +10,7 @@ import torch  # torch must be loaded before the compiled module: it brings the l
 Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
-OPERATORS = ("nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
+OPERATORS = ("augment", "nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
 """The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
 
 _C: Any = None

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..data.datasets import Splits, open_splits
-from ..data.loader import ViewMaker
+from ..data.loader import Renderer, ViewMaker
 from ..data.random import stream_key
-from ..data.render_torch import TorchRenderer
+from ..data.render import make_renderer
 from ..data.sources import Source
 from ..data.views import PlainView, View
 from ..models.backbones import ModelConfig
@@ -34,7 +34,7 @@ class Context:
     splits: Splits
     device: torch.device
     precision: torch.dtype
-    renderer: TorchRenderer
+    renderer: Renderer
 
     @property
     def model_config(self) -> ModelConfig:
@@ -117,6 +117,7 @@ def open_context(config: Config, run: RunFolder, events: Events, splits: Splits 
 
     Raises:
         ConfigError: for a device that is not there, or numbers that the images do not allow.
+        DataError: for images that cannot be read, or a renderer that the device does not have.
     """
     device = choose_device(config.runtime.device)
     if config.runtime.threads is not None:
@@ -125,7 +126,7 @@ def open_context(config: Config, run: RunFolder, events: Events, splits: Splits 
         config.precision, torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     splits = splits if splits is not None else open_splits(config.data)
-    context = Context(config, run, events, splits, device, precision, TorchRenderer(splits.mean, splits.std, device))
+    context = Context(config, run, events, splits, device, precision, make_renderer(config.data, splits, device))
     check_sizes(context)
     return context
 

@@ -1,0 +1,121 @@
+// Tensors in, tensors out for the views: checks, allocation, device dispatch.
+//
+// Recipes and indices come on the CPU, where they are drawn: so everything that decides which memory is touched is
+// checked here without waiting for a device.
+#include "augment/augment_op.h"
+
+#include "augment/augment.h"
+#include "common/op_utils.h"
+
+namespace scan_fast {
+namespace {
+
+ViewFormat format_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kByte: return ViewFormat::kUint8;
+    case at::kFloat: return ViewFormat::kFloat32;
+    case at::kBFloat16: return ViewFormat::kBFloat16;
+    default: TORCH_CHECK_VALUE(false, "dtype must be uint8, float32 or bfloat16, got ", dtype);
+  }
+}
+
+void check_recipes(const ViewBatch& batch) {
+  const int64_t words = recipe_words(batch.steps), side = batch.side;
+  for (int64_t i = 0; i < batch.count; ++i) {
+    const int32_t* r = batch.recipes + i * words;
+    const int64_t top = r[0], left = r[1], height = r[2], width = r[3];
+    TORCH_CHECK_VALUE(top >= 0 && left >= 0 && height >= 1 && width >= 1 && top + height <= batch.height &&
+                          left + width <= batch.width,
+                      "recipes: the box of image ", i, " (top ", top, ", left ", left, ", height ", height, ", width ",
+                      width, ") must lie within ", batch.height, " x ", batch.width, " pixels");
+    TORCH_CHECK_VALUE(r[5] >= 0 && r[6] >= 0 && r[7] <= side && r[8] <= side, "recipes: the cutout of image ", i,
+                      " must lie within ", side, " x ", side, " pixels");
+    for (int64_t step = 0; step < batch.steps; ++step) {
+      const int32_t* words_of_step = r + kRecipeHeader + step * kRecipeStep;
+      const int32_t operation = words_of_step[0];
+      TORCH_CHECK_VALUE(operation >= 0 && operation < static_cast<int32_t>(Operation::kCount), "recipes: image ", i,
+                        " asks for operation ", operation, ", which does not exist");
+      float amount;
+      std::memcpy(&amount, words_of_step + 1, sizeof(amount));
+      TORCH_CHECK_VALUE(operation != static_cast<int32_t>(Operation::kPosterize) || (amount >= 0 && amount <= 8),
+                        "recipes: image ", i, " asks to keep ", amount, " bits; 0 to 8 are possible");
+    }
+  }
+}
+
+#ifdef SCAN_FAST_WITH_CUDA
+// A copy that the host does not wait for.
+at::Tensor sent(const at::Tensor& tensor, const at::Device& device) {
+  return tensor.pin_memory().to(device, /*non_blocking=*/true);
+}
+#endif
+
+}  // namespace
+
+at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& indices, const at::Tensor& recipes,
+                   int64_t size, std::vector<double> scale, std::vector<double> shift, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(3) == 3 && images.scalar_type() == at::kByte,
+                    "images must be (N, H, W, 3) uint8, got ", images.sizes(), " ", images.scalar_type());
+  TORCH_CHECK_VALUE(recipes.dim() == 2 && recipes.scalar_type() == at::kInt && recipes.device().is_cpu() &&
+                        recipes.size(1) >= kRecipeHeader && (recipes.size(1) - kRecipeHeader) % kRecipeStep == 0,
+                    "recipes must be (n, ", kRecipeHeader, " + steps * ", kRecipeStep, ") int32 on the CPU, got ",
+                    recipes.sizes(), " ", recipes.scalar_type(), " on ", recipes.device());
+  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide && images.size(2) <= kMaxViewSide,
+                    "size and the images' sides must be from 1 to ", kMaxViewSide, ", got ", size, " and ",
+                    images.sizes());
+  TORCH_CHECK_VALUE(scale.size() == 3 && shift.size() == 3, "scale and shift must be 3 numbers each");
+  const at::Tensor pixels = images.contiguous();
+  at::Tensor plan = recipes.contiguous(), rows;
+  if (indices.has_value()) {
+    rows = indices->contiguous();
+    TORCH_CHECK_VALUE(rows.dim() == 1 && rows.scalar_type() == at::kLong && rows.device().is_cpu() &&
+                          rows.size(0) == plan.size(0),
+                      "indices must be (", plan.size(0), ",) int64 on the CPU, got ", rows.sizes(), " ",
+                      rows.scalar_type(), " on ", rows.device());
+    const int64_t* index = rows.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < rows.size(0); ++i) {
+      TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < pixels.size(0), "indices must be from 0 to ", pixels.size(0) - 1,
+                        ", got ", index[i]);
+    }
+  } else {
+    TORCH_CHECK_VALUE(plan.size(0) == pixels.size(0), "recipes must have a row for each of the ", pixels.size(0),
+                      " images, got ", plan.size(0));
+  }
+  ViewBatch batch{pixels.const_data_ptr<uint8_t>(),
+                  rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr,
+                  plan.const_data_ptr<int32_t>(),
+                  nullptr,
+                  plan.size(0),
+                  pixels.size(1),
+                  pixels.size(2),
+                  size,
+                  (plan.size(1) - kRecipeHeader) / kRecipeStep,
+                  {},
+                  {},
+                  format_of(dtype)};
+  for (int c = 0; c < 3; ++c) {
+    batch.scale[c] = static_cast<float>(scale[c]);
+    batch.shift[c] = static_cast<float>(shift[c]);
+  }
+  check_recipes(batch);
+  at::Tensor out = at::empty({batch.count, size, size, 3}, pixels.options().dtype(dtype));
+  batch.out = out.data_ptr();
+  if (batch.count > 0) {
+    if (pixels.is_cpu()) {
+      augment_cpu(batch);
+    } else {
+      TORCH_CHECK_VALUE(false, "images must be on the CPU, got ", pixels.device());
+    }
+  }
+  return batch.format == ViewFormat::kUint8 ? out : out.permute({0, 3, 1, 2});
+}
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
+  m.def(
+      "augment(Tensor images, Tensor? indices, Tensor recipes, int size, float[] scale, float[] shift, "
+      "ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, m) { m.impl("augment", &augment); }
+
+}  // namespace scan_fast

@@ -1,0 +1,42 @@
+"""Which renderer makes the pixels of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from ..ops import native
+from .datasets import DataConfig, Splits
+from .loader import Renderer
+from .render_fused import FusedRenderer
+from .render_torch import TorchRenderer
+
+RendererName = Literal["torch", "fused"]
+
+
+def automatic_renderer(device_type: str) -> RendererName:
+    """Return what ``data.renderer=auto`` takes on a device type: fused where its kernel is compiled, else torch."""
+    return "fused" if native.has_kernel("augment", device_type) else "torch"
+
+
+def renderer_for(
+    name: Literal["auto", "torch", "fused"], mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Renderer:
+    """Return a renderer by name, for images normalised with `mean` and `std`.
+
+    Raises:
+        DataError: where the one that is asked for is not possible on the device.
+    """
+    chosen = automatic_renderer(device.type) if name == "auto" else name
+    return FusedRenderer(mean, std, device) if chosen == "fused" else TorchRenderer(mean, std, device)
+
+
+def make_renderer(config: DataConfig, splits: Splits, device: torch.device) -> Renderer:
+    """Return the renderer that a configuration asks for.
+
+    Raises:
+        DataError: where it is not possible on the device.
+    """
+    return renderer_for(config.renderer, splits.mean, splits.std, device)

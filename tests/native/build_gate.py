@@ -2,8 +2,8 @@
 
 ``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to what the
 hardware allocates, as budgets by architecture into ``build_budgets.json``; kernels with few registers need no entry. An
-entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. What was compiled is
-kept under ``build/build-gate`` by the hash of the source, its headers, flags and compiler.
+entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects stay under
+``build/build-gate`` by the hash of the source, its headers, flags and compiler.
 """
 
 from __future__ import annotations

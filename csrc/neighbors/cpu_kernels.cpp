@@ -3,8 +3,9 @@
 // product: a register tile of kRows x kColumns float32 sums over the whole of dim, so nothing is spilled and the tile
 // is written once, to a few KiB that stay in the first cache. AVX-512: 8 x 48 = 24 accumulators, 3 loads and 8
 // broadcasts per 24 multiply-adds, i.e. bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops a cycle), not
-// by loads. filter: one compare per vector of the hot tile; candidates are rare (about k + k ln(N / k) a row), so the
-// scalar part after a hit does not show.
+// by loads. Both operands come as panels of kLanes rows, so one packing of a row serves either side. filter: one
+// compare per vector of the hot tile and side; candidates are rare (about k + k ln(N / k) a row), so the scalar part
+// after a hit does not show.
 #include <cmath>
 #include <cstring>
 
@@ -32,7 +33,7 @@ inline Vector broadcast(float v) { return _mm512_set1_ps(v); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline unsigned at_least(Vector v, Vector bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ); }
 #elif defined(SCAN_FAST_ISA_avx2)
-constexpr int kRows = 6, kVectors = 2, kLanes = 8;
+constexpr int kRows = 4, kVectors = 3, kLanes = 8;
 using Vector = __m256;
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
@@ -129,13 +130,14 @@ void product(const float* a, const float* b, int64_t dim, float* c) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = broadcast(0.0f);
   }
+  const int64_t panel = dim * kLanes;
   for (int64_t d = 0; d < dim; ++d) {
     Vector column[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + d * kColumns + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * panel + d * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vector row = broadcast(a[d * kRows + r]);
+      const Vector row = broadcast(a[d * kLanes + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(row, column[v], sum[r][v]);
     }
@@ -207,17 +209,26 @@ void tighten(CandidateLists& lists, int64_t row, bool final) {
   lists.limit[row] = static_cast<int32_t>(limit < lists.capacity ? limit : lists.capacity);
 }
 
-__attribute__((noinline)) void enter(const float* c, unsigned hits, int64_t row, int64_t first_column,
-                                     CandidateLists& lists) {
-  for (; hits != 0; hits &= hits - 1) {
-    const int lane = __builtin_ctz(hits);
-    const int64_t column = first_column + lane;
-    if (column >= lists.columns || column == lists.self[row] || lists.skip[column]) continue;
-    if (!(c[lane] >= lists.threshold[row])) continue;  // it may have risen since the compare
-    const int64_t slot = row * lists.capacity + lists.count[row]++;
-    lists.value[slot] = c[lane];
-    lists.index[slot] = static_cast<int32_t>(column);
-    if (lists.count[row] >= lists.limit[row]) tighten(lists, row, false);
+// Offers a database row to the list of `row`.
+inline void offer(float value, int64_t row, int64_t candidate, CandidateLists& lists) {
+  if (candidate >= lists.columns || candidate == lists.self[row] || lists.skip[candidate]) return;
+  if (!(value >= lists.threshold[row])) return;  // it may have risen since the compare
+  const int64_t slot = row * lists.capacity + lists.count[row]++;
+  lists.value[slot] = value;
+  lists.index[slot] = static_cast<int32_t>(candidate);
+  if (lists.count[row] >= lists.limit[row]) tighten(lists, row, false);
+}
+
+// Offers the columns marked in row_hits to the row, and the row to those marked in column_hits.
+__attribute__((noinline)) void enter(const float* c, unsigned row_hits, unsigned column_hits, int64_t row,
+                                     int64_t first_column, CandidateLists& lists) {
+  for (; row_hits != 0; row_hits &= row_hits - 1) {
+    const int lane = __builtin_ctz(row_hits);
+    offer(c[lane], row, first_column + lane, lists);
+  }
+  for (; column_hits != 0; column_hits &= column_hits - 1) {
+    const int lane = __builtin_ctz(column_hits);
+    offer(c[lane], first_column + lane, row, lists);
   }
 }
 
@@ -228,7 +239,23 @@ void filter(const float* c, int64_t rows, int64_t columns, int64_t first_row, in
     const float* line = c + r * columns;
     for (int64_t j = 0; j < columns; j += kLanes) {
       const unsigned hits = at_least(load(line + j), broadcast(lists.threshold[row]));
-      if (__builtin_expect(hits != 0, 0)) enter(line + j, hits, row, first_column + j, lists);
+      if (__builtin_expect(hits != 0, 0)) enter(line + j, hits, 0, row, first_column + j, lists);
+    }
+  }
+}
+
+void filter_both(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
+                 CandidateLists& lists) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = first_row + r;
+    const float* line = c + r * columns;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const Vector value = load(line + j);
+      const unsigned row_hits = at_least(value, broadcast(lists.threshold[row]));
+      const unsigned column_hits = at_least(value, load(lists.threshold + first_column + j));
+      if (__builtin_expect((row_hits | column_hits) != 0, 0)) {
+        enter(line + j, row_hits, column_hits, row, first_column + j, lists);
+      }
     }
   }
 }
@@ -236,7 +263,8 @@ void filter(const float* c, int64_t rows, int64_t columns, int64_t first_row, in
 }  // namespace
 
 const CpuKernels& neighbor_kernels() {
-  static constexpr CpuKernels kernels = {kRows, kColumns, &dot, &round, &product, &filter, &tighten};
+  static constexpr CpuKernels kernels = {kRows, kColumns, kLanes,  &dot,
+                                         &round, &product, &filter, &filter_both, &tighten};
   return kernels;
 }
 

@@ -16,8 +16,8 @@ struct CandidateLists {
   int32_t* count;        // (rows,)
   int32_t* limit;        // (rows,) the list is tightened when count reaches this; at most capacity
   uint8_t* overflow;     // (rows,) set when the list outgrew its capacity; the row is then closed
-  const double* margin;  // (rows,) 2 eps, in fast units
-  const int64_t* self;   // (rows,) the excluded column, or -1
+  double* margin;        // (rows,) 2 eps, in fast units
+  int64_t* self;         // (rows,) the excluded column, or -1
   const uint8_t* skip;   // (columns,) non-zero: this database row is nobody's neighbour
   int64_t columns;
   int64_t capacity;
@@ -31,9 +31,11 @@ struct RoundedRow {
 };
 
 struct CpuKernels {
-  // The float32 tile: product() multiplies tile_rows query rows with tile_columns database rows.
+  // The float32 tile: product() multiplies tile_rows rows with tile_columns rows. Operands are packed in panels
+  // (dim, panel_rows); tile_rows divides panel_rows, and panel_rows divides tile_columns.
   int64_t tile_rows;
   int64_t tile_columns;
+  int64_t panel_rows;
 
   // The exact sum of neighbors.h.
   double (*dot)(const float* a, const float* b, int64_t dim);
@@ -41,12 +43,16 @@ struct CpuKernels {
   // u = x * scale rounded to float32 (or on to bfloat16), with what is below the normal range set to zero.
   RoundedRow (*round)(const float* x, double scale, int64_t dim, bool to_bfloat16, float* rounded);
 
-  // c (tile_rows, tile_columns) = a^T b for packed panels a (dim, tile_rows) and b (dim, tile_columns).
+  // c (tile_rows, tile_columns): a points at the first row inside its panel, b at the first of its panels.
   void (*product)(const float* a, const float* b, int64_t dim, float* c);
 
-  // Enters every element of a tile that reaches its row's threshold. columns is a multiple of 16.
+  // Enters every element of a tile that reaches its row's threshold; for rows beyond the list's end as well, which must
+  // exist and be closed.
   void (*filter)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
                  CandidateLists& lists);
+  // The same for the rows and for the columns of a tile, which are then rows of the lists, too.
+  void (*filter_both)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
+                      CandidateLists& lists);
 
   // Raises the row's threshold and drops what falls below. final: as tight as float32 allows.
   void (*tighten)(CandidateLists& lists, int64_t row, bool final);

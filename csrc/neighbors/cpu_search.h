@@ -1,0 +1,150 @@
+// What the searches of the CPU neighbour search share: rows and what is known about them, packed operands, lists of
+// candidates, and the decision by exact similarities.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/parallel.h"
+#include "neighbors/cpu_kernels.h"
+#include "neighbors/neighbors.h"
+
+namespace scan_fast::neighbors {
+
+const CpuKernels& kernels();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cache-line aligned, uninitialised memory.
+template <typename T>
+class Buffer {
+ public:
+  void grow(int64_t size) {
+    if (size <= size_) return;
+    const size_t bytes = static_cast<size_t>(ceil_div(size * static_cast<int64_t>(sizeof(T)), 64)) * 64;
+    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    size_ = size;
+  }
+  T* data() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<T[], Free> memory_;
+  int64_t size_ = 0;
+};
+
+// The rows of one side with what is known about them before any search.
+struct Rows {
+  const float* data;
+  std::vector<double> length;  // sqrt(v.v), not clamped; non-finite exactly where the row has a non-finite entry
+  std::vector<double> scale;   // to the units of the fast search
+  double longest = 0;          // the largest finite length
+  double unit = 1;             // "dot": the power of two in scale
+
+  bool usable(int64_t row) const { return std::isfinite(length[row]); }
+};
+
+inline double cosine_length(double length) { return std::max(length, 1e-12); }
+
+// One of the two ways to multiply tiles: bfloat16 on AMX tiles, or float32 in vector registers. Rows are packed in
+// panels of panel_rows; a tile is tile_rows rows of the left operand by tile_columns rows of the right one.
+struct TileEngine {
+  bool amx;
+  int64_t dim, tile_rows, tile_columns, panel_rows, panel_bytes;
+
+  TileEngine(bool use_amx, int64_t dim);
+  // Writes one rounded row into its zeroed panel. For float32, both layouts are the same.
+  void pack_left(const float* rounded, int64_t row, uint8_t* packed) const;
+  void pack_right(const float* rounded, int64_t row, uint8_t* packed) const;
+  // c (tile_rows, tile_columns) for the tile that begins at row `left` of a and row `right` of b.
+  void multiply(const uint8_t* a, int64_t left, const uint8_t* b, int64_t right, float* c) const {
+    const uint8_t* const a_panel = a + left / panel_rows * panel_bytes;
+    const uint8_t* const b_panel = b + right / panel_rows * panel_bytes;
+    if (amx) {
+      amx_product(reinterpret_cast<const uint16_t*>(a_panel), reinterpret_cast<const uint16_t*>(b_panel), dim, c);
+    } else {
+      kernels().product(reinterpret_cast<const float*>(a_panel) + left % panel_rows,
+                        reinterpret_cast<const float*>(b_panel), dim, c);
+    }
+  }
+};
+
+// The tile layout of the calling thread, where the engine needs one.
+class EngineSession {
+ public:
+  explicit EngineSession(const TileEngine& engine) : amx_(engine.amx ? std::make_unique<AmxSession>() : nullptr) {}
+
+ private:
+  std::unique_ptr<AmxSession> amx_;
+};
+
+// All database rows, rounded and packed.
+struct PackedDatabase {
+  Buffer<uint8_t> right_bytes, left_bytes;
+  const uint8_t *right, *left;     // left: only for a symmetric search
+  std::vector<RoundedRow> rounded;  // (rows,)
+  double longest = 0;               // max |u^_j|
+  double worst_residual = 0;        // max |u_j - u^_j|
+};
+
+PackedDatabase pack_database(const TileEngine& engine, const Rows& database, int64_t n, bool both_sides);
+
+// The memory of the candidate lists of some rows. All lists begin closed.
+struct ListMemory {
+  Buffer<float> threshold, value;
+  Buffer<int32_t> index, count, limit;
+  Buffer<double> margin;
+  Buffer<int64_t> self;
+  Buffer<uint8_t> overflow;
+
+  CandidateLists open(int64_t rows, int64_t capacity, int64_t k, const std::vector<uint8_t>& skip);
+};
+
+struct Neighbor {
+  float similarity;
+  int32_t index;
+};
+
+// A total order, so that the k best are the same whatever order they come in.
+inline bool better(const Neighbor& a, const Neighbor& b) {
+  return a.similarity > b.similarity || (a.similarity == b.similarity && a.index < b.index);
+}
+
+// What all searches of one call share.
+struct Search {
+  const TopkProblem& problem;
+  const Rows& queries;
+  const Rows& database;
+  const std::vector<uint8_t>& skip;
+  float* similarity;
+  int64_t* index;
+
+  float exact(int64_t i, int64_t j) const;
+  // Opens the list of query i as row `row` of the lists; closed for good where no fast search can decide.
+  void open(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed, CandidateLists& lists,
+            int64_t row) const;
+  // Decides query i by the exact similarities of its candidates; false if its list overflowed.
+  bool decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& scratch) const;
+  // Writes the k best of the candidates; reorders them.
+  void write(int64_t i, std::vector<Neighbor>& found) const;
+
+ private:
+  double error_bound(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed) const;
+};
+
+// Each searches and returns the queries that it could not decide, in ascending order.
+// The given queries against all rows, in blocks of queries.
+std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, bool amx,
+                                   int64_t capacity);
+// All rows of a database against each other, each pair multiplied once.
+std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t capacity);
+
+}  // namespace scan_fast::neighbors

@@ -2,6 +2,10 @@
 // candidates, and the decision by exact similarities.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,15 +24,20 @@ const CpuKernels& kernels();
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cache-line aligned, uninitialised memory.
+// Cache-line aligned, uninitialised memory; on huge pages where it is large and the system has them on request, for
+// lists and panels are met in an order that ordinary pages answer with a table walk.
 template <typename T>
 class Buffer {
  public:
   void grow(int64_t size) {
     if (size <= size_) return;
-    const size_t bytes = static_cast<size_t>(ceil_div(size * static_cast<int64_t>(sizeof(T)), 64)) * 64;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    const int64_t wanted = size * static_cast<int64_t>(sizeof(T)), unit = wanted < 2 * kHugePage ? 64 : kHugePage;
+    const size_t bytes = static_cast<size_t>(ceil_div(wanted, unit) * unit);
+    memory_.reset(static_cast<T*>(std::aligned_alloc(static_cast<size_t>(unit), bytes)));
     if (memory_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (unit == kHugePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
     size_ = size;
   }
   T* data() const { return memory_.get(); }
@@ -37,6 +46,7 @@ class Buffer {
   struct Free {
     void operator()(T* pointer) const { std::free(pointer); }
   };
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
   std::unique_ptr<T[], Free> memory_;
   int64_t size_ = 0;
 };
@@ -132,7 +142,7 @@ struct Search {
   void open(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed, CandidateLists& lists,
             int64_t row) const;
   // Decides query i by the exact similarities of its candidates; false if its list overflowed.
-  bool decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& scratch) const;
+  bool decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& found) const;
   // Writes the k best of the candidates; reorders them.
   void write(int64_t i, std::vector<Neighbor>& found) const;
 

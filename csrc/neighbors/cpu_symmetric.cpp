@@ -16,8 +16,8 @@
 // (s = 0) in one, and each has one match a round. So within a round no two tasks share a list, and there are no locks.
 // There is no barrier between rounds either: threads take tasks in order, and a task begins when its two blocks have
 // finished the round before. Such a task comes earlier in the order, so the earliest unfinished task never waits and
-// no thread waits for ever. Every list receives its candidates in the order of the rounds, whatever the number of
-// threads. The first round, one block against each row, sets thresholds that already keep out nearly all that follows.
+// no thread waits for ever. Every list receives its candidates in the order of the rounds, so two runs with as many
+// threads fill the same lists. The first round sets thresholds that already keep out nearly all that follows.
 #include <atomic>
 #include <thread>
 
@@ -26,11 +26,11 @@
 namespace scan_fast::neighbors {
 namespace {
 
-// Blocks give 64 threads something to do where there are rows enough, and two of them stay in the second cache. They do
-// not depend on the number of threads, and so neither does the content of any list.
+// Large enough that loading two blocks is cheap against multiplying them, small enough that both stay in the second
+// cache (1 MiB), and with two matches a round for each thread.
 int64_t rows_per_block(const TileEngine& engine, int64_t n) {
   const int64_t row_bytes = engine.panel_bytes / engine.panel_rows;
-  const int64_t wanted = std::min<int64_t>({512, (768 << 10) / row_bytes, ceil_div(n, 96)});
+  const int64_t wanted = std::min<int64_t>({512, (512 << 10) / row_bytes, ceil_div(n, 4 * max_threads())});
   return std::max<int64_t>(ceil_div(wanted, engine.tile_columns), 1) * engine.tile_columns;
 }
 

@@ -67,20 +67,30 @@ void Search::open(int64_t i, const RoundedRow& rounded, const PackedDatabase& pa
   lists.self[row] = problem.exclude_self ? i : -1;
 }
 
-bool Search::decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& scratch) const {
+bool Search::decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& found) const {
   if (lists.overflow[row]) return false;
   kernels().tighten(lists, row, /*final=*/true);
-  const int32_t* candidate = lists.index + row * lists.capacity;
-  const int64_t dim = problem.dim;
-  scratch.clear();
-  for (int64_t c = 0; c < lists.count[row]; ++c) {
-    if (c + 1 < lists.count[row]) {
-      const float* next = problem.database + candidate[c + 1] * dim;
-      for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(next + d);
+  const int64_t first = row * lists.capacity, count = lists.count[row], k = std::min(problem.k, count);
+  found.resize(count);
+  for (int64_t c = 0; c < count; ++c) found[c] = {lists.value[first + c], lists.index[first + c]};
+  const auto make_exact = [&](int64_t begin, int64_t end) {
+    constexpr int64_t kAhead = 4;  // rows on their way from memory
+    for (int64_t c = begin; c < end; ++c) {
+      const float* const next = problem.database + found[std::min(c + kAhead, end - 1)].index * problem.dim;
+      for (int64_t d = 0; d < problem.dim; d += 16) __builtin_prefetch(next + d, 0, 2);
+      found[c].similarity = exact(i, found[c].index);
     }
-    scratch.push_back({exact(i, candidate[c]), candidate[c]});
-  }
-  write(i, scratch);
+  };
+  if (k < count) std::nth_element(found.begin(), found.begin() + k, found.end(), better);
+  make_exact(0, k);
+  // With k exact similarities known, half the margin decides: a column that lies eps below the least cannot enter.
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t c = 0; c < k; ++c) least = std::min(least, static_cast<double>(found[c].similarity));
+  const double bound = least * (problem.normalize ? 1.0 : queries.unit * database.unit) - 0.5 * lists.margin[row];
+  found.erase(std::remove_if(found.begin() + k, found.end(), [&](const Neighbor& c) { return c.similarity < bound; }),
+              found.end());
+  make_exact(k, static_cast<int64_t>(found.size()));
+  write(i, found);
   return true;
 }
 

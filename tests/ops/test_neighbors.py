@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -36,19 +37,22 @@ def integers(n: int, d: int, largest: int, seed: int = 0) -> Tensor:
     return torch.randint(-largest, largest + 1, (n, d), generator=generator(seed)).float()
 
 
-def prove(
-    similarity: Tensor, index: Tensor, x: Tensor, k: int, metric: str = "cosine", queries: Tensor | None = None
-) -> None:
-    """Check every row against all float64 similarities.
+class Truth(NamedTuple):
+    """All similarities: valid pairs, and the float32 values between which each similarity lies; all (Q, N)."""
+
+    valid: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def truth_of(x: Tensor, metric: str = "cosine", queries: Tensor | None = None) -> Truth:
+    """All similarities from float64 products.
 
     The order of a float64 sum is not part of the definition, so a similarity is only known to lie between two float32
     values, ``low`` and ``high``; they are the same number unless the sum is within about 1e-15 of a rounding boundary.
     """
     q64 = (x if queries is None else queries).detach().cpu().double()
     x64 = x.detach().cpu().double()
-    similarity, index = similarity.cpu(), index.cpu()
-    assert similarity.shape == index.shape == (q64.shape[0], k)
-    assert similarity.dtype == torch.float32 and index.dtype == torch.int64
     valid = q64.isfinite().all(1)[:, None] & x64.isfinite().all(1)
     q64 = torch.where(q64.isfinite().all(1, keepdim=True), q64, 0)
     x64 = torch.where(x64.isfinite().all(1, keepdim=True), x64, 0)
@@ -62,8 +66,23 @@ def prove(
     low, high = (exact - error).float(), (exact + error).float()
     if queries is None:
         valid.fill_diagonal_(False)
-    valid &= high > -torch.inf
+    return Truth(valid & (high > -torch.inf), low, high)
 
+
+def prove(
+    similarity: Tensor,
+    index: Tensor,
+    x: Tensor,
+    k: int,
+    metric: str = "cosine",
+    queries: Tensor | None = None,
+    truth: Truth | None = None,
+) -> None:
+    """Check every row against all float64 similarities."""
+    valid, low, high = truth or truth_of(x, metric, queries)
+    similarity, index = similarity.cpu(), index.cpu()
+    assert similarity.shape == index.shape == (valid.shape[0], k)
+    assert similarity.dtype == torch.float32 and index.dtype == torch.int64
     present = index >= 0
     assert torch.equal(present.sum(1), valid.sum(1).clamp_max(k)), "a neighbour is missing, or there is one too many"
     assert not (present[:, 1:] & ~present[:, :-1]).any(), "gaps belong at the end"
@@ -143,9 +162,23 @@ def test_exact(name: str, metric: str, impl: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_large(metric: str, device: str) -> None:
-    x = torch.cat([normal(2200, 129), clustered(795, 129), torch.zeros(5, 129)]).to(device)
+    x = torch.cat([normal(1000, 129), clustered(395, 129), torch.zeros(5, 129)]).to(device)
+    truth = truth_of(x, metric)
     for k in (1, 50):
-        prove(*scan_fast.topk_neighbors(x, k, metric=metric, impl="native"), x, k, metric)
+        prove(*scan_fast.topk_neighbors(x, k, metric=metric, impl="native"), x, k, metric, truth=truth)
+
+
+@needs_native
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("n", [63, 64, 65, 449, 1023])
+def test_a_search_among_themselves_equals_a_search_of_a_copy(n: int, metric: str, device: str) -> None:
+    # A self-search multiplies each pair once and offers it to both rows; a copy of the rows is searched row by row.
+    x = torch.cat([normal(n - 30, 70), clustered(30, 70)])[torch.randperm(n, generator=generator(1))].to(device)
+    x[n // 2] = torch.nan
+    own = search(x, 9, metric=metric, exclude_self=False, impl="native")
+    copy = search(x, 9, queries=x.clone(), metric=metric, impl="native")
+    assert torch.equal(own.similarity, copy.similarity) and torch.equal(own.index, copy.index)
 
 
 @needs_native
@@ -247,11 +280,11 @@ def test_strides_gradients_and_repetition(device: str) -> None:
 
 @needs_native
 def test_number_of_threads_does_not_matter() -> None:
-    x = clustered(700, 40)
+    x = torch.cat([clustered(300, 40), normal(400, 40)])
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 11):
             torch.set_num_threads(count)
             results.append(scan_fast.topk_neighbors(x, 15, impl="native"))
     finally:
@@ -273,20 +306,25 @@ def digests() -> dict[str, str]:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+def test_every_instruction_set_gives_the_same_bits() -> None:
     # "avx512" is AVX-512 without AMX. Where the processor lacks one, the child runs the best it has.
-    child = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "SCAN_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(child.stdout)
-    if native.build_info()["cpu_isa"] == "avx512":
-        assert found["isa"] == isa
-    assert found["digests"] == digests()
+    children = {
+        isa: subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "SCAN_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for isa in ("avx512", "avx2", "baseline")
+    }
+    expected = digests()
+    for isa, child in children.items():
+        output, _ = child.communicate()
+        assert child.returncode == 0
+        found = json.loads(output)
+        if native.build_info()["cpu_isa"] == "avx512":
+            assert found["isa"] == isa
+        assert found["digests"] == expected
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,0 +1,99 @@
+// The GPU neighbour search: memory that the kernels share, and what rows, sums and keys are.
+//
+// Part of neighbors_cuda.cu, which alone includes it.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "common/device.h"
+#include "neighbors/neighbors.h"
+
+namespace scan_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr double kUnit = 128;  // the length that the fast search scales rows to
+
+// What the kernels share in global memory.
+struct Workspace {
+  double* query_length;      // (Q,) |v|, non-finite where the row has a non-finite entry
+  double* database_length;   // (N,); the same memory in a self-search
+  half_t* query_rounded;     // (Q, padded dim); likewise
+  half_t* database_rounded;  // (N, padded dim)
+  double* query_residual;    // (Q,) |u - u^|
+  double* query_norm;        // (Q,) |u^|
+  double* margin;            // (Q,) 2 eps; +inf: only the exact search can decide; -1: a query without neighbours
+  // Maxima as the bit patterns of non-negative doubles, which order like integers: the longest query and database row,
+  // and over the database |u - u^| and |u^|.
+  unsigned long long* longest_query;
+  unsigned long long* longest_database;
+  unsigned long long* worst_residual;
+  unsigned long long* longest_rounded;
+  unsigned long long* undecided_count;
+  int32_t* undecided;      // (Q,) queries for search_exactly
+  uint2* candidates;       // (batch, splits, capacity): similarity bits and column
+  int32_t* counts;         // (batch, splits); -1: the list outgrew its room
+  unsigned long long* keys;  // (exact blocks, N + power of two of k)
+};
+
+__device__ __forceinline__ double max_of(const unsigned long long* bits) {
+  double value;
+  static_assert(sizeof(value) == sizeof(*bits));
+  memcpy(&value, bits, sizeof(value));
+  return value;
+}
+
+__device__ __forceinline__ void raise(unsigned long long* bits, double value) {
+  unsigned long long pattern;
+  memcpy(&pattern, &value, sizeof(pattern));
+  atomicMax(bits, pattern);
+}
+
+__device__ __forceinline__ double clamped(double length) { return length < 1e-12 ? 1e-12 : length; }
+
+// The power of two that brings the longest row to a length in [kUnit / 2, kUnit).
+__device__ __forceinline__ double unit_scale(double longest) {
+  int exponent = 0;
+  if (longest > 0) frexp(longest, &exponent);
+  return ldexp(kUnit, -exponent);
+}
+
+__device__ __forceinline__ double row_scale(double length, double longest, bool normalize) {
+  return normalize ? kUnit / clamped(length) : unit_scale(longest);
+}
+
+// The sum of neighbors.h: lane l of the warp takes d = l mod 32.
+__device__ __forceinline__ double exact_dot(const float* a, const float* b, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = threadIdx.x % 32; d < dim; d += 32) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  return warp_sum(sum);
+}
+
+// Larger is better: by similarity, then by the smaller index. No pair has key 0.
+__device__ __forceinline__ unsigned long long make_key(float similarity, int64_t index) {
+  const unsigned bits = __float_as_uint(similarity + 0.0f);  // -0 becomes 0, which it equals
+  const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - static_cast<unsigned>(index));
+}
+
+__device__ __forceinline__ unsigned long long exact_key(const TopkProblem& problem, const Workspace& work, int64_t i,
+                                                        int64_t j) {
+  const double sum = exact_dot(problem.queries + i * problem.dim, problem.database + j * problem.dim, problem.dim);
+  const double similarity =
+      problem.normalize ? sum / (clamped(work.query_length[i]) * clamped(work.database_length[j])) : sum;
+  return make_key(static_cast<float>(similarity), j);
+}
+
+__device__ __forceinline__ void write_key(const TopkProblem& problem, float* similarity, int64_t* index, int64_t i,
+                                          int64_t rank, unsigned long long key) {
+  const unsigned ordered = static_cast<unsigned>(key >> 32);
+  const unsigned bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
+  const bool valid = key != 0 && bits != 0xff800000u;  // -inf counts as missing
+  similarity[i * problem.k + rank] = __uint_as_float(valid ? bits : 0xff800000u);
+  index[i * problem.k + rank] = valid ? static_cast<int64_t>(0xffffffffu - static_cast<unsigned>(key)) : -1;
+}
+
+}  // namespace
+}  // namespace scan_fast

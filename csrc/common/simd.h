@@ -2,8 +2,9 @@
 // intrinsics only where those have no spelling (partial and 16-bit loads and stores).
 //
 // load<T>(p) and store<T>(p, v) move kLanes elements of float, Bf16 or Fp16 to and from float lanes; load_partial and
-// store_partial the first n < kLanes of them, touching no other memory. exp and log are accurate to about 2 units in
-// the last place and keep NaN; exp returns exactly 0 below -87.3 and expects no argument above 88.
+// store_partial the first n < kLanes of them, touching no other memory. load_columns and store_columns move kLanes
+// consecutive rows of a narrow matrix, transposed: one row per lane. exp and log are accurate to about 2 units in the
+// last place and keep NaN; exp returns exactly 0 below -87.3 and expects no argument above 88.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,44 @@ inline float reduce_max(Vec v) {
   return best[0];
 #endif
 }
+
+inline bool any(IntVec mask) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(SCAN_FAST_ISA_avx2)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// A mask of the first n lanes.
+inline IntVec first_lanes(int n) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n;
+}
+
+// A sum of floats in double, lane by lane.
+class DoubleSum {
+ public:
+  void add(Vec v) {
+    HalfFloats half[2];
+    std::memcpy(half, &v, sizeof(v));
+    low_ += __builtin_convertvector(half[0], HalfDoubles);
+    high_ += __builtin_convertvector(half[1], HalfDoubles);
+  }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < kLanes / 2; ++i) sum += low_[i] + high_[i];
+    return sum;
+  }
+
+ private:
+  typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
+  typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
+  HalfDoubles low_{}, high_{};
+};
 
 // ---- conversions -------------------------------------------------------------------------------------------------
 
@@ -194,6 +233,93 @@ inline void store_partial(T* p, Vec v, int n) {
   T lanes[kLanes];
   store(lanes, v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// The first `lanes` <= kLanes elements.
+template <typename T>
+inline Vec load_lanes(const T* p, int lanes, float fill) {
+  return lanes == kLanes ? load(p) : load_partial(p, lanes, fill);
+}
+template <typename T>
+inline void store_lanes(T* p, Vec v, int lanes) {
+  if (lanes == kLanes) {
+    store(p, v);
+  } else {
+    store_partial(p, v, lanes);
+  }
+}
+
+// ---- one row per lane --------------------------------------------------------------------------------------------
+
+// Matrices of more columns are not moved by load_columns and store_columns; their users keep Vec[kMaxColumns].
+constexpr int kMaxColumns = 32;
+
+// Exchanges the off-diagonal blocks of kDistance x kDistance in one pair of rows.
+template <int kDistance>
+inline void exchange(Vec& x, Vec& y) {
+  IntVec to_x, to_y;
+  for (int i = 0; i < kLanes; ++i) {
+    to_x[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
+    to_y[i] = i & kDistance ? kLanes + i : i ^ kDistance;
+  }
+  const Vec first = __builtin_shuffle(x, y, to_x);
+  y = __builtin_shuffle(x, y, to_y);
+  x = first;
+}
+
+template <int kDistance>
+inline void transpose_step(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kDistance) == 0) exchange<kDistance>(v[i], v[i + kDistance]);
+  }
+}
+
+// Transposes kLanes vectors, block size by block size.
+inline void transpose(Vec* v) {
+  transpose_step<1>(v);
+  transpose_step<2>(v);
+  if constexpr (kLanes > 4) transpose_step<4>(v);
+  if constexpr (kLanes > 8) transpose_step<8>(v);
+}
+
+// columns[c][r] = p[r * count + c] for c < count and r < kLanes: kLanes rows of a row-major matrix of `count` columns,
+// of which `left` elements remain from p on. Rows past the end are zeros; columns past the last hold anything finite or
+// not, up to the next multiple of kLanes.
+template <typename T>
+inline void load_columns(const T* p, int64_t count, int64_t left, Vec* columns) {
+  for (int64_t start = 0; start < count; start += kLanes) {
+    Vec rows[kLanes];
+    if ((kLanes - 1) * count + start + kLanes <= left) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) rows[r] = load(p + r * count + start);
+    } else {
+      for (int r = 0; r < kLanes; ++r) {
+        const int64_t offset = r * count + start, after = left - offset;
+        rows[r] = after >= kLanes ? load(p + offset)
+                  : after > 0     ? load_partial(p + offset, static_cast<int>(after), 0.0f)
+                                  : Vec{};
+      }
+    }
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) columns[start + c] = rows[c];
+  }
+}
+
+// The reverse for the first min(kLanes, rows left) rows. Destroys `columns`, and may write anything to the elements of
+// later rows among the `left`: they must be stored afterwards.
+template <typename T>
+inline void store_columns(T* p, int64_t count, int64_t left, Vec* columns) {
+  for (int64_t start = 0; start < count; start += kLanes) transpose(columns + start);
+  // Row after row, so that what a vector spills past its row is overwritten by the next.
+  for (int r = 0; r < kLanes; ++r) {
+    for (int64_t start = 0; start < count; start += kLanes) {
+      const int64_t offset = r * count + start, after = left - offset;
+      if (after <= 0) return;
+      store_lanes(p + offset, columns[start + r], after < kLanes ? static_cast<int>(after) : kLanes);
+    }
+  }
 }
 
 // ---- functions ---------------------------------------------------------------------------------------------------

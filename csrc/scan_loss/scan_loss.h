@@ -18,7 +18,7 @@ constexpr float kScanLossFloor = 1e-8f;  // of the mean prediction, inside the e
 
 // Kept for the backward pass, per row: max a, 1 / sum e^(a - max a), max n, 1 / sum e^(n - max n), and the joint shift
 // M and 1 / sum e^(a - max a + n - max n - M). M is 0 unless the sum would then be below kScanLossUnderflow; it is the
-// largest summand's exponent in those rows.
+// largest summand's exponent in those rows. How they are laid out is each device's own affair.
 constexpr int kScanLossRowStats = 6;
 constexpr float kScanLossUnderflow = 1e-25f;
 

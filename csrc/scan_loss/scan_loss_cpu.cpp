@@ -3,6 +3,7 @@
 // A task is a block of rows of one head, sized by the shape alone; its column sums and its loss go to its own slot, and
 // slots are added in order. So the bits do not depend on the number of threads.
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "common/parallel.h"
@@ -22,6 +23,12 @@ Blocks blocks_of(const ScanLossShape& shape) {
   const int64_t rows_each =
       std::min(shape.rows, std::max<int64_t>(32, (kElementsPerBlock + shape.classes - 1) / shape.classes));
   return {rows_each, (shape.rows + rows_each - 1) / rows_each};
+}
+
+// Waking a team of threads costs as much as a block of work: less than that stays on this thread.
+void for_blocks(const ScanLossShape& shape, int64_t blocks, const std::function<void(int64_t, int)>& body) {
+  if (shape.heads * shape.rows * shape.classes > kElementsPerBlock) return parallel_for(blocks, body);
+  for (int64_t block = 0; block < blocks; ++block) body(block, 0);
 }
 
 size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -45,7 +52,7 @@ void scan_loss_forward_cpu(DType dtype, const ScanLossShape& shape, const ScanLo
   const auto mean_and_entropy = SCAN_FAST_BEST_ISA(scan_loss_mean_and_entropy);
   double* losses = static_cast<double*>(arguments.workspace);
   float* column_sums = reinterpret_cast<float*>(losses + shape.heads * blocks.per_head);
-  parallel_for(shape.heads * blocks.per_head, [&](int64_t task, int) {
+  for_blocks(shape, shape.heads * blocks.per_head, [&](int64_t task, int) {
     const int64_t head = task / blocks.per_head, start = task % blocks.per_head * blocks.rows_each;
     const int64_t first = head * shape.rows + start;
     const ScanLossRows rows{advanced(arguments.anchors, first * shape.classes, dtype),
@@ -72,7 +79,7 @@ void scan_loss_backward_cpu(DType dtype, const ScanLossShape& shape, const ScanL
   const auto rows_backward = SCAN_FAST_BEST_ISA(scan_loss_rows_backward);
   std::vector<float> slopes(static_cast<size_t>(shape.heads * shape.classes));
   SCAN_FAST_BEST_ISA(scan_loss_entropy_slope)(arguments.mean_prob, shape.heads * shape.classes, slopes.data());
-  parallel_for(shape.heads * blocks.per_head, [&](int64_t task, int) {
+  for_blocks(shape, shape.heads * blocks.per_head, [&](int64_t task, int) {
     const int64_t head = task / blocks.per_head, start = task % blocks.per_head * blocks.rows_each;
     const int64_t first = head * shape.rows + start;
     auto upstream = [head](const float* gradient) { return gradient == nullptr ? 0.0f : gradient[head]; };

@@ -1,4 +1,5 @@
-// The inner loops of the SCAN loss, in vectors of float over the classes of one row at a time.
+// The inner loops of the SCAN loss, in vectors of float over the classes of one row at a time; scan_loss_cpu_narrow.cpp
+// holds those for few classes, which are handed over at the end of this file.
 //
 // Forward, per row: one pass for the two maxima, one for e^(a - max a), e^(n - max n) and the three sums, one that adds
 // the probabilities to the column sums. <p, q> needs no third exponential: it is the sum of products of the first two.
@@ -6,7 +7,7 @@
 // Backward: p and q are recomputed the same way, and r = softmax(a + n) is p q / <p, q>:
 //   grad n = k (q - r),   grad a = k (p - r) + e p (u - <p, u>),   u = d entropy / d mean_prob.
 // A row of up to a few thousand classes stays in the L1 cache between its passes, so memory sees each logit once per
-// direction. With up to one vector of classes the passes melt into straight-line code on registers.
+// direction.
 #include "common/simd.h"
 #include "scan_loss/scan_loss_cpu_kernel.h"
 
@@ -30,19 +31,6 @@ inline void for_vectors(int64_t classes, Body body) {
   if (c < classes) body(c, static_cast<int>(classes - c));
 }
 
-template <typename T>
-inline Vec load_lanes(const T* p, int lanes, float fill) {
-  return lanes == kLanes ? load(p) : load_partial(p, lanes, fill);
-}
-template <typename T>
-inline void store_lanes(T* p, Vec v, int lanes) {
-  if (lanes == kLanes) {
-    store(p, v);
-  } else {
-    store_partial(p, v, lanes);
-  }
-}
-
 // The rare row: the largest a + n, and the sum of exponentials relative to it.
 template <typename T>
 __attribute__((noinline)) void joint_sum(const T* a, const T* n, int64_t classes, RowSums& row) {
@@ -60,15 +48,16 @@ __attribute__((noinline)) void joint_sum(const T* a, const T* n, int64_t classes
   row.sum_joint = reduce_add(sum);
 }
 
-// Writes what backward needs; returns <p, q> up to e^shift.
-inline float finish_row(const RowSums& row, float* stats) {
+// Writes what backward needs, each `stride` floats from the next; returns <p, q> up to e^shift.
+inline float finish_row(const RowSums& row, float* stats, int64_t stride) {
+  const float inverse_a = 1.0f / row.sum_a, inverse_n = 1.0f / row.sum_n;
   stats[0] = row.max_a;
-  stats[1] = 1.0f / row.sum_a;
-  stats[2] = row.max_n;
-  stats[3] = 1.0f / row.sum_n;
-  stats[4] = row.shift;
-  stats[5] = 1.0f / row.sum_joint;
-  return row.sum_joint * stats[1] * stats[3];
+  stats[stride] = inverse_a;
+  stats[2 * stride] = row.max_n;
+  stats[3 * stride] = inverse_n;
+  stats[4 * stride] = row.shift;
+  stats[5 * stride] = 1.0f / row.sum_joint;
+  return row.sum_joint * inverse_a * inverse_n;
 }
 
 template <typename T>
@@ -76,69 +65,50 @@ double rows_forward(const ScanLossRows& block, float* column_sums) {
   const T* a = static_cast<const T*>(block.anchors);
   const T* n = static_cast<const T*>(block.neighbors);
   const int64_t classes = block.classes;
-  const bool one_vector = classes <= kLanes, keep = classes <= kStackClasses;
-  const int tail = static_cast<int>(classes);
+  const bool keep = classes <= kStackClasses;
   float scratch[kStackClasses];
   float dots[kLanes];
   double shifts = 0, logs = 0;
-  Vec column_sum = {};
-  if (!one_vector) std::memset(column_sums, 0, static_cast<size_t>(classes) * sizeof(float));
+  std::memset(column_sums, 0, static_cast<size_t>(classes) * sizeof(float));
   int pending = 0;
   for (int64_t i = 0; i < block.rows; ++i, a += classes, n += classes) {
     RowSums row{};
-    Vec exp_a = {};
-    if (one_vector) {
-      const Vec x = load_partial(a, tail, kMinusInfinity), y = load_partial(n, tail, kMinusInfinity);
-      row.max_a = reduce_max(x);
-      row.max_n = reduce_max(y);
-      exp_a = exp(x - row.max_a);
-      const Vec exp_n = exp(y - row.max_n);
-      row.sum_a = reduce_add(exp_a);
-      row.sum_n = reduce_add(exp_n);
-      row.sum_joint = reduce_add(exp_a * exp_n);
-    } else {
-      Vec best_a = splat(kMinusInfinity), best_n = best_a, sum_a = {}, sum_n = {}, sum_joint = {};
-      for_vectors(classes, [&](int64_t c, int lanes) {
-        best_a = larger(load_lanes(a + c, lanes, kMinusInfinity), best_a);
-        best_n = larger(load_lanes(n + c, lanes, kMinusInfinity), best_n);
-      });
-      row.max_a = reduce_max(best_a);
-      row.max_n = reduce_max(best_n);
-      for_vectors(classes, [&](int64_t c, int lanes) {
-        const Vec x = exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
-        const Vec y = exp(load_lanes(n + c, lanes, kMinusInfinity) - row.max_n);
-        sum_a += x;
-        sum_n += y;
-        sum_joint += x * y;
-        if (keep) store_lanes(scratch + c, x, lanes);
-      });
-      row.sum_a = reduce_add(sum_a);
-      row.sum_n = reduce_add(sum_n);
-      row.sum_joint = reduce_add(sum_joint);
-    }
+    Vec best_a = splat(kMinusInfinity), best_n = best_a, sum_a = {}, sum_n = {}, sum_joint = {};
+    for_vectors(classes, [&](int64_t c, int lanes) {
+      best_a = larger(load_lanes(a + c, lanes, kMinusInfinity), best_a);
+      best_n = larger(load_lanes(n + c, lanes, kMinusInfinity), best_n);
+    });
+    row.max_a = reduce_max(best_a);
+    row.max_n = reduce_max(best_n);
+    for_vectors(classes, [&](int64_t c, int lanes) {
+      const Vec x = exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
+      const Vec y = exp(load_lanes(n + c, lanes, kMinusInfinity) - row.max_n);
+      sum_a += x;
+      sum_n += y;
+      sum_joint += x * y;
+      if (keep) store_lanes(scratch + c, x, lanes);
+    });
+    row.sum_a = reduce_add(sum_a);
+    row.sum_n = reduce_add(sum_n);
+    row.sum_joint = reduce_add(sum_joint);
     if (row.sum_joint < kScanLossUnderflow) {
       joint_sum(a, n, classes, row);
       shifts += static_cast<double>(row.shift);
     }
-    dots[pending++] = finish_row(row, block.row_stats + i * kScanLossRowStats);
+    dots[pending++] = finish_row(row, block.row_stats + i, block.rows);
     if (pending == kLanes || i + 1 == block.rows) {
       // One vector logarithm for kLanes rows.
       const Vec each = log(load_lanes(dots, pending, 1.0f));
       for (int k = 0; k < pending; ++k) logs += static_cast<double>(each[k]);
       pending = 0;
     }
-    const Vec inverse = splat(block.row_stats[i * kScanLossRowStats + 1]);
-    if (one_vector) {
-      column_sum += exp_a * inverse;
-    } else {
-      for_vectors(classes, [&](int64_t c, int lanes) {
-        const Vec x = keep ? load_lanes(scratch + c, lanes, 0.0f)
-                           : exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
-        store_lanes(column_sums + c, load_lanes(column_sums + c, lanes, 0.0f) + x * inverse, lanes);
-      });
-    }
+    const Vec inverse = splat(block.row_stats[block.rows + i]);
+    for_vectors(classes, [&](int64_t c, int lanes) {
+      const Vec x = keep ? load_lanes(scratch + c, lanes, 0.0f)
+                         : exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
+      store_lanes(column_sums + c, load_lanes(column_sums + c, lanes, 0.0f) + x * inverse, lanes);
+    });
   }
-  if (one_vector) store_lanes(column_sums, column_sum, tail);
   return -(logs + shifts);
 }
 
@@ -150,17 +120,15 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
   T* grad_a = static_cast<T*>(grad_anchors);
   T* grad_n = static_cast<T*>(grad_neighbors);
   const int64_t classes = block.classes;
-  const bool one_vector = classes <= kLanes, keep = classes <= kStackClasses;
-  const int tail = static_cast<int>(classes);
+  const bool keep = classes <= kStackClasses;
   float scratch_p[kStackClasses], scratch_r[kStackClasses];
   const Vec k = splat(consistency_scale);
-  const Vec slope_vector = one_vector ? load_lanes(slope, tail, 0.0f) : Vec{};
   for (int64_t i = 0; i < block.rows; ++i, a += classes, n += classes, grad_a += classes, grad_n += classes) {
-    const float* stats = block.row_stats + i * kScanLossRowStats;
-    const Vec max_a = splat(stats[0]), inverse_a = splat(stats[1]);
-    const Vec max_n = splat(stats[2]), inverse_n = splat(stats[3]);
-    const bool healthy = stats[4] == 0;
-    const Vec shift = splat(stats[4]), inverse_joint = splat(stats[5]);
+    auto stat = [&](int index) { return block.row_stats[index * block.rows + i]; };
+    const Vec max_a = splat(stat(0)), inverse_a = splat(stat(1));
+    const Vec max_n = splat(stat(2)), inverse_n = splat(stat(3));
+    const bool healthy = stat(4) == 0;
+    const Vec shift = splat(stat(4)), inverse_joint = splat(stat(5));
     auto probabilities = [&](int64_t c, int lanes, Vec& p, Vec& q, Vec& r) {
       const Vec x = load_lanes(a + c, lanes, kMinusInfinity) - max_a;
       const Vec y = load_lanes(n + c, lanes, kMinusInfinity) - max_n;
@@ -169,14 +137,6 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
       q = exp_n * inverse_n;
       r = (healthy ? exp_a * exp_n : exp(x + y - shift)) * inverse_joint;
     };
-    if (one_vector) {
-      Vec p, q, r;
-      probabilities(0, tail, p, q, r);
-      const float dot = reduce_add(p * slope_vector);
-      store_lanes(grad_n, k * (q - r), tail);
-      store_lanes(grad_a, k * (p - r) + entropy_scale * p * (slope_vector - dot), tail);
-      continue;
-    }
     Vec dots = {};
     for_vectors(classes, [&](int64_t c, int lanes) {
       Vec p, q, r;
@@ -205,6 +165,7 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
 }  // namespace
 
 double scan_loss_rows_forward(DType dtype, const ScanLossRows& block, float* column_sums) {
+  if (block.classes <= kMaxColumns) return scan_loss_narrow_rows_forward(dtype, block, column_sums);
   switch (dtype) {
     case DType::kBFloat16: return rows_forward<Bf16>(block, column_sums);
     case DType::kFloat16: return rows_forward<Fp16>(block, column_sums);
@@ -237,6 +198,10 @@ void scan_loss_entropy_slope(const float* mean_prob, int64_t classes, float* slo
 
 void scan_loss_rows_backward(DType dtype, const ScanLossRows& block, const float* slope, float consistency_scale,
                              float entropy_scale, void* grad_anchors, void* grad_neighbors) {
+  if (block.classes <= kMaxColumns) {
+    return scan_loss_narrow_rows_backward(dtype, block, slope, consistency_scale, entropy_scale, grad_anchors,
+                                          grad_neighbors);
+  }
   const auto run = dtype == DType::kBFloat16  ? &rows_backward<Bf16>
                    : dtype == DType::kFloat16 ? &rows_backward<Fp16>
                                               : &rows_backward<float>;

@@ -10,7 +10,7 @@ namespace scan_fast {
 struct ScanLossRows {
   const void* anchors;
   const void* neighbors;
-  float* row_stats;
+  float* row_stats;  // (kScanLossRowStats, rows): on the CPU each block of rows keeps its statistics transposed
   int64_t rows, classes;
 };
 
@@ -32,3 +32,13 @@ SCAN_FAST_DECLARE_PER_ISA(void scan_loss_entropy_slope(const float* mean_prob, i
 SCAN_FAST_DECLARE_PER_ISA(void scan_loss_rows_backward(::scan_fast::DType dtype, const ::scan_fast::ScanLossRows& block,
                                                        const float* slope, float consistency_scale, float entropy_scale,
                                                        void* grad_anchors, void* grad_neighbors))
+
+// The same two for at most kMaxColumns classes (simd.h), with one row per lane.
+SCAN_FAST_DECLARE_PER_ISA(double scan_loss_narrow_rows_forward(::scan_fast::DType dtype,
+                                                               const ::scan_fast::ScanLossRows& block,
+                                                               float* column_sums))
+SCAN_FAST_DECLARE_PER_ISA(void scan_loss_narrow_rows_backward(::scan_fast::DType dtype,
+                                                              const ::scan_fast::ScanLossRows& block,
+                                                              const float* slope, float consistency_scale,
+                                                              float entropy_scale, void* grad_anchors,
+                                                              void* grad_neighbors))

@@ -18,7 +18,8 @@ struct SelfLabelShape {
   int64_t rows, classes;  // classes < 2^31
 };
 
-// Kept for the backward pass, per confident row: max and 1 / sum e^(strong - max). Zero in other rows.
+// Kept for the backward pass, per confident row: max and 1 / sum e^(strong - max). Zero in other rows. How
+// they are laid out is each device's own affair.
 constexpr int kSelfLabelRowStats = 2;
 
 struct SelfLabelForward {

@@ -1,7 +1,6 @@
 // The CPU kernel of the self-label loss: rows over threads, then the weights and the weighted sum in row order, so that
 // the bits do not depend on the number of threads.
 #include <algorithm>
-#include <vector>
 
 #include "common/parallel.h"
 #include "self_label/self_label_cpu_kernel.h"
@@ -24,13 +23,15 @@ Pointer advanced(Pointer base, int64_t elements, DType dtype) {
 }  // namespace
 
 size_t self_label_cpu_workspace(const SelfLabelShape& shape) {
-  return static_cast<size_t>(shape.rows) * sizeof(float) + static_cast<size_t>(shape.classes) * sizeof(int32_t);
+  return static_cast<size_t>(shape.rows) * sizeof(float) +
+         static_cast<size_t>(shape.classes) * (sizeof(double) + sizeof(int32_t));
 }
 
 void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const SelfLabelForward& arguments) {
   const int64_t each = rows_per_block(shape);
   const auto rows_forward = SCAN_FAST_BEST_ISA(self_label_rows_forward);
-  float* losses = static_cast<float*>(arguments.workspace);
+  double* class_weight = static_cast<double*>(arguments.workspace);
+  float* losses = reinterpret_cast<float*>(class_weight + shape.classes);
   int32_t* per_class = reinterpret_cast<int32_t*>(losses + shape.rows);
   parallel_for((shape.rows + each - 1) / each, [&](int64_t task, int) {
     const int64_t first = task * each, rows = std::min(each, shape.rows - first);
@@ -39,18 +40,21 @@ void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const Self
                  arguments.target + first, arguments.row_weight + first, losses + first,
                  arguments.row_stats + first * kSelfLabelRowStats);
   });
+  // The two loops over rows have no branch: which rows are confident is anyone's guess.
   std::fill(per_class, per_class + shape.classes, 0);
+  for (int64_t i = 0; i < shape.rows; ++i) per_class[arguments.target[i]] += arguments.row_weight[i] != 0.0f;
   int64_t confident = 0, present = 0;
-  for (int64_t i = 0; i < shape.rows; ++i) {
-    if (arguments.row_weight[i] == 0.0f) continue;
-    ++confident;
-    present += per_class[arguments.target[i]]++ == 0;
+  for (int64_t c = 0; c < shape.classes; ++c) {
+    confident += per_class[c];
+    present += per_class[c] != 0;
+  }
+  for (int64_t c = 0; c < shape.classes; ++c) {
+    const double count = arguments.balance ? static_cast<double>(present) * per_class[c] : static_cast<double>(confident);
+    class_weight[c] = per_class[c] == 0 ? 0.0 : 1.0 / count;
   }
   double loss = 0;
   for (int64_t i = 0; i < shape.rows; ++i) {
-    if (arguments.row_weight[i] == 0.0f) continue;
-    const double weight = arguments.balance ? 1.0 / (static_cast<double>(present) * per_class[arguments.target[i]])
-                                            : 1.0 / static_cast<double>(confident);
+    const double weight = class_weight[arguments.target[i]] * static_cast<double>(arguments.row_weight[i]);
     arguments.row_weight[i] = static_cast<float>(weight);
     loss += weight * static_cast<double>(losses[i]);
   }

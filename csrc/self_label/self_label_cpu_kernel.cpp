@@ -1,7 +1,10 @@
-// The inner loops of the self-label loss, in vectors of float over the classes of one row at a time.
+// The inner loops of the self-label loss, in vectors of float over the classes of one row at a time, or, for few classes
+// (kMaxColumns), over kLanes rows at a time: transposed in registers, one row per lane, so that nothing is reduced
+// across lanes.
 //
 // The largest probability of a row is 1 / sum e^(x - max), so confidence needs no division per class; the label is the
-// first class that equals the maximum. Rows that are not confident cost one read of their weak logits, nothing else.
+// first class that equals the maximum. Rows that are not confident cost one read of their weak logits, nothing else;
+// in the narrow form that holds where none of the kLanes rows is confident.
 #include "common/simd.h"
 #include "self_label/self_label_cpu_kernel.h"
 
@@ -36,19 +39,86 @@ inline int32_t first_equal(const T* x, int64_t classes, float value) {
   return 0;  // a row of NaN, which is never confident
 }
 
+// The maximum and the sum of exponentials of each lane.
+inline void max_and_sum(const Vec* columns, int64_t classes, Vec& max, Vec& sum) {
+  max = splat(kMinusInfinity);
+  for (int64_t c = 0; c < classes; ++c) max = larger(columns[c], max);
+  sum = Vec{};
+  for (int64_t c = 0; c < classes; ++c) sum += exp(columns[c] - max);
+}
+
+template <typename T>
+void narrow_rows_forward(const T* weak, const T* strong, int64_t rows, int64_t classes, float threshold,
+                         int32_t* target, float* confident, float* losses, float* row_stats) {
+  Vec x[kMaxColumns];
+  const Vec ones = splat(1.0f);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t left = (rows - i) * classes;
+    const int lanes = rows - i < kLanes ? static_cast<int>(rows - i) : kLanes;
+    Vec max, sum, stats[kSelfLabelRowStats] = {}, loss = {};
+    load_columns(weak + i * classes, classes, left, x);
+    max_and_sum(x, classes, max, sum);
+    IntVec label = {};
+    for (int64_t c = classes - 1; c >= 0; --c) label = x[c] == max ? IntVec{} + static_cast<int32_t>(c) : label;
+    const IntVec counts = (1.0f / sum > threshold) & first_lanes(lanes);
+    if (any(counts)) {
+      load_columns(strong + i * classes, classes, left, x);
+      max_and_sum(x, classes, max, sum);
+      Vec at_label = {};
+      for (int64_t c = 0; c < classes; ++c) at_label = label == static_cast<int32_t>(c) ? x[c] : at_label;
+      stats[0] = counts ? max : Vec{};
+      stats[1] = counts ? 1.0f / sum : Vec{};
+      loss = counts ? log(sum) - (at_label - max) : Vec{};
+    }
+    std::memcpy(target + i, &label, static_cast<size_t>(lanes) * sizeof(int32_t));
+    store_lanes(confident + i, counts ? ones : Vec{}, lanes);
+    store_lanes(losses + i, loss, lanes);
+    for (int k = 0; k < kSelfLabelRowStats; ++k) store_lanes(row_stats + k * rows + i, stats[k], lanes);
+  }
+}
+
+template <typename T>
+void narrow_rows_backward(const T* strong, int64_t rows, int64_t classes, float scale, const int32_t* target,
+                          const float* row_weight, const float* row_stats, T* grad) {
+  Vec x[kMaxColumns] = {};  // zeros, because the transposition also moves the columns past the last class
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t first = i * classes, left = (rows - i) * classes;
+    const int lanes = rows - i < kLanes ? static_cast<int>(rows - i) : kLanes;
+    const Vec weight = load_lanes(row_weight + i, lanes, 0.0f);
+    const IntVec counts = weight != Vec{};
+    if (!any(counts)) {
+      std::memset(static_cast<void*>(grad + first), 0, static_cast<size_t>(lanes * classes) * sizeof(T));
+      continue;
+    }
+    IntVec label = {};
+    std::memcpy(&label, target + i, static_cast<size_t>(lanes) * sizeof(int32_t));
+    load_columns(strong + first, classes, left, x);
+    const Vec max = load_lanes(row_stats + i, lanes, 0.0f), k = scale * weight;
+    const Vec factor = k * load_lanes(row_stats + rows + i, lanes, 0.0f);
+    for (int64_t c = 0; c < classes; ++c) {
+      const Vec at_label = label == static_cast<int32_t>(c) ? k : Vec{};
+      x[c] = counts ? factor * exp(x[c] - max) - at_label : Vec{};
+    }
+    store_columns(grad + first, classes, left, x);
+  }
+}
+
 template <typename T>
 void rows_forward(const T* weak, const T* strong, int64_t rows, int64_t classes, float threshold, int32_t* target,
                   float* confident, float* losses, float* row_stats) {
+  if (classes <= kMaxColumns) {
+    return narrow_rows_forward(weak, strong, rows, classes, threshold, target, confident, losses, row_stats);
+  }
   for (int64_t i = 0; i < rows; ++i, weak += classes, strong += classes) {
     const float best = row_max(weak, classes);
     const bool counts = 1.0f / row_sum(weak, classes, best) > threshold;
     target[i] = first_equal(weak, classes, best);
     confident[i] = counts ? 1.0f : 0.0f;
-    losses[i] = row_stats[i * kSelfLabelRowStats] = row_stats[i * kSelfLabelRowStats + 1] = 0.0f;
+    losses[i] = row_stats[i] = row_stats[rows + i] = 0.0f;
     if (!counts) continue;
     const float max = row_max(strong, classes), sum = row_sum(strong, classes, max);
-    row_stats[i * kSelfLabelRowStats] = max;
-    row_stats[i * kSelfLabelRowStats + 1] = 1.0f / sum;
+    row_stats[i] = max;
+    row_stats[rows + i] = 1.0f / sum;
     losses[i] = log(splat(sum))[0] - (widen(strong[target[i]]) - max);
   }
 }
@@ -56,13 +126,16 @@ void rows_forward(const T* weak, const T* strong, int64_t rows, int64_t classes,
 template <typename T>
 void rows_backward(const T* strong, int64_t rows, int64_t classes, float scale, const int32_t* target,
                    const float* row_weight, const float* row_stats, T* grad) {
+  if (classes <= kMaxColumns) {
+    return narrow_rows_backward(strong, rows, classes, scale, target, row_weight, row_stats, grad);
+  }
   for (int64_t i = 0; i < rows; ++i, strong += classes, grad += classes) {
     if (row_weight[i] == 0.0f) {
       std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(classes) * sizeof(T));
       continue;
     }
-    const float max = row_stats[i * kSelfLabelRowStats], k = scale * row_weight[i];
-    const float factor = k * row_stats[i * kSelfLabelRowStats + 1];
+    const float max = row_stats[i], k = scale * row_weight[i];
+    const float factor = k * row_stats[rows + i];
     int64_t c = 0;
     for (; c + kLanes <= classes; c += kLanes) store(grad + c, factor * exp(load(strong + c) - max));
     if (c < classes) {

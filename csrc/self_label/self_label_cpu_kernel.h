@@ -5,7 +5,8 @@
 #include "self_label/self_label.h"
 
 // For `rows` rows from the given pointers: the label, whether it counts (confident[i] = 1 or 0), and for confident rows
-// the cross-entropy (losses[i]) and the row's stats.
+// the cross-entropy (losses[i], 0 in other rows) and the row's stats, which on the CPU are kept transposed in each block
+// of rows: (kSelfLabelRowStats, rows).
 SCAN_FAST_DECLARE_PER_ISA(void self_label_rows_forward(::scan_fast::DType dtype, const void* weak, const void* strong,
                                                        int64_t rows, int64_t classes, float threshold, int32_t* target,
                                                        float* confident, float* losses, float* row_stats))

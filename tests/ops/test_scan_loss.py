@@ -22,7 +22,19 @@ DEVICES = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The loss is float32 for every input type; a gradient is rounded once to the input type.
 GRADIENT_RTOL = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-SHAPES = [(1, 1), (1, 2), (7, 10), (130, 33), (3, 7, 1), (2, 130, 10), (65, 100), (9, 1000), (33, 1025), (3, 5000)]
+SHAPES = [
+    (1, 1),
+    (1, 2),
+    (7, 10),
+    (130, 33),
+    (3, 7, 1),
+    (2, 130, 10),
+    (2, 5000, 10),
+    (65, 100),
+    (9, 1000),
+    (33, 1025),
+    (3, 5000),
+]
 
 
 def logits(shape, dtype=torch.float32, scale=3.0, seed=0, device="cpu"):
@@ -77,6 +89,31 @@ def test_matches_float64(shape, dtype, device):
 def test_matches_float64_at_any_shape(heads, rows, classes, scale, dtype):
     shape = (heads, rows, classes)
     check(logits(shape, dtype, scale, seed=rows), logits(shape, dtype, scale, seed=classes + 100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 50])
+def test_few_classes(rows, dtype):
+    """One row per lane up to 32 classes, one row at a time from 33 on; row counts around the vector widths."""
+    for classes in range(1, 34):
+        a, n = (logits((2, rows, classes), dtype, seed=classes + s) for s in (1, 2))
+        a[0, rows // 2, 0] += 150.0  # with more than one class, <p, q> underflows in this row alone
+        n[0, rows // 2, classes - 1] += 150.0
+        if classes > 2:
+            a[1, -1, 1] = -torch.inf
+        check(a, n)
+
+
+@pytest.mark.parametrize("rows", [5, 16, 40])
+def test_a_bad_row_spoils_its_own_gradient_only(rows):
+    for classes in (1, 10, 16, 17, 33):
+        a, n = logits((rows, classes), seed=1), logits((rows, classes), seed=2)
+        n[rows - 2, 0] = torch.nan
+        a.requires_grad_(), n.requires_grad_()
+        gradients = torch.autograd.grad(scan_loss(a, n, impl="native")[0], (a, n), torch.ones(()))
+        rest = torch.arange(rows) != rows - 2
+        for gradient in gradients:
+            assert gradient[rest].isfinite().all() and gradient[rows - 2].isnan().any()
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -190,7 +227,7 @@ def test_double_backward_raises():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(300, 10), (4, 900, 37), (3, 40, 1500)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 10), (2, 5000, 10), (4, 900, 37), (3, 40, 1500)], ids=str)
 def test_same_input_same_bits(shape, device):
     def run():
         a, n = (logits(shape, seed=s, device=device).requires_grad_() for s in (1, 2))
@@ -285,7 +322,7 @@ import torch
 from scan_fast import _C, scan_loss, self_label_loss
 worst = 0.0
 for dtype, tolerance in ((torch.float32, 4e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)):
-    for shape in ((5, 3), (40, 10), (9, 16), (17, 37), (3, 4100)):
+    for shape in ((5, 3), (40, 10), (9, 16), (21, 23), (37, 32), (17, 37), (3, 4100)):
         torch.manual_seed(0)
         a, n = ((torch.randn(shape) * 4).to(dtype).requires_grad_() for _ in range(2))
         a64, n64 = (x.detach().double().requires_grad_() for x in (a, n))

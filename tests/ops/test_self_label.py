@@ -17,7 +17,7 @@ DEVICES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRADIENT_RTOL = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-SHAPES = [(1, 1), (1, 2), (7, 10), (130, 33), (65, 100), (9, 1000), (33, 1025), (3, 5000)]
+SHAPES = [(1, 1), (1, 2), (7, 10), (7000, 9), (130, 33), (65, 100), (9, 1000), (33, 1025), (3, 5000)]
 
 
 def views(shape, dtype=torch.float32, seed=0, device="cpu"):
@@ -68,6 +68,19 @@ def test_matches_float64(shape, dtype, balance, device):
 )
 def test_matches_float64_at_any_shape(rows, classes, threshold, balance, dtype):
     check(*views((rows, classes), dtype, seed=rows * 71 + classes), threshold, balance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 50])
+def test_few_classes(rows, dtype):
+    """One row per lane up to 32 classes, one row at a time from 33 on; row counts around the vector widths."""
+    for classes in range(1, 34):
+        weak, strong = views((rows, classes), dtype, seed=classes)
+        weak[-1, :2] = 30.0  # a tie: the first class, and a confidence of one half
+        if rows > 20:
+            weak[:16] = 0.0  # a whole vector of rows without a confident one, where there is more than one class
+        check(weak, strong)
+        check(weak, strong, threshold=0.3, balance=False)
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])

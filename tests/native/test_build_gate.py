@@ -105,6 +105,12 @@ def test_machine_code(source: str, architecture: str) -> None:
             assert ops["LDGSTS"] > 0 and ops["LDSM"] > 0, f"{name} lost its asynchronous copies or matrix loads"
 
 
+def whole_text(source: str) -> str:
+    """Return a CUDA source and the parts of it (.cuh) that it includes."""
+    text = (build_gate.CSRC / source).read_text()
+    return text + "".join(map(whole_text, re.findall(r'^#include "(\S+\.cuh)"', text, re.MULTILINE)))
+
+
 def test_matrix_kernels_are_named_in_their_sources() -> None:
-    multiplying = {s for s in build_gate.kernels() if re.search(r"\bmma_16816<", (build_gate.CSRC / s).read_text())}
+    multiplying = {s for s in build_gate.kernels() if re.search(r"\bmma_16816<", whole_text(s))}
     assert multiplying == set(MATRIX) & set(build_gate.kernels())

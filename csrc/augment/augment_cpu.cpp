@@ -18,7 +18,8 @@ constexpr int64_t kPixelsPerTask = 4096;
 // The filters of every length that occurs, forward and mirrored.
 class Filters {
  public:
-  explicit Filters(const ViewBatch& batch) : side_(batch.side), forward_(size_t(longest(batch)) + 1), mirrored_(forward_) {
+  explicit Filters(const ViewBatch& batch)
+      : side_(batch.side), forward_(static_cast<size_t>(longest(batch)) + 1), mirrored_(forward_) {
     const int64_t words = recipe_words(batch.steps);
     for (int64_t i = 0; i < batch.count; ++i) {
       const int32_t* recipe = batch.recipes + i * words;

@@ -13,6 +13,7 @@ namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(kLanes * 4)));
 
 inline IntVec load_levels(const uint8_t* p) {
   ByteVec levels;
@@ -235,9 +236,14 @@ void sharpness(const Image& in, const Image& out, float factor) {
 void nearest(const Image& in, const Image& out, const int32_t* m) {
   const int32_t side = static_cast<int32_t>(in.side);
   for (int32_t y = 0; y < side; ++y) {
+    // Unsigned, to wrap around where a map leads far outside.
+    const uint32_t line = static_cast<uint32_t>(y);
+    const uint32_t start_x = static_cast<uint32_t>(m[0]) + static_cast<uint32_t>(m[2]) * line;
+    const uint32_t start_y = static_cast<uint32_t>(m[3]) + static_cast<uint32_t>(m[5]) * line;
     for (int32_t x = 0; x < side; x += kLanes) {
-      const IntVec column = x + lane_numbers();
-      const IntVec px = (m[0] + m[1] * column + m[2] * y) >> 16, py = (m[3] + m[4] * column + m[5] * y) >> 16;
+      const UnsignedVec column = (UnsignedVec)(x + lane_numbers());
+      const IntVec px = (IntVec)(start_x + column * static_cast<uint32_t>(m[1])) >> 16;
+      const IntVec py = (IntVec)(start_y + column * static_cast<uint32_t>(m[4])) >> 16;
       const IntVec inside = (px >= 0) & (px < side) & (py >= 0) & (py < side);
       const IntVec position = (py * side + px) & inside;
       for (int c = 0; c < 3; ++c) {

@@ -43,6 +43,10 @@ void check_recipes(const ViewBatch& batch) {
   }
 }
 
+at::Tensor finished(const at::Tensor& interleaved, ViewFormat format) {
+  return format == ViewFormat::kUint8 ? interleaved : interleaved.permute({0, 3, 1, 2});
+}
+
 #ifdef SCAN_FAST_WITH_CUDA
 // A copy that the host does not wait for.
 at::Tensor sent(const at::Tensor& tensor, const at::Device& device) {
@@ -60,7 +64,8 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
                         recipes.size(1) >= kRecipeHeader && (recipes.size(1) - kRecipeHeader) % kRecipeStep == 0,
                     "recipes must be (n, ", kRecipeHeader, " + steps * ", kRecipeStep, ") int32 on the CPU, got ",
                     recipes.sizes(), " ", recipes.scalar_type(), " on ", recipes.device());
-  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide && images.size(2) <= kMaxViewSide,
+  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide &&
+                        images.size(2) <= kMaxViewSide,
                     "size and the images' sides must be from 1 to ", kMaxViewSide, ", got ", size, " and ",
                     images.sizes());
   TORCH_CHECK_VALUE(scale.size() == 3 && shift.size() == 3, "scale and shift must be 3 numbers each");
@@ -101,13 +106,24 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
   at::Tensor out = at::empty({batch.count, size, size, 3}, pixels.options().dtype(dtype));
   batch.out = out.data_ptr();
   if (batch.count > 0) {
-    if (pixels.is_cpu()) {
-      augment_cpu(batch);
-    } else {
-      TORCH_CHECK_VALUE(false, "images must be on the CPU, got ", pixels.device());
+#ifdef SCAN_FAST_WITH_CUDA
+    if (pixels.is_cuda()) {
+      const c10::cuda::CUDAGuard guard(pixels.device());
+      plan = sent(plan, pixels.device());
+      batch.recipes = plan.const_data_ptr<int32_t>();
+      if (rows.defined()) {
+        rows = sent(rows, pixels.device());
+        batch.indices = rows.const_data_ptr<int64_t>();
+      }
+      const at::Tensor workspace =
+          at::empty({static_cast<int64_t>(augment_cuda_workspace(batch))}, pixels.options().dtype(at::kByte));
+      augment_cuda(batch, workspace.data_ptr(), current_stream());
+      return finished(out, batch.format);
     }
+#endif
+    augment_cpu(batch);
   }
-  return batch.format == ViewFormat::kUint8 ? out : out.permute({0, 3, 1, 2});
+  return finished(out, batch.format);
 }
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
@@ -117,5 +133,8 @@ TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
 }
 
 TORCH_LIBRARY_IMPL(scan_fast, CPU, m) { m.impl("augment", &augment); }
+#ifdef SCAN_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, m) { m.impl("augment", &augment); }
+#endif
 
 }  // namespace scan_fast

@@ -1,6 +1,6 @@
 // The arithmetic of each operation for one pixel or one grey level: the same source for the GPU, for each of the CPU's
 // instruction sets (where the compiler turns loops over it into vectors) and for the emulated GPU. Multiplications and
-// additions must not be fused: the files that include this are compiled so.
+// additions must not be fused: the host's files are compiled so, and on the GPU every product is rounded by itself.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,20 @@
 
 namespace scan_fast {
 
+#if defined(__CUDA_ARCH__)
+SCAN_FAST_PIXEL float product(float a, float b) { return __fmul_rn(a, b); }
+SCAN_FAST_PIXEL double product(double a, double b) { return __dmul_rn(a, b); }
+#else
+SCAN_FAST_PIXEL float product(float a, float b) { return a * b; }
+SCAN_FAST_PIXEL double product(double a, double b) { return a * b; }
+#endif
+
 // PIL's luma in 16.16 fixed point, rounded.
 SCAN_FAST_PIXEL int luma(int r, int g, int b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
 
 // PIL's blend of a degenerate level and a level, truncated.
 SCAN_FAST_PIXEL int blend(int degenerate, int level, float factor) {
-  float value = static_cast<float>(level - degenerate) * factor + static_cast<float>(degenerate);
+  float value = product(static_cast<float>(level - degenerate), factor) + static_cast<float>(degenerate);
   value = value < 0.0f ? 0.0f : value;
   value = value > 255.0f ? 255.0f : value;
   return static_cast<int>(value);
@@ -50,7 +58,7 @@ SCAN_FAST_PIXEL int clamp_ramp(int x) {
 // multiplying by the reciprocal gives the same whole number as dividing, for every numerator.
 SCAN_FAST_PIXEL int hsv_channel(int value, int saturation, int t) {
   const int numerator = value * (65025 - saturation * t);
-  return static_cast<int>(static_cast<float>(numerator) * (1.0f / 65025.0f) + 0.5f);
+  return static_cast<int>(product(static_cast<float>(numerator), 1.0f / 65025.0f) + 0.5f);
 }
 
 // Shifts the hue by step / 256 of the circle, in PIL's 8-bit HSV. PIL takes the hue in sixths of the circle, a whole
@@ -70,14 +78,14 @@ SCAN_FAST_PIXEL Rgb hue_shifted(Rgb in, int step) {
   const int plus = (red & (1 - g_over_b)) + (green & r_over_b) + (blue & g_over_r);
   const int base = red * (2 * g_over_b - 1) + green * (3 - 2 * r_over_b) + blue * (5 - 2 * g_over_r);
   const float whole = static_cast<float>(base), direction = static_cast<float>(2 * plus - 1);
-  const float sixths = whole + direction * quotient;
+  const float sixths = whole + product(direction, quotient);
   float circle = sixths / 6.0f;
   circle += circle < 0.0f ? 1.0f : 0.0f;
-  int angle = static_cast<int>(circle * 255.0f);
-  angle -= circle * 256.0f - static_cast<float>(angle) < circle ? 1 : 0;
+  int angle = static_cast<int>(product(circle, 255.0f));
+  angle -= product(circle, 256.0f) - static_cast<float>(angle) < circle ? 1 : 0;
   // Where the chroma is 0, so is the saturation, and the hue does not matter.
   const int divisor = value > 0 ? value : 1;
-  const int saturation = static_cast<int>(static_cast<float>(chroma) / static_cast<float>(divisor) * 255.0f);
+  const int saturation = static_cast<int>(product(static_cast<float>(chroma) / static_cast<float>(divisor), 255.0f));
   angle = 6 * ((angle + step) & 255);
   const int from_red = angle - 3 * 255, from_green = angle - 2 * 255, from_blue = angle - 4 * 255;
   Rgb out;
@@ -87,12 +95,12 @@ SCAN_FAST_PIXEL Rgb hue_shifted(Rgb in, int step) {
   return out;
 }
 
-SCAN_FAST_PIXEL int hue_step(float shift) { return static_cast<int>(static_cast<double>(shift) * 255.0); }
+SCAN_FAST_PIXEL int hue_step(float shift) { return static_cast<int>(product(static_cast<double>(shift), 255.0)); }
 
 // A level stretched so that low..high becomes 0..255; term by term in float64 as PIL does, because it is truncated.
 SCAN_FAST_PIXEL int stretched(int level, int low, int high) {
   const double scale = 255.0 / (high - low);
-  const double value = static_cast<double>(level) * scale + -static_cast<double>(low) * scale;
+  const double value = product(static_cast<double>(level), scale) + product(-static_cast<double>(low), scale);
   return value < 0.0 ? 0 : value > 255.0 ? 255 : static_cast<int>(value);
 }
 
@@ -105,16 +113,17 @@ SCAN_FAST_PIXEL int equalized(int level, int below, int step) {
 
 // A mean of four levels. x, y: the position's distance from the first, in 0..1.
 SCAN_FAST_PIXEL int bilinear(int p00, int p01, int p10, int p11, float x, float y) {
-  const float top = static_cast<float>(p00) * (1.0f - x) + static_cast<float>(p01) * x;
-  const float bottom = static_cast<float>(p10) * (1.0f - x) + static_cast<float>(p11) * x;
-  return static_cast<int>(top * (1.0f - y) + bottom * y + 0.5f);
+  const float top = product(static_cast<float>(p00), 1.0f - x) + product(static_cast<float>(p01), x);
+  const float bottom = product(static_cast<float>(p10), 1.0f - x) + product(static_cast<float>(p11), x);
+  return static_cast<int>(product(top, 1.0f - y) + product(bottom, y) + 0.5f);
 }
 
 // Where output pixel (column, row) lies in the input, along one axis, as a pixel's index: between -1 and side, which
 // are outside.
 SCAN_FAST_PIXEL float bilinear_position(float per_column, float per_row, float start, int column, int row, int side) {
-  const float position = ((per_column * (static_cast<float>(column) + 0.5f) + per_row * (static_cast<float>(row) + 0.5f)) +
-                          start) - 0.5f;
+  const float along = product(per_column, static_cast<float>(column) + 0.5f);
+  const float across = product(per_row, static_cast<float>(row) + 0.5f);
+  const float position = ((along + across) + start) - 0.5f;
   const float last = static_cast<float>(side);
   return position < -1.0f ? -1.0f : position > last ? last : position;
 }
@@ -133,7 +142,7 @@ SCAN_FAST_PIXEL TapRange tap_range(int j, int length, int side) {
   const double ratio = static_cast<double>(length) / side;
   const double support = ratio < 1.0 ? 1.0 : ratio;
   TapRange range;
-  range.centre = (j + 0.5) * ratio;
+  range.centre = product(j + 0.5, ratio);
   range.slope = 1.0 / support;
   range.first = static_cast<int>(range.centre - support + 0.5);
   range.first = range.first < 0 ? 0 : range.first;
@@ -144,7 +153,7 @@ SCAN_FAST_PIXEL TapRange tap_range(int j, int length, int side) {
 }
 
 SCAN_FAST_PIXEL double tap(const TapRange& range, int t) {
-  double distance = (t + range.first - range.centre + 0.5) * range.slope;
+  double distance = product(t + range.first - range.centre + 0.5, range.slope);
   distance = distance < 0.0 ? -distance : distance;
   return distance < 1.0 ? 1.0 - distance : 0.0;
 }
@@ -156,7 +165,7 @@ SCAN_FAST_PIXEL double tap_sum(const TapRange& range) {
 }
 
 SCAN_FAST_PIXEL int fixed_tap(const TapRange& range, int t, double sum) {
-  return static_cast<int>(0.5 + tap(range, t) / sum * (1 << kTapBits));
+  return static_cast<int>(0.5 + product(tap(range, t) / sum, static_cast<double>(1 << kTapBits)));
 }
 
 // The most taps that any output pixel has.

@@ -254,56 +254,93 @@ inline void store_lanes(T* p, Vec v, int lanes) {
 // Matrices of more columns are not moved by load_columns and store_columns; their users keep Vec[kMaxColumns].
 constexpr int kMaxColumns = 32;
 
-// Exchanges the off-diagonal blocks of kDistance x kDistance in one pair of rows.
-template <int kDistance>
-inline void exchange(Vec& x, Vec& y) {
-  IntVec to_x, to_y;
-  for (int i = 0; i < kLanes; ++i) {
-    to_x[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
-    to_y[i] = i & kDistance ? kLanes + i : i ^ kDistance;
-  }
-  const Vec first = __builtin_shuffle(x, y, to_x);
-  y = __builtin_shuffle(x, y, to_y);
-  x = first;
+typedef float Quad __attribute__((vector_size(16)));
+constexpr int kQuads = kLanes / 4;
+
+inline Quad load_quad(const float* p) {
+  Quad quad;
+  std::memcpy(&quad, p, sizeof(quad));
+  return quad;
+}
+// A vector of the quads at p, p + stride, ...
+inline Vec load_quads(const float* p, int64_t stride) {
+#if defined(SCAN_FAST_ISA_avx512)
+  Vec v = _mm512_castps128_ps512(load_quad(p));
+  v = _mm512_insertf32x4(v, load_quad(p + stride), 1);
+  v = _mm512_insertf32x4(v, load_quad(p + 2 * stride), 2);
+  return _mm512_insertf32x4(v, load_quad(p + 3 * stride), 3);
+#elif defined(SCAN_FAST_ISA_avx2)
+  return _mm256_set_m128(load_quad(p + stride), load_quad(p));
+#else
+  (void)stride;
+  return load_quad(p);
+#endif
+}
+template <int kIndex>
+inline void store_quad(float* p, Vec v) {
+#if defined(SCAN_FAST_ISA_avx512)
+  _mm_storeu_ps(p, _mm512_extractf32x4_ps(v, kIndex));
+#elif defined(SCAN_FAST_ISA_avx2)
+  _mm_storeu_ps(p, _mm256_extractf128_ps(v, kIndex));
+#else
+  std::memcpy(p, &v, sizeof(v));
+#endif
 }
 
-template <int kDistance>
-inline void transpose_step(Vec* v) {
-#pragma GCC unroll 16
+// Transposes the 4 x 4 matrices that the four vectors hold quad by quad.
+inline void transpose_quads(Vec* v) {
+  IntVec low, high, first, second;
   for (int i = 0; i < kLanes; ++i) {
-    if ((i & kDistance) == 0) exchange<kDistance>(v[i], v[i + kDistance]);
+    const int quad = i / 4 * 4, from = i % 2 * kLanes;
+    low[i] = quad + i % 4 / 2 + from;
+    high[i] = low[i] + 2;
+    first[i] = quad + i % 2 + (i % 4 / 2) * kLanes;
+    second[i] = first[i] + 2;
   }
+  const Vec a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
+  const Vec c = __builtin_shuffle(v[0], v[1], high), d = __builtin_shuffle(v[2], v[3], high);
+  v[0] = __builtin_shuffle(a, b, first);
+  v[1] = __builtin_shuffle(a, b, second);
+  v[2] = __builtin_shuffle(c, d, first);
+  v[3] = __builtin_shuffle(c, d, second);
 }
 
-// Transposes kLanes vectors, block size by block size.
-inline void transpose(Vec* v) {
-  transpose_step<1>(v);
-  transpose_step<2>(v);
-  if constexpr (kLanes > 4) transpose_step<4>(v);
-  if constexpr (kLanes > 8) transpose_step<8>(v);
-}
+// kLanes rows in float, and what the last quad reads past them.
+constexpr int64_t kRowsScratch = kLanes * kMaxColumns + kLanes;
 
 // columns[c][r] = p[r * count + c] for c < count and r < kLanes: kLanes rows of a row-major matrix of `count` columns,
-// of which `left` elements remain from p on. Rows past the end are zeros; columns past the last hold anything finite or
-// not, up to the next multiple of kLanes.
+// of which `left` elements remain from p on. Rows past the end are zeros; columns past the last, up to a multiple of
+// four, hold anything.
 template <typename T>
 inline void load_columns(const T* p, int64_t count, int64_t left, Vec* columns) {
-  for (int64_t start = 0; start < count; start += kLanes) {
-    Vec rows[kLanes];
-    if ((kLanes - 1) * count + start + kLanes <= left) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) rows[r] = load(p + r * count + start);
-    } else {
-      for (int r = 0; r < kLanes; ++r) {
-        const int64_t offset = r * count + start, after = left - offset;
-        rows[r] = after >= kLanes ? load(p + offset)
-                  : after > 0     ? load_partial(p + offset, static_cast<int>(after), 0.0f)
-                                  : Vec{};
-      }
+  float scratch[kRowsScratch];
+  const float* rows = scratch;
+  const int64_t all = kLanes * count;
+  if (sizeof(T) == sizeof(float) && left >= all + 3) {
+    rows = reinterpret_cast<const float*>(p);
+  } else {
+    for (int64_t i = 0; i < all + 3; i += kLanes) {
+      const int64_t after = left - i;
+      store(scratch + i, after >= kLanes ? load(p + i)
+                         : after > 0     ? load_partial(p + i, static_cast<int>(after), 0.0f)
+                                         : Vec{});
     }
-    transpose(rows);
-#pragma GCC unroll 16
-    for (int c = 0; c < kLanes; ++c) columns[start + c] = rows[c];
+  }
+  for (int64_t c = 0; c < count; c += 4) {
+    // The quads of one vector come from rows r, r + 4, ..., so that 4 x 4 transpositions end in the order of rows.
+    for (int r = 0; r < 4; ++r) columns[c + r] = load_quads(rows + r * count + c, 4 * count);
+    transpose_quads(columns + c);
+  }
+}
+
+template <int kIndex>
+inline void store_rows(float* rows, int64_t count, const Vec* columns) {
+  if constexpr (kIndex < kQuads) {
+    // Row after row, so that what a quad spills past its row is overwritten by the next.
+    for (int r = 0; r < 4; ++r) {
+      for (int64_t c = 0; c < count; c += 4) store_quad<kIndex>(rows + (4 * kIndex + r) * count + c, columns[c + r]);
+    }
+    store_rows<kIndex + 1>(rows, count, columns);
   }
 }
 
@@ -311,14 +348,18 @@ inline void load_columns(const T* p, int64_t count, int64_t left, Vec* columns) 
 // later rows among the `left`: they must be stored afterwards.
 template <typename T>
 inline void store_columns(T* p, int64_t count, int64_t left, Vec* columns) {
-  for (int64_t start = 0; start < count; start += kLanes) transpose(columns + start);
-  // Row after row, so that what a vector spills past its row is overwritten by the next.
-  for (int r = 0; r < kLanes; ++r) {
-    for (int64_t start = 0; start < count; start += kLanes) {
-      const int64_t offset = r * count + start, after = left - offset;
-      if (after <= 0) return;
-      store_lanes(p + offset, columns[start + r], after < kLanes ? static_cast<int>(after) : kLanes);
-    }
+  for (int64_t c = 0; c < count; c += 4) transpose_quads(columns + c);
+  const int64_t all = kLanes * count;
+  if (sizeof(T) == sizeof(float) && left >= all + 3) {
+    store_rows<0>(reinterpret_cast<float*>(p), count, columns);
+    return;
+  }
+  float scratch[kRowsScratch];
+  store_rows<0>(scratch, count, columns);
+  const int64_t used = left < all ? left : all;
+  for (int64_t i = 0; i < used; i += kLanes) {
+    const int64_t after = used - i;
+    store_lanes(p + i, load(scratch + i), after < kLanes ? static_cast<int>(after) : kLanes);
   }
 }
 

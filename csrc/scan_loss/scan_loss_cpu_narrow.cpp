@@ -77,7 +77,7 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
                    void* grad_anchors, void* grad_neighbors) {
   const int64_t classes = block.classes;
   const Vec k = splat(consistency_scale), e = splat(entropy_scale);
-  // Zeros, because the transposition also moves the columns past the last class.
+  // Zeros, because the transposition also moves columns past the last class.
   Vec x[kMaxColumns] = {}, y[kMaxColumns] = {}, z[kMaxColumns];
   for (int64_t i = 0; i < block.rows; i += kLanes) {
     const int64_t first = i * classes, left = (block.rows - i) * classes;

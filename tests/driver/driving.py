@@ -163,9 +163,10 @@ class Process:
         self.process.start()
 
     def signal(self, number: int) -> None:
-        """Send a signal."""
+        """Send a signal; a command that has just ended by itself gets none."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def result(self, timeout: float = 120) -> Result:
         """Wait for the end; a negative code is the signal that ended it."""

@@ -1,0 +1,236 @@
+"""Views per second: the fused renderer, the torch renderer, and what people use: ``python -m benchmarks.views``.
+
+On the CPU every contender has one thread and its processor time is counted, so that a busy machine does not matter; on
+CUDA the clock runs around batches that the device has finished. Contenders take turns; the figures are the median and
+the range over the rounds. Ours draw their parameters within the measurement, unless they say otherwise; torchvision on
+PIL images is given the same parameters, which spares it the drawing, and makes its images comparable: the parity line
+says how many levels are equal. (Newer Pillows shrink tall crops vertically first, which moves levels by one; ours
+always take the horizontal pass first.)
+
+torchvision v2 on a batched tensor draws one set of parameters for the whole batch: statistically that is another
+augmentation, and it is here for its speed alone. For the strong view it stands in with RandAugment of as many
+operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
+
+from scan_fast.data import FusedRenderer, SimCLRView, StrongView, TorchRenderer
+from scan_fast.data.random import stream_key
+from scan_fast.data.render import automatic_renderer
+from scan_fast.data.views import STRONG_OPERATIONS, Params
+
+from .environment import describe
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+KEY = stream_key(0, "benchmark")
+JITTER = (
+    ("brightness", tv.adjust_brightness),
+    ("contrast", tv.adjust_contrast),
+    ("saturation", tv.adjust_saturation),
+    ("hue", tv.adjust_hue),
+)
+STRONG: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "identity": lambda image, _: image,
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+    "rotate": lambda image, v: image.rotate(v),
+    "solarize": lambda image, v: ImageOps.solarize(image, math.ceil(v)),
+    "color": lambda image, v: ImageEnhance.Color(image).enhance(v),
+    "contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(v),
+    "brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(v),
+    "sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(v),
+    "shear_x": lambda image, v: _affine(image, 1, v, 0, 0, 1, 0),
+    "shear_y": lambda image, v: _affine(image, 1, 0, 0, v, 1, 0),
+    "translate_x": lambda image, v: _affine(image, 1, 0, v * image.width, 0, 1, 0),
+    "translate_y": lambda image, v: _affine(image, 1, 0, 0, 0, 1, v * image.height),
+    "posterize": lambda image, v: ImageOps.posterize(image, int(v)),
+}
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def pil_levels(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: int) -> Image.Image:
+    """Render one view of one image before normalisation with torchvision and PIL."""
+    box = [int(params[name][i]) for name in ("top", "left", "height", "width")]
+    image = tv.resized_crop(Image.fromarray(pixels.numpy()), *box, [view.side, view.side], antialias=True)
+    if bool(params["flip"][i]):
+        image = tv.hflip(image)
+    if isinstance(view, StrongView):
+        for kind, value in zip(params["operation"][i].tolist(), params["magnitude"][i].tolist(), strict=True):
+            image = STRONG[STRONG_OPERATIONS[kind][0]](image, value)
+        return image
+    if float(params["brightness"][i]) != 1:
+        for kind in params["order"][i].tolist():
+            name, operation = JITTER[kind]
+            image = operation(image, float(params[name][i]))
+    return tv.to_grayscale(image, 3) if bool(params["grayscale"][i]) else image
+
+
+def pil_view(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: int) -> Tensor:
+    """Render one normalised view of one image with torchvision and PIL."""
+    out = tv.normalize(tv.to_tensor(pil_levels(pixels, view, params, i)), MEAN, STD)
+    if "cutout" in params:
+        top, left, bottom, right = params["cutout"][i].tolist()
+        out[:, top:bottom, left:right] = 0
+    return out
+
+
+def lightly_transform() -> Any:
+    """Return lightly's transform, or None where lightly or something that it imports is missing."""
+    try:
+        from lightly.transforms.simclr_transform import SimCLRViewTransform
+    except ImportError as error:
+        print(f"\nlightly is left out: {error}")
+        return None
+    return SimCLRViewTransform
+
+
+def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Return by name how many views a call makes, and the call."""
+    n, height = images.shape[:2]
+    samples = torch.arange(n)
+    params = view.sample(KEY, 0, samples, 0, height, height)
+    on_device = images.to(device)
+    torch_renderer = TorchRenderer(MEAN, STD, device)
+
+    def drawn() -> Params:
+        return view.sample(KEY, 0, samples, 0, height, height)
+
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {}
+    if automatic_renderer(device) == "fused":
+        fused = FusedRenderer(MEAN, STD, device)
+        calls["fused"] = (n, lambda: fused(on_device, view, drawn()))
+        calls["fused, parameters given"] = (n, lambda: fused(on_device, view, params))
+    calls["torch"] = (n, lambda: torch_renderer(on_device, view, drawn()))
+    few = max(8, n // 8)
+    calls["torchvision on PIL, parameters given"] = (
+        few,
+        lambda: torch.stack([pil_view(images[i], view, params, i) for i in range(few)]),
+    )
+    planar = on_device.permute(0, 3, 1, 2).contiguous()
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    if isinstance(view, SimCLRView):
+        jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+        batched = v2.Compose(
+            [
+                v2.RandomResizedCrop(view.side, view.scale, view.ratio, antialias=True),
+                v2.RandomHorizontalFlip(view.flip),
+                v2.RandomApply([jitter], view.jitter),
+                v2.RandomGrayscale(view.grayscale),
+                *finish,
+            ]
+        )
+    else:
+        batched = v2.Compose(
+            [v2.RandomHorizontalFlip(view.flip), v2.CenterCrop(view.side), v2.RandAugment(view.operations), *finish]
+        )
+    calls["torchvision v2, one parameter set per batch"] = (n, lambda: batched(planar))
+    if isinstance(view, SimCLRView) and (lightly := lightly_transform()) is not None:
+        transform = lightly(
+            input_size=view.side,
+            cj_prob=view.jitter,
+            cj_strength=0.5,
+            min_scale=view.scale[0],
+            random_gray_scale=view.grayscale,
+            gaussian_blur=0.0,
+            hf_prob=view.flip,
+            normalize={"mean": list(MEAN), "std": list(STD)},
+        )
+        arrays = images[:few].numpy()
+        calls["lightly on PIL"] = (few, lambda: torch.stack([transform(Image.fromarray(a)) for a in arrays]))
+    return calls
+
+
+def measure(calls: dict[str, tuple[int, Callable[[], Any]]], device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Return views per second by contender: median, lowest and highest over the rounds."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, (views, call) in calls.items():
+            repeats, begin, seconds = 0, clock(), 0.0
+            while seconds < 0.1:
+                call()
+                repeats += 1
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds = clock() - begin
+            if turn > 0:  # the first warms up
+                rates[name].append(repeats * views / seconds)
+    return {
+        name: {"views_per_second": statistics.median(found), "lowest": min(found), "highest": max(found)}
+        for name, found in rates.items()
+    }
+
+
+def parity(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[str, float]:
+    """Return the share of levels in which two renderers agree, on the first images."""
+    few = images[:64]
+    height = images.shape[1]
+    params = view.sample(KEY, 0, torch.arange(len(few)), 0, height, height)
+    levels = {
+        "torch": TorchRenderer(MEAN, STD, device).pixels(few, view, params).cpu().permute(0, 2, 3, 1).to(torch.uint8),
+        "PIL": torch.from_numpy(np.stack([np.array(pil_levels(few[i], view, params, i)) for i in range(len(few))])),
+    }
+    pairs = [("torch", "PIL")]
+    if automatic_renderer(device) == "fused":
+        levels["fused"] = FusedRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
+        pairs = [("fused", "PIL"), ("fused", "torch"), *pairs]
+    return {f"{a} = {b}": float((levels[a] == levels[b]).float().mean()) for a, b in pairs}
+
+
+def pictures(n: int, side: int) -> Tensor:
+    """Return smooth images with noise, (n, side, side, 3) uint8."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand((n, 3, 6, 6), generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    noisy = 255 * smooth + 12 * torch.randn((n, 3, side, side), generator=g)
+    return noisy.clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    device: str = arguments.device
+    if device == "cpu":
+        torch.set_num_threads(1)
+    results = []
+    for source, side, n in ((32, 32, 512), (256, 224, 32)) if device == "cpu" else ((32, 32, 4096), (256, 224, 512)):
+        images = pictures(n, source)
+        for view in (SimCLRView(size=side), StrongView(size=side)):
+            rates = measure(contenders(images, view, device), device, arguments.rounds)
+            agreement = parity(images, view, device)
+            results.append({"view": view.kind, "source": source, "side": side, "rates": rates, "parity": agreement})
+            base = rates["torchvision on PIL, parameters given"]["views_per_second"]
+            print(f"\n{view.kind}, {source} -> {side}, {device}{', one thread' if device == 'cpu' else ''}")
+            for name, rate in rates.items():
+                value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
+                print(f"  {name:<44} {value:>11,.0f} views/s  {value / base:6.1f} x  ({low:,.0f} to {high:,.0f})")
+            print("  equal levels: " + ", ".join(f"{pair} {share:.3%}" for pair, share in agreement.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"environment": describe(device), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -142,9 +142,7 @@ def print_summary(context: Context, events: Events) -> None:
     for name, title in (("kmeans_pixels", "k-means on pixels"), ("kmeans_features", "k-means on features")):
         entry = summary.get("baselines", {}).get(name)
         if entry:
-            rows.append(
-                [title, *(f"{entry[f'{key}_mean']:.3f} ± {entry[f'{key}_std']:.3f}" for key in columns), "", ""]
-            )
+            rows.append([title, *(f"{entry[f'{key}_mean']:.3f}" for key in columns), "", ""])
     for name in stages_of(context):
         entry = summary["stages"].get(name)
         if entry is None:

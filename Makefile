@@ -12,10 +12,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
 
-test: $(DEV)              ## every test, and the linters
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint                ## every test, and the linters
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV)         ## without the tests marked slow

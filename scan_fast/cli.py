@@ -259,18 +259,16 @@ def _predict(options: argparse.Namespace) -> int:
     from .data.datasets import source_from
     from .predictor import Predictor
     from .stages.context import choose_device
-    from .stages.results import printable
+    from .stages.results import PREDICTION_COLUMNS, prediction_rows
 
     predictor = Predictor.load(options.target, choose_device(options.device))
     source = source_from(options.data, size=predictor.size)
-    top, cluster = predictor.probabilities(source).topk(2, dim=1)
+    probabilities = predictor.probabilities(source)
     handle = options.out.expanduser().open("w", newline="", encoding="utf-8") if options.out else sys.stdout
     try:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["path", "cluster", "confidence", "margin"])
-        for row, path in enumerate(map(printable, source.paths)):
-            best, second = top[row].tolist()
-            writer.writerow([path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}"])
+        writer.writerow(PREDICTION_COLUMNS)
+        writer.writerows(prediction_rows(source.paths, probabilities))
     finally:
         if options.out:
             handle.close()

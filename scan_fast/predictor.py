@@ -16,8 +16,7 @@ from .models.backbones import ModelConfig
 from .models.heads import ClusterModel
 from .models.weights import load_strict
 from .stages.inference import forward_views
-
-FORMATS = (1,)
+from .stages.results import MODEL_FORMAT
 
 
 class Predictor:
@@ -54,8 +53,8 @@ class Predictor:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a model of scan-fast: {error}") from error
-        if not isinstance(state, dict) or state.get("format") not in FORMATS:
-            raise ValueError(f"{path} is no model.pt of scan-fast (format {FORMATS[-1]})")
+        if not isinstance(state, dict) or state.get("format") != MODEL_FORMAT:
+            raise ValueError(f"{path} is no model.pt of scan-fast (format {MODEL_FORMAT})")
         return cls(state, device)
 
     def save(self, path: str | Path) -> None:

@@ -12,30 +12,20 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .logits import check_logits
 
+_DIMENSIONS = {2: "(B, C)", 3: "(H, B, C)"}
 _ROW_STATS = 6  # kScanLossRowStats of csrc/scan_loss/scan_loss.h
 
 
 def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float, *, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`scan_fast.scan_loss`."""
-    shape = anchors.shape
-    if len(shape) not in (2, 3):
-        raise ValueError(f"anchors must be logits (B, C) or (H, B, C), got shape {tuple(shape)}")
-    if 0 in shape:
-        raise ValueError(f"anchors must not be empty, got shape {tuple(shape)}")
-    if neighbors.shape != shape:
-        raise ValueError(f"neighbors must have the shape of anchors, {tuple(shape)}, got {tuple(neighbors.shape)}")
-    if neighbors.dtype != anchors.dtype:
-        raise ValueError(f"neighbors must have the dtype of anchors, {anchors.dtype}, got {neighbors.dtype}")
-    if neighbors.device != anchors.device:
-        raise ValueError(f"neighbors must be on the device of anchors, {anchors.device}, got {neighbors.device}")
-    if not anchors.dtype.is_floating_point:
-        raise ValueError(f"anchors must be floating-point logits, got {anchors.dtype}")
+    check_logits("anchors", anchors, "neighbors", neighbors, _DIMENSIONS)
     if not math.isfinite(entropy_weight):
         raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
     if native.use_native(impl, anchors, "scan_loss_forward"):
         return torch.ops.scan_fast.scan_loss.default(anchors, neighbors, entropy_weight)
-    if len(shape) == 2:
+    if anchors.ndim == 2:
         total, consistency, entropy = reference.scan_loss(anchors[None], neighbors[None], entropy_weight)
         return total[0], consistency[0], entropy[0]
     return reference.scan_loss(anchors, neighbors, entropy_weight)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .logits import check_logits
 
+_DIMENSIONS = {2: "(B, C)"}
 _ROW_STATS = 2  # kSelfLabelRowStats of csrc/self_label/self_label.h
 
 
@@ -18,19 +20,7 @@ def self_label_loss(
     weak: Tensor, strong: Tensor, threshold: float, *, balance: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """See :func:`scan_fast.self_label_loss`."""
-    shape = weak.shape
-    if len(shape) != 2:
-        raise ValueError(f"weak must be logits (B, C), got shape {tuple(shape)}")
-    if 0 in shape:
-        raise ValueError(f"weak must not be empty, got shape {tuple(shape)}")
-    if strong.shape != shape:
-        raise ValueError(f"strong must have the shape of weak, {tuple(shape)}, got {tuple(strong.shape)}")
-    if strong.dtype != weak.dtype:
-        raise ValueError(f"strong must have the dtype of weak, {weak.dtype}, got {strong.dtype}")
-    if strong.device != weak.device:
-        raise ValueError(f"strong must be on the device of weak, {weak.device}, got {strong.device}")
-    if not weak.dtype.is_floating_point:
-        raise ValueError(f"weak must be floating-point logits, got {weak.dtype}")
+    check_logits("weak", weak, "strong", strong, _DIMENSIONS)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     if native.use_native(impl, weak, "self_label_forward"):

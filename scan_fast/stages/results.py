@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .context import Context
 from .inference import forward_all
 
 MODEL_FORMAT = 1
+PREDICTION_COLUMNS = ("path", "cluster", "confidence", "margin")
 
 
 def splits_of(context: Context) -> dict[str, Source]:
@@ -68,17 +70,23 @@ def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
     names = context.splits.train.class_names if context.n_classes is not None else None
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["path", "cluster", "confidence", "margin", "split", *(["label"] if names else [])])
+    writer.writerow([*PREDICTION_COLUMNS, "split", *(["label"] if names else [])])
     for split, source in splits_of(context).items():
-        top, cluster = logits[split].softmax(dim=1).topk(2, dim=1)
-        for row, path in enumerate(map(printable, source.paths)):
-            best, second = top[row].tolist()
-            line = [path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}", split]
+        for row, line in enumerate(prediction_rows(source.paths, logits[split].softmax(dim=1))):
+            line.append(split)
             if names and source.labels is not None:
                 label = int(source.labels[row])
                 line.append(names[label] if label >= 0 else "")
             writer.writerow(line)
     return buffer.getvalue()
+
+
+def prediction_rows(paths: Sequence[str], probabilities: Tensor) -> Iterator[list[Any]]:
+    """Yield path, cluster, confidence and margin to the second cluster of each image, from (N, K) probabilities."""
+    top, cluster = probabilities.topk(2, dim=1)
+    for row, path in enumerate(map(printable, paths)):
+        best, second = top[row].tolist()
+        yield [path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}"]
 
 
 def printable(path: str) -> str:

@@ -1,0 +1,70 @@
+// NT-Xent on the GPU, host side: from a problem to the kernels' parameters, and the layout of the workspace.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "nt_xent/cuda_common.cuh"
+
+namespace scan_fast {
+namespace {
+
+constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// For a launch that handles `local_rows` rows, with the columns divided into `splits` parts.
+inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int64_t splits) {
+  // Rows are counted in 32 bits inside the tiles; addresses are 64-bit.
+  if (problem.rows() > (int64_t{1} << 30)) throw std::runtime_error("nt_xent: more than 2^30 rows");
+  Params p{};
+  p.samples = problem.samples;
+  p.sample_begin = problem.sample_begin;
+  p.sample_count = problem.sample_count;
+  p.local_rows = local_rows;
+  p.dim = problem.dim;
+  p.padded = ceil_div(problem.dim, 8) * 8;
+  p.anchors = problem.anchors();
+  p.splits = splits;
+  p.temperature = static_cast<float>(problem.temperature);
+  p.scale = static_cast<float>(1.4426950408889634 / problem.temperature / (kOperandScale * kOperandScale));
+  p.fixed_shift = problem.temperature >= kFixedShiftTemperature;
+  return p;
+}
+
+// Hands out parts of the workspace, each aligned to 256 bytes; with a null base it only measures.
+struct Carver {
+  unsigned char* base;
+  int64_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return part;
+  }
+};
+
+struct ForwardWorkspace {
+  half_t* packed;
+  float *partial_max, *partial_sum;
+  ForwardWorkspace(Carver& carver, const Params& p, bool reduced)
+      : packed(carver.take<half_t>((reduced ? 1 : 2) * 2 * p.samples * p.padded)),
+        partial_max(carver.take<float>(p.splits * p.local_rows)),
+        partial_sum(carver.take<float>(p.splits * p.local_rows)) {}
+};
+
+struct BackwardWorkspace {
+  half_t* packed;
+  float *weight, *shift, *unscale, *partial;
+  BackwardWorkspace(Carver& carver, const Params& p, bool reduced)
+      : packed(carver.take<half_t>((reduced ? 1 : 2) * 2 * p.samples * p.padded)),
+        weight(carver.take<float>(2 * p.samples)),
+        shift(carver.take<float>(2 * p.samples)),
+        unscale(carver.take<float>(1)),
+        partial(carver.take<float>(p.splits * p.local_rows * p.dim)) {}
+};
+
+inline dim3 grid_of_rows(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))); }
+
+}  // namespace
+}  // namespace scan_fast

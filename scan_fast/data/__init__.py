@@ -2,11 +2,12 @@
 
 from .datasets import DataConfig, Splits, open_splits, source_from
 from .errors import DataError
+from .files import FileSource, ImageFiles
 from .loader import Renderer, ViewMaker, epoch_batches, prefetch, steps_per_epoch
 from .render import make_renderer
 from .render_fused import FusedRenderer
 from .render_torch import TorchRenderer
-from .sources import FileSource, Source, SubsetSource, TensorSource
+from .sources import Source, SubsetSource, TensorSource
 from .views import AffineView, Params, PlainView, SimCLRView, StrongView, View
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "FileSource",
     "FusedRenderer",
+    "ImageFiles",
     "Params",
     "PlainView",
     "Renderer",

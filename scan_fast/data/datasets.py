@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from ..schema import Settings
 from .errors import DataError
+from .files import FileSource
 from .folders import Listing, check_folder, default_size, find_split, held_out_rows, list_folder, split_folder
 from .random import permutation, stream_key
-from .sources import FileSource, Source, SubsetSource, TensorSource, dataset_source
+from .residency import Resident, image_bytes, kept_on_host
+from .sources import Source, SubsetSource, TensorSource, dataset_source
 
 Triple = tuple[float, float, float]
 
@@ -65,8 +68,15 @@ class DataConfig(Settings):
         classes_file: a file with one class folder's name per line, in the order of the labels; the bare names
             imagenet_50.txt, imagenet_100.txt and imagenet_200.txt are SCAN's ImageNet subsets.
         labels: "auto" reads them where there are any, to report on; "none" ignores them.
-        on_error: "raise" at an unreadable image, or "skip" it.
-        workers: decoding threads; by default one per core.
+        on_error: "raise" at an unreadable image, or "skip" it and list it in skipped.csv.
+        resident: where the images are kept. "host": decoded once, in memory. "device": likewise, then moved to the
+            run's GPU. "off": in their files, and decoded at each use; images that are in no files are on the host
+            all the same. "auto": on the host where all of them take at most half of the free memory, and from there on
+            to a GPU of which they take at most a quarter of the free memory. The results are the same.
+        decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as
+            long as either side stays at least twice the image size, which takes large photographs a fraction of the
+            time and moves levels a little.
+        workers: decoding threads; by default one per core, at most 16.
         renderer: what makes the views: "fused" (one native kernel, on the devices it is compiled for), "torch" (torch
             operations, on any device), or "auto" for fused where that is possible.
     """
@@ -82,6 +92,8 @@ class DataConfig(Settings):
     classes_file: Path | None = None
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
+    resident: Resident = "auto"
+    decode: Literal["exact", "scaled"] = "exact"
     workers: int | None = Field(default=None, ge=1)
     renderer: Literal["auto", "torch", "fused"] = "auto"
 
@@ -247,8 +259,9 @@ def _open_folder(config: DataConfig) -> Opened:
     root = config.root.expanduser()
     check_folder(root)
     train, test = split_folder(root, config.test_fraction, _classes(config), labelled=config.labels == "auto")
-    size = config.image_size or default_size(train.files)
-    return _files(train, root, size, config), _files(test, root, size, config), None
+    size = config.image_size or default_size(train.files, train.folder)
+    train_source, test_source = _files((train, test), root, size, config)
+    return train_source, test_source, None
 
 
 def _open_imagenet(config: DataConfig) -> Opened:
@@ -264,12 +277,9 @@ def _open_imagenet(config: DataConfig) -> Opened:
     classes = _classes(config)
     if classes is None:
         classes = list_folder(train).class_names
-    size = config.image_size or 224
-    return (
-        _files(list_folder(train, classes), root, size, config),
-        _files(list_folder(test, classes), root, size, config),
-        None,
-    )
+    parts = [list_folder(part, classes) for part in (train, test)]
+    train_source, test_source = _files(parts, root, config.image_size or 224, config)
+    return train_source, test_source, None
 
 
 def _classes(config: DataConfig) -> list[str] | None:
@@ -289,16 +299,28 @@ def _classes(config: DataConfig) -> list[str] | None:
     return names
 
 
-def _files(listing: Listing, root: Path, size: int, config: DataConfig) -> FileSource:
-    return FileSource(
-        listing.files,
-        listing.labels,
-        size,
-        root=root,
-        class_names=listing.class_names,
-        on_error=config.on_error,
-        workers=config.workers,
-    )
+def _files(listings: Sequence[Listing], root: Path, size: int, config: DataConfig) -> list[FileSource]:
+    """Open the files of some folders below a root; all of them are kept in memory, or none."""
+    resident = kept_on_host(config.resident, image_bytes(sum(len(listing.files) for listing in listings), size))
+    sources = []
+    for listing in listings:
+        below = listing.folder.relative_to(root).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        sources.append(
+            FileSource(
+                [prefix + file for file in listing.files],
+                listing.labels,
+                size,
+                root=root,
+                class_names=listing.class_names,
+                on_error=config.on_error,
+                workers=config.workers,
+                resident=resident,
+                scaled=config.decode == "scaled",
+                problems=[(prefix + path, reason) for path, reason in listing.problems],
+            )
+        )
+    return sources
 
 
 _OPENERS: dict[str, Callable[[DataConfig], Opened]] = {
@@ -311,29 +333,23 @@ _OPENERS: dict[str, Callable[[DataConfig], Opened]] = {
 }
 
 
-def source_from(
-    images: Any,
-    *,
-    size: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-    workers: int | None = None,
-) -> Source:
+def source_from(images: Any, config: DataConfig | None = None) -> Source:
     """Open images as a user hands them over.
 
     Args:
         images: a folder (labelled where it has a sub-folder per class), a list of files, a torch Dataset, or an array
             or tensor (N, H, W, C) or (N, H, W) uint8.
-        size: side of the square images; by default the images' own, and for files as for a folder's.
-        on_error: what to do at an unreadable file.
-        workers: decoding threads.
+        config: image_size (by default the images' own, and for files as for a folder's), on_error, resident, decode and
+            workers.
 
     Raises:
         DataError: for anything else, or images that cannot be read.
     """
+    config = config or DataConfig()
+    size = config.image_size
     if isinstance(images, (str, Path)):
         listing = list_folder(Path(images).expanduser())
-        config = DataConfig(on_error=on_error, workers=workers)
-        return _files(listing, listing.folder, size or default_size(listing.files), config)
+        return _files([listing], listing.folder, size or default_size(listing.files, listing.folder), config)[0]
     if isinstance(images, (Tensor, np.ndarray)):
         return TensorSource(torch.as_tensor(images), size=size)
     if isinstance(images, (list, tuple)):
@@ -341,8 +357,17 @@ def source_from(
             raise DataError("images must not be empty, got an empty list")
         if not all(isinstance(item, (str, Path)) for item in images):
             raise DataError(f"a list of images must hold file paths, got {type(images[0]).__name__}")
-        files = [Path(item).expanduser() for item in images]
-        return FileSource(files, None, size or default_size(files), on_error=on_error, workers=workers)
+        files = [os.path.expanduser(item) for item in images]
+        size = size or default_size(files)
+        return FileSource(
+            files,
+            None,
+            size,
+            on_error=config.on_error,
+            workers=config.workers,
+            resident=kept_on_host(config.resident, image_bytes(len(files), size)),
+            scaled=config.decode == "scaled",
+        )
     if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
         return dataset_source(images, size)
     raise DataError(

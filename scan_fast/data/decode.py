@@ -1,15 +1,87 @@
-"""One image file or array becomes a square uint8 RGB array: shorter side resized with antialias, centre crop."""
+"""One image file or array becomes a square uint8 RGB array: centre square, resized with antialias."""
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+#: A file with another suffix is no image.
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "jp2",
+        "png",
+        "apng",
+        "bmp",
+        "gif",
+        "webp",
+        "avif",
+        "heic",
+        "heif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+    ]
+)
 
 _EXIF_ORIENTATION = 0x0112
+
+# Threads decode side by side; of files above this many pixels (PIL keeps 4 bytes for each) only one at a time, so that
+# a folder of panoramas takes the memory of one.
+_LARGE = 1 << 25
+_one_large = threading.Lock()
+
+
+class Header(NamedTuple):
+    """What is known of a file without its pixels.
+
+    Attributes:
+        height, width: in pixels of the upright image.
+        orientation: 1 to 8, as EXIF counts them; 1 is upright as stored.
+        jpeg: whether it is a JPEG of grey or YCbCr colours, which every JPEG decoder reads alike.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    jpeg: bool
+
+
+def read_header(path: str | Path) -> Header:
+    """Read a file's header.
+
+    The orientation of a PNG counts only where it stands before the pixels; nothing else shows it without decoding.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file.
+    """
+    with Image.open(path) as image:
+        known = image.format != "PNG" or not image.info.keys().isdisjoint(("exif", "xmp", "Raw profile type exif"))
+        return _header(image, _orientation(image) if known else 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _header(image: Image.Image, orientation: int) -> Header:
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    return Header(height, width, orientation, image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -44,21 +116,26 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image)
 
 
-def decode(path: str | Path, size: int) -> np.ndarray:
+def decode(path: str | Path, size: int, *, scaled: bool = False) -> tuple[Header, np.ndarray]:
     """Read one file (the first frame of an animation), upright by its EXIF orientation, as (size, size, 3) uint8.
 
+    Args:
+        path: the file.
+        size: side of the square.
+        scaled: decode a JPEG at 1/2, 1/4 or 1/8, as long as either side stays at least twice the wanted one, before it
+            is resized. Large photographs take a fraction of the time; levels differ a little.
+
     Raises:
-        OSError, ValueError, SyntaxError: as PIL raises them for an unreadable or broken file.
+        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file. That includes
+            more than 178,956,970 pixels (twice PIL.Image.MAX_IMAGE_PIXELS), which PIL takes for an attack.
     """
     with Image.open(path) as image:
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side leaves the antialiasing enough to work on.
-        image.draft("RGB", (2 * size, 2 * size))
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            return square(ImageOps.exif_transpose(image), size)
-        return square(image, size)
-
-
-def shorter_side(path: str | Path) -> int:
-    """Return the shorter side in pixels from the file's header alone."""
-    with Image.open(path) as image:
-        return min(image.size)
+        whole = image.size
+        if scaled:
+            image.draft("RGB", (2 * size, 2 * size))
+        width, height = image.size
+        with _one_large if width * height > _LARGE else nullcontext():
+            orientation = _orientation(image)
+            pixels = square(ImageOps.exif_transpose(image) if orientation != 1 else image, size)
+        height, width = whole if orientation >= 5 else whole[::-1]
+        return _header(image, orientation)._replace(height=height, width=width), pixels

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .decode import IMAGE_SUFFIXES, shorter_side
+from .decode import IMAGE_SUFFIXES, read_header
 from .errors import DataError
 
 TRAIN_NAMES = ("train",)
@@ -20,17 +20,26 @@ TEST_NAMES = ("test", "val", "validation")
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files below one folder, sorted; `labels` are the sub-folders' ranks where it has one per class."""
+    """Image files below one folder.
+
+    Attributes:
+        folder: the folder.
+        files: their paths relative to it, with slashes, sorted folder by folder.
+        labels: (N,) int64 rank of each file's sub-folder, where there is one per class.
+        class_names: the sub-folders' names.
+        problems: (path, reason) of what could not be listed: folders that may not be opened, broken links, pipes.
+    """
 
     folder: Path
-    files: list[Path]
+    files: list[str]
     labels: Tensor | None
     class_names: list[str] | None
+    problems: list[tuple[str, str]]
 
     def take(self, indices: Sequence[int]) -> Listing:
         """Return the listing of some of the files."""
         labels = None if self.labels is None else self.labels[torch.tensor(indices, dtype=torch.int64)]
-        return Listing(self.folder, [self.files[i] for i in indices], labels, self.class_names)
+        return Listing(self.folder, [self.files[i] for i in indices], labels, self.class_names, [])
 
 
 def check_folder(folder: Path, setting: str = "data.root") -> None:
@@ -41,17 +50,55 @@ def check_folder(folder: Path, setting: str = "data.root") -> None:
         raise DataError(f"{setting}: {folder} is not a folder; name the folder that holds the images")
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return every image file below a folder, sorted by path; hidden files and folders do not count."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+def find_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Find every image file below a folder.
+
+    A file counts by its suffix; hidden files and folders do not count. Links are followed, except back to a folder
+    that they lie in.
+
+    Returns:
+        The files' paths relative to the folder, sorted by their parts, and (path, reason) of what could not be listed.
+    """
+    found: list[str] = []
+    problems: list[tuple[str, str]] = []
+
+    def entries(prefix: str) -> Iterator[os.DirEntry[str]]:
+        try:
+            with os.scandir(os.path.join(folder, prefix)) as scan:
+                visible = [entry for entry in scan if not entry.name.startswith(".")]
+        except OSError as error:
+            problems.append((prefix or ".", f"{type(error).__name__}: {error.strerror}"))
+            return iter(())
+        return iter(sorted(visible, key=lambda entry: entry.name))
+
+    # A stack of the folders that are open, as names may nest deeper than Python calls may.
+    stack = [("", entries(""), _identity(os.stat(folder)))]
+    while stack:
+        prefix, rest, _ = stack[-1]
+        entry = next(rest, None)
+        if entry is None:
+            stack.pop()
+            continue
+        path = prefix + entry.name
+        image = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+        try:
+            if entry.is_dir():
+                identity = _identity(entry.stat())
+                if not entry.is_symlink() or all(identity != open_folder for *_, open_folder in stack):
+                    stack.append((path + "/", entries(path + "/"), identity))
+            elif image and entry.is_file():
+                found.append(path)
+            elif image:
+                entry.stat()  # a broken link says so
+                problems.append((path, "it is neither a file nor a folder"))
+        except OSError as error:
+            if image or not entry.is_symlink():
+                problems.append((path, f"{type(error).__name__}: {error.strerror}"))
+    return found, problems
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bool = True) -> Listing:
@@ -70,25 +117,30 @@ def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bo
         missing = [name for name in classes if not (folder / name).is_dir()]
         if missing:
             raise DataError(f"{folder} lacks {len(missing)} of the {len(classes)} class folders, first {missing[0]}")
-        groups = {name: find_images(folder / name) for name in classes}
-        empty = [name for name, files in groups.items() if not files]
-        if empty:
-            raise DataError(f"{folder / empty[0]} holds no images ({_looked_for()})")
+        files, ranks, problems = [], [], []
+        for rank, name in enumerate(classes):
+            own, amiss = find_images(folder / name)
+            if not own and not amiss:
+                raise DataError(f"{folder / name} holds no images ({_looked_for()})")
+            files += [f"{name}/{file}" for file in own]
+            ranks += [rank] * len(own)
+            problems += [(f"{name}/{path}", reason) for path, reason in amiss]
+        names = list(classes)
     else:
-        files = find_images(folder)
+        files, problems = find_images(folder)
         if not files:
-            raise DataError(f"no images found in {folder}: looked for {_looked_for()} in it and its sub-folders")
-        groups = {}
-        for file in files:
-            parts = file.relative_to(folder).parts
-            groups.setdefault(parts[0] if len(parts) > 1 else "", []).append(file)
-        labelled = labelled and "" not in groups and len(groups) > 1
-    names = list(groups)
-    files = [file for name in names for file in groups[name]]
+            raise DataError(
+                f"no images found in {folder}: looked for {_looked_for()} in it and its sub-folders"
+                + (f"; {len(problems)} could not be read, first {': '.join(problems[0])}" if problems else "")
+            )
+        first = [file.partition("/")[::2] for file in files]
+        names = sorted({name for name, _ in first})
+        rank_of = {name: rank for rank, name in enumerate(names)}
+        ranks = [rank_of[name] for name, _ in first]
+        labelled = labelled and len(names) > 1 and all(rest for _, rest in first)
     if not labelled:
-        return Listing(folder, files, None, None)
-    labels = torch.tensor([i for i, name in enumerate(names) for _ in groups[name]], dtype=torch.int64)
-    return Listing(folder, files, labels, names)
+        return Listing(folder, files, None, None, problems)
+    return Listing(folder, files, torch.tensor(ranks, dtype=torch.int64), names, problems)
 
 
 def _looked_for() -> str:
@@ -134,7 +186,7 @@ def split_folder(
 
 
 def _unlabelled(listing: Listing) -> Listing:
-    return Listing(listing.folder, listing.files, None, None)
+    return replace(listing, labels=None, class_names=None)
 
 
 def _has_other_content(root: Path) -> bool:
@@ -154,8 +206,9 @@ def held_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     """
     if len(listing.files) < 2:
         raise DataError(f"{listing.folder} holds {len(listing.files)} image; at least 2 are needed, one for testing")
-    train, test = held_out_rows([file.relative_to(listing.folder).as_posix() for file in listing.files], fraction)
-    return listing.take(train), listing.take(test)
+    train, test = held_out_rows(listing.files, fraction)
+    # What could not be listed belongs to neither part; the first one reports it.
+    return replace(listing.take(train), problems=listing.problems), listing.take(test)
 
 
 def held_out_rows(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
@@ -176,8 +229,8 @@ def _hash01(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=6).digest(), "big") / 2**48
 
 
-def default_size(files: Sequence[Path]) -> int:
-    """Choose the side of the stored images from the median shorter side of up to 256 files.
+def default_size(files: Sequence[str | Path], folder: str | Path = "") -> int:
+    """Choose the side of the stored images from the median shorter side of up to 256 files below a folder.
 
     32 up to 40 pixels, 64 up to 80, 96 up to 128, and 128 above: larger inputs cost more than they usually bring, so
     224 must be asked for.
@@ -186,8 +239,9 @@ def default_size(files: Sequence[Path]) -> int:
     sides = []
     for file in files[::step]:
         try:
-            sides.append(shorter_side(file))
+            header = read_header(os.path.join(folder, file))
         except Exception:  # An unreadable file is reported, by name, when all files are checked.
             continue
+        sides.append(min(header.height, header.width))
     median = sorted(sides)[len(sides) // 2] if sides else 0
     return next((size for limit, size in ((40, 32), (80, 64), (128, 96)) if median <= limit), 128)

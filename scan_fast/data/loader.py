@@ -1,10 +1,12 @@
-"""From numbers to batches: epoch order, views of a batch, and a background thread that stays ahead."""
+"""From numbers to batches: epoch order, views of a batch, and background threads that stay ahead."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from .random import Key, permutation, stream_key
 from .sources import Source
 from .views import Params, View
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 #: Turns (n, H, W, 3) uint8 images and their parameters into the (n, 3, size, size) normalised view.
@@ -34,26 +37,38 @@ class ViewMaker:
         self.renderer = renderer
         self.key: Key = stream_key(seed, stage)
 
+        # Reading may go on in several threads; a renderer is in one at a time.
+        self._rendering = threading.Lock()
+
     def __call__(
         self, view: View, images: Tensor, *, epoch: int, view_index: int, samples: Tensor | None = None
     ) -> Tensor:
-        """Render one view of some images.
+        """Render one view of some images; see :meth:`several`."""
+        return self.several([(view, view_index)], images, epoch=epoch, samples=samples)[0]
+
+    def several(
+        self, views: Sequence[tuple[View, int]], images: Tensor, *, epoch: int, samples: Tensor | None = None
+    ) -> list[Tensor]:
+        """Render several views of some images, each of which is read once.
 
         Args:
-            view: what to make; an open size is the source's.
+            views: what to make, and the number of each view, so that two views of one sample differ; an open size is
+                the source's.
             images: (n,) int64 indices of the images.
             epoch: 0-based epoch.
-            view_index: number of the view, so that two views of one sample differ.
             samples: (n,) int64 numbers that the parameters are drawn by; `images` by default. A neighbour is drawn by
                 its anchor's number, so that two anchors with one neighbour do not share its view.
 
         Returns:
-            (n, 3, size, size) normalised, on the renderer's device.
+            For each view (n, 3, size, size) normalised, on the renderer's device.
         """
-        view = view.resolved(self.source.size)
         numbers = images if samples is None else samples
-        params = view.sample(self.key, epoch, numbers, view_index, self.source.size, self.source.size)
-        return self.renderer(self.source.read(images), view, params)
+        size = self.source.size
+        views = [(view.resolved(size), number) for view, number in views]
+        params = [view.sample(self.key, epoch, numbers, number, size, size) for view, number in views]
+        pixels = self.source.read(images)
+        with self._rendering:
+            return [self.renderer(pixels, view, drawn) for (view, _), drawn in zip(views, params, strict=True)]
 
 
 def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
@@ -87,68 +102,34 @@ def epoch_batches(
         yield order[step * batch_size : (step + 1) * batch_size]
 
 
-class _End:
-    """Travels behind the last item; carries what the producer raised."""
+def prefetch(function: Callable[[S], T], items: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
+    """Yield function(item) of every item in order, computed in background threads up to `depth` ahead of the consumer.
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    What the function raises is raised in the consumer, after the good results before it. When the consumer stops early
+    (close, break, an exception), the threads end after what they are computing.
 
-
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """Compute items in a background thread, up to `depth` ahead of the consumer.
-
-    What the producer raises is raised in the consumer. When the consumer stops early (close, break, an exception), the
-    thread ends after the item that it is computing.
-
-    This pays where the consumer waits for a device. On a CPU that also trains, both sides' thread teams would wait for
-    each other's cores; make the views in the loop there.
+    This pays where the consumer waits for a device or the function for files. On a CPU that also trains, both sides'
+    thread teams would wait for each other's cores; make the views of resident images in the loop there.
 
     Args:
-        items: the iterator to run; only the thread touches it.
-        depth: how many finished items may wait, at least 1.
+        function: computes a result; two threads may be in it at once.
+        items: its arguments; taken in the consumer's thread.
+        depth: how many results may wait or be in the making, at least 1.
+        threads: how many are computed at once: a second one decodes the files of the next batch while the first
+            renders views.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
-    return _prefetched(items, depth)
+    if depth < 1 or threads < 1:
+        raise ValueError(f"depth and threads must be at least 1, got {depth} and {threads}")
+    return _prefetched(function, iter(items), depth, threads)
 
 
-def _prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
-    ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-    stopped = threading.Event()
-    # One permit per item that is being computed or waits; the consumer gives it back when it takes the item.
-    room = threading.Semaphore(depth)
-
-    def produce() -> None:
-        iterator = iter(items)
-        end = _End()
-        try:
-            while True:
-                room.acquire()
-                if stopped.is_set():
-                    break
-                try:
-                    ready.put(next(iterator))
-                except StopIteration:
-                    break
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
-        except BaseException as error:
-            end = _End(error)
-        ready.put(end)
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
+def _prefetched(function: Callable[[S], T], items: Iterator[S], depth: int, threads: int) -> Iterator[T]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
-            room.release()
-            yield item
+        coming = deque(pool.submit(function, item) for item in islice(items, depth))
+        while coming:
+            result = coming.popleft().result()
+            coming.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
     finally:
-        stopped.set()
-        room.release()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -1,26 +1,20 @@
-"""Sources: numbered square uint8 images with a name each, from memory or from files."""
+"""Sources: numbered square uint8 images with a name each. Those in memory are here, those in files in `files`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import decode, square, to_rgb
+from .decode import square, to_rgb
 from .errors import DataError
 
-#: A set of images that takes no more bytes than this is decoded once and kept.
-MEMORY_BUDGET = 4 << 30
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+if TYPE_CHECKING:
+    from .files import ImageFiles
 
 
 @runtime_checkable
@@ -32,8 +26,9 @@ class Source(Protocol):
             ``digits/train/0012``.
         labels: (N,) int64 class numbers, or None. Used to report, never to train.
         class_names: name of each class, or None.
-        size: side of the stored square images in pixels.
-        resident: whether the images lie in memory, so that reading decodes nothing.
+        size: side of the square images in pixels.
+        resident: whether the images are kept in memory, so that reading decodes nothing.
+        files: the encoded files, for a renderer that decodes them itself; None where there are none.
         skipped: (path, reason) of the files left out as unreadable.
     """
 
@@ -41,17 +36,41 @@ class Source(Protocol):
     labels: Tensor | None
     class_names: list[str] | None
     size: int
-    resident: bool
     skipped: list[tuple[str, str]]
+
+    @property
+    def resident(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def files(self) -> ImageFiles | None:
+        """See above."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8 on the CPU."""
+        """Return the images of (n,) int64 indices, which are on the CPU, as (n, size, size, 3) uint8.
+
+        They come on the device where they are kept; what is decoded comes on the CPU. Threads may read side by side.
+        """
+        ...
+
+    def keep_on(self, device: torch.device) -> None:
+        """Move the images that are kept to a device; nothing happens where none are kept."""
         ...
 
 
-def _check_annotations(n: int, labels: Tensor | None, paths: Sequence[str]) -> None:
+def take_rows(images: Tensor, indices: Tensor) -> Tensor:
+    """Select rows (n,) int64, given on the CPU, of a tensor on any device; the host does not wait for a GPU."""
+    if images.is_cuda:
+        indices = indices.pin_memory().to(images.device, non_blocking=True)
+    return images.index_select(0, indices)
+
+
+def check_annotations(n: int, labels: Tensor | None, paths: Sequence[str]) -> None:
+    """Raise DataError unless there is a label, if any, and a path for each of n images."""
     if labels is not None and (labels.shape != (n,) or labels.dtype != torch.int64):
         raise DataError(f"labels must be ({n},) int64, one per image, got {tuple(labels.shape)} {labels.dtype}")
     if len(paths) != n:
@@ -73,6 +92,7 @@ class TensorSource:
     """
 
     resident = True
+    files = None
 
     def __init__(
         self,
@@ -97,14 +117,18 @@ class TensorSource:
         self.class_names = None if class_names is None else list(class_names)
         self.size = images.shape[1]
         self.skipped: list[tuple[str, str]] = []
-        _check_annotations(len(images), labels, self.paths)
+        check_annotations(len(images), labels, self.paths)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.paths)
 
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8."""
-        return self.images.index_select(0, indices).expand(-1, -1, -1, 3).contiguous()
+        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8, on the device where they are kept."""
+        return take_rows(self.images, indices).expand(-1, -1, -1, 3).contiguous()
+
+    def keep_on(self, device: torch.device) -> None:
+        """Move the images to a device."""
+        self.images = self.images.to(device)
 
 
 def _square_batch(images: Tensor, size: int | None) -> Tensor:
@@ -123,131 +147,6 @@ def _square_batch(images: Tensor, size: int | None) -> Tensor:
     return resized
 
 
-class FileSource:
-    """Images in files, decoded with PIL in a thread pool.
-
-    Sets that fit the memory budget are decoded once, here, and kept. Of larger sets every file's header is read here
-    and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image that
-    fails in mid-training can no longer be left out without renumbering the others.
-
-    Args:
-        files: the image files.
-        labels: (N,) int64 or None.
-        size: side of the square images.
-        root: the folder that `paths` are relative to; by default the files are named as given.
-        class_names: name of each class.
-        on_error: "raise", or "skip" to list unreadable files in `skipped` and leave them out.
-        workers: decoding threads; by default the number of cores, at most 16.
-        memory_budget: bytes up to which the decoded images are kept.
-
-    Raises:
-        DataError: for an unreadable file with ``on_error="raise"``, or where no readable file remains.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str | Path],
-        labels: Tensor | None,
-        size: int,
-        *,
-        root: str | Path | None = None,
-        class_names: Sequence[str] | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        workers: int | None = None,
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> None:
-        if not files:
-            raise DataError("files must name at least one image, got none")
-        names = [Path(f).relative_to(root).as_posix() if root is not None else str(f) for f in files]
-        _check_annotations(len(files), labels, names)
-        self.size = size
-        self.class_names = None if class_names is None else list(class_names)
-        self.skipped: list[tuple[str, str]] = []
-        self.resident = len(files) * size * size * 3 <= memory_budget
-        self._workers = workers or min(16, os.cpu_count() or 1)
-        self._files = [str(f) for f in files]
-        self._images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if self.resident else None
-        self._pool: ThreadPoolExecutor | None = None
-
-        kept = self._check_all(names, on_error, decode_all=self.resident or on_error == "skip")
-        if len(kept) < len(names):
-            keep = torch.tensor(kept, dtype=torch.int64)
-            self._files = [self._files[i] for i in kept]
-            names = [names[i] for i in kept]
-            labels = None if labels is None else labels[keep]
-            self._images = None if self._images is None else self._images[keep]
-        self.paths = names
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def _check_all(self, names: list[str], on_error: str, decode_all: bool) -> list[int]:
-        """Decode every file, or only read its header; return the numbers of the good ones."""
-        images = None if self._images is None else self._images.numpy()
-
-        def check(i: int) -> str | None:
-            try:
-                if decode_all:
-                    pixels = decode(self._files[i], self.size)
-                    if images is not None:
-                        images[i] = pixels
-                else:
-                    with Image.open(self._files[i]):
-                        pass
-            except Exception as error:  # PIL's plugins raise OSError, ValueError, SyntaxError, struct.error and more
-                return f"{type(error).__name__}: {error}"
-            return None
-
-        kept = []
-        for i, reason in enumerate(parallel_map(check, range(len(names)), self._workers)):
-            if reason is None:
-                kept.append(i)
-            elif on_error == "skip":
-                self.skipped.append((names[i], reason))
-            else:
-                raise DataError(f"cannot read image {self._files[i]}: {reason}. {_SKIP_ADVICE}")
-        if not kept:
-            raise DataError(f"none of the {len(names)} image files could be read; the first: {self.skipped[0]}")
-        return kept
-
-    def read(self, indices: Tensor) -> Tensor:
-        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8.
-
-        Raises:
-            DataError: for a file that can no longer be read.
-        """
-        if self._images is not None:
-            return self._images.index_select(0, indices)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        batch = torch.empty((len(indices), self.size, self.size, 3), dtype=torch.uint8)
-        pixels = batch.numpy()
-
-        def fill(row: int, index: int) -> None:
-            try:
-                pixels[row] = decode(self._files[index], self.size)
-            except Exception as error:
-                raise DataError(
-                    f"cannot read image {self._files[index]}: {type(error).__name__}: {error}. {_SKIP_ADVICE}"
-                ) from error
-
-        for future in [self._pool.submit(fill, row, index) for row, index in enumerate(indices.tolist())]:
-            future.result()
-        return batch
-
-
-_SKIP_ADVICE = "Remove or repair the file, or set data.on_error=skip to leave unreadable images out."
-
-
-def parallel_map(function: Callable[[_In], _Out], items: Sequence[_In], workers: int) -> Iterator[_Out]:
-    """Apply a function in threads; results in order. A failure cancels what has not begun."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        step = 256 * workers
-        for start in range(0, len(items), step):
-            yield from list(pool.map(function, items[start : start + step]))
-
-
 class SubsetSource:
     """Some images of another source, in the given order."""
 
@@ -259,6 +158,7 @@ class SubsetSource:
         self.class_names = source.class_names
         self.size = source.size
         self.resident = source.resident
+        self.files = None if source.files is None else source.files.take(indices)
         self.skipped = source.skipped
 
     def __len__(self) -> int:
@@ -267,6 +167,10 @@ class SubsetSource:
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8."""
         return self.source.read(self.indices[indices])
+
+    def keep_on(self, device: torch.device) -> None:
+        """Move the images of the whole source, where they are kept, to a device."""
+        self.source.keep_on(device)
 
 
 def _item_array(item: Any, number: int) -> tuple[np.ndarray, Any]:
@@ -305,16 +209,18 @@ def dataset_source(dataset: Any, size: int | None = None) -> TensorSource:
     n = len(dataset)
     if n == 0:
         raise DataError("the dataset must not be empty")
-    arrays, labels = [], []
+    images, labels = torch.empty(0, dtype=torch.uint8), []
     for i in range(n):
         array, label = _item_array(dataset[i], i)
-        size = size or min(array.shape[:2])
-        arrays.append(square(Image.fromarray(array), size))
+        if i == 0:
+            size = size or min(array.shape[:2])
+            images = torch.empty((n, size, size, 3), dtype=torch.uint8)
+        images[i] = torch.from_numpy(square(Image.fromarray(array), images.shape[1]))
         labels.append(label)
     known = all(isinstance(x, (int, np.integer)) or (isinstance(x, Tensor) and x.ndim == 0) for x in labels)
     class_names = getattr(dataset, "classes", None)
     return TensorSource(
-        torch.from_numpy(np.stack(arrays)),
+        images,
         torch.tensor([int(x) for x in labels]) if known else None,
         class_names=[str(c) for c in class_names] if known and class_names is not None else None,
     )

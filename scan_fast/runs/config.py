@@ -242,8 +242,12 @@ def merge(base: Any, change: Any) -> Any:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return ``key: old -> new`` for every difference that would make ``new`` another experiment."""
-    before, after = (dict(_flatten(c.model_dump(mode="json", exclude={"runtime"}))) for c in (old, new))
+    """Return ``key: old -> new`` for every difference that would make ``new`` another experiment.
+
+    The machine's part may change: ``runtime.*``, where the images are kept and how many threads decode them.
+    """
+    free: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
+    before, after = (dict(_flatten(c.model_dump(mode="json", exclude=free))) for c in (old, new))
     return [
         f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
         for key in {**before, **after}

@@ -14,6 +14,7 @@ from ..data.datasets import Splits, open_splits
 from ..data.loader import Renderer, ViewMaker
 from ..data.random import stream_key
 from ..data.render import make_renderer
+from ..data.residency import move_to_device
 from ..data.sources import Source
 from ..data.views import PlainView, View
 from ..models.backbones import ModelConfig
@@ -126,6 +127,11 @@ def open_context(config: Config, run: RunFolder, events: Events, splits: Splits 
         config.precision, torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     splits = splits if splits is not None else open_splits(config.data)
+    sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
+    if move_to_device(sources, config.data.resident, device):
+        events.say(f"images: kept on {device}")
+    elif not all(source.resident for source in sources):
+        events.say("images: decoded from their files at each use (data.resident)")
     context = Context(config, run, events, splits, device, precision, make_renderer(config.data, splits, device))
     check_sizes(context)
     return context

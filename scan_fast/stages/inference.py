@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..data.loader import ViewMaker
+from ..data.loader import ViewMaker, prefetch
 from ..data.sources import Source
 from ..data.views import View
 from .context import Context
@@ -45,13 +45,14 @@ def forward_views(
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    results = []
-    n = len(views.source)
+    rows = torch.arange(len(views.source)).split(batch_size)
+
+    def images_of(indices: Tensor) -> Tensor:
+        return views(view, indices, epoch=0, view_index=0)
+
     with precision or nullcontext():
-        for start in range(0, n, batch_size):
-            indices = torch.arange(start, min(start + batch_size, n))
-            images = views(view, indices, epoch=0, view_index=0)
-            results.append(function(images).float().cpu())
+        batches = map(images_of, rows) if views.source.resident else prefetch(images_of, rows)
+        results = [function(images).float().cpu() for images in batches]
     for module, mode in modes:
         module.training = mode
     return torch.cat(results, dim=-2)

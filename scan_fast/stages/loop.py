@@ -34,7 +34,7 @@ class Stage(ABC, Generic[Batch]):
         model: the network; all of it is checkpointed.
         training: epochs, batch size, optimiser, schedule.
         n_images: images per epoch.
-        background: whether batches are prepared in a background thread (where reading images takes time).
+        background: whether batches are prepared in background threads (where reading images takes time).
     """
 
     name: str
@@ -158,8 +158,11 @@ def train(stage: Stage[Any], context: Context) -> float:
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
     orders = epoch_batches(key, epoch, stage.n_images, stage.training.batch_size, start_step=start_step)
-    batches = ((stage.batch(epoch, indices), len(indices)) for indices in orders)
-    return prefetch(batches) if stage.background else batches
+
+    def prepare(indices: Tensor) -> tuple[Any, int]:
+        return stage.batch(epoch, indices), len(indices)
+
+    return prefetch(prepare, orders) if stage.background else map(prepare, orders)
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

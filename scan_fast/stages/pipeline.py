@@ -129,7 +129,7 @@ def make_report(context: Context) -> None:
     """Write report.html."""
 
     def images(split: str, rows: list[int]) -> list[Image.Image]:
-        return [Image.fromarray(array.numpy()) for array in splits_of(context)[split].read(torch.tensor(rows))]
+        return [Image.fromarray(array.numpy()) for array in splits_of(context)[split].read(torch.tensor(rows)).cpu()]
 
     write_report(context.run.path, images, title=context.config.name)
 

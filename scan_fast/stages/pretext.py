@@ -43,7 +43,7 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render two views of each image, each (B, 3, S, S)."""
-        first, second = (self._views(self._view, indices, epoch=epoch, view_index=v) for v in (0, 1))
+        first, second = self._views.several([(self._view, 0), (self._view, 1)], indices, epoch=epoch)
         return first, second
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

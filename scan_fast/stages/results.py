@@ -19,6 +19,8 @@ from .context import Context
 from .inference import forward_all
 
 MODEL_FORMAT = 1
+#: k-means on pixels is a baseline of sets whose training images take no more bytes than this as float32.
+MOST_PIXELS = 4 << 30
 PREDICTION_COLUMNS = ("path", "cluster", "confidence", "margin")
 
 
@@ -128,14 +130,14 @@ def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[s
 def baselines(context: Context) -> dict[str, dict[str, float]]:
     """Return the test metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
-    Empty without labels.
+    Empty without labels; without the pixels where there are too many of them.
     """
     train, test = context.splits.train, context.splits.test
     if test.labels is None or context.n_classes is None:
         return {}
     seeds = range(context.config.evaluation.baseline_seeds)
     inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    if train.resident and test.resident:
+    if 12 * train.size**2 * len(train) <= MOST_PIXELS:
         inputs["kmeans_pixels"] = (_pixels(train), _pixels(test))
     if context.run.has("embeddings.npz"):
         embeddings = context.run.arrays("embeddings.npz")
@@ -152,5 +154,7 @@ def baselines(context: Context) -> dict[str, dict[str, float]]:
 
 
 def _pixels(source: Source) -> np.ndarray:
-    images = source.read(torch.arange(len(source)))
-    return images.flatten(1).numpy().astype(np.float32)
+    pixels = np.empty((len(source), 3 * source.size**2), dtype=np.float32)
+    for rows in torch.arange(len(source)).split(1024):
+        pixels[rows.numpy()] = source.read(rows).flatten(1).cpu().numpy()
+    return pixels

@@ -54,8 +54,7 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render the weak view, which gives the label, and the strong view, which learns it."""
-        weak = self._views(self._weak, indices, epoch=epoch, view_index=0)
-        strong = self._views(self._strong, indices, epoch=epoch, view_index=1)
+        weak, strong = self._views.several([(self._weak, 0), (self._strong, 1)], indices, epoch=epoch)
         return weak, strong
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -53,8 +53,8 @@ def test_wrong_steps_and_sizes_are_refused() -> None:
         steps_per_epoch(10, 0)
     with pytest.raises(ValueError, match="start_step must not be negative"):
         next(epoch_batches(KEY, 0, 10, 2, start_step=-1))
-    with pytest.raises(ValueError, match="depth must be at least 1"):
-        prefetch(iter([1]), 0)
+    with pytest.raises(ValueError, match="depth and threads must be at least 1"):
+        prefetch(abs, [1], depth=0)
 
 
 def test_view_maker_draws_by_sample_and_shows_the_image() -> None:
@@ -77,71 +77,78 @@ def test_view_maker_draws_by_sample_and_shows_the_image() -> None:
     assert torch.equal(first, again(SimCLRView(), images, epoch=0, view_index=0))
 
 
+def test_several_views_are_those_that_are_made_alone() -> None:
+    """And every image is read once for all of them."""
+
+    class Counting(TensorSource):
+        reads = 0
+
+        def read(self, indices: torch.Tensor) -> torch.Tensor:
+            self.reads += 1
+            return super().read(indices)
+
+    source = Counting(varied(12, 16, 16))
+    make = ViewMaker(source, TorchRenderer((0.5,) * 3, (0.25,) * 3, "cpu"), seed=1, stage="pretext")
+    images, samples = torch.tensor([4, 9, 4]), torch.tensor([7, 8, 9])
+    views = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
+    together = make.several(views, images, epoch=3, samples=samples)
+    assert source.reads == 1 and [view.shape[-1] for view in together] == [16, 16, 8]
+    for (view, number), got in zip(views, together, strict=True):
+        assert torch.equal(got, make(view, images, epoch=3, view_index=number, samples=samples))
+
+
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_keeps_the_order_and_the_limit(depth: int) -> None:
-    made: list[int] = []
+@pytest.mark.parametrize(("depth", "threads"), [(1, 1), (3, 2), (2, 4)])
+def test_prefetch_keeps_the_order_and_the_limit(depth: int, threads: int) -> None:
+    begun: list[int] = []
 
-    def items() -> Iterator[int]:
-        for i in range(20):
-            made.append(i)
-            yield i
+    def square(i: int) -> int:
+        begun.append(i)
+        time.sleep(0.004 * (i % 3 == 0))  # so that the second thread overtakes the first
+        return i * i
 
     taken = []
-    for item in prefetch(items(), depth):
-        taken.append(item)
+    for result in prefetch(square, range(20), depth=depth, threads=threads):
+        taken.append(result)
         time.sleep(0.002)
-        assert len(made) <= len(taken) + depth
-    assert taken == list(range(20))
+        assert len(begun) <= len(taken) + depth
+    assert taken == [i * i for i in range(20)]
     assert not prefetch_threads()
 
 
 def test_prefetch_raises_in_the_consumer_after_the_good_items() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise KeyError("broken")
+    def fragile(i: int) -> int:
+        if i == 2:
+            raise KeyError("broken")
+        return i
 
     taken = []
     with pytest.raises(KeyError, match="broken"):
-        for item in prefetch(items()):
+        for item in prefetch(fragile, range(5)):
             taken.append(item)
-    assert taken == [1, 2]
+    assert taken == [0, 1]
     assert not prefetch_threads()
 
 
-def test_prefetch_ends_its_thread_and_closes_its_items_when_the_consumer_stops() -> None:
-    closed = threading.Event()
-
-    def endless() -> Iterator[int]:
-        try:
-            i = 0
-            while True:
-                yield i
-                i += 1
-        finally:
-            closed.set()
-
-    stream = prefetch(endless())
+def test_prefetch_ends_its_threads_when_the_consumer_stops() -> None:
+    stream = prefetch(abs, itertools.count())
     assert [next(stream), next(stream)] == [0, 1]
     stream.close()
-    assert closed.wait(5)
     assert not prefetch_threads()
 
 
-def test_prefetch_runs_ahead_of_the_consumer() -> None:
-    """The second item is being made while the first is in use."""
-    started = threading.Event()
+def test_prefetch_runs_ahead_and_side_by_side() -> None:
+    """While the first result is in use the next two are being made, at the same time."""
+    together = threading.Barrier(2)
 
-    def items() -> Iterator[int]:
-        yield 0
-        started.set()
-        yield 1
+    def meet(i: int) -> int:
+        if i:
+            together.wait(5)
+        return i
 
-    stream = prefetch(items(), 1)
+    stream = prefetch(meet, range(3), depth=2, threads=2)
     assert next(stream) == 0
-    assert started.wait(5)
-    assert list(stream) == [1]
+    assert list(stream) == [1, 2]

@@ -9,8 +9,8 @@ from images import varied
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataError, FileSource, Source, SubsetSource, TensorSource, source_from
-from scan_fast.data.decode import decode
+from scan_fast.data import DataConfig, DataError, FileSource, Source, SubsetSource, TensorSource, source_from
+from scan_fast.data import decode as decoding
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
@@ -20,9 +20,19 @@ def save(path: Path, array: np.ndarray, mode: str | None = None, **options: obje
     return path
 
 
-def pictures(folder: Path, n: int, size: int = 12) -> list[Path]:
+def pictures(folder: Path, n: int, size: int = 12) -> list[str]:
+    """Write images 000.png and so on, and return their names."""
     images = varied(n, size, size).numpy()
-    return [save(folder / f"{i:03d}.png", image) for i, image in enumerate(images)]
+    return [save(folder / f"{i:03d}.png", image).name for i, image in enumerate(images)]
+
+
+def cut(path: Path, length: int) -> None:
+    """Cut a file to its first bytes, or by its last ones."""
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def decode(path: Path, size: int) -> np.ndarray:
+    return decoding.decode(path, size)[1]
 
 
 @pytest.mark.parametrize("shape", [(6, 10, 10, 3), (6, 10, 10, 1), (6, 10, 10)])
@@ -67,26 +77,26 @@ def test_annotations_of_another_length_are_refused() -> None:
         TensorSource(images, None, ["a"])
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_file_source_reads_files_in_any_order(tmp_path: Path, budget: int) -> None:
-    files = pictures(tmp_path / "a b", 7)
-    source = FileSource(files, torch.arange(7), 12, root=tmp_path, memory_budget=budget, workers=2)
-    assert source.resident == (budget > 0)
+@pytest.mark.parametrize("resident", [False, True])
+def test_file_source_reads_files_in_any_order(tmp_path: Path, resident: bool) -> None:
+    files = [f"a b/{name}" for name in pictures(tmp_path / "a b", 7)]
+    source = FileSource(files, torch.arange(7), 12, root=tmp_path, resident=resident, workers=2)
+    assert source.resident == resident
     assert source.paths[3] == "a b/003.png"
     order = torch.tensor([6, 0, 6, 2])
     assert torch.equal(source.read(order), varied(7, 12, 12)[order])
     assert source.read(order[:0]).shape == (0, 12, 12, 3)
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_a_broken_file_is_named_or_skipped(tmp_path: Path, budget: int) -> None:
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> None:
     files = pictures(tmp_path, 5)
-    files[1].write_bytes(files[1].read_bytes()[:30])
-    files[3].write_bytes(b"")
+    cut(tmp_path / files[1], 30)
+    cut(tmp_path / files[3], 0)
     labels = torch.tensor([5, 6, 7, 8, 9])
     with pytest.raises(DataError, match=r"001\.png.*data\.on_error=skip"):
-        FileSource(files, labels, 12, memory_budget=budget)
-    source = FileSource(files, labels, 12, root=tmp_path, on_error="skip", memory_budget=budget)
+        FileSource(files, labels, 12, root=tmp_path, resident=resident)
+    source = FileSource(files, labels, 12, root=tmp_path, on_error="skip", resident=resident)
     assert source.paths == ["000.png", "002.png", "004.png"]
     assert source.labels is not None and source.labels.tolist() == [5, 7, 9]
     assert [path for path, _ in source.skipped] == ["001.png", "003.png"]
@@ -94,19 +104,19 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, budget: int) -> None:
     assert torch.equal(source.read(torch.arange(3)), varied(5, 12, 12)[[0, 2, 4]])
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, budget: int) -> None:
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resident: bool) -> None:
     """Its header is fine, so only decoding shows it; with skip that is done up front even for sets read on demand."""
     files = pictures(tmp_path, 3, size=64)
-    files[2].write_bytes(files[2].read_bytes()[:-2000])
-    source = FileSource(files, None, 64, on_error="skip", memory_budget=budget)
+    cut(tmp_path / files[2], -2000)
+    source = FileSource(files, None, 64, root=tmp_path, on_error="skip", resident=resident)
     assert len(source) == 2 and len(source.skipped) == 1
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
     files = pictures(tmp_path, 3)
-    source = FileSource(files, None, 12, memory_budget=0)
-    files[2].unlink()
+    source = FileSource(files, None, 12, root=tmp_path, resident=False)
+    (tmp_path / files[2]).unlink()
     with pytest.raises(DataError, match=r"cannot read image .*002\.png"):
         source.read(torch.arange(3))
 
@@ -243,9 +253,9 @@ def test_source_from_arrays_files_and_folders(tmp_path: Path) -> None:
     assert torch.equal(source_from(images.numpy()).read(torch.arange(6)), images)
     assert torch.equal(source_from(images).read(torch.arange(6)), images)
     files = [save(tmp_path / "xy"[i % 2] / f"{i}.png", image) for i, image in enumerate(images.numpy())]
-    from_list = source_from([str(f) for f in files], size=33)
+    from_list = source_from([str(f) for f in files], DataConfig(image_size=33))
     assert torch.equal(from_list.read(torch.arange(6)), images) and from_list.labels is None
-    folder = source_from(tmp_path, size=33)
+    folder = source_from(tmp_path, DataConfig(image_size=33))
     assert folder.class_names == ["x", "y"] and folder.paths[0] == "x/0.png"
     # The folder's own default: 33 pixels are stored as 32.
     assert source_from(str(tmp_path)).size == 32

@@ -15,7 +15,7 @@ from driving import TINY, assignments, contents, fill, results, run_here, summar
 
 import scan_fast
 from scan_fast.cli import split_overrides
-from scan_fast.data.datasets import open_splits, source_from
+from scan_fast.data.datasets import DataConfig, open_splits, source_from
 from scan_fast.predictor import Predictor
 
 
@@ -30,7 +30,7 @@ def test_predict_writes_a_row_for_each_image(finished_run: Path, images: Path, t
     assert [row["path"] for row in table] == [f"{number:03d}.png" for number in range(36)]
     assert set(table[0]) == {"path", "cluster", "confidence", "margin"}
     predictor = Predictor.load(finished_run)
-    expected = predictor.probabilities(source_from(images, size=predictor.size))
+    expected = predictor.probabilities(source_from(images, DataConfig(image_size=predictor.size)))
     for row, probabilities in zip(table, expected, strict=True):
         top = probabilities.sort(descending=True).values
         assert int(row["cluster"]) == int(probabilities.argmax())

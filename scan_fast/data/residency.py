@@ -1,0 +1,97 @@
+"""Where the images of a run are kept: on the host, on the GPU, or nowhere but in their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .errors import DataError
+from .sources import Source, SubsetSource
+
+#: The value of ``data.resident``.
+Resident = Literal["auto", "host", "device", "off"]
+
+#: What the images may take, at most, of the memory that is free when they are opened.
+HOST_SHARE = 1 / 2
+DEVICE_SHARE = 1 / 4
+
+
+def image_bytes(n: int, size: int) -> int:
+    """Return the bytes of n square RGB images."""
+    return n * size * size * 3
+
+
+def kept_on_host(resident: Resident, size_in_bytes: int) -> bool:
+    """Return whether images in files are decoded once and kept; ``auto`` where half of the free memory holds them.
+
+    Images for the GPU pass through the host.
+    """
+    return resident in ("host", "device") or (resident == "auto" and size_in_bytes <= HOST_SHARE * free_memory())
+
+
+def move_to_device(sources: Sequence[Source], resident: Resident, device: torch.device) -> bool:
+    """Move the images that are kept to a run's device where they are to be, and return whether they are there.
+
+    ``auto`` moves them to a GPU of which a quarter of the free memory holds them all.
+
+    Raises:
+        DataError: for ``device`` where the run's device is no GPU.
+    """
+    if resident == "device" and device.type != "cuda":
+        raise DataError(f"data.resident=device needs a CUDA device, this run is on {device}; use auto, host or off")
+    owners = {id(owner): owner for owner in map(_owner, sources) if owner.resident}
+    if device.type != "cuda" or resident in ("host", "off") or not owners:
+        return False
+    total = sum(image_bytes(len(owner), owner.size) for owner in owners.values())
+    if resident == "auto" and total > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return False
+    for owner in owners.values():
+        owner.keep_on(device)
+    return True
+
+
+def _owner(source: Source) -> Source:
+    while isinstance(source, SubsetSource):
+        source = source.source
+    return source
+
+
+def free_memory() -> int:
+    """Return the bytes of host memory that this process may still take: of the machine and of its control group."""
+    free = _machine_memory()
+    for limit, used, cache in _CONTROL_GROUP_FILES:
+        try:
+            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
+            fields = dict(line.split() for line in Path(cache).read_text().splitlines())
+        except (OSError, ValueError):  # no control groups, or "max"
+            continue
+        # Cached pages of files are given back on demand.
+        free = min(free, max(0, most - now + int(fields.get("inactive_file", 0))))
+    return free
+
+
+_CONTROL_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def _machine_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:  # macOS says only how much there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30

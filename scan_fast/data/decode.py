@@ -12,28 +12,11 @@ from PIL import Image, ImageOps
 
 #: A file with another suffix is no image.
 IMAGE_SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "jp2",
-        "png",
-        "apng",
-        "bmp",
-        "gif",
-        "webp",
-        "avif",
-        "heic",
-        "heif",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-    ]
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"),
+        *(".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    }
 )
 
 _EXIF_ORIENTATION = 0x0112

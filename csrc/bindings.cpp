@@ -9,6 +9,7 @@
 #include "augment/augment_op.h"
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
+#include "common/large_buffers.h"
 #include "scan_loss/scan_loss_op.h"
 #include "self_label/self_label_op.h"
 
@@ -65,6 +66,8 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
+  module.def("pooled_bytes", &scan_fast::pooled_bytes, "Bytes of large CPU results that wait for reuse.");
+  module.def("release_pooled", &scan_fast::release_pooled, "Gives them back to the system.");
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
              py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
   module.def("augment", &scan_fast::augment, "See csrc/augment/augment_op.h.", py::arg("images"), py::arg("indices"),

@@ -5,6 +5,7 @@
 #include "augment/augment_op.h"
 
 #include "augment/augment.h"
+#include "common/large_buffers.h"
 #include "common/op_utils.h"
 
 namespace scan_fast {
@@ -103,7 +104,7 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
     batch.shift[c] = static_cast<float>(shift[c]);
   }
   check_recipes(batch);
-  at::Tensor out = at::empty({batch.count, size, size, 3}, pixels.options().dtype(dtype));
+  at::Tensor out = empty_large({batch.count, size, size, 3}, pixels.options().dtype(dtype));
   batch.out = out.data_ptr();
   if (batch.count > 0) {
 #ifdef SCAN_FAST_WITH_CUDA

@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "common/large_buffers.h"
 #include "nt_xent/nt_xent.h"
 
 namespace scan_fast {
@@ -60,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& z0, const T
   const NTXentProblem problem = forward_problem(z0, z1, temperature, both_anchors, sample_begin, sample_count);
   const Tensor x0 = z0.to(torch::kFloat).contiguous(), x1 = z1.to(torch::kFloat).contiguous();
   const auto options = x0.options().requires_grad(false);
-  Tensor unit = torch::empty({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
+  Tensor unit = empty_large({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
   Tensor losses = torch::empty({problem.local_anchors()}, options), lse = torch::empty_like(losses);
   nt_xent_normalize_cpu(problem, x0.const_data_ptr<float>(), x1.const_data_ptr<float>(), unit.data_ptr<float>(),
                         inv_norm.data_ptr<float>());
@@ -75,8 +76,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_losses, const Tensor&
                                         torch::ScalarType dtype) {
   const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
                                             sample_begin, sample_count);
-  Tensor grad_z0 = torch::empty({sample_count, in.problem.dim}, in.unit.options());
-  Tensor grad_z1 = torch::empty_like(grad_z0);
+  Tensor grad_z0 = empty_large({sample_count, in.problem.dim}, in.unit.options());
+  Tensor grad_z1 = empty_large(grad_z0.sizes(), in.unit.options());
   nt_xent_backward_cpu(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
                        in.grad_losses.const_data_ptr<float>(), reduced_precision(), grad_z0.data_ptr<float>(),

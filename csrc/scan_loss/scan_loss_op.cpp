@@ -10,6 +10,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "common/large_buffers.h"
 #include "common/op_utils.h"
 #include "scan_loss/scan_loss.h"
 
@@ -134,8 +135,8 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
                         row_stats.numel() == shape.heads * shape.rows * kScanLossRowStats && row_stats.is_contiguous(),
                     "mean_prob and row_stats must be what scan_loss_forward returned for these logits");
   const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
-  at::Tensor grad_anchors = at::empty(anchors.sizes(), anchors.options());
-  at::Tensor grad_neighbors = at::empty(anchors.sizes(), anchors.options());
+  at::Tensor grad_anchors = empty_large(anchors.sizes(), anchors.options());
+  at::Tensor grad_neighbors = empty_large(anchors.sizes(), anchors.options());
   at::Tensor holders[3];
   const ScanLossBackward arguments{gradient_pointer(grad_total, holders[0]),
                                    gradient_pointer(grad_consistency, holders[1]),

@@ -6,6 +6,7 @@
 
 #include <limits>
 
+#include "common/large_buffers.h"
 #include "common/op_utils.h"
 #include "self_label/self_label.h"
 
@@ -118,7 +119,7 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
                         row_stats.numel() == shape.rows * kSelfLabelRowStats && row_stats.is_contiguous(),
                     "target, row_weight and row_stats must be what self_label_forward returned for these logits");
   const auto s = strong.expect_contiguous();
-  at::Tensor grad_strong = at::empty(strong.sizes(), strong.options()), holder;
+  at::Tensor grad_strong = empty_large(strong.sizes(), strong.options()), holder;
   const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),
                                     target.const_data_ptr<int32_t>(),        row_weight.const_data_ptr<float>(),
                                     row_stats.const_data_ptr<float>(),       grad_strong.data_ptr()};

@@ -1,0 +1,125 @@
+#include "common/large_buffers.h"
+
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace scan_fast {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Buffer {
+  void* pointer;
+  size_t bytes;
+};
+
+class Pool {
+ public:
+  // Never destroyed: tensors may outlive every static object.
+  static Pool& instance() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+
+  Buffer* take(size_t wanted) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      // The latest that fits without wasting more than a quarter; its pages are the likeliest to be in the cache.
+      for (auto it = waiting_.begin(); it != waiting_.end(); ++it) {
+        if ((*it)->bytes < wanted || (*it)->bytes > wanted + wanted / 4 + kHugePage) continue;
+        Buffer* found = *it;
+        waiting_.erase(it);
+        waiting_bytes_ -= found->bytes;
+        return found;
+      }
+    }
+    const size_t bytes = (wanted + kHugePage - 1) / kHugePage * kHugePage;
+    void* pointer = std::aligned_alloc(kHugePage, bytes);
+    if (pointer == nullptr) {
+      release();
+      pointer = std::aligned_alloc(kHugePage, bytes);
+      TORCH_CHECK_WITH(OutOfMemoryError, pointer != nullptr, "scan_fast could not allocate ", bytes, " bytes");
+    }
+#ifdef __linux__
+    (void)madvise(pointer, bytes, MADV_HUGEPAGE);  // a hint: where it is refused, ordinary pages serve
+#endif
+    return new Buffer{pointer, bytes};
+  }
+
+  void give(Buffer* buffer) {
+    std::list<Buffer*> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      waiting_.push_front(buffer);
+      waiting_bytes_ += buffer->bytes;
+      while (waiting_bytes_ > kPoolCapacity) {
+        waiting_bytes_ -= waiting_.back()->bytes;
+        dropped.splice(dropped.begin(), waiting_, std::prev(waiting_.end()));
+      }
+    }
+    drop(dropped);
+  }
+
+  void release() {
+    std::list<Buffer*> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      dropped.swap(waiting_);
+      waiting_bytes_ = 0;
+    }
+    drop(dropped);
+  }
+
+  size_t waiting() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return waiting_bytes_;
+  }
+
+ private:
+  static void drop(const std::list<Buffer*>& buffers) {
+    for (Buffer* buffer : buffers) {
+      std::free(buffer->pointer);
+      delete buffer;
+    }
+  }
+
+  std::mutex mutex_;
+  std::list<Buffer*> waiting_;
+  size_t waiting_bytes_ = 0;
+};
+
+class PoolAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    Buffer* buffer = Pool::instance().take(bytes);
+    return {buffer->pointer, buffer, [](void* context) { Pool::instance().give(static_cast<Buffer*>(context)); },
+            c10::Device(c10::DeviceType::CPU)};
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
+}  // namespace
+
+at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  if (!options.device().is_cpu() || bytes < kLargeBuffer) return at::empty(sizes, options);
+  static PoolAllocator allocator;
+  return at::Tensor(at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                              c10::typeMetaToScalarType(options.dtype()), std::nullopt));
+}
+
+size_t pooled_bytes() { return Pool::instance().waiting(); }
+void release_pooled() { Pool::instance().release(); }
+
+}  // namespace scan_fast

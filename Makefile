@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.scan-fast-installed
 DEV    := $(VENV)/.scan-fast-dev-installed
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
 
-.PHONY: demo test test-fast lint format bench install clean
+.PHONY: demo test test-fast lint format bench results install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -27,8 +27,11 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV)             ## short CPU benchmarks
-	$(BIN)/python -m benchmarks.end_to_end --device cpu
+bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, on the CPU
+	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120
+
+results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
+	$(BIN)/python -m benchmarks.record --device cpu $(if $(DATA),--data $(DATA))
 
 install: $(STAMP)
 

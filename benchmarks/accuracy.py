@@ -9,8 +9,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scan_fast.runs.config import find_config, load_config
+from scan_fast.stages.context import choose_device
 from scan_fast.sweep import sweep
 
 from .environment import describe
@@ -32,8 +34,9 @@ def main() -> None:
         if name != "seeds":
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
     if options.json:
-        environment = describe("cuda" if options.device == "cuda" else "cpu")
-        content = {"environment": environment, "config": config.model_dump(mode="json"), "results": results}
+        device = choose_device(options.device).type
+        content: dict[str, Any] = {"benchmark": "accuracy", "title": f"Accuracy of {config.name}", "device": device}
+        content |= {"environment": describe(device), "config": config.model_dump(mode="json"), "results": results}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -11,14 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
-    """The mean SimCLR loss over both views of (N, D) embeddings, by way of the (2N, 2N) matrix of logits."""
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float, anchors: str = "both") -> Tensor:
+    """The mean SimCLR loss of (N, D) embeddings, by way of the (2N, 2N) matrix of logits.
+
+    ``anchors="first"``: over the rows of ``z0`` alone, as the SCAN paper's code trains; the matrix is (N, 2N).
+    """
     n = z0.shape[0]
     z = F.normalize(torch.cat([z0, z1]), dim=1)
-    logits = z @ z.T / temperature
-    self_pairs = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    rows = 2 * n if anchors == "both" else n
+    logits = z[:rows] @ z.T / temperature
+    self_pairs = torch.eye(rows, 2 * n, dtype=torch.bool, device=z.device)
     logits = logits.masked_fill(self_pairs, -torch.inf)
-    target = torch.arange(2 * n, device=z.device).roll(n)
+    target = torch.arange(2 * n, device=z.device).roll(n)[:rows]
     return F.cross_entropy(logits, target)
 
 
@@ -35,11 +39,13 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> Tens
     return consistency - entropy_weight * entropy
 
 
-def self_label_loss(weak: Tensor, strong: Tensor, threshold: float) -> Tensor:
-    """Class-balanced cross-entropy on the rows whose weak prediction is confident; it needs at least one."""
+def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: bool = True) -> Tensor:
+    """Cross-entropy, class-balanced or not, on the rows whose weak prediction is confident; it needs at least one."""
     confidence, label = weak.detach().softmax(dim=1).max(dim=1)
     confident = confidence > threshold
     target = label[confident]
+    if not balance:
+        return F.cross_entropy(strong[confident], target)
     present, count = target.unique(return_counts=True)
     weight = torch.zeros(weak.shape[1], dtype=strong.dtype, device=weak.device)
     weight[present] = target.numel() / count.to(strong.dtype)

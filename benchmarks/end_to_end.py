@@ -1,79 +1,322 @@
-"""Times every stage of a short run: ``python -m benchmarks.end_to_end --device cpu``.
+"""Every stage of a run, ours against plain PyTorch written the usual way: ``python -m benchmarks.end_to_end``.
 
-The default is the digits configuration with few epochs. ``--config`` names another one, ``section.key=value`` words
-change it, so ``--config cifar10 pretext.epochs=1`` times one epoch of the real thing.
+    python -m benchmarks.end_to_end --device cpu --data FOLDER [--budget SECONDS] [--json FILE] [section.key=value ...]
+
+The images are those below ``--data``; without it, 2,000 synthetic JPEG files of 32x32 pixels are made. The settings are
+the ``paper`` preset of ``--config``, for both sides. The baseline, ``benchmarks/baseline.py``, is what the paper's era
+wrote: PIL in loader workers, contiguous float32, losses from PyTorch operations, ``.item()`` in every step.
+
+Per stage, in one process: both start from the same weights and are trained in turns, an epoch each. The first epoch is
+reported as cold (start of threads and workers, compilation, caches), the median of the others as warm. ``images/s``
+counts training images. ``of peak`` compares with the time that the network's convolutions and matrix products alone
+would need at the rate of a large matrix product, and of a large convolution, measured in this process at the
+contender's precision. The parts of a step come from steps made by hand afterwards, each part waited for; ``waiting``
+is, for ours, what an epoch takes beyond its parts, and for the baseline the time its loop waits for the workers.
+
+Before that, both make a few float32 steps on the very same rendered views, and every step's losses are compared.
+
+Mining is timed as a whole (features and neighbours), and the search alone on 50,000 x 128 against faiss.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import statistics
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
+from scan_fast.stages import pretext
 from scan_fast.stages.context import Context, open_context
-from scan_fast.stages.loop import steps_per_epoch
-from scan_fast.stages.pipeline import run_stages, stages_of
+from scan_fast.stages.loop import steps_per_epoch, train
+from scan_fast.stages.mining import run_mining
 
+from . import baseline, neighbors
+from .ceilings import measure_ceilings, measure_convolution
 from .environment import describe
+from .harness import QUICK, Effort, human_seconds, run_family
+from .stage_pairs import (
+    Images,
+    Pair,
+    baseline_parts,
+    compare_losses,
+    default_workers,
+    largest_difference,
+    make_pair,
+    open_images,
+    our_parts,
+    training_flops,
+    write_images,
+)
 
-SHORT = ("pretext.epochs=5", "pretext.monitor_every=0", "clustering.epochs=5", "selflabel.epochs=5")
+SYNTHETIC_IMAGES = 2000
+STAGES = ("pretext", "mining", "clustering", "selflabel")
+SEARCH = "50000x128x20"
+PARTS = ("views", "forward", "loss", "backward", "optimiser", "waiting")
 
 
-def views_per_stage(context: Context, config: Config) -> dict[str, int]:
-    """Return how many views pass the network in the training of each stage (two per image in each)."""
-    splits = context.splits
-    stages: dict[str, Any] = {
-        "pretext": (config.pretext, len(splits.pretext or splits.train)),
-        "clustering": (config.clustering, len(splits.train)),
-        "selflabel": (config.selflabel, len(splits.train)),
+class Enough(Exception):
+    """Ends our training loop when the measurement has what it needs."""
+
+
+@dataclass
+class Clock:
+    """Wall and processor seconds of this process and of the loader workers that have ended."""
+
+    device: torch.device
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    began: tuple[float, float] = (0.0, 0.0)
+
+    def start(self) -> None:
+        self.began = self._now()
+
+    def stop(self) -> None:
+        wall, cpu = self._now()
+        self.wall.append(wall - self.began[0])
+        self.cpu.append(cpu - self.began[1])
+
+    def _now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        used = os.times()
+        return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
+
+    def result(self) -> dict[str, Any]:
+        """Return the cold epoch, and of the others the median, the range and the processor time."""
+        warm, cpu = sorted(self.wall[1:]), self.cpu[1:]
+        return {
+            "cold_seconds": self.wall[0],
+            "seconds": statistics.median(warm),
+            "seconds_min": warm[0],
+            "seconds_max": warm[-1],
+            "cpu_seconds": statistics.median(cpu),
+            "rounds": len(warm),
+        }
+
+
+def interleave(pair: Pair, context: Context, rounds: int, seconds: float) -> tuple[Clock, Clock]:
+    """Train both in turns, an epoch each: one cold round, then ``rounds`` more, or until ``seconds`` have passed."""
+    begin = time.perf_counter()
+    ours, theirs = Clock(context.device), Clock(context.device)
+
+    def other_side(epoch: int, last: bool) -> dict[str, float]:
+        ours.stop()
+        theirs.start()
+        pair.baseline.epoch(len(theirs.wall))
+        theirs.stop()
+        spent, done = time.perf_counter() - begin, len(theirs.wall)
+        if done > rounds or (done > 1 and spent * (done + 1) / done > seconds):
+            raise Enough
+        ours.start()
+        return {}
+
+    # In place of the stage's own evaluation: what is timed is the training.
+    pair.ours.end_epoch = other_side  # type: ignore[method-assign]
+    ours.start()
+    with contextlib.suppress(Enough):
+        train(pair.ours, context)
+    return ours, theirs
+
+
+def measure_learned(
+    name: str, context: Context, images: Images, model: nn.Module | None, effort: Effort
+) -> tuple[dict[str, Any], nn.Module]:
+    """Check and time one learned stage; return the figures and our trained network."""
+    device = context.device.type
+    steps, size = (2, 32) if effort is QUICK else (4, 64)
+    losses = compare_losses(lambda c: make_pair(name, c, images, model), context, steps, size)
+    pair = make_pair(name, context, images, model)
+    stage, theirs = pair.ours, pair.baseline
+    batch = min(stage.training.batch_size, stage.n_images)
+    count = steps_per_epoch(stage.n_images, batch) * batch
+    our_clock, their_clock = interleave(pair, context, effort.rounds, effort.case_seconds)
+    views = images.splits.train.size
+    flops = training_flops(theirs, views) * count
+    result: dict[str, Any] = {
+        "stage": name,
+        "images": count,
+        "batch_size": batch,
+        "flops": flops,
+        "losses": losses,
+        "loss_difference": largest_difference(losses),
     }
-    return {
-        name: 2 * stage.epochs * steps_per_epoch(images, stage.batch_size) * min(stage.batch_size, images)
-        for name, (stage, images) in stages.items()
-        if stage is not None
+    for side, clock, dtype in (("ours", our_clock, context.precision), ("baseline", their_clock, torch.float32)):
+        entry = clock.result()
+        entry["precision"] = str(dtype).removeprefix("torch.")
+        entry["images_per_second"] = count / entry["seconds"]
+        rates = measure_ceilings(device, quick=effort is QUICK)
+        entry["of_product_peak"] = flops / rates[f"gemm_{entry['precision']}"] / entry["seconds"]
+        entry["of_convolution_peak"] = flops / measure_convolution(device, dtype) / entry["seconds"]
+        result[side] = entry
+    result["ratio"] = result["baseline"]["seconds"] / result["ours"]["seconds"]
+    steps = count // batch
+    parts = our_parts(stage, context, 3)
+    parts["waiting"] = max(0.0, result["ours"]["seconds"] / steps - sum(parts.values()))
+    result["ours"]["parts"] = parts
+    result["baseline"]["parts"] = baseline_parts(theirs, 3)
+    return result, stage.model
+
+
+def measure_mining(context: Context, images: Images, model: nn.Module, effort: Effort) -> dict[str, Any]:
+    """Time features and neighbours of all images, in turns."""
+    config = context.config
+    plain = baseline.ContrastiveModel(context.model_config).to(context.device)
+    plain.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
+    if config.mining.features != "projection":
+        raise ValueError(f"the baseline mines the projection, mining.features is {config.mining.features!r}")
+    view = baseline.transform(context.plain_view, images.splits.mean, images.splits.std)
+    train_split, test_split = images.splits.train, images.splits.test
+    parts = (
+        (baseline.Single(len(train_split), images.train, view), config.mining.k),
+        (baseline.Single(len(test_split), images.test, view), min(config.mining.test_k, len(test_split) - 1)),
+    )
+    ours, theirs = Clock(context.device), Clock(context.device)
+    begin = time.perf_counter()
+    for done in range(1 + effort.rounds):
+        if done > 1 and time.perf_counter() - begin > effort.case_seconds:
+            break
+        ours.start()
+        run_mining(context)
+        ours.stop()
+        theirs.start()
+        for dataset, k in parts:
+            rows = baseline.features(plain, dataset, config.evaluation.batch_size, context.device, default_workers())
+            baseline.mine(rows, k)
+        theirs.stop()
+    count = len(train_split) + len(test_split)
+    result: dict[str, Any] = {"stage": "mining", "images": count, "ours": ours.result(), "baseline": theirs.result()}
+    for side in ("ours", "baseline"):
+        result[side]["images_per_second"] = count / result[side]["seconds"]
+    return result | {"ratio": result["baseline"]["seconds"] / result["ours"]["seconds"]}
+
+
+def measure(
+    config: Config, images: Images, opened: float, device: str, effort: Effort, stages: Sequence[str]
+) -> dict[str, Any]:
+    """Measure the stages in order, each from what the former learned; ``effort.case_seconds`` is for each."""
+    entries: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "benchmark": "end_to_end",
+        "title": "Stages of a run",
+        "device": device,
+        "quick": effort is QUICK,
+        "images": images.what,
+        "open_seconds": opened,
+        "workers": default_workers(),
+        "config": config.model_dump(mode="json"),
+        "stages": entries,
     }
+    with tempfile.TemporaryDirectory() as temporary:
+        run = RunFolder.open(Path(temporary) / "run", config)
+        with run:
+            context = open_context(config, run, Events(run, quiet=True), images.splits)
+            result["environment"] = describe(device)
+            result["ceilings"] = measure_ceilings(device, quick=effort is QUICK)
+            model: nn.Module | None = None
+            for name in stages:
+                if name == "mining":
+                    assert model is not None
+                    run.save(pretext.FINAL, {"model": model.state_dict()})
+                    entry = measure_mining(context, images, model, effort)
+                else:
+                    entry, model = measure_learned(name, context, images, model, effort)
+                entries.append(entry)
+                print(describe_stage(entry), flush=True)
+    return result
 
 
-def measure(config: Config, folder: Path) -> dict[str, Any]:
-    """Run all stages once and return seconds and rates per stage."""
-    run = RunFolder.open(folder, config)
-    with run:
-        context = open_context(config, run, Events(run, quiet=True))
-        run_stages(context, stages_of(context))
-        views = views_per_stage(context, config)
-    stages: dict[str, Any] = {}
-    for name, entry in run.summary()["stages"].items():
-        stages[name] = {"seconds": entry["seconds"]}
-        if name in views:
-            stages[name] |= {"views": views[name], "views_per_second": views[name] / max(entry["seconds"], 1e-9)}
-    return stages
+def describe_stage(entry: dict[str, Any]) -> str:
+    """Return the lines of one stage for the terminal."""
+    lines = [f"\n{entry['stage']}, {entry['images']:,} images an epoch"]
+    for side in ("ours", "baseline"):
+        r = entry[side]
+        line = f"  {side:<9}{r['seconds']:9.2f} s  cold {r['cold_seconds']:8.2f} s  processor {r['cpu_seconds']:8.2f} s"
+        line += f"  {r['images_per_second']:9,.0f} images/s"
+        if "of_product_peak" in r:
+            line += f"  {r['of_product_peak']:.0%} of product, {r['of_convolution_peak']:.0%} of convolution peak"
+            line += f" ({r['precision']})"
+        lines.append(line)
+        if "parts" in r:
+            lines.append("    a step: " + "  ".join(f"{p} {human_seconds(r['parts'].get(p, 0.0))}" for p in PARTS))
+    lines.append(f"  {entry['ratio']:.2f} x the baseline")
+    if "losses" in entry:
+        shown = ", ".join(f"{a:.5f}/{b:.5f}" for a, b in entry["losses"])
+        lines.append(f"  float32 losses on the same views, ours/baseline: {shown}; differ by {_worst(entry):.1e}")
+    return "\n".join(lines)
+
+
+def _worst(entry: dict[str, Any]) -> float:
+    return float(entry["loss_difference"])
+
+
+def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
+    """Return the configuration of both sides: the paper's preset, without evaluation and checkpoints on the way."""
+    file = find_config(name)
+    changes = {
+        "preset": "paper",
+        "runtime.device": device,
+        "runtime.checkpoint_seconds": 1e9,
+        "evaluation.baselines": False,
+    }
+    config = load_config(file, overrides, changes)
+    if config.selflabel is not None and not any(word.startswith("selflabel.threshold=") for word in overrides):
+        # So few epochs make nobody 99 % sure, and a step without a confident image would train nothing.
+        threshold = 1.2 / (config.clustering.n_clusters or 10)
+        changed = config.selflabel.model_copy(update={"threshold": threshold})
+        config = config.model_copy(update={"selflabel": changed})
+    return config
+
+
+def run(
+    config: Config, device: str, effort: Effort, folder: Path | None, limit: int | None, stages: Sequence[str]
+) -> dict[str, Any]:
+    """Open or make the images and measure the stages and the search."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None and config.data.source not in ("digits",):
+            folder = write_images(Path(temporary), limit or SYNTHETIC_IMAGES)
+        begin = time.perf_counter()
+        images = open_images(config, folder, limit)
+        opened = time.perf_counter() - begin
+        print(f"{config.name}, {config.preset}, {device}, {images.what}, opened in {opened:.2f} s")
+        return measure(config, images, opened, device, effort, stages)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
+    parser.add_argument("--config", default="cifar10", help="a configuration file, or the name of a shipped one")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="image files, in class folders or not")
+    parser.add_argument("--images", type=int, help="take this many of them only")
+    parser.add_argument("--rounds", type=int, default=5, help="warm epochs of each side at most (default: 5)")
+    parser.add_argument("--budget", type=float, default=1200, help="seconds for all stages (default: 1200)")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to measure")
+    parser.add_argument("--quick", action="store_true", help="one warm epoch: a rehearsal, not a result")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
-    changes = {"runtime.device": options.device, "evaluation.baselines": False}
-    config = load_config(find_config(options.config), [*SHORT, *options.overrides], changes)
-    with tempfile.TemporaryDirectory() as temporary:
-        stages = measure(config, Path(temporary) / "run")
-    print(f"{config.name}, {config.preset}, {options.device}")
-    for name, entry in stages.items():
-        rate = f"{entry['views_per_second']:12,.0f} views/s" if "views_per_second" in entry else ""
-        print(f"  {name:<12} {entry['seconds']:9.2f} s {rate}")
-    print(f"  {'all':<12} {sum(entry['seconds'] for entry in stages.values()):9.2f} s")
+    options = parser.parse_intermixed_args()
+    config = settings(options.config, options.device, options.overrides)
+    effort = QUICK if options.quick else Effort(options.rounds, case_seconds=options.budget / (len(STAGES) + 1))
+    stages = STAGES[: STAGES.index(options.until) + 1]
+    result = run(config, options.device, effort, options.data, options.images, stages)
+    print()
+    size = neighbors.FAMILY.quick_sizes[-1] if options.quick else SEARCH
+    search = run_family(neighbors.FAMILY, options.device, [size], effort, ["scan-fast", "faiss IndexFlatIP"])
+    result["search"] = search["cases"][0]
     if options.json:
-        result = {"environment": describe(options.device), "config": config.model_dump(mode="json"), "stages": stages}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

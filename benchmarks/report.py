@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,26 @@ from .harness import human_seconds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ("targets", "nt_xent", "scan_loss", "self_label", "neighbors")
+ORDER = ("targets", "accuracy", "end_to_end", "nt_xent", "scan_loss", "self_label", "neighbors", "views")
 INTRODUCTION = """# Benchmarks
 
 This page is written by `python -m benchmarks.report` from the files under `benchmarks/results/`, each of which names
-its hardware, versions and commit. To measure on your machine:
+its hardware, versions and commit. To measure everything on your machine, which should have nothing else to do, and to
+write this page anew:
 
-    python -m benchmarks.nt_xent     --device cpu --json benchmarks/results/cpu-nt_xent.json
-    python -m benchmarks.scan_loss   --device cpu --json benchmarks/results/cpu-scan_loss.json
-    python -m benchmarks.self_label  --device cpu --json benchmarks/results/cpu-self_label.json
-    python -m benchmarks.neighbors   --device cpu --json benchmarks/results/cpu-neighbors.json
-    python -m benchmarks.targets     --device cpu --json benchmarks/results/cpu-targets.json
+    python -m benchmarks.record --device cpu     # one at a time: python -m benchmarks.NAME --device cpu --json FILE
 
-How it is measured: all contenders run in turns in one process, every result is compared with float64 before it is
-timed, and times are medians over the rounds (with the 10th and 90th percentile). "Of limit" compares with the time the
-same machine needs for the unavoidable arithmetic or traffic at rates measured in the same process. Memory is the peak
-beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code usually writes it,
-`benchmarks/eager.py`. What has and has not run on a GPU is listed in [gpu-status.md](gpu-status.md).
+How it is measured: all contenders run in turns in one process, the results of operations are compared with float64
+before they are timed, and times are medians over the rounds (with the 10th and 90th percentile). "Of limit" compares
+with the time the same machine needs for the unavoidable arithmetic or traffic at rates measured in the same process.
+Memory is the peak beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code
+usually writes it, `benchmarks/eager.py`; the baseline of whole stages is `benchmarks/baseline.py`. What has and has not
+run on a GPU is listed in [gpu-status.md](gpu-status.md).
 """
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Read all kernel results and targets of a folder, in the page's order."""
+    """Read all results of a folder that this page shows, in its order."""
     results = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
@@ -57,8 +55,8 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
     for result in results:
         where = "GPU" if result["device"] == "cuda" else "CPU"
         parts.append(f"\n## {result.get('title', 'Targets')} ({where})\n\n{_origin(result)}\n")
-        if result["benchmark"] == "targets":
-            parts.append(_targets(result["targets"]))
+        if result["benchmark"] in _SECTIONS:
+            parts.append(_SECTIONS[result["benchmark"]](result))
             continue
         if result["file"] in plots:
             parts.append(f"\n![{result['title']}]({plots[result['file']]})\n")
@@ -80,12 +78,87 @@ def _origin(result: dict[str, Any]) -> str:
     return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
 
 
-def _targets(targets: Sequence[dict[str, Any]]) -> str:
+def _targets(result: dict[str, Any]) -> str:
     rows = ["\n| target | measured | |\n|---|---:|---|\n"]
-    for line in targets:
-        value = "not measured" if line["measured"] is None else f"{line['measured']:.2f}"
+    for line in result["targets"]:
+        value = "not measured" if line["measured"] is None else f"{line['measured']:.3g}"
         rows.append(f"| {line['target']} | {value} | {'met' if line['met'] else '**missed**'} |\n")
     return "".join(rows)
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    results, config = result["results"], result["config"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    rows = [f"\nPreset `{config['preset']}`, seeds {seeds}: mean and standard deviation.\n\n| | |\n|---|---:|\n"]
+    for name, entry in results.items():
+        if name != "seeds":
+            digits = 1 if name == "seconds" else 4
+            rows.append(f"| {name} | {entry['mean']:.{digits}f} ± {entry['std']:.{digits}f} |\n")
+    return "".join(rows)
+
+
+def _end_to_end(result: dict[str, Any]) -> str:
+    config = result["config"]
+    parts = [
+        f"\nSettings of `{config['name']}`, preset `{config['preset']}`, {result['images']}; both sides in turns, an "
+        f"epoch each, the baseline with {result['workers']} loader workers. Ours opened the images in "
+        f"{result['open_seconds']:.2f} s.\n\n"
+        "| stage | | median | range | cold | images/s | of product peak | of convolution peak | x baseline |\n"
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+    ]
+    for entry in result["stages"]:
+        for side in ("ours", "baseline"):
+            r = entry[side]
+            shares = [f"{r[key]:.0%}" if key in r else "" for key in ("of_product_peak", "of_convolution_peak")]
+            cells = [
+                f"{side}, {r['precision']}" if "precision" in r else side,
+                human_seconds(r["seconds"]),
+                f"{human_seconds(r['seconds_min'])} - {human_seconds(r['seconds_max'])}",
+                human_seconds(r["cold_seconds"]),
+                f"{r['images_per_second']:,.0f}",
+                *shares,
+                f"**{entry['ratio']:.2f}**" if side == "ours" else "",
+            ]
+            parts.append(f"| {entry['stage']} | {' | '.join(cells)} |\n")
+    names = ("views", "forward", "loss", "backward", "optimiser", "waiting")
+    parts.append(f"\nWhere a step's time goes:\n\n| stage | | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}\n")
+    for entry in result["stages"]:
+        for side in ("ours", "baseline"):
+            if "parts" in entry[side]:
+                cells = [human_seconds(entry[side]["parts"].get(name, 0.0)) for name in names]
+                parts.append(f"| {entry['stage']} | {side} | {' | '.join(cells)} |\n")
+    parts.append("\nThe losses of float32 steps on the same views, ours and the baseline's:\n\n")
+    for entry in result["stages"]:
+        if "losses" in entry:
+            shown = ", ".join(f"{ours:.6f} / {theirs:.6f}" for ours, theirs in entry["losses"])
+            parts.append(f"- {entry['stage']}: {shown}\n")
+    if "search" in result:
+        parts.append(f"\nThe search of mining alone, {result['search']['size']}:\n\n")
+        parts.append(_table(result["search"]["contenders"]))
+    return "".join(parts)
+
+
+def _views(result: dict[str, Any]) -> str:
+    parts = []
+    for case in result["results"]:
+        base = case["rates"]["torchvision on PIL, parameters given"]["views_per_second"]
+        threads = ", one thread, processor time" if result["device"] == "cpu" else ""
+        parts.append(f"\n{case['view']}, {case['source']} -> {case['side']} pixels{threads}\n\n")
+        parts.append("| | views/s | range | x torchvision on PIL |\n|---|---:|---:|---:|\n")
+        for name, rate in case["rates"].items():
+            value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
+            parts.append(f"| {name} | {value:,.0f} | {low:,.0f} - {high:,.0f} | {value / base:.1f} |\n")
+        equal = ", ".join(f"{pair} {share:.3%}" for pair, share in case["parity"].items())
+        parts.append(f"\nEqual levels: {equal}.\n")
+    return "".join(parts)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "targets": _targets,
+    "accuracy": _accuracy,
+    "end_to_end": _end_to_end,
+    "views": _views,
+}
 
 
 def _table(contenders: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,9 @@
 
 Prints target, measured value and pass or fail per line, and exits with status 1 unless all are met. Run it on an idle
 machine: every ratio is between contenders that were measured in turns in one process, but a busy core is no one's
-friend. The float32 neighbour search runs in a process of its own, in which AMX is switched off.
+friend. The float32 neighbour search runs in a process of its own, in which AMX is switched off. The targets of whole
+stages (``--family end_to_end``) are about the images of ``--data``, see :mod:`benchmarks.end_to_end`; ``--end-to-end``
+takes them from a result that it has written.
 """
 
 from __future__ import annotations
@@ -77,6 +79,66 @@ CPU_TARGETS = (
 TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
 
 
+@dataclass(frozen=True)
+class StageTarget:
+    """An epoch of ``stage`` must be ``times`` faster than the baseline's; or the search ``times`` faster than faiss's.
+
+    ``differ``: the losses of the first step in float32 may differ from the baseline's by this share at most.
+    """
+
+    stage: str
+    times: float | None = None
+    differ: float | None = None
+
+    def value(self, result: dict[str, Any]) -> float | None:
+        """Return the measured ratio or difference from a result of :mod:`benchmarks.end_to_end`."""
+        if self.stage == "search":
+            contenders = result.get("search", {}).get("contenders", ())
+            return Target("", "", peer="faiss IndexFlatIP").value(contenders)
+        entry = next((e for e in result["stages"] if e["stage"] == self.stage), None)
+        if entry is None:
+            return None
+        if self.differ is None:
+            return float(entry["ratio"])
+        ours, theirs = entry["losses"][0]
+        return abs(ours - theirs) / max(1.0, abs(theirs))
+
+    def is_met(self, value: float | None) -> bool:
+        """Return whether a measured value meets the target; None does not."""
+        if value is None:
+            return False
+        return value <= self.differ if self.differ is not None else value >= (self.times or 0.0)
+
+    def __str__(self) -> str:
+        if self.differ is not None:
+            return f"end_to_end {self.stage}: float32 losses within {self.differ:g} of the baseline's"
+        what = "50,000 x 128, faiss IndexFlatIP" if self.stage == "search" else "an epoch of the baseline"
+        return f"end_to_end {self.stage}: {self.times:g} x {what}"
+
+
+CPU_STAGE_TARGETS = (
+    StageTarget("pretext", times=4.0),
+    StageTarget("clustering", times=4.0),
+    StageTarget("selflabel", times=4.0),
+    StageTarget("search", times=3.0),
+    StageTarget("pretext", differ=1e-5),
+    StageTarget("clustering", differ=1e-5),
+    StageTarget("selflabel", differ=1e-5),
+)
+STAGE_TARGETS: dict[str, tuple[StageTarget, ...]] = {"cpu": CPU_STAGE_TARGETS}
+
+
+def measure_stages(device: str, data: Path | None, budget: float) -> dict[str, Any]:
+    """Run :mod:`benchmarks.end_to_end`, in a process of its own, and return its result."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.end_to_end", "--device", device, "--budget", str(budget)]
+        command += ["--json", str(file), *(["--data", str(data.resolve())] if data else [])]
+        subprocess.run(command, cwd=ROOT, check=True)
+        result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
 def measure(targets: Sequence[Target], device: str, effort: Effort) -> list[dict[str, Any]]:
     """Measure what the targets need, each size once, and return one plain dictionary per target."""
     measured: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
@@ -111,15 +173,26 @@ def _without_amx(family: str, size: str, names: Sequence[str], device: str, effo
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
     parser.add_argument("--device", choices=sorted(TARGETS), default="cpu")
-    parser.add_argument("--family", choices=sorted(FAMILIES), help="only this family's targets")
+    parser.add_argument("--family", choices=[*sorted(FAMILIES), "end_to_end"], help="only this family's targets")
     parser.add_argument("--case-seconds", type=float, default=40.0, help="stop a case's rounds after this time")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images of the stages' targets")
+    parser.add_argument("--budget", type=float, default=1200, help="seconds for the stages' targets (default: 1200)")
+    parser.add_argument("--end-to-end", type=Path, metavar="FILE", help="a result of benchmarks.end_to_end to judge")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     targets = [t for t in TARGETS[options.device] if options.family in (None, t.family)]
     lines = measure(targets, options.device, Effort(case_seconds=options.case_seconds))
+    if options.family in (None, "end_to_end"):
+        if options.end_to_end is not None:
+            stages = json.loads(options.end_to_end.read_text())
+        else:
+            stages = measure_stages(options.device, options.data, options.budget)
+        for stage_target in STAGE_TARGETS[options.device]:
+            got = stage_target.value(stages)
+            lines.append({"target": str(stage_target), "measured": got, "met": stage_target.is_met(got)})
     print()
     for line in lines:
-        value = "not measured" if line["measured"] is None else f"{line['measured']:.2f}"
+        value = "not measured" if line["measured"] is None else f"{line['measured']:.3g}"
         print(f"{'pass' if line['met'] else 'FAIL'}  {line['target']:<78} {value:>12}")
     if options.json:
         result = {"benchmark": "targets", "device": options.device, "environment": describe(options.device)}

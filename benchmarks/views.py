@@ -229,7 +229,8 @@ def main() -> None:
                 print(f"  {name:<44} {value:>11,.0f} views/s  {value / base:6.1f} x  ({low:,.0f} to {high:,.0f})")
             print("  equal levels: " + ", ".join(f"{pair} {share:.3%}" for pair, share in agreement.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": describe(device), "results": results}, indent=1) + "\n")
+        result = {"benchmark": "views", "title": "Views of a batch", "device": device, "environment": describe(device)}
+        arguments.json.write_text(json.dumps(result | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

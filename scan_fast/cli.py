@@ -90,6 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="DIR", help="holds one run folder per seed (default: runs/NAME-sweep)")
     sub.add_argument("--quiet", action="store_true", help="print the final table only")
 
+    sub = command("bench", _bench, "measure kernels, views or whole runs against their peers (benchmarks.NAME)")
+    sub.add_argument("name", help="a module of benchmarks/, such as nt_xent, neighbors, views, end_to_end or targets")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments, such as --device cpu --json FILE")
+
     sub = command("info", _info, "what was built, and what each operation runs on")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     return parser
@@ -344,6 +348,25 @@ def _seeds(text: str) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds must name at least one seed, each once, got {text!r}")
     return seeds
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import os
+    import subprocess
+
+    source = Path(__file__).resolve().parents[1]
+    files = sorted((source / "benchmarks").glob("*.py"))
+    names = [file.stem for file in files if 'if __name__ == "__main__":' in file.read_text()]
+    if not names:
+        raise ValueError(
+            "the benchmarks are part of the source repository, not of the installed package: clone it, "
+            "`pip install --no-build-isolation -e .` there, and give the same command again"
+        )
+    if options.name not in names:
+        raise ValueError(f"bench must be one of {', '.join(names)}, got {options.name!r}")
+    path = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", f"benchmarks.{options.name}", *options.arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _info(options: argparse.Namespace) -> int:

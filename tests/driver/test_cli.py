@@ -149,6 +149,15 @@ def test_quiet_prints_nothing_and_progress_goes_to_standard_output(images: Path)
     assert "pretext: epoch 2/2  loss" in result.out
 
 
+def test_bench_runs_a_benchmark(tmp_path: Path) -> None:
+    words = ("self_label", "--device", "cpu", "--quick", "--sizes", "64x10", "--contenders", "scan-fast", "eager")
+    result = run_here("bench", *words, "--json", tmp_path / "out.json")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["benchmark"], [case["size"] for case in found["cases"]]) == ("self_label", ["64x10"])
+    assert "bench must be one of" in run_here("bench", "nothing").refusal()
+
+
 def test_overrides_may_stand_anywhere() -> None:
     words = ["run", "a.b=1", "digits", "--out", "x=y", "c.d.e=[1, 2]", "--data", "p.q=r", "--quiet"]
     assert split_overrides(words) == (

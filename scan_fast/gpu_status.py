@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).with_name("gpu_status.json")
-# Included by device.h for runs on the host only.
-_HOST_ONLY = ("common/emulator.h",)
+# Included by device.h and hopper.cuh for runs on the host only.
+_HOST_ONLY = ("common/emulator.h", "common/hopper_emulator.h")
 _COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 

@@ -44,6 +44,8 @@
 // ld_shared/st_shared, cp_async, ldmatrix and atomics). emu::options().seed permutes the order of blocks and threads.
 // Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
 // summed in float32 in ascending k, which hardware does not promise. Times mean nothing.
+//
+// Hopper's bulk copies, memory barriers and warpgroup products: hopper.cuh. The main loop on them: tile_products.cuh.
 #pragma once
 
 #include <cstddef>

@@ -1,26 +1,17 @@
 // The scheduler behind emulator.h: threads of a block are fibers on one host thread, run round-robin.
 //
-// A fiber gives up the processor only at a block barrier, a warp collective, or its end. After each round the scheduler
-// completes every collective whose lanes have all come, and the block barrier if every live thread waits at it. A round
-// in which nothing moves is a deadlock on the GPU too, and is reported with what each warp waits for.
-//
-// The race detector keeps, per two bytes of shared memory, the last write, the last atomic and the readers since. Two
-// accesses are ordered if a block barrier lies between, or if both threads are of one warp and a full __syncwarp lies
-// between (shuffles order registers, not memory).
+// A fiber gives up the processor only at a barrier, a collective, or its end. After each round the scheduler completes
+// every collective whose lanes have all come, and the block barrier if every live thread waits at it. A round in which
+// nothing moves is a deadlock on the GPU too, and is reported.
 #include "common/emulator.h"
 
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <exception>
-#include <memory>
 #include <numeric>
-#include <unordered_map>
-#include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "common/emulator_machine.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -60,58 +51,6 @@ namespace scan_fast::emu {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kWarp = 32;
-
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
-
-struct PendingCopy {
-  void* dst;
-  unsigned char bytes[16];
-  int group;
-};
-
-struct Fiber {
-  State state = State::kDone;
-  unsigned index = 0;
-  Collective kind{};
-  unsigned mask = 0;
-  Slot mine{};
-  std::vector<PendingCopy> copies;
-  int open_group = 0;
-  unsigned char* stack = nullptr;
-  bool started = false;
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  void* fake_stack = nullptr;
-};
-
-struct Warp {
-  Slot slots[kWarp];
-  unsigned epoch = 0;
-};
-
-struct Reader {
-  unsigned warp, warp_epoch, lanes;
-};
-
-struct Cell {  // two bytes of shared memory; valid in block epoch `epoch` only
-  uint64_t epoch = 0;
-  int writer = -1;
-  unsigned writer_warp_epoch = 0;
-  bool writer_atomic = false;
-  std::vector<Reader> readers;
-};
-
-struct Region {
-  std::string name;
-  unsigned char* base = nullptr;
-  size_t bytes = 0;
-  std::vector<Cell> cells;
-  ~Region() { std::free(base); }
-};
 
 std::unique_ptr<Region> make_region(const std::string& name, size_t bytes) {
   auto region = std::make_unique<Region>();
@@ -124,25 +63,7 @@ std::unique_ptr<Region> make_region(const std::string& name, size_t bytes) {
   return region;
 }
 
-struct Machine {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Warp> warps;
-  unsigned threads = 0;
-  Fiber* current = nullptr;
-  const std::function<void()>* body = nullptr;
-  std::exception_ptr error;
-  uint64_t epoch = 1;  // grows at every barrier and block, over the life of the process
-  std::unique_ptr<Region> dynamic;
-  std::unordered_map<const void*, std::unique_ptr<Region>> statics;
-#if defined(__x86_64__)
-  void* scheduler_stack_pointer = nullptr;
-#else
-  ucontext_t scheduler_context;
-#endif
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
-};
+}  // namespace
 
 Machine machine;
 
@@ -160,6 +81,8 @@ void to_scheduler() {
   __sanitizer_finish_switch_fiber(fiber.fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
 }
+
+namespace {
 
 void run_body() {
   try {
@@ -233,10 +156,14 @@ void resume(Fiber& fiber) {
   machine.current = nullptr;
 }
 
+}  // namespace
+
 std::string where() {
   return " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) +
          ")";
 }
+
+namespace {
 
 const char* name_of(Collective kind) {
   switch (kind) {
@@ -349,7 +276,7 @@ bool complete_barrier() {
   bool waiting = false;
   for (unsigned i = 0; i < machine.threads; ++i) {
     const State state = machine.fibers[i]->state;
-    if (state == State::kReady || state == State::kAtCollective) return false;
+    if (state != State::kAtBarrier && state != State::kDone) return false;
     waiting |= state == State::kAtBarrier;
   }
   if (!waiting) return false;
@@ -360,6 +287,8 @@ bool complete_barrier() {
   return true;
 }
 
+}  // namespace
+
 uint64_t next_random(uint64_t& state) {  // splitmix64
   uint64_t z = (state += 0x9e3779b97f4a7c15ull);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -367,14 +296,37 @@ uint64_t next_random(uint64_t& state) {  // splitmix64
   return z ^ (z >> 31);
 }
 
-void shuffle(std::vector<uint64_t>& order, uint64_t& random) {
-  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
+namespace {
+
+void shuffle(std::vector<uint64_t>& order) {
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(machine.random) % i]);
 }
 
-void run_block(uint64_t& random) {
+// What the first thread of each warp that is not done waits for.
+std::string waiting() {
+  std::string text = where();
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = *machine.fibers[i];
+    if (fiber.state == State::kDone || (i % kWarp != 0 && machine.fibers[i - 1]->state == fiber.state)) continue;
+    text += "\n  thread " + std::to_string(i) + ": ";
+    switch (fiber.state) {
+      case State::kAtBarrier: text += "__syncthreads"; break;
+      case State::kAtCollective: text += name_of(fiber.kind); break;
+      default: text += waiting_for(fiber);
+    }
+  }
+  return text;
+}
+
+void run_block() {
   if (machine.dynamic->bytes) std::memset(machine.dynamic->base, 0xff, machine.dynamic->bytes);
   for (auto& [key, region] : machine.statics) std::memset(region->base, 0xff, region->bytes);
   ++machine.epoch;
+  for (size_t w = 0; w < machine.warps.size(); ++w) {
+    machine.warps[w].clock.assign(machine.warps.size(), 0);
+    machine.warps[w].clock[w] = 1;
+  }
+  reset_hopper();
   std::vector<uint64_t> order(machine.threads);
   std::iota(order.begin(), order.end(), 0);
   for (auto i : order) {
@@ -384,7 +336,7 @@ void run_block(uint64_t& random) {
     fiber.open_group = 0;
   }
   for (;;) {
-    if (options().seed != 0) shuffle(order, random);
+    if (options().seed != 0) shuffle(order);
     bool moved = false, all_done = true;
     for (auto i : order) {
       Fiber& fiber = *machine.fibers[i];
@@ -395,66 +347,13 @@ void run_block(uint64_t& random) {
       }
       all_done &= fiber.state == State::kDone;
     }
-    if (all_done) return;
+    if (all_done) return check_hopper_finished();
     moved |= complete_collectives();
     moved |= complete_barrier();
-    if (!moved) fail("deadlock: some threads wait at a barrier or collective that others never reach" + where());
+    // Copies and products finish as late as they can, so that those who do not wait for them are seen.
+    if (!moved) moved = complete_hopper();
+    if (!moved) fail("deadlock: some threads wait at a barrier or collective that others never reach" + waiting());
   }
-}
-
-Region* region_of(const void* pointer) {
-  const auto* p = static_cast<const unsigned char*>(pointer);
-  auto inside = [p](const Region& r) { return p >= r.base && p < r.base + r.bytes; };
-  if (machine.dynamic && machine.dynamic->bytes && inside(*machine.dynamic)) return machine.dynamic.get();
-  for (auto& [key, region] : machine.statics) {
-    if (inside(*region)) return region.get();
-  }
-  return nullptr;
-}
-
-[[noreturn]] void report_race(const Region& region, size_t offset, const char* what, unsigned other) {
-  fail("race on " + region.name + " shared memory, byte " + std::to_string(offset) + ": " + what + " by threads " +
-       std::to_string(other) + " and " + std::to_string(machine.current->index) +
-       " without a barrier between" + where());
-}
-
-void check_cell(Region& region, size_t index, Access access) {
-  Cell& cell = region.cells[index];
-  if (cell.epoch != machine.epoch) {
-    cell.epoch = machine.epoch;
-    cell.writer = -1;
-    cell.readers.clear();
-  }
-  const unsigned me = machine.current->index, warp = me / kWarp, lane = me % kWarp;
-  const unsigned warp_epoch = machine.warps[warp].epoch;
-  const bool atomic = access == Access::kAtomic;
-  if (cell.writer >= 0 && static_cast<unsigned>(cell.writer) != me && !(atomic && cell.writer_atomic)) {
-    const bool ordered = cell.writer / kWarp == static_cast<int>(warp) && cell.writer_warp_epoch != warp_epoch;
-    if (!ordered) {
-      report_race(region, 2 * index, access == Access::kRead ? "write and read" : "two writes",
-                  static_cast<unsigned>(cell.writer));
-    }
-  }
-  if (access == Access::kRead) {
-    for (Reader& reader : cell.readers) {
-      if (reader.warp != warp) continue;
-      reader.lanes = reader.warp_epoch == warp_epoch ? reader.lanes | 1u << lane : 1u << lane;
-      reader.warp_epoch = warp_epoch;
-      return;
-    }
-    cell.readers.push_back({warp, warp_epoch, 1u << lane});
-    return;
-  }
-  for (const Reader& reader : cell.readers) {
-    const unsigned others = reader.warp == warp ? reader.lanes & ~(1u << lane) : reader.lanes;
-    if (others && (reader.warp != warp || reader.warp_epoch == warp_epoch)) {
-      report_race(region, 2 * index, "read and write",
-                  reader.warp * kWarp + static_cast<unsigned>(__builtin_ctz(others)));
-    }
-  }
-  cell.writer = static_cast<int>(me);
-  cell.writer_warp_epoch = warp_epoch;
-  cell.writer_atomic = atomic;
 }
 
 }  // namespace
@@ -465,21 +364,6 @@ Options& options() {
 }
 
 void fail(const std::string& message) { throw std::runtime_error("emulated kernel: " + message); }
-
-void touch(const void* pointer, size_t bytes, Access access) {
-  if (!options().detect_races || machine.current == nullptr) return;
-  Region* region = region_of(pointer);
-  if (region == nullptr) {
-    if (access == Access::kAtomic) return;
-    fail("an access through Shared or to shared memory falls outside of it" + where());
-  }
-  if (region->cells.empty()) region->cells.resize((region->bytes + 1) / 2);
-  const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(pointer) - region->base);
-  if (offset + bytes > region->bytes) {
-    fail("an access runs past the end of " + region->name + " shared memory" + where());
-  }
-  for (size_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) check_cell(*region, cell, access);
-}
 
 void check_aligned(const void* pointer, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
@@ -561,15 +445,15 @@ void run(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) 
   machine.statics.clear();
   blockDim = block;
   gridDim = grid;
-  uint64_t random = options().seed;
+  machine.random = options().seed;
   std::vector<uint64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
-  if (options().seed != 0) shuffle(order, random);
+  if (options().seed != 0) shuffle(order);
   try {
     for (uint64_t i : order) {
       blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                   static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
-      run_block(random);
+      run_block();
     }
   } catch (...) {
     machine.current = nullptr;

@@ -72,4 +72,4 @@ class Predictor:
     def _forward(self, source: Source, batch_size: int, *, features: bool) -> Tensor:
         views = ViewMaker(source, self._renderer, 0, "evaluation")
         function = self.model.features if features else lambda images: self.model(images)[0]
-        return forward_views(self.model, function, views, self._view, batch_size)
+        return forward_views(self.model, function, views, self._view, batch_size).cpu()

@@ -137,6 +137,8 @@ class RuntimeConfig(Settings):
     threads: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between checkpoints; 0 writes one after every step."""
+    cuda_graphs: bool = False
+    """Replay whole training steps as CUDA graphs; without a GPU it changes nothing."""
     tensorboard: bool = False
 
 

@@ -20,7 +20,7 @@ from .inference import forward_all
 from .loop import Stage, train
 from .mining import load_neighbors
 from .pretext import load_pretext
-from .results import assess
+from .results import assess, final_logits
 
 NAME = "clustering"
 FINAL = f"checkpoints/{NAME}-final.pt"
@@ -90,7 +90,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         if self._best is None or loss < self._best["loss"]:
             state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._best = {"model": state, "head": head, "loss": loss, "epoch": epoch}
-        metrics = assess(self.context, logits[head], "test")
+        metrics = assess(self.context, logits[head].cpu(), "test")
         return {"selection_loss": loss, "head": head, **{key: metrics[key] for key in ("acc", "nmi") if key in metrics}}
 
     @property
@@ -117,15 +117,15 @@ def run_clustering(context: Context) -> None:
     if config.initialize == "kmeans" and not context.run.has(f"checkpoints/{NAME}.pt"):
         start_from_kmeans(context, model)
     stage = Clustering(context, model)
-    seconds = train(stage, context)
+    training = train(stage, context)
     best = stage.best
     model.load_state_dict(best["model"])
     results: dict[str, Any] = {"head": best["head"], "epoch": best["epoch"], "selection_loss": best["loss"]}
-    single = model.head(best["head"])
-    for split, source in (("train", context.splits.train), ("test", context.splits.test)):
-        results[split] = assess(context, forward_all(context, single, single, source)[0], split)
+    context.logits.pop(NAME, None)
+    for split, logits in final_logits(context, model.head(best["head"]), NAME).items():
+        results[split] = assess(context, logits, split)
     context.run.save(FINAL, best)
-    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+    context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     rows = (
         permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))[:KMEANS_IMAGES].sort().values
     )
-    unit = F.normalize(features[rows], dim=1).numpy().astype(np.float64)
+    unit = F.normalize(features[rows.to(features.device)], dim=1).cpu().numpy().astype(np.float64)
     # A temperature at which neighbouring centres still share an image: starting sure of everything would freeze it.
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):

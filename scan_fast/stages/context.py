@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.datasets import Splits, open_splits
 from ..data.loader import Renderer, ViewMaker
@@ -27,7 +27,15 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Context:
-    """Everything a stage may use. Built by :func:`open_context`."""
+    """Everything a stage may use. Built by :func:`open_context`.
+
+    Two attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
+    them empty and computes the same from the run folder.
+
+    Attributes:
+        embeddings: by split, those of the finished pretext model, not normalised: from its last check to mining.
+        logits: by stage and split, (N, C) of the stage's finished model: from its metrics to assignments.csv.
+    """
 
     config: Config
     run: RunFolder
@@ -36,6 +44,8 @@ class Context:
     device: torch.device
     precision: torch.dtype
     renderer: Renderer
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def model_config(self) -> ModelConfig:

@@ -15,7 +15,7 @@ from .context import Context
 
 
 def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
-    """Apply a part of a run's model to all images of a source; see :func:`forward_views`."""
+    """Apply a part of a run's model to all images of a source; see :func:`forward_views`. The result stays there."""
     views = context.views_of(source, "evaluation")
     size = context.config.evaluation.batch_size
     return forward_views(model, function, views, context.plain_view, size, context.autocast())
@@ -30,7 +30,7 @@ def forward_views(
     batch_size: int,
     precision: AbstractContextManager[None] | None = None,
 ) -> Tensor:
-    """Apply ``function`` to the views of all images of a source and return the results, float32 on the CPU.
+    """Apply ``function`` to the views of all images of a source; nothing in it waits for the device.
 
     Args:
         model: is put into evaluation mode for the time and back afterwards.
@@ -41,7 +41,7 @@ def forward_views(
         precision: a context for the forward passes, such as autocast.
 
     Returns:
-        (N, D), or (H, N, C).
+        (N, D), or (H, N, C), float32 on the views' device.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -52,7 +52,7 @@ def forward_views(
 
     with precision or nullcontext():
         batches = map(images_of, rows) if views.source.resident else prefetch(images_of, rows)
-        results = [function(images).float().cpu() for images in batches]
+        results = [function(images).float() for images in batches]
     for module, mode in modes:
         module.training = mode
     return torch.cat(results, dim=-2)

@@ -12,6 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
 from ..data.random import stream_key
-from ..runs.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from ..runs.config import ScheduleConfig, TrainingConfig
 from ..runs.folder import RunError
+from ..runs.writer import BackgroundWriter
 from .context import Context
+from .step import TrainingStep, build_optimizer, fit_to_device, write_learning_rate
 
 Batch = TypeVar("Batch")
 
@@ -55,6 +58,9 @@ class Stage(ABC, Generic[Batch]):
         """Return what the optimiser updates."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def prepare(self) -> None:
+        """Do what precedes the first step, once the weights are those to start from."""
+
     def train_mode(self) -> None:
         """Put the model into the mode in which the stage trains."""
         self.model.train()
@@ -74,11 +80,21 @@ class Stage(ABC, Generic[Batch]):
         """Take back what :meth:`state` returned."""
 
 
-def train(stage: Stage[Any], context: Context) -> float:
-    """Train a stage to its end, from its checkpoint where there is one.
+@dataclass
+class Training:
+    """What :func:`train` did.
 
-    Returns:
-        The seconds that the stage took, those before an interruption included.
+    Attributes:
+        seconds: the time the stage took, that before an interruption included.
+        notes: what summary.json should say of it besides, such as the time that compiling took.
+    """
+
+    seconds: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def train(stage: Stage[Any], context: Context) -> Training:
+    """Train a stage to its end, from its checkpoint where there is one.
 
     Raises:
         RunError: where the loss stops being finite; the last checkpoint stays.
@@ -88,8 +104,10 @@ def train(stage: Stage[Any], context: Context) -> float:
     key = stream_key(context.config.seed, stage.name)
     steps = steps_per_epoch(stage.n_images, training.batch_size)
     optimizer = build_optimizer(stage.parameters(), training.optimizer)
+    capture = context.config.runtime.cuda_graphs and context.device.type == "cuda"
+    do_step = TrainingStep(stage, optimizer, context.autocast, capture=capture, say=events.say)
 
-    epoch, step, seconds, totals = 0, 0, 0.0, {}  # type: int, int, float, dict[str, Tensor]
+    epoch, step, seconds = 0, 0, 0.0
     if run.has(checkpoint):
         state = run.load(checkpoint, context.device)
         if state["n_images"] != stage.n_images:
@@ -99,16 +117,19 @@ def train(stage: Stage[Any], context: Context) -> float:
             )
         stage.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        fit_to_device(optimizer)
         stage.load_state(state["stage"])
-        epoch, step, seconds, totals = state["epoch"], state["step"], state["seconds"], state["totals"]
+        epoch, step, seconds = state["epoch"], state["step"], state["seconds"]
+        do_step.reset(state["totals"])
         events.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}" + (f", step {step}" if step else ""))
     run.drop_metrics(stage.name, epoch + 1)
+    stage.prepare()
 
     begin = saved = time.perf_counter()
 
-    def save() -> None:
+    def save(writer: BackgroundWriter) -> None:
         nonlocal saved
-        run.save(
+        writer.save(
             checkpoint,
             {
                 "model": stage.model.state_dict(),
@@ -117,43 +138,39 @@ def train(stage: Stage[Any], context: Context) -> float:
                 "n_images": stage.n_images,
                 "epoch": epoch,
                 "step": step,
-                "totals": totals,
+                "totals": do_step.totals,
                 "seconds": seconds + time.perf_counter() - begin,
             },
         )
         saved = time.perf_counter()
 
-    with events.progress(stage.name, training.epochs * steps, epoch * steps + step) as ticker:
+    with (
+        BackgroundWriter(run) as writer,
+        events.progress(stage.name, training.epochs * steps, epoch * steps + step) as ticker,
+    ):
         while epoch < training.epochs:
             stage.train_mode()
             for batch, size in _batches(stage, key, epoch, step):
                 set_learning_rate(optimizer, training, epoch, step, steps)
-                with context.autocast():
-                    loss, metrics = stage.step(batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                stage.after_step()
-                for name, value in metrics.items():
-                    value = value.detach().to(torch.float64)
-                    totals[name] = totals[name] + value if name in totals else value
+                do_step(batch)
                 step += 1
                 ticker.step(size)
                 if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
-                    save()
-            averages = {name: float(value) / steps for name, value in totals.items()}
+                    save(writer)
+            averages = do_step.averages(steps)
             if not math.isfinite(averages.get("loss", 0.0)):
                 raise RunError(
                     f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower "
                     f"{stage.name}.optimizer.lr (now {training.optimizer.lr:g}) and start again in a new folder"
                 )
-            epoch, step, totals = epoch + 1, 0, {}
+            epoch, step = epoch + 1, 0
+            do_step.reset()
             averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
             events.record(stage.name, epoch, epoch * steps, averages)
             ticker.epoch(epoch, training.epochs, averages)
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
-                save()
-    return seconds + time.perf_counter() - begin
+                save(writer)
+    return Training(seconds + time.perf_counter() - begin)
 
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
@@ -165,28 +182,13 @@ def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: in
     return prefetch(prepare, orders) if stage.background else map(prepare, orders)
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimiser, with biases and normalisation weights exempt from decay where the configuration says so."""
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if not config.decay_all:
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](groups, **common)
-
-
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, training: TrainingConfig, epoch: int, step: int, steps: int
 ) -> None:
     """Set the learning rate for a step (from 0) of an epoch (from 0)."""
     position = epoch + (step / steps if training.schedule.every == "step" else 0.0)
     factor = learning_rate_factor(training.schedule, position, training.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = training.optimizer.lr * factor
+    write_learning_rate(optimizer, training.optimizer.lr * factor)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:

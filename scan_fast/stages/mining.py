@@ -13,8 +13,7 @@ from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
 from ..runs.folder import RunError
 from .context import Context
-from .inference import forward_all
-from .pretext import embedding_of, load_pretext
+from .pretext import embed, load_pretext
 
 NAME = "mining"
 
@@ -22,8 +21,10 @@ NAME = "mining"
 def run_mining(context: Context) -> None:
     """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
     begin = time.perf_counter()
-    model = load_pretext(context)
     config = context.config.mining
+    # Stage one has made the embeddings for its last check; another process has to make them again.
+    known, context.embeddings = context.embeddings, {}
+    model = load_pretext(context) if not known else None
     embeddings: dict[str, np.ndarray] = {}
     found: dict[str, np.ndarray] = {}
     results: dict[str, object] = {}
@@ -31,9 +32,9 @@ def run_mining(context: Context) -> None:
         ("train", context.splits.train, config.k),
         ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
     ):
-        embedding = F.normalize(forward_all(context, model, embedding_of(context, model), source), dim=1)
-        similarity, index = search(embedding.to(context.device), k, config.backend)
-        embeddings[split] = embedding.numpy()
+        embedding = F.normalize(known[split] if model is None else embed(context, model, source), dim=1)
+        similarity, index = search(embedding, k, config.backend)
+        embeddings[split] = embedding.cpu().numpy()
         found[split], found[f"{split}_similarity"] = index.cpu().numpy(), similarity.cpu().numpy()
         if source.labels is not None:
             results["purity" if split == "train" else "test_purity"] = neighbor_purity(found[split], source.labels)

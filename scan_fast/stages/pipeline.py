@@ -119,7 +119,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         if name in stages:
             model = load(context)
             for split, source in splits_of(context).items():
-                stages[name][split] = assess(context, forward_all(context, model, model, source)[0], split)
+                stages[name][split] = assess(context, forward_all(context, model, model, source)[0].cpu(), split)
     summary["baselines"] = baselines(context)
     context.run.write_json("summary.json", summary)
     return summary

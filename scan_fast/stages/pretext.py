@@ -17,7 +17,7 @@ from ..runs.config import ConfigError
 from ..runs.folder import RunError
 from .context import Context, seeded
 from .inference import forward_all
-from .loop import Stage, train
+from .loop import Stage, Training, train
 
 NAME = "pretext"
 FINAL = f"checkpoints/{NAME}-final.pt"
@@ -40,6 +40,8 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
         self.model = model
         self._views = context.views_of(self.source, NAME)
         self._view = context.view(self.config.view)
+        self.final: dict[str, float] = {}
+        """What the last epoch's check found; it is kept, so that it is made once."""
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render two views of each image, each (B, 3, S, S)."""
@@ -58,20 +60,41 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
         every = self.config.monitor_every
         if not last and (every == 0 or epoch % every):
             return {}
-        return knn_monitor(self.context, self.model)
+        metrics = knn_monitor(self.context, self.model, final=last)
+        if last:
+            self.final = metrics
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """Return the last epoch's check."""
+        return {"final": self.final}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back the last epoch's check."""
+        self.final = state["final"]
 
 
-def knn_monitor(context: Context, model: PretextModel) -> dict[str, float]:
-    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels."""
+def knn_monitor(context: Context, model: PretextModel, *, final: bool = False) -> dict[str, float]:
+    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels.
+
+    The embeddings of a model that is ``final`` are handed on to mining, which needs the same.
+    """
     train_split, test_split = context.splits.train, context.splits.test
     if train_split.labels is None or test_split.labels is None:
         return {}
-    bank, queries = (forward_all(context, model, embedding_of(context, model), s) for s in (train_split, test_split))
+    bank, queries = (embed(context, model, source) for source in (train_split, test_split))
+    if final:
+        context.embeddings = {"train": bank, "test": queries}
     config = context.config.pretext
     accuracy = knn_accuracy(
         bank, train_split.labels, queries, test_split.labels, k=config.monitor_k, temperature=config.temperature
     )
     return {"knn_acc": accuracy}
+
+
+def embed(context: Context, model: PretextModel, source: Source) -> Tensor:
+    """Return the (N, D) float32 embeddings of a source's images, not normalised, on the run's device."""
+    return forward_all(context, model, embedding_of(context, model), source)
 
 
 def embedding_of(context: Context, model: PretextModel) -> Any:
@@ -84,11 +107,11 @@ def run_pretext(context: Context) -> None:
     config = context.config.pretext
     with seeded(context.config.seed, NAME):
         model = context.place(PretextModel(context.model_config))
-    seconds = 0.0
-    results: dict[str, Any] = {}
+    training = Training(seconds=0.0)
     if config.method == "simclr":
         stage = Pretext(context, model)
-        seconds = train(stage, context)
+        training = train(stage, context)
+        results = stage.final
     else:
         if config.method == "weights":
             load_given_weights(context, model)
@@ -96,9 +119,9 @@ def run_pretext(context: Context) -> None:
             raise ConfigError("pretext.method=none takes the backbone as it is, so it needs model.pretrained=true")
         elif context.config.mining.features == "projection":
             raise ConfigError("pretext.method=none has no trained projector, so it needs mining.features=backbone")
-    results |= knn_monitor(context, model)
+        results = knn_monitor(context, model, final=True)
     context.run.save(FINAL, {"model": model.state_dict()})
-    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+    context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 
 def load_given_weights(context: Context, model: PretextModel) -> None:

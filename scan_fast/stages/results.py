@@ -52,9 +52,21 @@ def assess(context: Context, logits: Tensor, split: str) -> dict[str, float]:
     return metrics
 
 
+def final_logits(context: Context, model: ClusterModel, stage: str) -> dict[str, Tensor]:
+    """Return by split the (N, C) logits, on the CPU, of a stage's finished model with one head; made once in a process.
+
+    The model must be the one that the stage has saved.
+    """
+    known = context.logits.setdefault(stage, {})
+    for split, source in splits_of(context).items():
+        if split not in known:
+            known[split] = forward_all(context, model, model, source)[0].cpu()
+    return known
+
+
 def write_results(context: Context, model: ClusterModel, stage: str) -> None:
     """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
-    logits = {split: forward_all(context, model, model, source)[0] for split, source in splits_of(context).items()}
+    logits = final_logits(context, model, stage)
     context.run.write_text("assignments.csv", assignments_csv(context, logits))
     context.run.save("model.pt", predictor_state(context, model, stage))
     labels = context.splits.test.labels

@@ -16,7 +16,7 @@ from .clustering import load_clustering
 from .context import Context
 from .inference import forward_all
 from .loop import Stage, train
-from .results import assess
+from .results import assess, final_logits
 
 NAME = "selflabel"
 FINAL = f"checkpoints/{NAME}-final.pt"
@@ -44,6 +44,7 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         self.average: ClusterModel | None = None
         if config.ema is not None:
             self.average = copy.deepcopy(model).requires_grad_(False).eval()
+            self._pairs = _pairs(self.average, model, parameters_only=config.ema_mode == "write_back")
         self._views = context.views_of(self.source, NAME)
         self._weak, self._strong = context.view(config.weak_view), context.view(config.view)
 
@@ -72,23 +73,20 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         """Move the average; a teacher follows the batch statistics too, written-back ones stay those of the start."""
         if self.average is None or self.config.ema is None:
             return
+        averages, weights, held, current = self._pairs
+        torch._foreach_lerp_(averages, weights, 1 - self.config.ema)
         if self.config.ema_mode == "write_back":
-            for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                average.lerp_(weight, 1 - self.config.ema)
-            self.model.load_state_dict(self.average.state_dict())
-            return
-        student = self.model.state_dict()
-        for name, average in self.average.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(student[name], 1 - self.config.ema)
-            else:
-                average.copy_(student[name])
+            torch._foreach_copy_([*weights, *current], [*averages, *held])
+        elif held:
+            torch._foreach_copy_(held, current)
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
         """Report the test metrics where they are due, and how many clusters are in use."""
         if not last and epoch % self.config.evaluate_every:
             return {}
-        logits = forward_all(self.context, self.result, self.result, self.context.splits.test)[0]
+        logits = forward_all(self.context, self.result, self.result, self.context.splits.test)[0].cpu()
+        if last:
+            self.context.logits[NAME] = {"test": logits}
         metrics = assess(self.context, logits, "test")
         return {key: metrics[key] for key in ("acc", "nmi", "clusters_used") if key in metrics}
 
@@ -102,16 +100,25 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
             self.average.load_state_dict(state["average"])
 
 
+def _pairs(average: ClusterModel, model: ClusterModel, *, parameters_only: bool) -> tuple[list[Tensor], ...]:
+    """Return the tensors that move (of the average, of the model), and the others (of the average, of the model)."""
+    own, other = average.state_dict(), model.state_dict()
+    moving = {name for name, _ in model.named_parameters()} if parameters_only else set(other)
+    move = [name for name in own if name in moving and own[name].is_floating_point()]
+    copy_ = [name for name in own if name not in move]
+    return tuple([state[name] for name in names] for names in (move, copy_) for state in (own, other))
+
+
 def run_self_labelling(context: Context) -> None:
     """Train on confident images and keep the last weights."""
     model, _ = load_clustering(context)
     stage = SelfLabelling(context, model)
-    seconds = train(stage, context)
-    results: dict[str, Any] = {}
-    for split, source in (("train", context.splits.train), ("test", context.splits.test)):
-        results[split] = assess(context, forward_all(context, stage.result, stage.result, source)[0], split)
+    context.logits.pop(NAME, None)
+    training = train(stage, context)
+    logits = final_logits(context, stage.result, NAME)
+    results = {split: assess(context, logits[split], split) for split in ("train", "test")}
     context.run.save(FINAL, {"model": stage.result.state_dict()})
-    context.run.finish_stage(NAME, seconds, results, context.config.seed)
+    context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 
 def load_self_labelling(context: Context) -> ClusterModel:

@@ -337,9 +337,9 @@ def test_a_folder_that_cannot_be_written(code: int, function: str, monkeypatch: 
     assert not list(Path().glob("out/*.yaml"))
 
 
-@pytest.mark.parametrize("at", [1, 3, 6, 9, 12])
+@pytest.mark.parametrize(("at", "seconds"), [(1, 60), (3, 60), (6, 60), (9, 60), (12, 60), (4, 0), (11, 0)])
 def test_a_full_disk_costs_nothing(
-    at: int, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, seconds: int, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
 
@@ -350,7 +350,7 @@ def test_a_full_disk_costs_nothing(
             os.ftruncate(handle, 10)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    words = ["run", "digits", *TINY, "--out", "out", "--quiet"]
+    words = ["run", "digits", *TINY, f"runtime.checkpoint_seconds={seconds}", "--out", "out", "--quiet"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         assert "the disk is full" in run_here(*words).refusal()

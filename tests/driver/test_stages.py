@@ -28,11 +28,12 @@ from scan_fast.runs.folder import RunError, RunFolder
 from scan_fast.stages.clustering import Clustering, load_clustering, start_from_kmeans
 from scan_fast.stages.context import Context, open_context
 from scan_fast.stages.inference import forward_all
-from scan_fast.stages.loop import Stage, build_optimizer, learning_rate_factor, set_learning_rate, train
+from scan_fast.stages.loop import Stage, learning_rate_factor, set_learning_rate, train
 from scan_fast.stages.mining import search
 from scan_fast.stages.pipeline import STAGES
 from scan_fast.stages.pretext import Pretext, load_pretext
 from scan_fast.stages.self_labelling import SelfLabelling, load_self_labelling
+from scan_fast.stages.step import build_optimizer
 
 
 @contextmanager

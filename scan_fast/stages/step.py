@@ -1,0 +1,172 @@
+"""One training step: forward, loss, backward, update and running sums, with nothing that waits for the device.
+
+With ``runtime.cuda_graphs`` the whole step is captured once as a CUDA graph and replayed, so that the host launches one
+graph instead of some hundred kernels. What a captured step needs is true of every step: shapes are static, the learning
+rate and the sums are tensors on the device, and no branch depends on a value computed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..runs.config import OptimizerConfig
+
+WARM_UP_STEPS = 3
+"""Steps before a capture: libraries choose their kernels and allocate their workspaces in them."""
+
+
+class Trained(Protocol):
+    """What a step needs of a stage."""
+
+    def step(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and what to average."""
+
+    def after_step(self) -> None:
+        """Do what follows the update."""
+
+
+class TrainingStep:
+    """Does the steps of a stage.
+
+    Args:
+        stage: computes the loss.
+        optimizer: from :func:`build_optimizer`.
+        autocast: makes the mixed-precision context of the forward pass.
+        capture: whether to replay a CUDA graph; only for models on a GPU.
+        say: is told where capturing is not possible; the steps are then done one kernel at a time.
+
+    Attributes:
+        totals: the sums of the stage's metrics since :meth:`reset`, float64 scalars on the device.
+    """
+
+    def __init__(
+        self,
+        stage: Trained,
+        optimizer: torch.optim.Optimizer,
+        autocast: Callable[[], AbstractContextManager[None]],
+        *,
+        capture: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self._stage = stage
+        self._optimizer = optimizer
+        self._autocast = autocast
+        self._say = say
+        self._capture = capture
+        self._warm = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, batch: Any) -> None:
+        """Do one step with a batch: a tensor or a tuple of tensors, of the same shapes in each call."""
+        if not self._capture:
+            self._update(batch)
+        elif self._warm < WARM_UP_STEPS:
+            self._warm += 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._update(batch)
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            self._replay(batch)
+
+    def reset(self, totals: Mapping[str, Tensor] | None = None) -> None:
+        """Start the sums at zero, or at those of a checkpoint; a captured graph goes on adding to the same tensors."""
+        for name, value in (totals or {}).items():
+            if name not in self.totals:
+                self.totals[name] = value.clone()
+        for name, total in self.totals.items():
+            if totals is not None and name in totals:
+                total.copy_(totals[name])
+            else:
+                total.zero_()
+
+    def averages(self, steps: int) -> dict[str, float]:
+        """Return the means over an epoch's steps: the one moment at which the host waits for the device."""
+        if not self.totals:
+            return {}
+        return dict(zip(self.totals, (torch.stack(list(self.totals.values())) / steps).tolist(), strict=True))
+
+    def _update(self, batch: Any) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss, metrics = self._stage.step(batch)
+        loss.backward()
+        self._optimizer.step()
+        self._stage.after_step()
+        for name, value in metrics.items():
+            if name not in self.totals:
+                self.totals[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            self.totals[name].add_(value.detach())
+
+    def _replay(self, batch: Any) -> None:
+        tensors = batch if isinstance(batch, tuple) else (batch,)
+        if self._graph is None:
+            # Capturing executes nothing, so the first replay is this batch's step.
+            self._inputs = tuple(tensor.clone(memory_format=torch.preserve_format) for tensor in tensors)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                self._optimizer.zero_grad(set_to_none=True)
+                # Other threads (views made in the background) may allocate meanwhile.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._update(self._inputs if isinstance(batch, tuple) else self._inputs[0])
+            except RuntimeError as error:
+                self._capture = False
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                self._say(f"the step cannot be captured in a CUDA graph ({reason}); going on without")
+                self._optimizer.zero_grad(set_to_none=True)
+                self._update(batch)
+                return
+            self._graph = graph
+        for buffer, tensor in zip(self._inputs, tensors, strict=True):
+            if buffer.shape != tensor.shape:
+                raise ValueError(f"batch must keep its shapes in a captured step, got {tuple(tensor.shape)}")
+            buffer.copy_(tensor, non_blocking=True)
+        self._graph.replay()
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build the fused optimiser, biases and normalisation weights exempt from decay where the configuration says so.
+
+    On a GPU the learning rate is a tensor there (see :func:`write_learning_rate`), as a captured step needs it.
+    """
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_all:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    optimizer: torch.optim.Optimizer
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](groups, **common)
+    fit_to_device(optimizer)
+    return optimizer
+
+
+def fit_to_device(optimizer: torch.optim.Optimizer) -> None:
+    """Put learning rates where the weights are: after building, and after loading what another device has saved."""
+    for group in optimizer.param_groups:
+        on_gpu = any(parameter.is_cuda for parameter in group["params"])
+        lr = float(group["lr"])
+        group["lr"] = torch.tensor(lr, device=group["params"][0].device) if on_gpu else lr
+        if "capturable" in group:
+            group["capturable"] = on_gpu
+
+
+def write_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

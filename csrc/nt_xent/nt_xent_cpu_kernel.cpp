@@ -1,46 +1,32 @@
 #include "nt_xent/nt_xent_cpu_kernel.h"
 
+#include "common/simd.h"
+
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
-#if defined(SCAN_FAST_ISA_avx512)
-constexpr int kLanes = 16;
-#elif defined(SCAN_FAST_ISA_avx2)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-inline Vector all(float value) { return value - Vector{}; }
-
 // 2^x for x <= 127, relative error below 2e-7, exactly zero below -126, NaN for NaN. Adding 1.5 * 2^23 rounds x to an
 // integer n that then stands in the low bits, from where a shift moves it into the exponent of 2^(x - n).
-inline Vector exp2(Vector x) {
-  const Vector magic = all(12582912.0f);
-  const Vector shifted = x + magic;
-  const Vector r = x - (shifted - magic);
-  Vector p = all(1.535336188319500e-4f);
+inline Vec exp2(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = x + magic;
+  const Vec r = x - (shifted - magic);
+  Vec p = splat(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  const Bits bits = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
-  return x < all(-126.0f) ? Vector{} : reinterpret_cast<Vector>(bits);
+  const IntVec bits = reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23);
+  return x < splat(-126.0f) ? Vec{} : reinterpret_cast<Vec>(bits);
 }
 
 // A probability's logarithm; at tiny temperatures the rounding of s alone could lift it far above zero.
-inline Vector at_most_zero(Vector x) { return x > Vector{} ? Vector{} : x; }
+inline Vec at_most_zero(Vec x) { return x > Vec{} ? Vec{} : x; }
 
 // In a fixed order, so that every run gives the same bits.
-inline float sum_lanes(Vector value) {
+inline float sum_lanes(Vec value) {
   float sum = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
   return sum;
@@ -48,11 +34,11 @@ inline float sum_lanes(Vector value) {
 
 template <int kRows, bool kColumnSums>
 void exp_sums(const float* tile, int64_t columns, int64_t ld, float scale, float* row_sum, float* column_sum) {
-  Vector sums[kRows] = {};
+  Vec sums[kRows] = {};
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Vector column = {};
+    Vec column = {};
     for (int i = 0; i < kRows; ++i) {
-      const Vector e = exp2(load(tile + i * ld + j) * scale - scale);
+      const Vec e = exp2(load(tile + i * ld + j) * scale - scale);
       sums[i] += e;
       column += e;
     }
@@ -86,9 +72,9 @@ void nt_xent_online_sums(const float* tile, int64_t rows, int64_t columns, int64
                          double* row_sum) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = tile + i * ld;
-    Vector largest = all(-__builtin_inff());
+    Vec largest = splat(-__builtin_inff());
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vector s = load(row + j);
+      const Vec s = load(row + j);
       largest = s > largest ? s : largest;
     }
     float maximum = row_max[i];
@@ -98,7 +84,7 @@ void nt_xent_online_sums(const float* tile, int64_t rows, int64_t columns, int64
     }
     // Where nothing counts yet, any finite shift does; a NaN is no maximum but reaches the sum.
     const float shift = maximum == -__builtin_inff() ? 0.0f : maximum;
-    Vector sum = {};
+    Vec sum = {};
     for (int64_t j = 0; j < columns; j += kLanes) sum += exp2(load(row + j) * scale - shift);
     const double kept = row_max[i] == -__builtin_inff() ? 0.0 : __builtin_exp2(static_cast<double>(row_max[i]) - shift);
     const double before = row_sum[i];
@@ -124,30 +110,19 @@ void nt_xent_shifted_weights(float* tile, int64_t rows, int64_t columns, int64_t
   for (int64_t i = 0; i < rows; ++i) {
     float* row = tile + i * ld;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vector s = load(row + j) * scale;
-      const Vector by_row = exp2(at_most_zero(s - row_shift[i])) * row_weight[i];
-      const Vector by_column = exp2(at_most_zero(s - load(column_shift + j))) * load(column_weight + j);
+      const Vec s = load(row + j) * scale;
+      const Vec by_row = exp2(at_most_zero(s - row_shift[i])) * row_weight[i];
+      const Vec by_column = exp2(at_most_zero(s - load(column_shift + j))) * load(column_weight + j);
       store(row + j, by_row + by_column);
     }
   }
 }
 
 void nt_xent_to_bf16(const float* from, int64_t count, uint16_t* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vector value = load(from + i);
-    const Bits bits = reinterpret_cast<Bits>(value);
-    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits kept = value == value ? rounded : Bits{} + 0x7fc0u;
-    *reinterpret_cast<Halves*>(to + i) = __builtin_convertvector(kept, Halves);
-  }
-  for (; i < count; ++i) {
-    union {
-      float value;
-      uint32_t bits;
-    } word = {from[i]};
-    to[i] = word.value == word.value ? static_cast<uint16_t>((word.bits + 0x7fffu + ((word.bits >> 16) & 1u)) >> 16)
-                                     : static_cast<uint16_t>(0x7fc0u);
+  Bf16* out = reinterpret_cast<Bf16*>(to);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
+    store_lanes(out + i, load_lanes(from + i, lanes, 0.0f), lanes);
   }
 }
 

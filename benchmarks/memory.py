@@ -62,10 +62,21 @@ def _cuda_peak(family: str, size: str, contender: str) -> int:
     return int(torch.cuda.max_memory_allocated()) - before - _bytes(outputs)
 
 
-def _status(field: str) -> int:
+def resident_memory(field: str) -> int:
+    """Return the bytes that Linux reports of this process: now (VmRSS), or at most since `reset_peak` (VmHWM)."""
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match, field
     return int(match[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Set the peak of resident memory back to what is in use, and return that in bytes."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # free pages that malloc kept would hide an allocation
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_memory("VmRSS")
 
 
 def _cpu_peak(family: str, size: str, contender: str) -> int:
@@ -78,15 +89,10 @@ def _cpu_peak(family: str, size: str, contender: str) -> int:
     if chosen.compiles:
         with chosen.settings():
             chosen.run(*inputs)  # the compiler's own memory is not the loss's
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # free pages that malloc kept would hide an allocation
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = reset_peak()
     with chosen.settings():
         outputs = chosen.run(*inputs)
-    return max(0, _status("VmHWM") - before - _bytes(outputs))
+    return max(0, resident_memory("VmHWM") - before - _bytes(outputs))
 
 
 if __name__ == "__main__":

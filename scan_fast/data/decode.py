@@ -1,14 +1,21 @@
-"""One image file or array becomes a square uint8 RGB array: centre square, resized with antialias."""
+"""One image file becomes an upright RGB image, and that a centre square resized with antialias."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..ops import native
+from ..ops.augment import RECIPE_HEADER, augment
 
 #: A file with another suffix is no image.
 IMAGE_SUFFIXES = frozenset(
@@ -19,6 +26,10 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 
+#: The longest side that the native kernel takes.
+MAX_SIDE = 16384
+
+_BILINEAR = Image.Resampling.BILINEAR
 _EXIF_ORIENTATION = 0x0112
 
 # Threads decode side by side; of files above this many pixels (PIL keeps 4 bytes for each) only one at a time, so that
@@ -87,38 +98,102 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Return the centre square of an image, resized with antialias to (size, size, 3) uint8."""
-    image = to_rgb(image)
-    width, height = image.size
-    if (width, height) != (size, size):
-        edge = min(width, height)
-        left, top = (width - edge) // 2, (height - edge) // 2
-        box = (left, top, left + edge, top + edge)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.array(image)
+def cut(image: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut boxes out of an image and resize each with antialias, in the arithmetic of PIL's ``crop(...).resize(...)``.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (n, 4) int64 top, left, height, width in pixels.
+        size: side of the squares that are made.
+
+    Returns:
+        (n, size, size, 3) uint8.
+    """
+    if native.has_kernel("augment", "cpu") and max(*image.shape, size) <= MAX_SIDE:
+        recipes = torch.zeros((len(boxes), RECIPE_HEADER), dtype=torch.int32)
+        recipes[:, :4] = boxes
+        first = torch.zeros(len(boxes), dtype=torch.int64)
+        return augment(image.unsqueeze(0), recipes, size, (1.0,) * 3, (0.0,) * 3, torch.uint8, indices=first)
+    whole = Image.fromarray(image.numpy())
+    parts = [whole.crop((x, y, x + width, y + height)) for y, x, height, width in boxes.tolist()]
+    return torch.stack([torch.from_numpy(np.array(part.resize((size, size), _BILINEAR))) for part in parts])
 
 
-def decode(path: str | Path, size: int, *, scaled: bool = False) -> tuple[Header, np.ndarray]:
-    """Read one file (the first frame of an animation), upright by its EXIF orientation, as (size, size, 3) uint8.
+def square(image: Tensor, size: int) -> Tensor:
+    """Return the centre square of an (H, W, 3) uint8 image, resized with antialias to (size, size, 3)."""
+    height, width = image.shape[:2]
+    edge = min(height, width)
+    box = torch.tensor([[(height - edge) // 2, (width - edge) // 2, edge, edge]])
+    return cut(image, box, size)[0]
+
+
+def decode(path: str | Path, header: Header | None = None, *, smallest: int | None = None) -> tuple[Header, Tensor]:
+    """Read one file (the first frame of an animation), upright by its EXIF orientation.
+
+    Whole JPEG files are decoded by torchvision where their header is simple, all others by PIL: both use libjpeg-turbo
+    and give the same levels, but torchvision copies less and keeps no Python lock.
 
     Args:
         path: the file.
-        size: side of the square.
-        scaled: decode a JPEG at 1/2, 1/4 or 1/8, as long as either side stays at least twice the wanted one, before it
-            is resized. Large photographs take a fraction of the time; levels differ a little.
+        header: what :func:`read_header` returned for it, to save reading that again.
+        smallest: where given, a JPEG is decoded at 1/2, 1/4 or 1/8 as long as both sides stay at least this long.
+
+    Returns:
+        The header, which tells the full size, and (H, W, 3) uint8.
 
     Raises:
         OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file. That includes
             more than 178,956,970 pixels (twice PIL.Image.MAX_IMAGE_PIXELS), which PIL takes for an attack.
     """
-    with Image.open(path) as image:
-        whole = image.size
-        if scaled:
-            image.draft("RGB", (2 * size, 2 * size))
-        width, height = image.size
-        with _one_large if width * height > _LARGE else nullcontext():
-            orientation = _orientation(image)
-            pixels = square(ImageOps.exif_transpose(image) if orientation != 1 else image, size)
-        height, width = whole if orientation >= 5 else whole[::-1]
-        return _header(image, orientation)._replace(height=height, width=width), pixels
+    if header is None or smallest is not None or not header.jpeg:
+        with Image.open(path) as image:
+            header = _header(image, _orientation(image))
+            if smallest is not None:
+                image.draft("RGB", (smallest, smallest))
+            if smallest is not None or not header.jpeg:
+                width, height = image.size
+                with _one_large if width * height > _LARGE else nullcontext():
+                    return header, _upright(torch.from_numpy(np.array(to_rgb(image))), header.orientation)
+    with _one_large if header.width * header.height > _LARGE else nullcontext():
+        pixels = _whole_jpeg(path)
+        if pixels is None:
+            with Image.open(path) as image:
+                pixels = torch.from_numpy(np.array(to_rgb(image)))
+        return header, _upright(pixels, header.orientation)
+
+
+def _whole_jpeg(path: str | Path) -> Tensor | None:
+    """Decode a JPEG file into (H, W, 3) uint8 by torchvision; None where PIL has to.
+
+    For a file that was cut off, libjpeg only makes up what is missing; PIL says so.
+    """
+    data = np.fromfile(path, dtype=np.uint8)
+    operator = _jpeg_operator()
+    if operator is None or data[-2:].tolist() != [0xFF, 0xD9]:
+        return None
+    try:
+        planar: Tensor = operator(torch.from_numpy(data), 3)  # 3 is ImageReadMode.RGB
+    except RuntimeError:  # what is wrong, PIL will say
+        return None
+    return planar.permute(1, 2, 0)
+
+
+@cache
+def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
+    """Return torchvision's JPEG decoder, where it has one: its function warns at every call that it will move out."""
+    try:
+        import torchvision.io  # noqa: F401  (registers the operator)
+
+        operator: Callable[[Tensor, int], Tensor] = torch.ops.image.decode_jpeg.default
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+    return operator
+
+
+def _upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn and mirror an (H, W, 3) image as its EXIF orientation asks for."""
+    if orientation >= 5:
+        image = image.transpose(0, 1)
+    # 5 is the transposed image itself; 6, 7, 8 are mirrored left-right, both ways, and top-bottom after that.
+    axes = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
+    return image.flip(axes) if axes else image.contiguous()

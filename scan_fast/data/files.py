@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import Header, decode, read_header
+from .decode import Header, decode, read_header, square
 from .errors import DataError
 from .sources import check_annotations, take_rows
 
@@ -76,6 +76,11 @@ class ImageFiles:
         for column, value in zip(self._columns, header, strict=True):
             column[index] = value
 
+    def header(self, index: int) -> Header:
+        """Return what is known of a file."""
+        height, width, orientation, jpeg = (column[index].item() for column in self._columns)
+        return Header(height, width, orientation, jpeg)
+
     def _bytes(self, index: int) -> np.ndarray:
         try:
             return np.fromfile(self.path(index), dtype=np.uint8)
@@ -99,7 +104,7 @@ class FileSource:
         on_error: "raise", or "skip" to list unreadable files in `skipped` and leave them out.
         workers: decoding threads; by default the number of cores, at most 16.
         resident: whether the decoded images are kept: N * size * size * 3 bytes.
-        scaled: decode large JPEG files at a reduced scale, see :func:`.decode.decode`.
+        scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
         problems: (path, reason) of what could not even be listed; treated as unreadable files.
 
     Raises:
@@ -131,7 +136,8 @@ class FileSource:
         self.skipped: list[tuple[str, str]] = list(problems)
         self.resident = resident
         self.images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if resident else None
-        self._scaled = scaled
+        # Twice the wanted side leaves the antialiasing enough to work on.
+        self._smallest = 2 * size if scaled else None
         self._workers = workers or min(16, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
 
@@ -154,9 +160,9 @@ class FileSource:
         def check(i: int) -> str | None:
             try:
                 if decode_all:
-                    header, pixels = decode(self.files.path(i), self.size, scaled=self._scaled)
+                    header, image = decode(self.files.path(i), smallest=self._smallest)
                     if images is not None:
-                        images[i] = pixels
+                        images[i] = square(image, self.size).numpy()
                 else:
                     header = read_header(self.files.path(i))
             except Exception as error:  # PIL's plugins raise OSError, ValueError, SyntaxError, struct.error and more
@@ -195,7 +201,8 @@ class FileSource:
             for row in rows:
                 path = self.files.path(numbers[row])
                 try:
-                    pixels[row] = decode(path, self.size, scaled=self._scaled)[1]
+                    header = self.files.header(numbers[row])
+                    pixels[row] = square(decode(path, header, smallest=self._smallest)[1], self.size).numpy()
                 except Exception as error:
                     raise unreadable(path, _reason(error)) from error
 

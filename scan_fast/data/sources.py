@@ -215,7 +215,7 @@ def dataset_source(dataset: Any, size: int | None = None) -> TensorSource:
         if i == 0:
             size = size or min(array.shape[:2])
             images = torch.empty((n, size, size, 3), dtype=torch.uint8)
-        images[i] = torch.from_numpy(square(Image.fromarray(array), images.shape[1]))
+        images[i] = square(torch.from_numpy(array), images.shape[1])
         labels.append(label)
     known = all(isinstance(x, (int, np.integer)) or (isinstance(x, Tensor) and x.ndim == 0) for x in labels)
     class_names = getattr(dataset, "classes", None)

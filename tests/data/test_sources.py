@@ -31,8 +31,8 @@ def cut(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
-def decode(path: Path, size: int) -> np.ndarray:
-    return decoding.decode(path, size)[1]
+def decode(path: Path, size: int, smallest: int | None = None) -> np.ndarray:
+    return decoding.square(decoding.decode(path, smallest=smallest)[1], size).numpy()
 
 
 @pytest.mark.parametrize("shape", [(6, 10, 10, 3), (6, 10, 10, 1), (6, 10, 10)])

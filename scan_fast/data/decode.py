@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -62,17 +62,18 @@ def read_header(path: str | Path) -> Header:
         OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file.
     """
     with Image.open(path) as image:
-        known = image.format != "PNG" or not image.info.keys().isdisjoint(("exif", "xmp", "Raw profile type exif"))
-        return _header(image, _orientation(image) if known else 1)
+        return _header(image)
 
 
-def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _header(image: Image.Image, orientation: int) -> Header:
+def _header(image: Image.Image) -> Header:
+    """Read an image's header; of a PNG more may be known after its pixels have been loaded."""
     width, height = image.size
+    orientation = 1
+    # PIL would load a PNG to look for what comes after its pixels, and turns a TIFF upright by itself.
+    loads = image.format == "PNG" and image.info.keys().isdisjoint(("exif", "xmp", "Raw profile type exif"))
+    if image.format != "TIFF" and not loads:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
     if orientation >= 5:
         width, height = height, width
     return Header(height, width, orientation, image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"))
@@ -99,7 +100,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cut(image: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut boxes out of an image and resize each with antialias, in the arithmetic of PIL's ``crop(...).resize(...)``.
+    """Cut boxes out of an image and resize each with antialias, as PIL's ``crop(...).resize(...)``.
+
+    Squares get PIL's very levels. Of some others PIL resizes the height before the width, which rounds differently.
 
     Args:
         image: (H, W, 3) uint8.
@@ -147,19 +150,25 @@ def decode(path: str | Path, header: Header | None = None, *, smallest: int | No
     """
     if header is None or smallest is not None or not header.jpeg:
         with Image.open(path) as image:
-            header = _header(image, _orientation(image))
-            if smallest is not None:
-                image.draft("RGB", (smallest, smallest))
+            header = _header(image)
             if smallest is not None or not header.jpeg:
-                width, height = image.size
-                with _one_large if width * height > _LARGE else nullcontext():
-                    return header, _upright(torch.from_numpy(np.array(to_rgb(image))), header.orientation)
-    with _one_large if header.width * header.height > _LARGE else nullcontext():
-        pixels = _whole_jpeg(path)
-        if pixels is None:
+                if smallest is not None:
+                    image.draft("RGB", (smallest, smallest))  # without effect on anything but a JPEG
+                with _alone(*image.size):
+                    pixels = torch.from_numpy(np.array(to_rgb(image)))
+                    if image.format == "PNG":
+                        header = _header(image)
+                return header, _upright(pixels, header.orientation)
+    with _alone(header.width, header.height):
+        whole = _whole_jpeg(path)
+        if whole is None:
             with Image.open(path) as image:
-                pixels = torch.from_numpy(np.array(to_rgb(image)))
-        return header, _upright(pixels, header.orientation)
+                whole = torch.from_numpy(np.array(to_rgb(image)))
+        return header, _upright(whole, header.orientation)
+
+
+def _alone(width: int, height: int) -> AbstractContextManager[object]:
+    return _one_large if width * height > _LARGE else nullcontext()
 
 
 def _whole_jpeg(path: str | Path) -> Tensor | None:
@@ -195,5 +204,5 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
     if orientation >= 5:
         image = image.transpose(0, 1)
     # 5 is the transposed image itself; 6, 7, 8 are mirrored left-right, both ways, and top-bottom after that.
-    axes = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
-    return image.flip(axes) if axes else image.contiguous()
+    axes = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
+    return torch.from_numpy(np.ascontiguousarray(np.flip(image.numpy(), axes)))

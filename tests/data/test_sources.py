@@ -10,7 +10,6 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from scan_fast.data import DataConfig, DataError, FileSource, Source, SubsetSource, TensorSource, source_from
-from scan_fast.data import decode as decoding
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
@@ -29,10 +28,6 @@ def pictures(folder: Path, n: int, size: int = 12) -> list[str]:
 def cut(path: Path, length: int) -> None:
     """Cut a file to its first bytes, or by its last ones."""
     path.write_bytes(path.read_bytes()[:length])
-
-
-def decode(path: Path, size: int, smallest: int | None = None) -> np.ndarray:
-    return decoding.square(decoding.decode(path, smallest=smallest)[1], size).numpy()
 
 
 @pytest.mark.parametrize("shape", [(6, 10, 10, 3), (6, 10, 10, 1), (6, 10, 10)])
@@ -126,86 +121,6 @@ def test_only_broken_files_are_an_error(tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(DataError, match="none of the 1 image files could be read"):
         FileSource([file], None, 8, on_error="skip")
-
-
-GREY = np.linspace(0, 255, 16 * 16).astype(np.uint8).reshape(16, 16)
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "webp", "tif", "tiff", "pgm", "PNG"])
-def test_grey_levels_survive_every_lossless_format(tmp_path: Path, suffix: str) -> None:
-    options = {"lossless": True} if suffix == "webp" else {}
-    file = save(tmp_path / f"x.{suffix}", GREY, **options)
-    assert np.array_equal(decode(file, 16), np.repeat(GREY[..., None], 3, axis=2))
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    for suffix in ("png", "tif"):
-        file = save(tmp_path / f"x.{suffix}", GREY.astype(np.uint16) * 257)
-        assert np.array_equal(decode(file, 16)[..., 1], GREY)
-    floats = save(tmp_path / "f.tif", (GREY / 255).astype(np.float32))
-    assert np.array_equal(decode(floats, 16)[..., 0], GREY)
-
-
-def test_transparency_lies_on_black(tmp_path: Path) -> None:
-    rgba = np.full((8, 8, 4), 200, dtype=np.uint8)
-    rgba[:, :4, 3] = 0
-    rgba[:, 4:, 3] = 255
-    expected = np.full((8, 8, 3), 200, dtype=np.uint8)
-    expected[:, :4] = 0
-    assert np.array_equal(decode(save(tmp_path / "a.png", rgba), 8), expected)
-    assert np.array_equal(decode(save(tmp_path / "la.png", rgba, "LA"), 8), expected)
-    palette = Image.fromarray(rgba).convert("RGB").quantize(4)
-    palette.putpixel((0, 0), 1)
-    palette.info["transparency"] = int(np.array(palette)[4, 4])
-    palette.save(tmp_path / "p.png", transparency=palette.info["transparency"])
-    assert decode(tmp_path / "p.png", 8)[4, 4].tolist() == [0, 0, 0]
-
-
-def test_palette_one_bit_and_cmyk_are_converted(tmp_path: Path) -> None:
-    colours = np.zeros((8, 8, 3), dtype=np.uint8)
-    colours[:4, :, 0] = 250
-    colours[4:, :, 2] = 130
-    for name, image in (
-        ("p.png", Image.fromarray(colours).quantize(8)),
-        ("p.gif", Image.fromarray(colours).quantize(8)),
-        ("c.tif", Image.fromarray(colours).convert("CMYK")),
-    ):
-        image.save(tmp_path / name)
-        assert np.abs(decode(tmp_path / name, 8).astype(int) - colours).max() <= 2, name
-    Image.fromarray(colours[..., 0] > 100).save(tmp_path / "one.png")
-    assert np.array_equal(decode(tmp_path / "one.png", 8)[..., 2], np.where(colours[..., 0] > 100, 255, 0))
-
-
-def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
-    frames = [Image.fromarray(np.full((8, 8), level, dtype=np.uint8)) for level in (40, 160, 240)]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert decode(tmp_path / "x.gif", 8).mean() == 40
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    """Written so that the viewer's upright image has its bright quarter at the top left."""
-    upright = np.zeros((16, 16), dtype=np.uint8)
-    upright[:8, :8] = 255
-    upright[:8, 8:] = 120
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
-    image = Image.fromarray(upright)
-    stored = image if undo is None else image.transpose(Image.Transpose(undo))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "x.jpg", exif=exif, quality=95)
-    got = decode(tmp_path / "x.jpg", 16)[..., 0].astype(int)
-    assert np.abs(got - upright).max() < 30
-
-
-def test_oblong_files_are_cut_to_the_centre_and_resized(tmp_path: Path) -> None:
-    y, x = np.mgrid[0:300, 0:200]
-    smooth = np.stack((y * 255 // 299, x * 255 // 199, (x + y) * 255 // 498), axis=2).astype(np.uint8)
-    expected = np.array(Image.fromarray(smooth[50:250]).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
-    # The order of PIL's two passes depends on the shape it is given, and moves a pixel by one level at most.
-    assert np.abs(decode(save(tmp_path / "a.png", smooth), 32) - expected).max() <= 1
-    # A JPEG is decoded at a reduced scale first, which moves smooth colours by little.
-    assert np.abs(decode(save(tmp_path / "a.jpg", smooth, quality=95), 32) - expected).max() <= 6
 
 
 def test_subset_renumbers_everything(tmp_path: Path) -> None:

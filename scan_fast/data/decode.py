@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, augment
+
+with suppress(ImportError):  # iPhones' photographs, where the package is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 #: A file with another suffix is no image.
 IMAGE_SUFFIXES = frozenset(

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from .decode import Header, decode, read_header, square
@@ -85,7 +86,7 @@ class ImageFiles:
         try:
             return np.fromfile(self.path(index), dtype=np.uint8)
         except OSError as error:
-            raise unreadable(self.path(index), _reason(error)) from error
+            raise unreadable(self.path(index), _reason(error, self.path(index))) from error
 
 
 class FileSource:
@@ -158,15 +159,16 @@ class FileSource:
         images = None if self.images is None else self.images.numpy()
 
         def check(i: int) -> str | None:
+            path = self.files.path(i)
             try:
                 if decode_all:
-                    header, image = decode(self.files.path(i), smallest=self._smallest)
+                    header, image = decode(path, smallest=self._smallest)
                     if images is not None:
                         images[i] = square(image, self.size).numpy()
                 else:
-                    header = read_header(self.files.path(i))
+                    header = read_header(path)
             except Exception as error:  # PIL's plugins raise OSError, ValueError, SyntaxError, struct.error and more
-                return _reason(error)
+                return _reason(error, path)
             self.files.note(i, header)
             return None
 
@@ -204,7 +206,7 @@ class FileSource:
                     header = self.files.header(numbers[row])
                     pixels[row] = square(decode(path, header, smallest=self._smallest)[1], self.size).numpy()
                 except Exception as error:
-                    raise unreadable(path, _reason(error)) from error
+                    raise unreadable(path, _reason(error, path)) from error
 
         # Several images to a task, as small ones take no longer than a task's own overhead.
         step = max(1, len(numbers) // (8 * self._workers))
@@ -224,5 +226,8 @@ def unreadable(path: str, reason: str) -> DataError:
     return DataError(f"cannot read image {path}: {reason}. {_SKIP_ADVICE}")
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _reason(error: Exception, path: str) -> str:
+    advice = ""
+    if isinstance(error, UnidentifiedImageError) and path.lower().endswith((".heic", ".heif")):
+        advice = "; files of this kind need the package pillow-heif"
+    return f"{type(error).__name__}: {error}{advice}"

@@ -55,7 +55,7 @@ def measure(folder: Path, image_size: int, batch_size: int, resident: bool, work
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     renderer = renderer_for("auto", (0.5,) * 3, (0.25,) * 3, device)
     config = DataConfig(
-        root=folder, image_size=image_size, labels="none", resident="auto" if resident else "off", workers=workers
+        root=folder, image_size=image_size, labels="none", resident="auto" if resident else "files", workers=workers
     )
     before = reset_peak()
 

@@ -70,7 +70,7 @@ class DataConfig(Settings):
         labels: "auto" reads them where there are any, to report on; "none" ignores them.
         on_error: "raise" at an unreadable image, or "skip" it and list it in skipped.csv.
         resident: where the images are kept. "host": decoded once, in memory. "device": likewise, then moved to the
-            run's GPU. "off": in their files, and decoded at each use; images that are in no files are on the host
+            run's GPU. "files": there only, and decoded at each use; images that are in no files are on the host
             all the same. "auto": on the host where all of them take at most half of the free memory, and from there on
             to a GPU of which they take at most a quarter of the free memory. The results are the same.
         decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as

@@ -13,7 +13,7 @@ from .errors import DataError
 from .sources import Source, SubsetSource
 
 #: The value of ``data.resident``.
-Resident = Literal["auto", "host", "device", "off"]
+Resident = Literal["auto", "host", "device", "files"]
 
 #: What the images may take, at most, of the memory that is free when they are opened.
 HOST_SHARE = 1 / 2
@@ -42,9 +42,9 @@ def move_to_device(sources: Sequence[Source], resident: Resident, device: torch.
         DataError: for ``device`` where the run's device is no GPU.
     """
     if resident == "device" and device.type != "cuda":
-        raise DataError(f"data.resident=device needs a CUDA device, this run is on {device}; use auto, host or off")
+        raise DataError(f"data.resident=device needs a CUDA device, this run is on {device}; use auto, host or files")
     owners = {id(owner): owner for owner in map(_owner, sources) if owner.resident}
-    if device.type != "cuda" or resident in ("host", "off") or not owners:
+    if device.type != "cuda" or resident in ("host", "files") or not owners:
         return False
     total = sum(image_bytes(len(owner), owner.size) for owner in owners.values())
     if resident == "auto" and total > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:

@@ -172,7 +172,7 @@ def compare_losses(
             embeddings all point the same way, turns the last bit of a loss into the third digit of a gradient, so only
             the first step agrees to rounding.
     """
-    pair = make(dataclasses.replace(context, precision=torch.float32))
+    pair = make(dataclasses.replace(context, config=context.config.model_copy(update={"precision": "float32"})))
     ours, theirs = pair.ours, pair.baseline
     optimizer = build_optimizer(ours.parameters(), ours.training.optimizer)
     ours.train_mode()

@@ -149,7 +149,8 @@ class Config(Settings):
     preset: str | None = None
     seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on the CPU. Losses and batch-norm statistics are float32 in any case."""
+    """``auto``: bfloat16 on a GPU; on the CPU too where a short trial finds it right and faster, which the run folder
+    then notes. Losses and batch-norm statistics are float32 in any case."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     pretext: PretextConfig = PretextConfig()

@@ -7,7 +7,7 @@ Layout::
     embeddings.npz   train, test: (N, D) float32         neighbors.npz    train, test: (N, k) int64; *_similarity
     assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
     model.pt         the predictor                       report.html      one file, opens from disk
-    skipped.csv      images left out as unreadable
+    skipped.csv      images left out as unreadable       precision.json   what precision=auto came to, and why
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ try:
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
+
+PRECISION_FILE = "precision.json"
 
 _WRITTEN_BY = {
     "checkpoints/pretext-final.pt": "pretext",
@@ -80,6 +82,7 @@ class RunFolder:
             ".lock",
             "skipped.csv",
             "tensorboard",
+            PRECISION_FILE,
             *(name for name in content if name.startswith(".") and name.endswith(".tmp")),
         }
         if "config.yaml" not in content and content:
@@ -152,11 +155,19 @@ class RunFolder:
         """Read summary.json, or start one."""
         if not self.has("summary.json"):
             return {"seed": None, "stages": {}, "seconds": 0.0}
+        return self.read_json("summary.json")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file.
+
+        Raises:
+            RunError: if it is damaged; the message says what to do.
+        """
         try:
-            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise self._damaged("summary.json", error) from error
-        return summary
+            raise self._damaged(name, error) from error
+        return content
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """Read an .npz file.

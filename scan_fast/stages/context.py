@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,9 @@ from ..data.views import PlainView, View
 from ..models.backbones import ModelConfig
 from ..runs.config import Config, ConfigError
 from ..runs.events import Events
-from ..runs.folder import RunFolder
+from ..runs.folder import PRECISION_FILE, RunFolder
+from .machine import set_threads
+from .precision import Choice, choose_on_cpu
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +45,6 @@ class Context:
     events: Events
     splits: Splits
     device: torch.device
-    precision: torch.dtype
     renderer: Renderer
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -99,6 +101,28 @@ class Context:
         """Return what renders views of a source with a stage's random numbers."""
         return ViewMaker(source, self.renderer, self.config.seed, stage)
 
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The number format of convolutions and matrix products: as configured, or what ``auto`` comes to.
+
+        On a processor that is tried out (:mod:`.precision`) and noted in precision.json, so that a run that goes on
+        keeps its numbers.
+        """
+        wanted = self.config.precision
+        if wanted != "auto":
+            return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+        if self.device.type == "cuda":
+            return torch.bfloat16
+        model, side = self.model_config, self.view(self.config.pretext.view).side
+        tried = {"model": model.model_dump(mode="json"), "side": side}
+        record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
+        if record.get("tried") == tried:
+            return Choice(record["precision"], record["reason"]).dtype
+        choice = choose_on_cpu(model, side, 2 * min(self.config.pretext.batch_size, len(self.splits.train)))
+        self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
+        self.events.say(f"precision: {choice.precision} ({choice.reason})")
+        return choice.dtype
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the mixed-precision context of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
@@ -131,18 +155,14 @@ def open_context(config: Config, run: RunFolder, events: Events, splits: Splits 
         DataError: for images that cannot be read, or a renderer that the device does not have.
     """
     device = choose_device(config.runtime.device)
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        config.precision, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    set_threads(config.runtime.threads)
     splits = splits if splits is not None else open_splits(config.data)
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
     if move_to_device(sources, config.data.resident, device):
         events.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         events.say("images: decoded from their files at each use (data.resident)")
-    context = Context(config, run, events, splits, device, precision, make_renderer(config.data, splits, device))
+    context = Context(config, run, events, splits, device, make_renderer(config.data, splits, device))
     check_sizes(context)
     return context
 

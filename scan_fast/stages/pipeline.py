@@ -16,6 +16,7 @@ from .clustering import NAME as CLUSTERING
 from .clustering import load_clustering, run_clustering
 from .context import Context
 from .inference import forward_all
+from .machine import kept_memory
 from .mining import NAME as MINING
 from .mining import load_neighbors, run_mining
 from .pretext import NAME as PRETEXT
@@ -65,6 +66,11 @@ def forget(context: Context, first: str) -> None:
 
 def run_stages(context: Context, names: Sequence[str]) -> None:
     """Do the named stages that are not finished, and then what a run leaves behind."""
+    with kept_memory():
+        _run_stages(context, names)
+
+
+def _run_stages(context: Context, names: Sequence[str]) -> None:
     run, events = context.run, context.events
     skipped = write_skipped(context)
     if skipped:

@@ -44,6 +44,7 @@ TINY = (
     "selflabel.threshold=0.1",
     "selflabel.ema=0.9",
     "evaluation.baselines=false",
+    "precision=float32",
     "runtime.threads=1",
 )
 """Digits in a second: 160 images, two steps an epoch, two epochs a stage; and what tests count on."""
@@ -63,6 +64,7 @@ TINY_FOLDER = (
     "selflabel.epochs=1",
     "selflabel.batch_size=16",
     "selflabel.view.cutout=4",
+    "precision=float32",
     "runtime.threads=1",
 )
 """The same for small folders of images."""

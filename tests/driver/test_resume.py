@@ -60,6 +60,15 @@ def test_killed_at_renamings_all_along(undisturbed: Path, tmp_path: Path) -> Non
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+def test_killed_at_renamings_in_bfloat16(tmp_path: Path) -> None:
+    words = ["run", "digits", *TINY, "precision=bfloat16", "--quiet", "--out"]
+    assert run_here(*words, tmp_path / "whole").code == 0
+    generator = random.Random(2)
+    deaths = [Death(generator.randint(4, 9), before=bool(generator.getrandbits(1))) for _ in range(60)]
+    assert restart_until_done([*words, tmp_path / "run", EVERY_STEP], tmp_path, deaths) >= 2
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("name", "before"),
     [

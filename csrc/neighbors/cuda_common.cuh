@@ -14,28 +14,44 @@ namespace scan_fast {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kChunk = 64;       // columns of dim that a tile takes at a time
 constexpr double kUnit = 128;  // the length that the fast search scales rows to
 
 // What the kernels share in global memory.
 struct Workspace {
   double* query_length;      // (Q,) |v|, non-finite where the row has a non-finite entry
   double* database_length;   // (N,); the same memory in a self-search
-  half_t* query_rounded;     // (Q, padded dim); likewise
+  half_t* query_rounded;     // (Q, padded dim) u^; likewise
   half_t* database_rounded;  // (N, padded dim)
+  half_t* query_low;         // (Q, padded dim) u~, the rounded u - u^; written only if a query is searched again
+  half_t* database_low;      // (N, padded dim)
   double* query_residual;    // (Q,) |u - u^|
   double* query_norm;        // (Q,) |u^|
-  double* margin;            // (Q,) 2 eps; +inf: only the exact search can decide; -1: a query without neighbours
+  double* query_remainder;   // (Q,) |u - u^ - u~|
+  double* margin;            // (Q,) 2 eps; +inf: only brute force can decide; -1: a query without neighbours
   // Maxima as the bit patterns of non-negative doubles, which order like integers: the longest query and database row,
-  // and over the database |u - u^| and |u^|.
+  // and over the database |u - u^|, |u^| and |u - u^ - u~|.
   unsigned long long* longest_query;
   unsigned long long* longest_database;
   unsigned long long* worst_residual;
   unsigned long long* longest_rounded;
-  unsigned long long* undecided_count;
-  int32_t* undecided;      // (Q,) queries for search_exactly
-  uint2* candidates;       // (batch, splits, capacity): similarity bits and column
-  int32_t* counts;         // (batch, splits); -1: the list outgrew its room
-  unsigned long long* keys;  // (exact blocks, N + power of two of k)
+  unsigned long long* worst_remainder;
+  unsigned long long* undecided_count;  // queries for search_finely
+  unsigned long long* hard_count;       // queries for search_exactly
+  int32_t* undecided;                   // (Q,)
+  int32_t* hard;                        // (Q,)
+  unsigned* tickets;                    // (blocks of search_finely,)
+  uint2* candidates;         // search_tiles: (batch, splits, capacity); search_finely: (blocks, rows, capacity)
+  int32_t* counts;           // the same without capacity; -1: the list outgrew its room
+  unsigned long long* keys;  // search_exactly: (blocks, N + power of two of k); the memory of the candidates
+};
+
+// Where the candidates of one query are: `splits` lists.
+struct Candidates {
+  const uint2* entries;
+  const int32_t* counts;
+  int64_t entry_stride, count_stride;  // from split to split
+  int splits;
 };
 
 __device__ __forceinline__ double max_of(const unsigned long long* bits) {

@@ -4,7 +4,7 @@
 // Part of neighbors_cuda.cu, which alone includes it.
 #pragma once
 
-#include "neighbors/cuda_search.cuh"
+#include "neighbors/cuda_lists.cuh"
 
 namespace scan_fast {
 namespace {
@@ -32,35 +32,29 @@ __device__ __forceinline__ void sort_descending(Keys keys, int64_t size) {
   __syncthreads();
 }
 
-// Block b decides query first_query + b. max_keys: a power of two, at least k.
-__global__ void __launch_bounds__(kDecideThreads)
-    decide(TopkProblem problem, Workspace work, int64_t first_query, int splits, int capacity, int max_keys,
-           float* __restrict__ similarity, int64_t* __restrict__ index) {
-  SCAN_FAST_DYNAMIC_SHARED(memory);
+// One block decides query i; false, for all threads, if its candidates are not known to suffice. keys: max_keys in
+// shared memory, a power of two, at least k.
+__device__ __forceinline__ bool decide_query(const TopkProblem& problem, const Workspace& work, int64_t i,
+                                             double margin, const Candidates& lists, const Shared<unsigned long long>& keys,
+                                             int max_keys, float* similarity, int64_t* index) {
   SCAN_FAST_SHARED(float, shared_bound, 1);
   SCAN_FAST_SHARED(int, shared_count, 1);
-  const Shared<unsigned long long> keys = memory.as<unsigned long long>();
-  const int64_t row = blockIdx.x, i = first_query + row, k = problem.k;
-  const int thread = threadIdx.x, warp = thread / 32;
-  const double margin = work.margin[i];
-  const uint2* lists = work.candidates + row * splits * capacity;
-  const int32_t* counts = work.counts + row * splits;
+  const int64_t k = problem.k;
+  const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
+  const auto count_of = [&](int s) { return lists.counts[s * lists.count_stride]; };
 
   if (margin < 0) {  // a query with a non-finite entry
-    for (int64_t rank = thread; rank < k; rank += kDecideThreads) write_key(problem, similarity, index, i, rank, 0);
-    return;
+    for (int64_t rank = thread; rank < k; rank += threads) write_key(problem, similarity, index, i, rank, 0);
+    return true;
   }
-  bool undecided = !(margin <= DBL_MAX);
+  if (!(margin <= DBL_MAX)) return false;
   int total = 0;
-  for (int s = 0; s < splits; ++s) {
-    undecided = undecided || counts[s] < 0;
-    total += counts[s];
-  }
-  if (undecided) {
-    if (thread == 0) work.undecided[atomicAdd(work.undecided_count, 1ull)] = static_cast<int32_t>(i);
-    return;
+  for (int s = 0; s < lists.splits; ++s) {
+    if (count_of(s) < 0) return false;
+    total += count_of(s);
   }
 
+  __syncthreads();  // the block may have decided another query before
   if (thread == 0) shared_count[0] = 0;
   if (warp == 0) {
     float bound = -FLT_MAX;
@@ -68,8 +62,8 @@ __global__ void __launch_bounds__(kDecideThreads)
       // Entry e of all lists together.
       const auto value_at = [&](int e) {
         int s = 0;
-        while (e >= counts[s]) e -= counts[s++];
-        return __uint_as_float(lists[static_cast<int64_t>(s) * capacity + e].x);
+        while (e >= count_of(s)) e -= count_of(s++);
+        return __uint_as_float(lists.entries[s * lists.entry_stride + e].x);
       };
       bound = lowered(reached_by(k, total, 40, value_at), margin);
     }
@@ -77,9 +71,10 @@ __global__ void __launch_bounds__(kDecideThreads)
   }
   __syncthreads();
   const float bound = shared_bound[0];
-  for (int s = 0; s < splits; ++s) {
-    for (int e = thread; e < counts[s]; e += kDecideThreads) {
-      const uint2 entry = lists[static_cast<int64_t>(s) * capacity + e];
+  for (int s = 0; s < lists.splits; ++s) {
+    const int count = count_of(s);
+    for (int e = thread; e < count; e += threads) {
+      const uint2 entry = lists.entries[s * lists.entry_stride + e];
       if (!(__uint_as_float(entry.x) >= bound)) continue;
       const int slot = atomicAdd(shared_count.get(), 1);
       if (slot < max_keys) keys[slot] = entry.y;
@@ -87,34 +82,40 @@ __global__ void __launch_bounds__(kDecideThreads)
   }
   __syncthreads();
   const int found = shared_count[0];
-  if (found > max_keys) {
-    if (thread == 0) work.undecided[atomicAdd(work.undecided_count, 1ull)] = static_cast<int32_t>(i);
-    return;
-  }
+  if (found > max_keys) return false;
   int size = 1;
   while (size < found || size < k) size *= 2;
-  for (int e = found + thread; e < size; e += kDecideThreads) keys[e] = 0ull;
-  for (int e = warp; e < found; e += kDecideThreads / 32) {
+  for (int e = found + thread; e < size; e += threads) keys[e] = 0ull;
+  for (int e = warp; e < found; e += threads / 32) {
     const unsigned column = static_cast<unsigned>(static_cast<unsigned long long>(keys[e]));
     __syncwarp();  // every lane has read the column
     const unsigned long long key = exact_key(problem, work, i, column);
     if (thread % 32 == 0) keys[e] = key;
   }
   sort_descending(keys, size);
-  for (int64_t rank = thread; rank < k; rank += kDecideThreads) {
+  for (int64_t rank = thread; rank < k; rank += threads) {
     const unsigned long long key = keys[rank];
     write_key(problem, similarity, index, i, rank, key);
   }
+  return true;
 }
 
-// Without a fast search every query is for search_exactly.
-__global__ void __launch_bounds__(kThreads) leave_all_undecided(TopkProblem problem, Workspace work) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < problem.n_queries) work.undecided[i] = static_cast<int32_t>(i);
+// Block b decides query first_query + b by the lists of search_tiles, or leaves it to search_finely.
+__global__ void __launch_bounds__(kDecideThreads)
+    decide(TopkProblem problem, Workspace work, int64_t first_query, int splits, int capacity, int max_keys,
+           float* __restrict__ similarity, int64_t* __restrict__ index) {
+  SCAN_FAST_DYNAMIC_SHARED(memory);
+  const int64_t row = blockIdx.x, i = first_query + row;
+  const Candidates lists{work.candidates + row * splits * capacity, work.counts + row * splits, capacity, 1, splits};
+  if (!decide_query(problem, work, i, work.margin[i], lists, memory.as<unsigned long long>(), max_keys, similarity,
+                    index) &&
+      threadIdx.x == 0) {
+    work.undecided[atomicAdd(work.undecided_count, 1ull)] = static_cast<int32_t>(i);
+  }
 }
 
-// Blocks share the undecided queries: keys of all rows, the k-th largest by radix selection (keys are distinct), a
-// sort. all: every query, whatever undecided_count says.
+// Blocks share the hard queries (all: every query): keys of all rows, the k-th largest by radix selection (keys are
+// distinct), a sort.
 __global__ void __launch_bounds__(kExactThreads)
     search_exactly(TopkProblem problem, Workspace work, bool all, int64_t sort_keys, float* __restrict__ similarity,
                    int64_t* __restrict__ index) {
@@ -124,12 +125,12 @@ __global__ void __launch_bounds__(kExactThreads)
   SCAN_FAST_SHARED(int, filled, 1);
   const int thread = threadIdx.x, warp = thread / 32;
   const int64_t n = problem.n_database, k = problem.k;
-  const int64_t queries = all ? problem.n_queries : static_cast<int64_t>(*work.undecided_count);
+  const int64_t queries = all ? problem.n_queries : static_cast<int64_t>(*work.hard_count);
   unsigned long long* keys = work.keys + static_cast<int64_t>(blockIdx.x) * (n + sort_keys);
   unsigned long long* best = keys + n;
 
   for (int64_t q = blockIdx.x; q < queries; q += gridDim.x) {
-    const int64_t i = work.undecided[q];
+    const int64_t i = all ? q : work.hard[q];
     const bool usable = work.query_length[i] <= DBL_MAX;
     for (int64_t j = warp; j < n; j += kExactThreads / 32) {
       unsigned long long key = 0;
@@ -179,8 +180,9 @@ __global__ void __launch_bounds__(kExactThreads)
   }
 }
 
-__global__ void report(Workspace work, bool all, int64_t* searched_again) {
-  *searched_again = all ? 0 : static_cast<int64_t>(*work.undecided_count);
+__global__ void report(Workspace work, SearchedAgain* searched) {
+  searched->finely = static_cast<int64_t>(*work.undecided_count);
+  searched->exactly = static_cast<int64_t>(*work.hard_count);
 }
 
 }  // namespace

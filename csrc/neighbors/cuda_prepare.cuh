@@ -1,4 +1,4 @@
-// The GPU neighbour search: lengths, float16 copies of the rows, and each query's margin.
+// The GPU neighbour search: lengths, float16 copies of the rows, and each query's margins.
 //
 // Part of neighbors_cuda.cu, which alone includes it.
 #pragma once
@@ -51,6 +51,57 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What rounding left, for the finer product; a fixed grid, and nothing to do where every query is decided.
+__global__ void __launch_bounds__(kThreads)
+    round_remainders(const float* __restrict__ x, int64_t rows, int64_t dim, int64_t padded_dim, bool normalize,
+                     const double* __restrict__ length, const unsigned long long* longest,
+                     const half_t* __restrict__ rounded, half_t* __restrict__ low, double* remainder,
+                     unsigned long long* worst_remainder, const unsigned long long* undecided_count) {
+  if (*undecided_count == 0) return;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; row < rows; row += warps) {
+    const bool usable = length[row] <= DBL_MAX;
+    const double scale = usable ? row_scale(length[row], max_of(longest), normalize) : 0;
+    double squared = 0;
+    for (int64_t d = threadIdx.x % 32; d < padded_dim; d += 32) {
+      const double exact = usable && d < dim ? static_cast<double>(x[row * dim + d]) * scale : 0;
+      const double rest = exact - static_cast<double>(to_float(rounded[row * padded_dim + d]));
+      const half_t kept = from_float<half_t>(static_cast<float>(rest));
+      const double left = rest - static_cast<double>(to_float(kept));
+      squared += left * left;
+      low[row * padded_dim + d] = kept;
+    }
+    squared = sqrt(warp_sum(squared));
+    if (threadIdx.x % 32 != 0) continue;
+    if (remainder != nullptr) remainder[row] = squared;
+    if (worst_remainder != nullptr) raise(worst_remainder, squared);
+  }
+}
+
+// What every bound has in common: the query's |u_i|, the database's largest |u_j|, |u_j - u^_j| and |u^_j|, and how far
+// apart two similarities must be to differ after rounding to float32.
+struct Magnitudes {
+  double query, longest, residual, rounded, spacing;
+};
+
+__device__ __forceinline__ Magnitudes magnitudes(const TopkProblem& problem, const Workspace& work, int64_t i) {
+  const double longest_query = max_of(work.longest_query), longest_database = max_of(work.longest_database);
+  Magnitudes m;
+  m.query = work.query_length[i] * row_scale(work.query_length[i], longest_query, problem.normalize);
+  m.residual = max_of(work.worst_residual);
+  m.rounded = max_of(work.longest_rounded);
+  m.longest = m.rounded + m.residual;
+  const double units = problem.normalize ? kUnit * kUnit : unit_scale(longest_query) * unit_scale(longest_database);
+  m.spacing = m.query * m.longest * ldexp(1.0, -23) + units * ldexp(1.0, -149);
+  return m;
+}
+
+// How much a sum of products may lose per |a||b|: matrix units add 16 aligned products and the sum so far, and may
+// truncate each of the 17, and the result, at 24 bits.
+__device__ __forceinline__ double truncation(double products) { return (products * 1.125 + 4) * ldexp(1.0, -23); }
+// Beside that, every term may be flushed to zero.
+__device__ __forceinline__ double underflow(double products) { return (products * 1.125 + 4) * ldexp(1.0, -124); }
+
 __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Workspace work) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= problem.n_queries) return;
@@ -59,23 +110,33 @@ __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Wo
     work.margin[i] = -1;
     return;
   }
-  const double longest_query = max_of(work.longest_query), longest_database = max_of(work.longest_database);
   // Where float32 could overflow, far apart similarities can tie: no fast search can tell them apart.
-  if (!problem.normalize && length * longest_database >= ldexp(1.0, 127)) {
+  if (!problem.normalize && length * max_of(work.longest_database) >= ldexp(1.0, 127)) {
     work.margin[i] = INFINITY;
     return;
   }
-  const double scaled = length * row_scale(length, longest_query, problem.normalize);
-  const double residual = max_of(work.worst_residual), rounded = max_of(work.longest_rounded);
-  const double longest = rounded + residual;
-  // Matrix units add 16 aligned products and the sum so far, and may truncate each of the 17 at 24 bits.
-  const double terms = static_cast<double>(problem.dim) * 1.125 + 48;
-  const double underflow = terms * ldexp(1.0, -124);
-  const double units = problem.normalize ? kUnit * kUnit : unit_scale(longest_query) * unit_scale(longest_database);
-  const double spacing = scaled * longest * ldexp(1.0, -23) + units * ldexp(1.0, -149);
-  const double bound = scaled * residual + work.query_residual[i] * rounded +
-                       terms * ldexp(1.0, -23) * work.query_norm[i] * rounded + underflow + spacing;
+  const Magnitudes m = magnitudes(problem, work, i);
+  const double dim = static_cast<double>(problem.dim) + 32;  // rounded up to whole products
+  const double bound = m.query * m.residual + work.query_residual[i] * m.rounded +
+                       truncation(dim) * work.query_norm[i] * m.rounded + underflow(dim) + m.spacing;
   work.margin[i] = 2 * 1.001 * bound;
+}
+
+// The margin of search_finely, s^ = u^_i u^_j + (u^_i u~_j + u~_i u^_j). With u = u^ + u~ + e,
+//   |u_i u_j - s^| <= |u~_i||u~_j| + |e_i||u_j| + (|u_i| + |e_i|)|e_j|.
+// The first product is summed 32 columns at a time, and those sums in float32, to nearest; the other two in one go.
+__device__ __forceinline__ double fine_margin(const TopkProblem& problem, const Workspace& work, int64_t i,
+                                              int64_t padded_dim) {
+  if (!(work.margin[i] <= DBL_MAX)) return work.margin[i];
+  const Magnitudes m = magnitudes(problem, work, i);
+  const double worst = max_of(work.worst_remainder), mine = work.query_remainder[i], norm = work.query_norm[i];
+  const double low = work.query_residual[i] + mine, low_database = m.residual + worst;
+  const double dim = static_cast<double>(padded_dim);
+  const double additions = (dim / 32 + 2) * ldexp(1.0, -24);
+  const double bound = low * low_database + mine * m.longest + (m.query + mine) * worst +
+                       (truncation(32) + additions) * norm * m.rounded +
+                       truncation(2 * dim) * (norm * low_database + low * m.rounded) + underflow(3 * dim) + m.spacing;
+  return 2 * 1.001 * bound;
 }
 
 }  // namespace

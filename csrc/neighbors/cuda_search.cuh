@@ -3,10 +3,8 @@
 // search_tiles: 128 x 256 tile per block, 64 columns of dim at a time through a ring of kStages cp.async stages that
 // runs on across tiles; 8 warps (2 x 4) of 64 x 64 with mma.m16n8k16 (float16 in, float32 sums): 128 accumulators a
 // thread. 16-byte chunks of a row are stored at chunk ^ (row % 8), so that neither cp.async nor ldmatrix meets a bank
-// conflict. Per tile, a thread takes the maximum of its 16 values of a row and compares it with the row's threshold:
-// about one instruction per element. Survivors (about k + k ln(N / k) a row) go to the row's list in global memory
-// (second cache), the slot from an atomic in shared memory. Thresholds rise only between tiles, behind barriers, so the
-// set of candidates is the same in every run; only its order in the list varies, and nothing depends on that.
+// conflict. Per tile, a thread compares the maximum of its 16 values of a row with the row's threshold; survivors (about
+// k + k ln(N / k) a row) go to the row's list (cuda_lists.cuh).
 //
 // Limit: 2 Q N D flops at the float16 rate. Per 64 columns of dim a block moves 48 KiB for 4.2 Mflop, 87 flop per byte
 // of the second cache. float16 rather than bfloat16: same speed, eight times finer, so fewer candidates. Rows are
@@ -15,67 +13,14 @@
 // Part of neighbors_cuda.cu, which alone includes it.
 #pragma once
 
-#include "neighbors/cuda_common.cuh"
+#include "neighbors/cuda_lists.cuh"
 
 namespace scan_fast {
 namespace {
 
-constexpr int kTileRows = 128, kTileColumns = 256, kChunk = 64, kStages = 3;
+constexpr int kTileRows = 128, kTileColumns = 256, kStages = 3;
 constexpr int kStageHalves = (kTileRows + kTileColumns) * kChunk;
 constexpr size_t kSearchShared = size_t{kStages} * kStageHalves * sizeof(half_t);
-
-// One warp: the largest value found by bisection that at least k entries reach. Called with count > k.
-template <typename ValueAt>
-__device__ __forceinline__ float reached_by(int64_t k, int count, int steps, ValueAt value_at) {
-  const int lane = threadIdx.x % 32;
-  float low = FLT_MAX, high = -FLT_MAX;
-  for (int e = lane; e < count; e += 32) {
-    const float v = value_at(e);
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  low = warp_min(low);
-  high = warp_max(high);
-  for (int step = 0; step < steps; ++step) {
-    const float middle = low + 0.5f * (high - low);
-    if (middle <= low || middle > high) break;
-    int hits = 0;
-    for (int e = lane; e < count; e += 32) hits += value_at(e) >= middle;
-    if (warp_sum(hits) >= k) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-__device__ __forceinline__ float lowered(float reached, double margin) {
-  const double bound = static_cast<double>(reached) - margin;
-  const float threshold = static_cast<float>(bound);
-  return static_cast<double>(threshold) > bound ? nextafterf(threshold, -INFINITY) : threshold;
-}
-
-// One warp raises a row's threshold and drops the candidates that fall below it; returns how many stay.
-__device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double margin, float& threshold) {
-  const int lane = threadIdx.x % 32;
-  const float reached = reached_by(k, count, 14, [&](int e) { return __uint_as_float(list[e].x); });
-  const float bound = lowered(reached, margin);
-  threshold = bound > threshold ? bound : threshold;
-  int kept = 0;
-  for (int base = 0; base < count; base += 32) {
-    const bool inside = base + lane < count;
-    uint2 entry = make_uint2(0, 0);
-    if (inside) entry = list[base + lane];
-    const bool stays = inside && __uint_as_float(entry.x) >= threshold;
-    const unsigned ballot = __ballot_sync(kFullMask, stays);
-    // Entries only move towards the front, and all 32 were read before the ballot.
-    if (stays) list[kept + __popc(ballot & ((1u << lane) - 1))] = entry;
-    kept += __popc(ballot);
-    __syncwarp();
-  }
-  return kept;
-}
 
 __global__ void __launch_bounds__(kThreads, 1)
     search_tiles(TopkProblem problem, Workspace work, int64_t padded_dim, int64_t first_query, int64_t batch,
@@ -90,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 64;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kTileRows;  // in the batch
   const int split = static_cast<int>(blockIdx.y);
-  const int n = static_cast<int>(problem.n_database), k = static_cast<int>(problem.k);
+  const int n = static_cast<int>(problem.n_database);
+  const RowLists<kTileColumns> lists{threshold, count, limit, static_cast<int>(problem.k), capacity};
 
   // This block's share of the column tiles.
   const int64_t tiles = (problem.n_database + kTileColumns - 1) / kTileColumns;
@@ -98,15 +44,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int last_tile = static_cast<int>(tiles * (split + 1) / splits);
   const int chunks = static_cast<int>(padded_dim / kChunk);
 
-  const int first_limit = 4 * k < 128 ? 128 : 4 * k;
-  const int last_limit = capacity - kTileColumns;  // the next tile must fit
   if (thread < kTileRows) {
-    const int64_t row = block_row + thread;
-    const double margin = row < batch ? work.margin[first_query + row] : -1.0;
-    threshold[thread] = margin >= 0 && margin <= DBL_MAX ? -FLT_MAX : INFINITY;
-    count[thread] = 0;
-    limit[thread] = first_limit < last_limit ? first_limit : last_limit;
+    lists.open(thread, block_row + thread < batch ? work.margin[first_query + block_row + thread] : -1.0);
   }
+  const auto list_of = [&](int row) { return work.candidates + ((block_row + row) * splits + split) * capacity; };
 
   // Thread: 16-byte chunk thread % 8 of rows thread / 8 + {0, 32, 64, ...}; 32 rows further on, the swizzle is the
   // same.
@@ -199,49 +140,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + m * 16 + half * 8 + lane / 4;
-        const float bound = threshold[row];
-        float best = sum[m][0][half * 2];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) best = fmaxf(best, fmaxf(sum[m][c][half * 2], sum[m][c][half * 2 + 1]));
-        if (best >= bound) {
-          const int64_t query = first_query + block_row + row;
-          uint2* list = work.candidates + ((block_row + row) * splits + split) * capacity;
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float value = sum[m][c][half * 2 + e];
-              const int column = tile * kTileColumns + warp_column + c * 8 + lane % 4 * 2 + e;
-              if (value >= bound && column < n && !(problem.exclude_self && column == query) &&
-                  work.database_length[column] <= DBL_MAX) {
-                const int slot = atomicAdd((count + row).get(), 1);
-                list[slot] = make_uint2(__float_as_uint(value), static_cast<unsigned>(column));
-              }
-            }
-          }
-        }
+        lists.enter<8>(problem, work.database_length, row, static_cast<int>(first_query + block_row) + row,
+                       list_of, tile * kTileColumns + warp_column + lane % 4 * 2,
+                       [&](int c, int e) { return sum[m][c][half * 2 + e]; });
 #pragma unroll
         for (int c = 0; c < 8; ++c) sum[m][c][half * 2] = sum[m][c][half * 2 + 1] = 0;
       }
     }
     __syncthreads();  // the lists are complete
     for (int row = warp; row < kTileRows; row += kThreads / 32) {
-      const int entries = count[row];
-      if (entries <= limit[row] || entries <= k) continue;
-      float bound = threshold[row];
-      uint2* list = work.candidates + ((block_row + row) * splits + split) * capacity;
-      int kept = tighten(list, entries, k, work.margin[first_query + block_row + row], bound);
-      if (kept > last_limit) {
-        bound = INFINITY;
-        kept = -1;
-      }
-      __syncwarp();  // every lane has read this row's state
-      if (lane == 0) {
-        threshold[row] = bound;
-        count[row] = kept;
-        const int wanted = 2 * kept > first_limit ? 2 * kept : first_limit;
-        limit[row] = wanted < last_limit ? wanted : last_limit;
-      }
+      lists.make_room(row, list_of(row), work.margin + first_query + block_row + row);
     }
     ++tile;
     // The barrier of the next step comes before the next tile reads thresholds.
@@ -249,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_wait<0>();
   __syncthreads();
   if (thread < kTileRows && block_row + thread < batch) {
-    const int entries = count[thread];
-    work.counts[(block_row + thread) * splits + split] = entries;
+    work.counts[(block_row + thread) * splits + split] = count[thread];
   }
 }
 

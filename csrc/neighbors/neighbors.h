@@ -18,7 +18,14 @@
 // that it also covers ties after the final rounding. If t is a value that at least k columns reach in the fast search,
 // a column with s^ < t - 2 eps_i is not among the k best. A search therefore keeps, per row, every column that reaches
 // t - 2 eps_i while t rises, and the exact similarities of those few decide. A row whose list outgrows its room (many
-// duplicates, or many near ties) is searched again, at last by exact brute force.
+// duplicates, or many near ties) is searched again with a finer product and a longer list, at last by exact brute force:
+//
+//          first        again, eps about 100 times smaller                            at last
+//   CPU    bfloat16     float32                                                       float64 (from float32 rows)
+//   GPU    float16      float16 in two parts, u^ + u~ = u to 22 bits, three products  likewise
+//
+// Without bfloat16 units the CPU begins with float32. Data whose neighbours differ by more than about 1e-5 of |u_i||u_j|
+// never reach the last search, nor do up to 2,000 (GPU) or 8,000 (CPU) equal or nearly equal rows.
 #pragma once
 
 #include <cstddef>
@@ -39,16 +46,27 @@ struct TopkProblem {
   bool exclude_self;  // query i is database row i and not its own neighbour; needs n_queries <= n_database
 };
 
-// Writes similarity (n_queries, k) and index (n_queries, k); returns how many queries the first search could not
-// decide.
-int64_t topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index);
+// How many queries were searched again, and how many of these came to brute force. Both 0 where most rows are
+// neighbours (2 k >= n_database), for which brute force is the first search.
+struct SearchedAgain {
+  int64_t finely, exactly;
+};
 
-// The same on the current CUDA device and `stream`, without waiting for it: all pointers are device memory, and
-// searched_again is one int64. `workspace` holds topk_neighbors_cuda_workspace bytes, aligned to 256. list_bytes bounds
-// the memory for lists of candidates: with more queries than fit, they are searched batch by batch.
+// Writes similarity (n_queries, k) and index (n_queries, k).
+SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index);
+
+// The same on the current CUDA device and `stream`, without waiting for it, and without any host decision that depends
+// on the data: a call can be captured in a CUDA graph. All pointers are device memory. `workspace` holds
+// topk_neighbors_cuda_workspace bytes, aligned to 256: with D' = dim rounded up to 64,
+//
+//   n_database (4 D' + 8) + n_queries (4 D' + 48) + list_bytes + 64 KiB     at most; a self-search: one set of rows
+//
+// list_bytes bounds the memory for lists of candidates, which all searches share one after the other: with more queries
+// than fit, they are searched batch by batch. It is exceeded only where it cannot hold the lists of one block of
+// queries: (1 + k / 128) MiB, or the 8 (n_database + 2 k) bytes of one brute-force search.
 constexpr int64_t kListBytes = int64_t{256} << 20;
 size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes = kListBytes);
-void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, int64_t* searched_again,
+void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, SearchedAgain* searched,
                          void* workspace, StreamHandle stream, int64_t list_bytes = kListBytes);
 
 }  // namespace scan_fast

@@ -167,8 +167,8 @@ std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t
 
 }  // namespace
 
-int64_t topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index) {
-  if (problem.n_queries == 0) return 0;
+SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index) {
+  if (problem.n_queries == 0) return {};
   const bool same = problem.queries == problem.database && problem.n_queries == problem.n_database;
   const Rows database = measure(problem.database, problem.n_database, problem.dim, problem.normalize);
   const Rows other = same ? Rows{} : measure(problem.queries, problem.n_queries, problem.dim, problem.normalize);
@@ -178,13 +178,14 @@ int64_t topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_
 
   std::vector<int64_t> wanted(problem.n_queries);
   std::iota(wanted.begin(), wanted.end(), int64_t{0});
-  int64_t again = 0;
+  SearchedAgain again{};
   // Where most rows are neighbours, there is nothing for a fast search to leave out.
   if (2 * problem.k < problem.n_database) {
     const bool amx = amx_is_usable();
     wanted = search_fast(search, wanted, same, amx);
-    again = static_cast<int64_t>(wanted.size());
+    again.finely = static_cast<int64_t>(wanted.size());
     if (amx) wanted = search_fast(search, wanted, same, /*amx=*/false);
+    again.exactly = static_cast<int64_t>(wanted.size());
   }
   search_exactly(search, wanted);
   return again;

@@ -2,28 +2,32 @@
 //
 // Kernels, in order; no host synchronisation, results independent of the order in which blocks and threads run:
 //   cuda_prepare.cuh
-//     measure_rows     warp per row: |v| in float64, and the longest row
-//     round_rows       warp per row: u = v * scale as float16 (padded to kChunk columns), |u - u^|, |u^| and maxima
-//     open_queries     thread per query: its margin 2 eps, whether it can be searched at all
-//   cuda_search.cuh
-//     search_tiles     block per 128 queries x a share of the columns
-//   cuda_decide.cuh
-//     decide           block per query: exact similarities of the candidates, sorted, k best written
-//     search_exactly   a few blocks loop over the undecided queries: float64 against all rows, radix selection
+//     measure_rows      warp per row: |v| in float64, and the longest row
+//     round_rows        warp per row: u = v * scale as float16 (padded to kChunk columns), |u - u^|, |u^| and maxima
+//     open_queries      thread per query: its margin 2 eps, whether it can be searched at all
+//   per batch of queries
+//     search_tiles      cuda_search.cuh, block per 128 queries x a share of the columns
+//     decide            cuda_decide.cuh, block per query: exact similarities of the candidates, sorted, k best written
+//   grids of fixed size that share what is left, which is usually nothing
+//     round_remainders  cuda_prepare.cuh: what rounding left, as float16
+//     search_finely     cuda_fine.cuh: products of 22 bits, longer lists, exact similarities of the candidates
+//     search_exactly    cuda_decide.cuh: float64 against all rows, radix selection
 //
 // This file chooses batches, splits and memory, and launches.
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
-#include "neighbors/cuda_decide.cuh"
-#include "neighbors/cuda_prepare.cuh"
+#include "neighbors/cuda_fine.cuh"
 #include "neighbors/cuda_search.cuh"
 
 namespace scan_fast {
 namespace {
 
 struct Plan {
-  int64_t padded_dim, batch, splits, capacity, decide_keys, exact_blocks, sort_keys;
+  int64_t processors, padded_dim, batch, splits, capacity, decide_keys;  // search_tiles and decide
+  int64_t fine_blocks, fine_capacity;                                    // search_finely; its keys: its capacity
+  int64_t exact_blocks, sort_keys;                                       // search_exactly
   bool same, fast;
   size_t bytes;
 };
@@ -36,33 +40,46 @@ int64_t power_of_two(int64_t at_least) {
   return size;
 }
 
-Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
-  Plan plan{};
-  const int64_t q = problem.n_queries, n = problem.n_database, k = problem.k;
-  const int64_t processors = multiprocessors();
-  plan.same = problem.queries == problem.database && q == n;
-  // With most rows being neighbours, there is nothing for a fast search to leave out.
-  plan.fast = k <= kMaxFastK && 2 * k < n;
-  plan.padded_dim = ceil_div(problem.dim, kChunk) * kChunk;
-  plan.capacity = ceil_div(2 * kTileColumns + 4 * k, 128) * 128;
-  plan.batch = std::max<int64_t>(list_bytes / (plan.capacity * static_cast<int64_t>(sizeof(uint2))), kTileRows);
-  plan.batch = std::min(plan.batch / kTileRows * kTileRows, q);
-  // Splitting the columns fills processors that the row blocks leave idle, at the price of more first-tile candidates.
-  const int64_t blocks = ceil_div(plan.batch, kTileRows), tiles = ceil_div(n, kTileColumns);
+// How search_tiles shares its work: with `units` lists of a block's rows in memory at a time, blocks of queries and
+// shares of the columns such that the last wave of blocks is full, and the waves are few.
+void plan_batches(Plan& plan, int64_t q, int64_t n, int64_t units) {
+  const int64_t blocks = ceil_div(q, kTileRows), tiles = ceil_div(n, kTileColumns);
   double best = 0;
-  for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
-    const double cost = static_cast<double>(ceil_div(blocks * splits, processors)) *
-                        (static_cast<double>(ceil_div(tiles, splits)) + 4.0);
+  for (int64_t splits = 1; splits <= std::min<int64_t>({16, tiles, units}); ++splits) {
+    int64_t batch = std::min(blocks, units / splits);
+    const int64_t whole_wave = plan.processors / std::gcd(plan.processors, splits);
+    if (batch < blocks && batch > whole_wave) batch = batch / whole_wave * whole_wave;
+    const int64_t waves = blocks / batch * ceil_div(batch * splits, plan.processors) +
+                          ceil_div(blocks % batch * splits, plan.processors);
+    // The first tiles of a share pass unfiltered.
+    const double cost = static_cast<double>(waves) * (static_cast<double>(ceil_div(tiles, splits)) + 4.0);
     if (splits == 1 || cost < 0.97 * best) {
       best = cost;
       plan.splits = splits;
+      plan.batch = std::min(batch * kTileRows, q);
     }
   }
-  plan.batch = std::min(plan.batch, std::max<int64_t>(plan.batch / plan.splits / kTileRows, 1) * kTileRows);
-  plan.decide_keys = power_of_two(std::max<int64_t>(1024, 2 * k));
+}
+
+Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
+  Plan plan{};
+  const int64_t q = problem.n_queries, n = problem.n_database, k = problem.k;
+  plan.processors = multiprocessors();
+  plan.same = problem.queries == problem.database && q == n;
+  // With most rows being neighbours, there is nothing for a fast search to leave out.
+  plan.fast = k <= kMaxFastK && 2 * k < n && q > 0;
+  plan.padded_dim = ceil_div(problem.dim, kChunk) * kChunk;
+  const auto fit = [&](int64_t entries) { return std::max<int64_t>(list_bytes / (entries * 8), 1); };
+  if (plan.fast) {
+    plan.capacity = ceil_div(2 * kTileColumns + 4 * k, 128) * 128;
+    plan.decide_keys = power_of_two(std::max<int64_t>(1024, 2 * k));
+    plan_batches(plan, q, n, fit(kTileRows * plan.capacity));
+    plan.fine_capacity = power_of_two(std::max<int64_t>(2048, 4 * k));
+    plan.fine_blocks = std::min({plan.processors, fit(kFineRows * plan.fine_capacity),
+                                 ceil_div(q, kFineRows) * ceil_div(n, 8 * kFineColumns)});
+  }
   plan.sort_keys = power_of_two(k);
-  plan.exact_blocks = std::clamp<int64_t>((int64_t{512} << 20) / ((n + plan.sort_keys) * 8), 1,
-                                          std::min<int64_t>(4 * processors, std::max<int64_t>(q, 1)));
+  plan.exact_blocks = std::min({4 * plan.processors, fit(n + plan.sort_keys), q});
   return plan;
 }
 
@@ -78,32 +95,44 @@ Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
   const int64_t q = problem.n_queries, n = problem.n_database;
   Workspace work{};
   unsigned long long* scalars;
-  take(scalars, 8);
+  take(scalars, 8 + ceil_div(plan.fine_blocks, 2));  // begins zeroed
   if (scalars != nullptr) {
     work.undecided_count = scalars;
     work.longest_query = scalars + 1;
     work.longest_database = plan.same ? scalars + 1 : scalars + 2;
     work.worst_residual = scalars + 3;
     work.longest_rounded = scalars + 4;
+    work.worst_remainder = scalars + 5;
+    work.hard_count = scalars + 6;
+    work.tickets = reinterpret_cast<unsigned*>(scalars + 8);
   }
   take(work.query_length, q);
-  take(work.undecided, q);
-  take(work.keys, plan.exact_blocks * (n + plan.sort_keys));
   if (plan.fast) {
     take(work.query_rounded, q * plan.padded_dim);
+    take(work.query_low, q * plan.padded_dim);
     take(work.query_residual, q);
     take(work.query_norm, q);
+    take(work.query_remainder, q);
     take(work.margin, q);
-    take(work.candidates, plan.batch * plan.splits * plan.capacity);
-    take(work.counts, plan.batch * plan.splits);
+    take(work.undecided, q);
+    take(work.hard, q);
+    take(work.counts, std::max(plan.batch * plan.splits, plan.fine_blocks * kFineRows));
   }
   if (plan.same) {
     work.database_length = work.query_length;
     work.database_rounded = work.query_rounded;
+    work.database_low = work.query_low;
   } else {
     take(work.database_length, n);
-    if (plan.fast) take(work.database_rounded, n * plan.padded_dim);
+    if (plan.fast) {
+      take(work.database_rounded, n * plan.padded_dim);
+      take(work.database_low, n * plan.padded_dim);
+    }
   }
+  // One search comes after the other.
+  take(work.keys, std::max({plan.exact_blocks * (n + plan.sort_keys), plan.batch * plan.splits * plan.capacity,
+                            plan.fine_blocks * kFineRows * plan.fine_capacity}));
+  work.candidates = reinterpret_cast<uint2*>(work.keys);
   plan.bytes = used;
   return work;
 }
@@ -118,50 +147,64 @@ size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_by
   return plan.bytes;
 }
 
-void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, int64_t* searched_again,
+void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, SearchedAgain* searched,
                          void* workspace, StreamHandle stream, int64_t list_bytes) {
   if (problem.n_queries == 0) {
-    zero_async(searched_again, sizeof(*searched_again), stream);
+    zero_async(searched, sizeof(*searched), stream);
     return;
   }
   Plan plan = make_plan(problem, list_bytes);
   const Workspace work = lay_out(problem, plan, workspace);
   const int64_t q = problem.n_queries, n = problem.n_database, dim = problem.dim;
   constexpr int64_t kWarps = kThreads / 32;
-  zero_async(work.undecided_count, 8 * sizeof(unsigned long long), stream);
-  launch(measure_rows, grid_of(q, kWarps), dim3(kThreads), 0, stream, problem.queries, q, dim, work.query_length,
+  const dim3 threads(kThreads);
+  zero_async(workspace, static_cast<size_t>(8 + ceil_div(plan.fine_blocks, 2)) * sizeof(unsigned long long), stream);
+  launch(measure_rows, grid_of(q, kWarps), threads, 0, stream, problem.queries, q, dim, work.query_length,
          work.longest_query);
   if (!plan.same) {
-    launch(measure_rows, grid_of(n, kWarps), dim3(kThreads), 0, stream, problem.database, n, dim, work.database_length,
+    launch(measure_rows, grid_of(n, kWarps), threads, 0, stream, problem.database, n, dim, work.database_length,
            work.longest_database);
   }
   if (plan.fast) {
-    launch(round_rows, grid_of(n, kWarps), dim3(kThreads), 0, stream, problem.database, n, dim, plan.padded_dim,
+    launch(round_rows, grid_of(n, kWarps), threads, 0, stream, problem.database, n, dim, plan.padded_dim,
            problem.normalize, work.database_length, work.longest_database, work.database_rounded,
            plan.same ? work.query_residual : nullptr, plan.same ? work.query_norm : nullptr, work.worst_residual,
            work.longest_rounded);
     if (!plan.same) {
-      launch(round_rows, grid_of(q, kWarps), dim3(kThreads), 0, stream, problem.queries, q, dim, plan.padded_dim,
+      launch(round_rows, grid_of(q, kWarps), threads, 0, stream, problem.queries, q, dim, plan.padded_dim,
              problem.normalize, work.query_length, work.longest_query, work.query_rounded, work.query_residual,
              work.query_norm, nullptr, nullptr);
     }
-    launch(open_queries, grid_of(q, kThreads), dim3(kThreads), 0, stream, problem, work);
+    launch(open_queries, grid_of(q, kThreads), threads, 0, stream, problem, work);
+    const int splits = static_cast<int>(plan.splits), capacity = static_cast<int>(plan.capacity);
+    const int keys = static_cast<int>(plan.decide_keys), fine_capacity = static_cast<int>(plan.fine_capacity);
     for (int64_t first = 0; first < q; first += plan.batch) {
       const int64_t batch = std::min(plan.batch, q - first);
-      launch(search_tiles, dim3(static_cast<unsigned>(ceil_div(batch, kTileRows)), static_cast<unsigned>(plan.splits)),
-             dim3(kThreads), kSearchShared, stream, problem, work, plan.padded_dim, first, batch,
-             static_cast<int>(plan.splits), static_cast<int>(plan.capacity));
-      launch(decide, dim3(static_cast<unsigned>(batch)), dim3(kDecideThreads),
-             static_cast<size_t>(plan.decide_keys) * sizeof(unsigned long long), stream, problem, work, first,
-             static_cast<int>(plan.splits), static_cast<int>(plan.capacity), static_cast<int>(plan.decide_keys),
-             similarity, index);
+      const dim3 grid(static_cast<unsigned>(ceil_div(batch, kTileRows)), static_cast<unsigned>(splits));
+      launch(search_tiles, grid, threads, kSearchShared, stream, problem, work, plan.padded_dim, first, batch, splits,
+             capacity);
+      launch(decide, dim3(static_cast<unsigned>(batch)), dim3(kDecideThreads), keys * sizeof(unsigned long long),
+             stream, problem, work, first, splits, capacity, keys, similarity, index);
     }
-  } else {
-    launch(leave_all_undecided, grid_of(q, kThreads), dim3(kThreads), 0, stream, problem, work);
+
+    const auto round_again = [&](const float* x, int64_t rows, const double* length, const unsigned long long* longest,
+                                 const half_t* rounded, half_t* low, double* remainder, unsigned long long* worst) {
+      const int64_t blocks = std::min(ceil_div(rows, kWarps), 8 * plan.processors);
+      launch(round_remainders, grid_of(blocks, 1), threads, 0, stream, x, rows, dim, plan.padded_dim,
+             problem.normalize, length, longest, rounded, low, remainder, worst, work.undecided_count);
+    };
+    round_again(problem.database, n, work.database_length, work.longest_database, work.database_rounded,
+                work.database_low, plan.same ? work.query_remainder : nullptr, work.worst_remainder);
+    if (!plan.same) {
+      round_again(problem.queries, q, work.query_length, work.longest_query, work.query_rounded, work.query_low,
+                  work.query_remainder, nullptr);
+    }
+    launch(search_finely, grid_of(plan.fine_blocks, 1), threads, kFineShared, stream, problem, work, plan.padded_dim,
+           fine_capacity, fine_capacity, similarity, index);
   }
-  launch(search_exactly, dim3(static_cast<unsigned>(plan.exact_blocks)), dim3(kExactThreads), 0, stream, problem, work,
-         !plan.fast, plan.sort_keys, similarity, index);
-  launch(report, dim3(1), dim3(1), 0, stream, work, !plan.fast, searched_again);
+  launch(search_exactly, grid_of(plan.exact_blocks, 1), dim3(kExactThreads), 0, stream, problem, work, !plan.fast,
+         plan.sort_keys, similarity, index);
+  launch(report, dim3(1), dim3(1), 0, stream, work, searched);
 }
 
 }  // namespace scan_fast

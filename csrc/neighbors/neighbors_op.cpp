@@ -42,26 +42,31 @@ Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int
   const TopkProblem problem = make_problem(q, x, k, normalize, exclude_self);
   at::Tensor similarity = at::empty({q.size(0), k}, q.options());
   at::Tensor index = at::empty({q.size(0), k}, q.options().dtype(at::kLong));
+  static_assert(sizeof(SearchedAgain) == 2 * sizeof(int64_t));
+  at::Tensor searched_again = at::empty({2}, index.options());
 #ifdef SCAN_FAST_WITH_CUDA
   if (q.is_cuda()) {
     const c10::cuda::CUDAGuard guard(q.device());
-    at::Tensor again = at::empty({}, index.options());
     const at::Tensor workspace =
         at::empty({static_cast<int64_t>(topk_neighbors_cuda_workspace(problem))}, q.options().dtype(at::kByte));
     topk_neighbors_cuda(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>(),
-                        again.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                        static_cast<SearchedAgain*>(searched_again.mutable_data_ptr()), workspace.mutable_data_ptr(),
                         c10::cuda::getCurrentCUDAStream().stream());
-    return {similarity, index, again};
+    return {similarity, index, searched_again};
   }
 #endif
-  const int64_t again =
+  const SearchedAgain again =
       topk_neighbors_cpu(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
-  return {similarity, index, at::scalar_tensor(again, index.options())};
+  int64_t* const counts = searched_again.mutable_data_ptr<int64_t>();
+  counts[0] = again.finely;
+  counts[1] = again.exactly;
+  return {similarity, index, searched_again};
 }
 
 }  // namespace
 }  // namespace scan_fast
 
+// searched_again: (2,) int64, SearchedAgain of neighbors.h.
 TORCH_LIBRARY_FRAGMENT(scan_fast, library) {
   library.def(
       "topk_neighbors(Tensor queries, Tensor database, int k, bool normalize, bool exclude_self)"

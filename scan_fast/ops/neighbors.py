@@ -22,12 +22,15 @@ class NeighborResult:
         similarity: (Q, k) float32, descending; -inf where there is no k-th neighbour.
         index: (Q, k) int64; -1 where there is no k-th neighbour.
         searched_again: int64 scalar: queries that the first search could not decide, because of many duplicates or
-            near ties. They cost time, not exactness. Zero for the reference, which searches once, in float64.
+            near ties, and that were searched again with finer products. They cost time, not exactness. Zero for the
+            reference, which searches once, in float64, and where most rows are neighbours.
+        searched_exactly: int64 scalar: those among them that only brute force in float64 could decide.
     """
 
     similarity: Tensor
     index: Tensor
     searched_again: Tensor
+    searched_exactly: Tensor
 
 
 def _validate(x: Tensor, k: int, queries: Tensor | None, metric: str, exclude_self: bool) -> None:
@@ -67,7 +70,7 @@ def search(
     exclude_self: bool = True,
     impl: str = "auto",
 ) -> NeighborResult:
-    """Search like :func:`scan_fast.topk_neighbors`, and also return how many queries were searched again.
+    """Search like :func:`scan_fast.topk_neighbors`, and also return how many queries were searched again, and how.
 
     Args:
         x: (N, D) float32, bfloat16 or float16 (float64 through the reference).
@@ -89,9 +92,11 @@ def search(
     wanted = database if queries is None else queries.detach()
     normalize = metric == "cosine"
     if use_native(impl, database, "topk_neighbors"):
-        return NeighborResult(*torch.ops.scan_fast.topk_neighbors(wanted, database, k, normalize, exclude_self))
+        operator = torch.ops.scan_fast.topk_neighbors
+        similarity, index, searched = operator(wanted, database, k, normalize, exclude_self)
+        return NeighborResult(similarity, index, searched[0], searched[1])
     similarity, index = reference.topk_neighbors(wanted, database, k, normalize, exclude_self)
-    return NeighborResult(similarity, index, index.new_zeros(()))
+    return NeighborResult(similarity, index, index.new_zeros(()), index.new_zeros(()))
 
 
 def topk_neighbors(
@@ -112,5 +117,5 @@ if is_available():
         return (
             queries.new_empty(shape, dtype=torch.float32),
             queries.new_empty(shape, dtype=torch.int64),
-            queries.new_empty((), dtype=torch.int64),
+            queries.new_empty((2,), dtype=torch.int64),
         )

@@ -201,7 +201,7 @@ def test_thousands_of_copies_are_searched_again_and_stay_exact(device: str) -> N
     # More equal rows than any list of candidates holds: the answer is still the smallest indices.
     x = normal(2, 8)[torch.arange(21000) % 2].to(device)
     result = search(x, 20, queries=x[:3], impl="native")
-    assert int(result.searched_again) == 3
+    assert int(result.searched_again) == int(result.searched_exactly) == 3
     for row in range(3):
         assert torch.equal(result.index[row].cpu(), torch.arange(20) * 2 + row % 2)
     assert (result.similarity == result.similarity[0, 0]).all()
@@ -211,7 +211,40 @@ def test_thousands_of_copies_are_searched_again_and_stay_exact(device: str) -> N
 @pytest.mark.parametrize("device", DEVICES)
 def test_easy_data_is_searched_once(device: str) -> None:
     result = search(normal(1500, 64).to(device), 20, impl="native")
-    assert result.searched_again.shape == () and int(result.searched_again) == 0
+    assert result.searched_again.shape == result.searched_exactly.shape == ()
+    assert int(result.searched_again) == int(result.searched_exactly) == 0
+
+
+@needs_native
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_tight_clusters_never_come_to_brute_force(metric: str, device: str) -> None:
+    # All similarities lie closer together than 16-bit products resolve, and than their lists hold.
+    center = torch.nn.functional.normalize(normal(1, 32, seed=1), dim=1)
+    x = (center + (3e-3 if metric == "cosine" else 3e-5) * normal(3000, 32, seed=2)).to(device)
+    result = search(x, 10, queries=x[:200], metric=metric, impl="native")
+    assert int(result.searched_exactly) == 0
+    if device == "cuda":
+        assert int(result.searched_again) == 200
+    prove(result.similarity, result.index, x, 10, metric, queries=x[:200])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_native
+def test_replays_in_a_cuda_graph() -> None:
+    # Nothing about a search depends on the host: the replay decides itself which rows need another search.
+    x = normal(3000, 32).cuda()
+    search(x, 10, impl="native")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = search(x, 10, impl="native")
+    for make in (normal, clustered, lambda n, d: normal(2, d)[torch.arange(n) % 2], broken):
+        x.copy_(make(3000, 32))
+        graph.replay()
+        prove(result.similarity, result.index, x, 10)
+        again = search(x, 10, impl="native")
+        assert torch.equal(result.similarity, again.similarity) and torch.equal(result.index, again.index)
+        assert int(result.searched_again) == int(again.searched_again)
 
 
 @needs_native

@@ -1,0 +1,228 @@
+// The GPU neighbour search: the queries that float16 tiles could not decide, with products of 22 bits and longer lists.
+//
+// search_finely: how many queries are undecided is known to the device alone, so a fixed grid shares them, a block for
+// 64 of them x a share of the columns (all of them unless there are fewer blocks of queries than blocks); the last
+// block to finish with 64 queries decides them. Tile 64 x 128, 8 warps (2 x 4) of 32 x 32; 64 columns of dim at a time,
+// high and low parts of both operands (48 KiB), through a ring of two cp.async stages. Three mma.m16n8k16 for each of
+// search_tiles: high x high goes to the total after every 32 columns, so that it is summed in float32 to nearest, and
+// not truncated, over long rows; high x low and low x high share an accumulator of their own. fine_margin says what
+// that is worth. Thread: 3 x 32 accumulators.
+//
+// Limit: 6 U N D flops at the float16 rate for U undecided queries.
+//
+// Part of neighbors_cuda.cu, which alone includes it.
+#pragma once
+
+#include "common/row_groups.cuh"
+#include "neighbors/cuda_decide.cuh"
+#include "neighbors/cuda_prepare.cuh"
+
+namespace scan_fast {
+namespace {
+
+constexpr int kFineRows = 64, kFineColumns = 128;
+constexpr int kFinePart = (kFineRows + kFineColumns) * kChunk;  // the high, or the low, parts of a stage
+constexpr int kFineStage = 2 * kFinePart;
+constexpr size_t kFineShared = size_t{2} * kFineStage * sizeof(half_t);
+
+__global__ void __launch_bounds__(kThreads, 1)
+    search_finely(TopkProblem problem, Workspace work, int64_t padded_dim, int capacity, int max_keys,
+                  float* __restrict__ similarity, int64_t* __restrict__ index) {
+  SCAN_FAST_DYNAMIC_SHARED(memory);
+  SCAN_FAST_SHARED(float, threshold, kFineRows);
+  SCAN_FAST_SHARED(int, count, kFineRows);
+  SCAN_FAST_SHARED(int, limit, kFineRows);
+  SCAN_FAST_SHARED(int32_t, query, kFineRows);
+  SCAN_FAST_SHARED(double, margin, kFineRows);
+  const Shared<half_t> stages = memory.as<half_t>();
+  const RowLists<kFineColumns> lists{threshold, count, limit, static_cast<int>(problem.k), capacity};
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_row = warp / 4 * 32, warp_column = warp % 4 * 32;
+  const int n = static_cast<int>(problem.n_database);
+
+  const int64_t undecided = static_cast<int64_t>(*work.undecided_count);
+  const int64_t row_blocks = (undecided + kFineRows - 1) / kFineRows;
+  if (row_blocks == 0) return;
+  const int64_t tiles = (problem.n_database + kFineColumns - 1) / kFineColumns;
+  const int64_t spare = gridDim.x / row_blocks;
+  const int splits = static_cast<int>(spare < 1 ? 1 : spare < tiles ? spare : tiles);
+
+  for (int64_t item = blockIdx.x; item < row_blocks * splits; item += gridDim.x) {
+    const int64_t row_block = item / splits;
+    const int split = static_cast<int>(item % splits);
+    // With splits there are no more items than blocks; without, a block keeps its lists for one item after the other.
+    const int64_t first_slot = (splits > 1 ? row_block * splits : blockIdx.x) * kFineRows;
+    const int64_t my_slot = first_slot + split * kFineRows;
+    const auto list_of = [&](int row) { return work.candidates + (my_slot + row) * capacity; };
+
+    __syncthreads();  // the item before is done with shared memory
+    if (thread < kFineRows) {
+      const int64_t place = row_block * kFineRows + thread;
+      const bool inside = place < undecided;
+      const int32_t i = work.undecided[inside ? place : row_block * kFineRows];
+      const double mine = inside ? fine_margin(problem, work, i, padded_dim) : -1.0;
+      query[thread] = i;
+      margin[thread] = mine;
+      lists.open(thread, mine);
+    }
+    __syncthreads();
+
+    // Thread: 16-byte chunk thread % 8 of rows thread / 8 + {0, 32, ...}; 32 rows further on, the swizzle is the same.
+    const int load_row = thread / 8;
+    const Shared<half_t> load_slot = stages + (load_row * kChunk + (thread % 8 ^ load_row % 8) * 8);
+    const int64_t offset = thread % 8 * 8;
+    const int32_t first_query = query[load_row], second_query = query[load_row + 32];
+    const int64_t query_offset[2] = {first_query * padded_dim + offset, second_query * padded_dim + offset};
+    int load_tile = static_cast<int>(tiles * split / splits);
+    const int last_tile = static_cast<int>(tiles * (split + 1) / splits);
+    int load_depth = 0, load_stage = 0;
+    const auto load_next = [&] {
+      if (load_tile < last_tile) {
+        const int left = n - load_tile * kFineColumns;
+        const int columns = left < kFineColumns ? left : kFineColumns;
+        const int64_t column_offset =
+            static_cast<int64_t>(load_tile) * kFineColumns * padded_dim + offset + load_depth;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const half_t* const queries = part == 0 ? work.query_rounded : work.query_low;
+          const half_t* const database = part == 0 ? work.database_rounded : work.database_low;
+          const Shared<half_t> slot = load_slot + (load_stage * kFineStage + part * kFinePart);
+          cp_async_16(slot.get(), queries + query_offset[0] + load_depth);
+          cp_async_16((slot + 32 * kChunk).get(), queries + query_offset[1] + load_depth);
+#pragma unroll
+          for (int row = 0; row < kFineColumns; row += 32) {
+            const bool inside = load_row + row < columns;
+            cp_async_16((slot + (kFineRows + row) * kChunk).get(),
+                        database + column_offset + (inside ? load_row + row : 0) * padded_dim, inside ? 16 : 0);
+          }
+        }
+        load_depth += kChunk;
+        if (load_depth == padded_dim) {
+          load_depth = 0;
+          ++load_tile;
+        }
+        load_stage ^= 1;
+      }
+      cp_async_commit();
+    };
+
+    float total[2][4][4], cross[2][4][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[m][c][e] = cross[m][c][e] = 0;
+      }
+    }
+
+    int tile = load_tile, depth_done = 0, stage = 0;
+    load_next();
+    while (tile < last_tile) {
+      cp_async_wait<0>();
+      __syncthreads();  // this stage has landed for all, and all are done with the other, which is refilled next
+      load_next();
+      const Shared<half_t> a_tile = stages + stage * kFineStage, b_tile = a_tile + kFineRows * kChunk;
+      stage ^= 1;
+#pragma unroll
+      for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
+        float part[2][4][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) part[m][c][e] = 0;
+          }
+        }
+#pragma unroll
+        for (int depth = 2 * half_chunk; depth < 2 * half_chunk + 2; ++depth) {
+          uint32_t a_high[2][4], a_low[2][4];
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            const int row = warp_row + m * 16 + lane % 16, chunk = depth * 2 + lane / 16;
+            const Shared<half_t> from = a_tile + (row * kChunk + (chunk ^ (row % 8)) * 8);
+            ldmatrix_x4(a_high[m], from.get());
+            ldmatrix_x4(a_low[m], (from + kFinePart).get());
+          }
+#pragma unroll
+          for (int c = 0; c < 4; c += 2) {
+            const int row = warp_column + c * 8 + lane / 16 * 8 + lane % 8, chunk = depth * 2 + lane / 8 % 2;
+            const Shared<half_t> from = b_tile + (row * kChunk + (chunk ^ (row % 8)) * 8);
+            uint32_t high[4], low[4];
+            ldmatrix_x4(high, from.get());
+            ldmatrix_x4(low, (from + kFinePart).get());
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+              const uint32_t b_high[2] = {high[2 * side], high[2 * side + 1]};
+              const uint32_t b_low[2] = {low[2 * side], low[2 * side + 1]};
+#pragma unroll
+              for (int m = 0; m < 2; ++m) {
+                mma_16816<half_t>(part[m][c + side], a_high[m], b_high);
+                mma_16816<half_t>(cross[m][c + side], a_high[m], b_low);
+                mma_16816<half_t>(cross[m][c + side], a_low[m], b_high);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) total[m][c][e] += part[m][c][e];
+          }
+        }
+      }
+      depth_done += kChunk;
+      if (depth_done < padded_dim) continue;
+      depth_done = 0;
+
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_row + m * 16 + half * 8 + lane / 4;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) total[m][c][e] += cross[m][c][e];
+          }
+          lists.enter<4>(problem, work.database_length, row, query[row], list_of,
+                         tile * kFineColumns + warp_column + lane % 4 * 2,
+                         [&](int c, int e) { return total[m][c][half * 2 + e]; });
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) total[m][c][e] = cross[m][c][e] = 0;
+          }
+        }
+      }
+      __syncthreads();  // the lists are complete
+      for (int row = warp; row < kFineRows; row += kThreads / 32) {
+        const double mine = margin[row];
+        lists.make_room(row, list_of(row), &mine);
+      }
+      ++tile;
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    if (thread < kFineRows) work.counts[my_slot + thread] = count[thread];
+    if (!is_last_block(work.tickets + row_block, static_cast<unsigned>(splits))) continue;
+
+    // All shares of the columns are done: this block decides.
+    for (int row = 0; row < kFineRows && row_block * kFineRows + row < undecided; ++row) {
+      const int32_t i = query[row];
+      const Candidates found{work.candidates + (first_slot + row) * capacity, work.counts + first_slot + row,
+                             int64_t{kFineRows} * capacity, kFineRows, splits};
+      if (!decide_query(problem, work, i, margin[row], found, memory.as<unsigned long long>(), max_keys, similarity,
+                        index) &&
+          thread == 0) {
+        work.hard[atomicAdd(work.hard_count, 1ull)] = i;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace scan_fast

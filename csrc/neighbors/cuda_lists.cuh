@@ -1,0 +1,140 @@
+// The GPU neighbour search: a block's lists of candidates, whichever matrix instructions find the values.
+//
+// Every row of a tile has a threshold, a count and a limit in shared memory, and a list of at most `capacity` entries
+// (similarity bits, column) in global memory, which the second cache holds. Threads enter what reaches the threshold,
+// the slot from an atomic. Between two tiles, behind barriers, a warp per row that is over its limit raises the
+// threshold and drops what falls below it. So the set of candidates is the same in every run; only its order in the
+// list varies, and nothing depends on that.
+//
+// Part of the searches' sources, which alone include it.
+#pragma once
+
+#include "neighbors/cuda_common.cuh"
+
+namespace scan_fast {
+namespace {
+
+// One warp: the largest value found by bisection that at least k entries reach. Called with count > k.
+template <typename ValueAt>
+__device__ __forceinline__ float reached_by(int64_t k, int count, int steps, ValueAt value_at) {
+  const int lane = threadIdx.x % 32;
+  float low = FLT_MAX, high = -FLT_MAX;
+  for (int e = lane; e < count; e += 32) {
+    const float v = value_at(e);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  low = warp_min(low);
+  high = warp_max(high);
+  for (int step = 0; step < steps; ++step) {
+    const float middle = low + 0.5f * (high - low);
+    if (middle <= low || middle > high) break;
+    int hits = 0;
+    for (int e = lane; e < count; e += 32) hits += value_at(e) >= middle;
+    if (warp_sum(hits) >= k) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ float lowered(float reached, double margin) {
+  const double bound = static_cast<double>(reached) - margin;
+  const float threshold = static_cast<float>(bound);
+  return static_cast<double>(threshold) > bound ? nextafterf(threshold, -INFINITY) : threshold;
+}
+
+// One warp raises a row's threshold and drops the candidates that fall below it; returns how many stay.
+__device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double margin, float& threshold) {
+  const int lane = threadIdx.x % 32;
+  const float reached = reached_by(k, count, 14, [&](int e) { return __uint_as_float(list[e].x); });
+  const float bound = lowered(reached, margin);
+  threshold = bound > threshold ? bound : threshold;
+  int kept = 0;
+  for (int base = 0; base < count; base += 32) {
+    const bool inside = base + lane < count;
+    uint2 entry = make_uint2(0, 0);
+    if (inside) entry = list[base + lane];
+    const bool stays = inside && __uint_as_float(entry.x) >= threshold;
+    const unsigned ballot = __ballot_sync(kFullMask, stays);
+    // Entries only move towards the front, and all 32 were read before the ballot.
+    if (stays) list[kept + __popc(ballot & ((1u << lane) - 1))] = entry;
+    kept += __popc(ballot);
+    __syncwarp();
+  }
+  return kept;
+}
+
+// kTile: how many entries one tile may add to a row.
+template <int kTile>
+struct RowLists {
+  Shared<float> threshold;
+  Shared<int> count;  // -1: the list outgrew its room
+  Shared<int> limit;
+  int k, capacity;
+
+  __device__ __forceinline__ int first_limit() const { return 4 * k < 128 ? 128 : 4 * k; }
+  __device__ __forceinline__ int last_limit() const { return capacity - kTile; }  // the next tile must fit
+  __device__ __forceinline__ void set_limit(int row, int wanted) const {
+    wanted = wanted > first_limit() ? wanted : first_limit();
+    limit[row] = wanted < last_limit() ? wanted : last_limit();
+  }
+
+  // By one thread per row. A margin that is negative or infinite leaves the list empty.
+  __device__ __forceinline__ void open(int row, double margin) const {
+    threshold[row] = margin >= 0 && margin <= DBL_MAX ? -FLT_MAX : INFINITY;
+    count[row] = 0;
+    set_limit(row, 0);
+  }
+
+  // A thread's values of one row, value_at(c, e) that of column first_column + 8 c + e: the accumulators of mma and of
+  // wgmma alike. Their maximum decides at about one instruction per value whether to look closer.
+  template <int kColumns8, typename ListOf, typename ValueAt>
+  __device__ __forceinline__ void enter(const TopkProblem& problem, const double* database_length, int row, int query,
+                                        ListOf list_of, int first_column, ValueAt value_at) const {
+    const float bound = threshold[row];
+    float best = value_at(0, 0);
+#pragma unroll
+    for (int c = 0; c < kColumns8; ++c) best = fmaxf(best, fmaxf(value_at(c, 0), value_at(c, 1)));
+    if (!(best >= bound)) return;
+    uint2* const list = list_of(row);
+    const int n = static_cast<int>(problem.n_database);
+#pragma unroll
+    for (int c = 0; c < kColumns8; ++c) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float value = value_at(c, e);
+        const int column = first_column + c * 8 + e;
+        if (value >= bound && column < n && !(problem.exclude_self && column == query) &&
+            database_length[column] <= DBL_MAX) {
+          const int slot = atomicAdd((count + row).get(), 1);
+          list[slot] = make_uint2(__float_as_uint(value), static_cast<unsigned>(column));
+        }
+      }
+    }
+  }
+
+  // By one warp, once every thread has entered its values of the tile: makes room for the next tile. The margin is
+  // read only where the row has entries.
+  __device__ __forceinline__ void make_room(int row, uint2* list, const double* margin) const {
+    const int entries = count[row];
+    if (entries <= limit[row] || entries <= k) return;
+    float bound = threshold[row];
+    int kept = tighten(list, entries, k, *margin, bound);
+    if (kept > last_limit()) {
+      bound = INFINITY;
+      kept = -1;
+    }
+    __syncwarp();  // every lane has read this row's state
+    if (threadIdx.x % 32 == 0) {
+      threshold[row] = bound;
+      count[row] = kept;
+      set_limit(row, 2 * kept);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace scan_fast

@@ -21,7 +21,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (set CU
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found (pip: nvidia-cuda-cuobjdump)")
 # Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
 MATRIX = {
-    "neighbors/neighbors_cuda.cu": ("search_tiles",),
+    "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
     "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel"),
 }
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..data.datasets import DataConfig
 from ..data.views import PlainView, SimCLRView, StrongView, View
@@ -100,9 +100,18 @@ class ClusteringConfig(TrainingConfig):
     include_self: bool = True
     """Whether an image may be drawn as its own neighbour, as in the original."""
     update: Literal["full", "heads"] = "full"
+    cached_views: int | None = Field(default=None, ge=1)
+    """With ``update: heads``: the backbone sees so many views of each image, once, and the heads train on its features,
+    which take 4 bytes x images x views x feature size; None: new views in every epoch, as in the original."""
     initialize: Literal["random", "kmeans"] = "random"
     view: View = StrongView(kind="strong", size=None)
     evaluate_every: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cached_views is not None and self.update != "heads":
+            raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
+        return self
 
 
 class SelfLabelConfig(TrainingConfig):

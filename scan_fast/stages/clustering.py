@@ -16,16 +16,18 @@ from ..models.heads import ClusterModel
 from ..models.weights import load_strict
 from ..runs.folder import RunError
 from .context import Context, seeded
-from .inference import forward_all
+from .inference import forward_all, forward_views, splits_of
 from .loop import Stage, train
 from .mining import load_neighbors
-from .pretext import load_pretext
-from .results import assess, final_logits
+from .pretext import backbone_features, load_pretext
+from .results import assess
 
 NAME = "clustering"
 FINAL = f"checkpoints/{NAME}-final.pt"
 NEIGHBOR_DRAW = 2
 """The number of the random stream that draws neighbours; 0 and 1 are the views of anchor and neighbour."""
+CACHED_DRAWS = (3, 4)
+"""The random streams that choose among cached views: for anchors and for neighbours."""
 KMEANS_IMAGES = 20_000
 """So many images, drawn at random, are enough for a k-means start."""
 
@@ -52,27 +54,52 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self._views = context.views_of(self.source, NAME)
         self._view = context.view(self.config.view)
         self._best: dict[str, Any] | None = None
-        if self.config.update == "heads":
+        self._cached: Tensor | None = None
+        self.frozen = self.config.update == "heads"
+        if self.frozen:
             model.backbone.requires_grad_(False)
+
+    def prepare(self) -> None:
+        """Make the features on which heads of a frozen backbone train, (views, N, D), where they are to be cached."""
+        if self.config.cached_views is not None:
+            size = self.context.config.evaluation.batch_size
+            self._cached = torch.stack(
+                [
+                    forward_views(
+                        self.model,
+                        self.model.features,
+                        self._views,
+                        self._view,
+                        size,
+                        self.context.autocast(),
+                        epoch=view,
+                    )
+                    for view in range(self.config.cached_views)
+                ]
+            )
 
     def train_mode(self) -> None:
         """Heads alone are trained on the features of a backbone in evaluation mode, as in the original."""
-        self.model.train(self.config.update == "full")
+        self.model.train(not self.frozen)
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Render each anchor and one neighbour of it, drawn anew every epoch."""
+        """Return each anchor and one neighbour of it, drawn anew every epoch: rendered, or features of cached views."""
         choices = self._neighbors.shape[1]
         draw = integers(self._views.key, epoch, indices, NEIGHBOR_DRAW, choices)
         chosen = self._neighbors[indices, draw]
+        if self._cached is not None:
+            views = (integers(self._views.key, epoch, indices, d, len(self._cached)) for d in CACHED_DRAWS)
+            anchors, neighbors = (self._cached[v, rows] for v, rows in zip(views, (indices, chosen), strict=True))
+            return anchors, neighbors
         anchors = self._views(self._view, indices, epoch=epoch, view_index=0)
         neighbors = self._views(self._view, chosen, epoch=epoch, view_index=1, samples=indices)
         return anchors, neighbors
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the heads' losses; anchors and neighbours have batch statistics of their own."""
-        if self.config.update == "heads":
+        if self.frozen:
             with torch.no_grad():
-                features = [self.model.features(images) for images in batch]
+                features = batch if self._cached is not None else [self.model.features(images) for images in batch]
             anchors, neighbors = (self.model.heads(f) for f in features)
         else:
             anchors, neighbors = (self.model(images) for images in batch)
@@ -83,7 +110,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         """Pick the head, and keep the epoch, of lowest SCAN loss on the held-out images; labels have no part in it."""
         if not last and epoch % self.config.evaluate_every:
             return {}
-        logits = forward_all(self.context, self.model, self.model, self.context.splits.test)
+        logits = logits_of(self.context, self.model, "test")
         totals, _, _ = selection_loss(logits.log_softmax(dim=-1), self._test_neighbors)
         head = int(totals.argmin())
         loss = float(totals[head])
@@ -116,16 +143,31 @@ def run_clustering(context: Context) -> None:
     model.backbone.load_state_dict(load_pretext(context).backbone.state_dict())
     if config.initialize == "kmeans" and not context.run.has(f"checkpoints/{NAME}.pt"):
         start_from_kmeans(context, model)
+    if config.update == "full":
+        context.features = {}  # of use to a frozen backbone alone
     stage = Clustering(context, model)
     training = train(stage, context)
     best = stage.best
     model.load_state_dict(best["model"])
     results: dict[str, Any] = {"head": best["head"], "epoch": best["epoch"], "selection_loss": best["loss"]}
-    context.logits.pop(NAME, None)
-    for split, logits in final_logits(context, model.head(best["head"]), NAME).items():
+    single = model.head(best["head"])
+    context.logits[NAME] = {split: logits_of(context, single, split)[0].cpu() for split in splits_of(context)}
+    context.features = {}
+    for split, logits in context.logits[NAME].items():
         results[split] = assess(context, logits, split)
     context.run.save(FINAL, best)
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
+
+
+@torch.no_grad()
+def logits_of(context: Context, model: ClusterModel, split: str) -> Tensor:
+    """Return the logits (H, N, C) of a split; those of a frozen backbone's heads come from features made once."""
+    if context.config.clustering.update == "full":
+        return forward_all(context, model, model, splits_of(context)[split])
+    # In the batches of a whole forward pass, so that another process finds the same bits.
+    rows = backbone_features(context, model, split).split(context.config.evaluation.batch_size)
+    with context.autocast():
+        return torch.cat([model.heads(features).float() for features in rows], dim=-2)
 
 
 @torch.no_grad()
@@ -134,7 +176,7 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    features = forward_all(context, model, model.features, context.splits.train)
+    features = backbone_features(context, model, "train")
     scale = features.norm(dim=1).mean()
     rows = (
         permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))[:KMEANS_IMAGES].sort().values

@@ -32,11 +32,14 @@ M = TypeVar("M", bound=nn.Module)
 class Context:
     """Everything a stage may use. Built by :func:`open_context`.
 
-    Two attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
+    Three attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
     them empty and computes the same from the run folder.
 
     Attributes:
-        embeddings: by split, those of the finished pretext model, not normalised: from its last check to mining.
+        embeddings: by split, (N, D) projections of the finished pretext model, not normalised: from its last check to
+            mining.
+        features: by split, (N, D) of the finished pretext model's backbone: to mining, to the start of the cluster
+            heads and to heads on a frozen backbone.
         logits: by stage and split, (N, C) of the stage's finished model: from its metrics to assignments.csv.
     """
 
@@ -47,6 +50,7 @@ class Context:
     device: torch.device
     renderer: Renderer
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,11 @@ from ..data.views import View
 from .context import Context
 
 
+def splits_of(context: Context) -> dict[str, Source]:
+    """Return the splits that are clustered, by name, in the order of assignments.csv."""
+    return {"train": context.splits.train, "test": context.splits.test}
+
+
 def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
     """Apply a part of a run's model to all images of a source; see :func:`forward_views`. The result stays there."""
     views = context.views_of(source, "evaluation")
@@ -29,6 +34,7 @@ def forward_views(
     view: View,
     batch_size: int,
     precision: AbstractContextManager[None] | None = None,
+    epoch: int = 0,
 ) -> Tensor:
     """Apply ``function`` to the views of all images of a source; nothing in it waits for the device.
 
@@ -39,6 +45,7 @@ def forward_views(
         view: the view of each image.
         batch_size: images at a time.
         precision: a context for the forward passes, such as autocast.
+        epoch: draws the views' parameters, where they are random.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.
@@ -48,7 +55,7 @@ def forward_views(
     rows = torch.arange(len(views.source)).split(batch_size)
 
     def images_of(indices: Tensor) -> Tensor:
-        return views(view, indices, epoch=0, view_index=0)
+        return views(view, indices, epoch=epoch, view_index=0)
 
     with precision or nullcontext():
         batches = map(images_of, rows) if views.source.resident else prefetch(images_of, rows)

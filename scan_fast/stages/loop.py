@@ -123,7 +123,8 @@ def train(stage: Stage[Any], context: Context) -> Training:
         do_step.reset(state["totals"])
         events.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}" + (f", step {step}" if step else ""))
     run.drop_metrics(stage.name, epoch + 1)
-    stage.prepare()
+    if epoch < training.epochs:
+        stage.prepare()
 
     begin = saved = time.perf_counter()
 

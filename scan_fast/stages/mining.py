@@ -22,9 +22,7 @@ def run_mining(context: Context) -> None:
     """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
     begin = time.perf_counter()
     config = context.config.mining
-    # Stage one has made the embeddings for its last check; another process has to make them again.
-    known, context.embeddings = context.embeddings, {}
-    model = load_pretext(context) if not known else None
+    model = load_pretext(context)
     embeddings: dict[str, np.ndarray] = {}
     found: dict[str, np.ndarray] = {}
     results: dict[str, object] = {}
@@ -32,12 +30,13 @@ def run_mining(context: Context) -> None:
         ("train", context.splits.train, config.k),
         ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
     ):
-        embedding = F.normalize(known[split] if model is None else embed(context, model, source), dim=1)
+        embedding = F.normalize(embed(context, model, split, final=True), dim=1)
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found[split], found[f"{split}_similarity"] = index.cpu().numpy(), similarity.cpu().numpy()
         if source.labels is not None:
             results["purity" if split == "train" else "test_purity"] = neighbor_purity(found[split], source.labels)
+    context.embeddings = {}
     context.run.write_arrays("embeddings.npz", **embeddings)
     context.run.write_arrays("neighbors.npz", **found)
     seconds = time.perf_counter() - begin

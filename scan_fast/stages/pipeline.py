@@ -15,13 +15,13 @@ from ..runs.events import Events
 from .clustering import NAME as CLUSTERING
 from .clustering import load_clustering, run_clustering
 from .context import Context
-from .inference import forward_all
+from .inference import forward_all, splits_of
 from .machine import kept_memory
 from .mining import NAME as MINING
 from .mining import load_neighbors, run_mining
 from .pretext import NAME as PRETEXT
 from .pretext import knn_monitor, load_pretext, run_pretext
-from .results import assess, baselines, splits_of, write_results, write_skipped
+from .results import assess, baselines, write_results, write_skipped
 from .self_labelling import NAME as SELFLABEL
 from .self_labelling import load_self_labelling, run_self_labelling
 

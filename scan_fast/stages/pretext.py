@@ -10,13 +10,13 @@ from torch import Tensor
 from ..data.sources import Source
 from ..evaluation.probes import knn_accuracy
 from ..losses import nt_xent
-from ..models.heads import PretextModel
+from ..models.heads import ClusterModel, PretextModel
 from ..models.original_weights import read_original
 from ..models.weights import load_strict
 from ..runs.config import ConfigError
 from ..runs.folder import RunError
 from .context import Context, seeded
-from .inference import forward_all
+from .inference import forward_all, splits_of
 from .loop import Stage, Training, train
 
 NAME = "pretext"
@@ -82,9 +82,7 @@ def knn_monitor(context: Context, model: PretextModel, *, final: bool = False) -
     train_split, test_split = context.splits.train, context.splits.test
     if train_split.labels is None or test_split.labels is None:
         return {}
-    bank, queries = (embed(context, model, source) for source in (train_split, test_split))
-    if final:
-        context.embeddings = {"train": bank, "test": queries}
+    bank, queries = (embed(context, model, split, final=final) for split in ("train", "test"))
     config = context.config.pretext
     accuracy = knn_accuracy(
         bank, train_split.labels, queries, test_split.labels, k=config.monitor_k, temperature=config.temperature
@@ -92,19 +90,38 @@ def knn_monitor(context: Context, model: PretextModel, *, final: bool = False) -
     return {"knn_acc": accuracy}
 
 
-def embed(context: Context, model: PretextModel, source: Source) -> Tensor:
-    """Return the (N, D) float32 embeddings of a source's images, not normalised, on the run's device."""
-    return forward_all(context, model, embedding_of(context, model), source)
+def embed(context: Context, model: PretextModel, split: str, *, final: bool) -> Tensor:
+    """Return (N, D) float32: a split in the space where neighbours are searched, not normalised, on the run's device.
+
+    Where the model is ``final``, the network does it once in a process.
+    """
+    projection = context.config.mining.features == "projection"
+    kept = context.embeddings if projection else context.features
+    if final and split in kept:
+        return kept[split]
+    found = forward_all(context, model, model if projection else model.features, splits_of(context)[split])
+    if final:
+        kept[split] = found
+    return found
 
 
-def embedding_of(context: Context, model: PretextModel) -> Any:
-    """Return the function from views to the space in which neighbours are searched."""
-    return model if context.config.mining.features == "projection" else model.features
+def backbone_features(context: Context, model: PretextModel | ClusterModel, split: str) -> Tensor:
+    """Return the (N, D) float32 features of a split by the finished pretext model's backbone, made once in a process.
+
+    Args:
+        context: the run.
+        model: has that very backbone.
+        split: "train" or "test".
+    """
+    if split not in context.features:
+        context.features[split] = forward_all(context, model, model.features, splits_of(context)[split])
+    return context.features[split]
 
 
 def run_pretext(context: Context) -> None:
     """Train the pretext model, or take the weights that the configuration names."""
     config = context.config.pretext
+    context.embeddings, context.features = {}, {}  # of a former model
     with seeded(context.config.seed, NAME):
         model = context.place(PretextModel(context.model_config))
     training = Training(seconds=0.0)

@@ -16,17 +16,12 @@ from ..evaluation.metrics import clustering_metrics, confusion, match_clusters, 
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
 from ..models.heads import ClusterModel
 from .context import Context
-from .inference import forward_all
+from .inference import forward_all, splits_of
 
 MODEL_FORMAT = 1
 #: k-means on pixels is a baseline of sets whose training images take no more bytes than this as float32.
 MOST_PIXELS = 4 << 30
 PREDICTION_COLUMNS = ("path", "cluster", "confidence", "margin")
-
-
-def splits_of(context: Context) -> dict[str, Source]:
-    """Return the splits that are clustered, by name, in the order of assignments.csv."""
-    return {"train": context.splits.train, "test": context.splits.test}
 
 
 def assess(context: Context, logits: Tensor, split: str) -> dict[str, float]:

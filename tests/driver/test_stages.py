@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from scan_fast.data.random import stream_key
 from scan_fast.evaluation.consistency import selection_loss
 from scan_fast.losses import nt_xent, scan_loss, self_label_loss
 from scan_fast.models.heads import ClusterModel, PretextModel
-from scan_fast.runs.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from scan_fast.runs.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainingConfig
 from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunError, RunFolder
 from scan_fast.stages.clustering import Clustering, load_clustering, start_from_kmeans
@@ -267,6 +268,60 @@ def test_heads_only_leaves_the_backbone_alone_in_every_bit(finished: Path) -> No
         checkpoint = context.run.load("checkpoints/clustering.pt")
         assert len(checkpoint["optimizer"]["state"]) == 2 * 2  # weight and bias of two heads
     assert "running_mean" in "".join(backbone)
+
+
+def test_heads_train_on_cached_views(finished: Path) -> None:
+    heads = ("clustering.update=heads", "clustering.heads=2")
+    everyone = torch.arange(160)
+    with opened(finished, *heads, "clustering.cached_views=1", again=True) as context:
+        model = context.place(ClusterModel(context.model_config, 10, 2)).eval()
+        cached, fresh = (Clustering(context, model) for _ in range(2))
+        cached.prepare()
+        # The first cached view is that of a first epoch; a neighbour is seen as anyone else is.
+        anchors, neighbors = cached.batch(0, everyone)
+        with torch.no_grad():
+            expected = model.features(fresh.batch(0, everyone)[0])
+        torch.testing.assert_close(anchors, expected)
+        assert {tuple(row) for row in neighbors.tolist()} <= {tuple(row) for row in anchors.tolist()}
+        assert cached.batch(5, everyone)[0].equal(anchors)
+        total, _, _ = scan_loss(model.heads(anchors), model.heads(neighbors), 5.0)
+        loss, _ = cached.step((anchors, neighbors))
+        torch.testing.assert_close(loss, total.sum())
+    with opened(finished, *heads, "clustering.cached_views=3", again=True) as context:
+        stage = Clustering(context, model)
+        stage.prepare()
+        seen = {tuple(stage.batch(epoch, everyone)[0][7].tolist()) for epoch in range(30)}
+        assert len(seen) == 3
+
+
+def test_cached_views_survive_an_interruption(finished: Path) -> None:
+    overrides = ("clustering.update=heads", "clustering.cached_views=2", "runtime.checkpoint_seconds=0")
+
+    class Interrupted(Clustering):
+        steps = 0
+
+        def step(self, batch: Any) -> Any:
+            self.steps += 1
+            if self.steps == 3:
+                raise KeyboardInterrupt
+            return super().step(batch)
+
+    def result_of(kinds: list[type[Clustering]]) -> dict[str, Tensor]:
+        with opened(finished, *overrides, again=True) as context:
+            context.run.remove("checkpoints/clustering.pt")
+            for kind in kinds:
+                torch.manual_seed(0)
+                stage = kind(context, context.place(ClusterModel(context.model_config, 10, 2)))
+                with contextlib.suppress(KeyboardInterrupt):
+                    train(stage, context)
+            return states(stage.model)
+
+    assert equal(result_of([Interrupted, Clustering]), result_of([Clustering]))
+
+
+def test_cached_views_are_for_frozen_backbones() -> None:
+    with pytest.raises(ConfigError, match="cached_views is for update=heads only"):
+        tiny_config("clustering.cached_views=2")
 
 
 def test_full_training_moves_the_backbone_and_its_statistics(finished: Path) -> None:

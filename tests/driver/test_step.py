@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from driving import run_here
+from driving import results, run_here
 from test_stages import opened
 from torch import Tensor, nn
 
@@ -110,8 +110,27 @@ def test_the_learning_rate_lies_where_the_weights_are(device: str) -> None:
         assert float(optimizer.param_groups[0]["lr"]) == 0.25
 
 
+PRETEXT_AND_MINING, SELFLABEL = ["train", "test"], ["test", "train"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), [*PRETEXT_AND_MINING, "test", "test", "train", "test", *SELFLABEL]),
+        # The frozen backbone's features serve the start, the choice of a head and the result.
+        (
+            ("clustering.update=heads", "clustering.initialize=kmeans"),
+            [*PRETEXT_AND_MINING, "train", "test", *SELFLABEL],
+        ),
+        # ... and the neighbours, where they are searched among these.
+        (
+            ("clustering.update=heads", "clustering.initialize=kmeans", "mining.features=backbone"),
+            [*PRETEXT_AND_MINING, *SELFLABEL],
+        ),
+    ],
+)
 def test_a_run_passes_the_images_through_each_finished_model_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[str] = []
     views_of = Context.views_of
@@ -122,12 +141,12 @@ def test_a_run_passes_the_images_through_each_finished_model_once(
         return views_of(self, source, stage)
 
     monkeypatch.setattr(Context, "views_of", noted)
-    with opened(tmp_path / "run") as context:
+    with opened(tmp_path / "run", *overrides) as context:
         run_stages(context, stages_of(context))
-    pretext_and_mining, clustering, selflabel = ["train", "test"], ["test", "test", "train", "test"], ["test", "train"]
-    assert passes == [*pretext_and_mining, *clustering, *selflabel]
-    # Another process makes again what is not on disk, and finds the same.
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("assignments.csv", "neighbors.npz")}
+    assert passes == expected
+    # Other processes make again what is not on disk, and find the same.
+    before = results(tmp_path / "run")
     assert run_here("mine", tmp_path / "run", "--again", "--quiet").code == 0
-    assert run_here("run", tmp_path / "run", "--quiet").code == 0
-    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    for command in ("cluster", "run"):
+        assert run_here(command, tmp_path / "run", "--quiet").code == 0
+    assert results(tmp_path / "run") == before

@@ -1,67 +1,122 @@
-// NT-Xent on the GPU: dZ += W Z, portable form.
+// NT-Xent on the GPU: W, the weights of the similarities' gradients, and dZ += W Z, portable form.
+//
+// Up to kNarrow dimensions one kernel does both: a block owns 64 rows (16 per warp) and walks over tiles of 64 columns;
+// the similarities of a tile stay in registers, are turned into W there, repacked from the layout of a result to that of
+// a left operand, and multiplied with the same shared tile, read transposed. More dimensions would need the similarities
+// anew for every slice of dZ that fits in registers: weights_kernel writes W for some rows to memory instead, as
+// operands, and gather_kernel multiplies.
 #pragma once
+
+#include <cmath>
 
 #include "nt_xent/cuda_tiles.cuh"
 
 namespace scan_fast {
 namespace {
 
+constexpr int kNarrow = 128;
+constexpr int kRows = 64, kColumns = 64;
+
+// What an element of W depends on besides the similarity.
+struct RowWeight {
+  int row, positive;
+  float weight, shift;
+};
+
+// p.scale turns `value`, a product of operands, into log2(exp(s)).
+template <bool kFixedShift>
+__device__ __forceinline__ float weight_of(float value, const RowWeight& i, const RowWeight& j, const Params& p) {
+  if (j.row < 0 || i.row == j.row || i.positive == j.row) return 0.0f;
+  if constexpr (kFixedShift) {
+    return exp2_approx((value - kOperandScale * kOperandScale) * p.scale) * (i.weight + j.weight);
+  } else {
+    // Probabilities: at tiny temperatures the rounding of s alone could lift their logarithms above zero.
+    const float by_i = value * p.scale - i.shift, by_j = value * p.scale - j.shift;
+    return exp2_approx(by_i > 0 ? 0.0f : by_i) * i.weight + exp2_approx(by_j > 0 ? 0.0f : by_j) * j.weight;
+  }
+}
+
+// Of a row of [z0; z1], or with row -1 of none.
+template <bool kFixedShift>
+__device__ __forceinline__ RowWeight row_weight(int row, const float* __restrict__ weight,
+                                                const float* __restrict__ shift, const Params& p) {
+  RowWeight found{row, -1, 0.0f, 0.0f};
+  if (row >= 0) {
+    found.positive = static_cast<int>(p.positive(row));
+    found.weight = weight[row];
+    if constexpr (!kFixedShift) found.shift = shift[row];
+  }
+  return found;
+}
+
+// ---- up to kNarrow dimensions ---------------------------------------------------------------------------------------
+
+template <bool kSplit>
+constexpr size_t backward_bytes() {
+  return (kRows + 2 * kColumns) * kNarrow * (kSplit ? 2 : 1) * sizeof(half_t);
+}
+
 template <bool kSplit, bool kFixedShift>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight,
                     const float* __restrict__ shift, float* __restrict__ partial, Params p) {
-  const int64_t first_local = static_cast<int64_t>(blockIdx.x) * kRows, slice = blockIdx.z;
-  int self[2], positive[2];
-  float row_weight[2], row_shift[2];
+  SCAN_FAST_DYNAMIC_SHARED(dynamic);
+  constexpr int kParts = kSplit ? 2 : 1, kSteps = kNarrow / 16, kTile = kColumns * kNarrow;
+  const Shared<half_t> a_tile = dynamic.as<half_t>(), b_tiles = a_tile + kParts * kTile;
+  const int64_t first_local = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp_rows = static_cast<int>(threadIdx.x) / 32 * 16;
+  RowWeight of_row[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t local = first_local + fragment_row(h);
-    const bool exists = local < p.local_rows;
-    self[h] = exists ? static_cast<int>(p.global_row(local)) : 0;
-    positive[h] = static_cast<int>(p.positive(self[h]));
-    row_weight[h] = exists ? weight[self[h]] : 0.0f;
-    row_shift[h] = exists ? shift[self[h]] : 0.0f;
+    const int64_t local = first_local + warp_rows + fragment_row(h);
+    of_row[h] = row_weight<kFixedShift>(local < p.local_rows ? static_cast<int>(p.global_row(local)) : -1, weight,
+                                        shift, p);
   }
-  float dz[2 * kChunkSteps][4] = {};
-  const int64_t slice_left = p.padded - slice * kChunk;
-  const int slice_steps = static_cast<int>(slice_left < kChunk ? (slice_left + 15) / 16 : kChunkSteps);
+  float dz[2 * kSteps][4] = {};
+  const int steps = steps_of<kNarrow>(p, 0);
   // Rows of the second view that are no anchors meet weights only in the columns of the first.
   const bool first_view_only = first_local >= p.sample_count && p.anchors < p.rows();
   const int column_end = static_cast<int>(first_view_only ? p.samples : p.rows());
-  for_each_tile<kSplit>(packed, p, column_end, slice, [&](float(&s)[2 * kColumnSteps][4], int column,
-                                                          const Shared<half_t>& b_tile) {
+  const int64_t tiles = (column_end + kColumns - 1) / kColumns;
+  const int64_t begin = tiles * blockIdx.y / p.splits, end = tiles * (blockIdx.y + 1) / p.splits;
+  const auto load_columns = [&](int64_t tile) {
+    load_tile<kSplit, kColumns, kNarrow>(b_tiles + (tile - begin) % 2 * (kParts * kTile), packed, p, 0, [&](int r) {
+      return tile * kColumns + r < p.rows() ? tile * kColumns + r : static_cast<int64_t>(-1);
+    });
+  };
+  if (begin < end) {
+    load_tile<kSplit, kRows, kNarrow>(a_tile, packed, p, 0, [&](int r) {
+      return first_local + r < p.local_rows ? p.global_row(first_local + r) : static_cast<int64_t>(-1);
+    });
+    load_columns(begin);
+  }
+  cp_async_commit();
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (tile + 1 < end) load_columns(tile + 1);
+    cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
+    const Shared<half_t> b_tile = b_tiles + (tile - begin) % 2 * (kParts * kTile);
+    float s[1][kColumns / 8][4] = {};
+    add_products<kSplit, 1, kColumns / 16, kRows, kColumns, kNarrow>(s, a_tile, warp_rows, b_tile, 0, steps);
 #pragma unroll
-    for (int t = 0; t < 2 * kColumnSteps; ++t) {
+    for (int t = 0; t < kColumns / 8; ++t) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int j = column + fragment_column(t, c);
-        const bool exists = j < column_end;
-        const float column_weight = exists ? weight[j] : 0.0f;
-        const float column_shift = kFixedShift || !exists ? 0.0f : shift[j];
+        const int j = static_cast<int>(tile * kColumns) + fragment_column(t, c);
+        const RowWeight of_column = row_weight<kFixedShift>(j < column_end ? j : -1, weight, shift, p);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float& value = s[t][2 * h + c];
-          const bool counts = exists && j != self[h] && j != positive[h];
-          float w;
-          if constexpr (kFixedShift) {
-            w = exp2_approx((value - kOperandScale * kOperandScale) * p.scale) * (row_weight[h] + column_weight);
-          } else {
-            // Probabilities: at tiny temperatures the rounding of s alone could lift their logarithms above zero.
-            const float by_row = value * p.scale - row_shift[h], by_column = value * p.scale - column_shift;
-            w = exp2_approx(by_row > 0 ? 0.0f : by_row) * row_weight[h] +
-                exp2_approx(by_column > 0 ? 0.0f : by_column) * column_weight;
-          }
-          value = counts ? w : 0.0f;
+          s[0][t][2 * h + c] = weight_of<kFixedShift>(s[0][t][2 * h + c], of_row[h], of_column, p);
         }
       }
     }
-    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-    for (int j = 0; j < kColumnSteps; ++j) {
-      uint32_t w[kSplit ? 2 : 1][4];
+    for (int j = 0; j < kColumns / 16; ++j) {
+      uint32_t w[kParts][4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const float x = s[2 * j + q / 2][q % 2 * 2], y = s[2 * j + q / 2][q % 2 * 2 + 1];
+        const float x = s[0][2 * j + q / 2][q % 2 * 2], y = s[0][2 * j + q / 2][q % 2 * 2 + 1];
         w[0][q] = pack2<half_t>(x, y);
         if constexpr (kSplit) {
           const float2 high = unpack2<half_t>(w[0][q]);
@@ -69,33 +124,32 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
 #pragma unroll
-      for (int n = 0; n < kChunkSteps; ++n) {
-        if (n >= slice_steps) break;
-        const int b_at = tile_at(j * 16 + lane % 16, 2 * n + lane / 16);
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, (b_tile + b_at).get());
+      for (int n = 0; n < kSteps; ++n) {
+        if (n >= steps) break;
+        const int b_at = tile_at<kNarrow>(j * 16 + lane % 16, 2 * n + lane / 16);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};
-          mma_16816<half_t>(dz[2 * n + h], w[0], half);
-          if constexpr (kSplit) mma_16816<half_t>(dz[2 * n + h], w[1], half);
-        }
-        if constexpr (kSplit) {
-          ldmatrix_x4_trans(b, (b_tile + kTile + b_at).get());
+        for (int part = 0; part < kParts; ++part) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, (b_tile + part * kTile + b_at).get());
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};
             mma_16816<half_t>(dz[2 * n + h], w[0], half);
+            if constexpr (kSplit) {
+              if (part == 0) mma_16816<half_t>(dz[2 * n + h], w[1], half);
+            }
           }
         }
       }
     }
-  });
+    __syncthreads();
+  }
+  cp_async_wait<0>();
 #pragma unroll
-  for (int t = 0; t < 2 * kChunkSteps; ++t) {
+  for (int t = 0; t < 2 * kSteps; ++t) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int64_t local = first_local + fragment_row(r / 2), k = slice * kChunk + fragment_column(t, r);
+      const int64_t local = first_local + warp_rows + fragment_row(r / 2), k = fragment_column(t, r);
       if (local < p.local_rows && k < p.dim) partial[(blockIdx.y * p.local_rows + local) * p.dim + k] = dz[t][r];
     }
   }

@@ -1,66 +1,181 @@
 // NT-Xent on the GPU: sums of exponentials over the columns, portable form.
+//
+// The similarities are symmetric: only the tiles on and behind the diagonal of the anchors are formed, and one
+// exponential serves its row and its column (cuda_schedule.cuh). From a temperature of 0.03 on one shift, 1/tau, suits
+// all rows; below, a first pass finds each row's maximum over its negatives and a second sums with it.
 #pragma once
 
+#include <cmath>
+
+#include "nt_xent/cuda_schedule.cuh"
 #include "nt_xent/cuda_tiles.cuh"
 
 namespace scan_fast {
 namespace {
 
-template <bool kSplit>
-__global__ void __launch_bounds__(kThreads, kSplit ? 2 : 3)
-    forward_kernel(const half_t* __restrict__ packed, float* __restrict__ partial_max, float* __restrict__ partial_sum,
-                   Params p) {
-  int self[2], positive[2];
-  float largest[2], sum[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t local = static_cast<int64_t>(blockIdx.x) * kRows + fragment_row(h);
-    self[h] = local < p.local_rows ? static_cast<int>(p.global_row(local)) : 0;
-    positive[h] = static_cast<int>(p.positive(self[h]));
-    largest[h] = -INFINITY;
-    sum[h] = 0;
+enum class Pass { kSums, kMaxima, kShiftedSums };
+
+template <Pass kPass>
+__device__ __forceinline__ float combined(float x, float y) {
+  return kPass == Pass::kMaxima ? fmaxf(x, y) : x + y;
+}
+template <Pass kPass>
+__device__ __forceinline__ float nothing() {
+  return kPass == Pass::kMaxima ? -INFINITY : 0.0f;
+}
+
+// Positions (cuda_schedule.cuh) as rows of [z0; z1]. Positions fit in 32 bits.
+struct Positions {
+  int samples, begin, count;
+  bool both;
+
+  __device__ explicit Positions(const Params& p)
+      : samples(static_cast<int>(p.samples)),
+        begin(static_cast<int>(p.sample_begin)),
+        count(static_cast<int>(p.sample_count)),
+        both(p.anchors == p.rows()) {}
+  __device__ int row_of_anchor(int i) const { return i < count ? begin + i : samples - count + begin + i; }
+  __device__ int row_of_other(int i) const {
+    const int first_views = samples - count;
+    if (i < first_views) return i < begin ? i : i + count;
+    i -= first_views;
+    return samples + (!both || i < begin ? i : i + count);
   }
-  const int column_end = static_cast<int>(p.rows());
-  for_each_tile<kSplit>(packed, p, column_end, 0, [&](float(&s)[2 * kColumnSteps][4], int column,
-                                                      const Shared<half_t>&) {
+  // From an anchor of a first view to its positive, where positions go on from the anchors to the others.
+  __device__ int positive_offset() const { return both ? count : samples + begin; }
+};
+
+// partial: (slots, anchors). shift: (anchors) in log2, for Pass::kShiftedSums.
+template <bool kSplit, int kOwner, int kChunk, bool kResident, Pass kPass>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_kernel(const half_t* __restrict__ packed, const float* __restrict__ shift, float* __restrict__ partial,
+                   ForwardSchedule schedule, Params p) {
+  constexpr int kM = kWalked / 32, kColumns = kOwner / 16;  // 16-row and 8-column products of a warp
+  SCAN_FAST_SHARED(float, walked_part, 2 * kWalked);
+  SCAN_FAST_SHARED(float, owner_part, 2 * kOwner);
+  const Positions at(p);
+  const int anchors = static_cast<int>(schedule.anchors), others = static_cast<int>(schedule.others);
+  const int anchor_tiles = static_cast<int>(schedule.anchor_tiles());
+  const int offset = at.positive_offset(), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const float limit = kOperandScale * kOperandScale * p.scale;
+  const int64_t block = blockIdx.x, block_end = schedule.block_begin(block + 1);
+  int64_t next = schedule.block_begin(block), owner = schedule.owner_of(next);
+  for (int64_t tiles = 0; next < block_end; next += tiles, ++owner) {
+    const int64_t from = next - schedule.prefix(owner), rest = schedule.length(owner) - from;
+    tiles = block_end - next < rest ? block_end - next : rest;
+    const int first_own = static_cast<int>(owner) * kOwner;
+    const int first_walked = static_cast<int>(schedule.first_walked(owner));
+    float own[kColumns][2], own_shift[kColumns][2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float tile_max = -INFINITY;
+    for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int t = 0; t < 2 * kColumnSteps; ++t) {
-#pragma unroll
-        for (int r = 2 * h; r < 2 * h + 2; ++r) {
-          const int j = column + fragment_column(t, r);
-          s[t][r] = j == self[h] || j == positive[h] || j >= column_end ? -INFINITY : s[t][r] * p.scale;
-          tile_max = fmaxf(tile_max, s[t][r]);
-        }
+      for (int c = 0; c < 2; ++c) {
+        own[n][c] = nothing<kPass>();
+        const int column = first_own + warp_column<kOwner>() + fragment_column(n, c);
+        own_shift[n][c] = kPass == Pass::kShiftedSums && column < anchors ? shift[column] : 0.0f;
       }
-      tile_max = fmaxf(largest[h], tile_max);
-      // Any finite shift serves where nothing counts yet.
-      const float shift = tile_max == -INFINITY ? 0.0f : tile_max;
-      float tile_sum = 0;
-#pragma unroll
-      for (int t = 0; t < 2 * kColumnSteps; ++t) {
-        tile_sum += exp2_approx(s[t][2 * h] - shift) + exp2_approx(s[t][2 * h + 1] - shift);
-      }
-      sum[h] = (sum[h] == 0 ? 0.0f : sum[h] * exp2_approx(largest[h] - shift)) + tile_sum;
-      largest[h] = tile_max;
     }
-  });
-  // The four lanes that share a row, in a fixed order.
+    walk_tiles<kSplit, kOwner, kWalked, kChunk, kResident>(
+        packed, p, from, from + tiles,
+        [&](int r) { return first_own + r < anchors ? at.row_of_anchor(first_own + r) : -1; },
+        [&](int64_t tile, int r) {
+          const int walked = first_walked + static_cast<int>(tile);
+          if (walked < anchor_tiles) {
+            const int i = walked * kWalked + r;
+            return i < anchors ? at.row_of_anchor(i) : -1;
+          }
+          const int i = (walked - anchor_tiles) * kWalked + r;
+          return i < others ? at.row_of_other(i) : -1;
+        },
+        [&](float(&s)[kM][kColumns][4], int64_t tile) {
+          const int walked = first_walked + static_cast<int>(tile);
+          const bool of_anchors = walked < anchor_tiles, diagonal = tile * kWalked < kOwner && of_anchors;
+          const bool mirrored = of_anchors && !diagonal;
+          // Positions go on from the anchors to the others, and end where there are no rows.
+          const int first = of_anchors ? walked * kWalked : anchors + (walked - anchor_tiles) * kWalked;
+          const int end = of_anchors ? anchors : anchors + others;
+          const bool positives = first < first_own + kOwner + offset && first_own + offset < first + kWalked;
+          if (diagonal || positives || first + kWalked > end || first_own + kOwner > anchors) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float row_max = largest[h];
-    row_max = fmaxf(row_max, __shfl_xor_sync(kFullMask, row_max, 1));
-    row_max = fmaxf(row_max, __shfl_xor_sync(kFullMask, row_max, 2));
-    const float shift = row_max == -INFINITY ? 0.0f : row_max;
-    float row_sum = sum[h] == 0 ? 0.0f : sum[h] * exp2f(largest[h] - shift);
-    row_sum += __shfl_xor_sync(kFullMask, row_sum, 1);
-    row_sum += __shfl_xor_sync(kFullMask, row_sum, 2);
-    const int64_t local = static_cast<int64_t>(blockIdx.x) * kRows + fragment_row(h);
-    if (threadIdx.x % 4 == 0 && local < p.local_rows) {
-      partial_max[blockIdx.y * p.local_rows + local] = row_max;
-      partial_sum[blockIdx.y * p.local_rows + local] = row_sum;
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+              for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                  const int i = first + warp_row<kWalked>() + 16 * m + fragment_row(r / 2);
+                  const int j = first_own + warp_column<kOwner>() + fragment_column(n, r);
+                  const bool positive = (j < at.count && i == j + offset) || (i < at.count && j == i + offset);
+                  if (i >= end || j >= anchors || i == j || positive) s[m][n][r] = -INFINITY;
+                }
+              }
+            }
+          }
+          float walked_sum[kM][2];
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              float sum = nothing<kPass>(), walked_shift = 0;
+              if constexpr (kPass == Pass::kShiftedSums) {
+                const int i = first + warp_row<kWalked>() + 16 * m + fragment_row(h);
+                if (mirrored && i < end) walked_shift = shift[i];
+              }
+#pragma unroll
+              for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                  const float value = s[m][n][2 * h + c];
+                  if constexpr (kPass == Pass::kSums) {
+                    const float e = exp2_approx(value * p.scale - limit);
+                    own[n][c] += e;
+                    sum += e;
+                  } else if constexpr (kPass == Pass::kMaxima) {
+                    own[n][c] = fmaxf(own[n][c], value * p.scale);
+                    sum = fmaxf(sum, value * p.scale);
+                  } else {
+                    own[n][c] += exp2_approx(value * p.scale - own_shift[n][c]);
+                    sum += exp2_approx(value * p.scale - walked_shift);
+                  }
+                }
+              }
+              walked_sum[m][h] = sum;
+            }
+          }
+          if (!mirrored) return;
+          // Four lanes share a row, and two warps: those of the owner's two halves.
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              float& sum = walked_sum[m][h];
+              sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, 1));
+              sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, 2));
+              if (lane % 4 == 0) {
+                walked_part[thread / 32 % 2 * kWalked + warp_row<kWalked>() + 16 * m + fragment_row(h)] = sum;
+              }
+            }
+          }
+          __syncthreads();
+          if (thread < kWalked && first + thread < end) {
+            const float left = walked_part[thread], right = walked_part[kWalked + thread];
+            partial[schedule.mirror_slot(owner) * anchors + first + thread] = combined<kPass>(left, right);
+          }
+        });
+    // Eight lanes share a column, and two warps: those of the walked tile's two halves.
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& sum = own[n][c];
+#pragma unroll
+        for (int with = 4; with < 32; with *= 2) sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, with));
+        if (lane < 4) owner_part[thread / 64 * kOwner + warp_column<kOwner>() + fragment_column(n, c)] = sum;
+      }
+    }
+    __syncthreads();
+    if (thread < kOwner && first_own + thread < anchors) {
+      const float upper = owner_part[thread], lower = owner_part[kOwner + thread];
+      partial[schedule.piece_slot(owner, block) * anchors + first_own + thread] = combined<kPass>(upper, lower);
     }
   }
 }

@@ -42,28 +42,12 @@ struct Carver {
     used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
     return part;
   }
+  half_t* take_operands(const NTXentProblem& problem, bool reduced) {
+    return take<half_t>((reduced ? 1 : 2) * problem.rows() * (ceil_div(problem.dim, 8) * 8));
+  }
 };
 
-struct ForwardWorkspace {
-  half_t* packed;
-  float *partial_max, *partial_sum;
-  ForwardWorkspace(Carver& carver, const Params& p, bool reduced)
-      : packed(carver.take<half_t>((reduced ? 1 : 2) * 2 * p.samples * p.padded)),
-        partial_max(carver.take<float>(p.splits * p.local_rows)),
-        partial_sum(carver.take<float>(p.splits * p.local_rows)) {}
-};
-
-struct BackwardWorkspace {
-  half_t* packed;
-  float *weight, *shift, *unscale, *partial;
-  BackwardWorkspace(Carver& carver, const Params& p, bool reduced)
-      : packed(carver.take<half_t>((reduced ? 1 : 2) * 2 * p.samples * p.padded)),
-        weight(carver.take<float>(2 * p.samples)),
-        shift(carver.take<float>(2 * p.samples)),
-        unscale(carver.take<float>(1)),
-        partial(carver.take<float>(p.splits * p.local_rows * p.dim)) {}
-};
-
+// Blocks of kernels with a warp per row.
 inline dim3 grid_of_rows(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))); }
 
 }  // namespace

@@ -1,19 +1,29 @@
-// NT-Xent on the GPU: the per-row kernels before the products. One warp per row.
+// NT-Xent on the GPU: what comes before the products. Forward: unit rows, operands, similarities of the positive pairs.
+// Backward: the operands again, and a weight and a shift per row.
 #pragma once
+
+#include <cmath>
 
 #include "nt_xent/cuda_common.cuh"
 
 namespace scan_fast {
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    normalize_kernel(const T* __restrict__ z0, const T* __restrict__ z1, float* __restrict__ unit,
-                     float* __restrict__ inv_norm, Params p) {
-  const int64_t row = warp_row();
-  if (row >= p.rows()) return;
+// hi (and lo) of a unit row's element.
+template <bool kSplit>
+__device__ __forceinline__ void pack_element(half_t* __restrict__ packed, int64_t row, int64_t k, float unit,
+                                             const Params& p) {
+  const float value = unit * kOperandScale;
+  const half_t hi = from_float<half_t>(value);
+  packed[row * p.padded + k] = hi;
+  if constexpr (kSplit) packed[(p.rows() + row) * p.padded + k] = from_float<half_t>(value - to_float(hi));
+}
+
+template <typename T, bool kSplit>
+__device__ __forceinline__ void prepare_row(const T* __restrict__ x, int64_t row, float* __restrict__ unit,
+                                            float* __restrict__ inv_norm, half_t* __restrict__ packed,
+                                            const Params& p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const T* x = row < p.samples ? z0 + row * p.dim : z1 + (row - p.samples) * p.dim;
   // Scaled by the largest element, so that neither huge nor tiny rows lose their direction.
   float largest = 0;
   for (int64_t k = lane; k < p.dim; k += 32) largest = fmaxf(largest, fabsf(to_float(x[k])));
@@ -26,35 +36,45 @@ __global__ void __launch_bounds__(kRowThreads)
   const float root = sqrtf(warp_sum(sum));
   // norm = largest * root may leave float32's range although every quotient below is within it.
   const bool short_row = largest * root < kMinNorm;
-  for (int64_t k = lane; k < p.dim; k += 32) {
-    const float value = to_float(x[k]);
-    unit[row * p.dim + k] = short_row ? value / kMinNorm : value / largest / root;
+  for (int64_t k = lane; k < p.padded; k += 32) {
+    float value = 0;
+    if (k < p.dim) {
+      const float element = to_float(x[k]);
+      value = short_row ? element / kMinNorm : element / largest / root;
+      unit[row * p.dim + k] = value;
+    }
+    pack_element<kSplit>(packed, row, k, value, p);
   }
   if (lane == 0) inv_norm[row] = short_row ? 1 / kMinNorm : 1 / largest / root;
 }
 
-// hi (and lo) of the scaled unit rows, padded with zeros to a multiple of 8.
-template <bool kSplit>
+// A warp per sample: both views' unit rows and operands, and the product of the two in float32.
+template <typename T, bool kSplit>
 __global__ void __launch_bounds__(kRowThreads)
-    pack_kernel(const float* __restrict__ unit, half_t* __restrict__ packed, Params p) {
-  const int64_t row = warp_row();
-  if (row >= p.rows()) return;
-  for (int64_t k = static_cast<int>(threadIdx.x) % 32; k < p.padded; k += 32) {
-    const float value = k < p.dim ? unit[row * p.dim + k] * kOperandScale : 0.0f;
-    const half_t hi = from_float<half_t>(value);
-    packed[row * p.padded + k] = hi;
-    if (kSplit) packed[(p.rows() + row) * p.padded + k] = from_float<half_t>(value - to_float(hi));
+    prepare_forward_kernel(const T* __restrict__ z0, const T* __restrict__ z1, float* __restrict__ unit,
+                           float* __restrict__ inv_norm, half_t* __restrict__ packed, float* __restrict__ positive,
+                           Params p) {
+  const int64_t sample = warp_index();
+  if (sample >= p.samples) return;
+  prepare_row<T, kSplit>(z0 + sample * p.dim, sample, unit, inv_norm, packed, p);
+  prepare_row<T, kSplit>(z1 + sample * p.dim, p.samples + sample, unit, inv_norm, packed, p);
+  float sum = 0;
+  // Each lane reads what it wrote itself.
+  for (int64_t k = static_cast<int>(threadIdx.x) % 32; k < p.dim; k += 32) {
+    sum += unit[sample * p.dim + k] * unit[(p.samples + sample) * p.dim + k];
   }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) positive[sample] = sum;
 }
 
-// One block: weight_i (zero for rows that are no anchors), shift_i, and 1 / (all scales) for the sums of W Z.
-__global__ void __launch_bounds__(1024)
-    weights_kernel(const float* __restrict__ grad_losses, const float* __restrict__ shifted_lse,
-                   float* __restrict__ weight, float* __restrict__ shift, float* __restrict__ unscale, Params p) {
+// The largest |upstream gradient|, the same in every thread.
+__device__ inline float largest_gradient(const Upstream& upstream, int64_t anchors) {
   SCAN_FAST_SHARED(float, largest_of, 32);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (upstream.stride == 0) return fabsf(upstream.at(0));
   float largest = 0;
-  for (int64_t i = thread; i < p.anchors; i += threads) largest = fmaxf(largest, fabsf(grad_losses[i]));
+#pragma unroll 8
+  for (int64_t i = thread; i < anchors; i += threads) largest = fmaxf(largest, fabsf(upstream.at(i)));
   largest = warp_max(largest);
   if (thread % 32 == 0) largest_of[thread / 32] = largest;
   __syncthreads();
@@ -63,17 +83,44 @@ __global__ void __launch_bounds__(1024)
     const float other = largest_of[w];
     largest = fmaxf(largest, other);
   }
+  return largest;
+}
+
+constexpr int kLargestThreads = 1024;
+
+// One block, where so many anchors make it worth a launch.
+__global__ void __launch_bounds__(kLargestThreads)
+    largest_gradient_kernel(Upstream upstream, float* __restrict__ largest, Params p) {
+  const float found = largest_gradient(upstream, p.anchors);
+  if (threadIdx.x == 0) *largest = found;
+}
+
+// A warp per row: the operands anew, weight_i (zero for rows that are no anchors), shift_i, and once 1 / (all scales)
+// for the sums of W Z. `largest` is null where the blocks find the largest gradient themselves.
+template <bool kSplit>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_backward_kernel(const float* __restrict__ unit, Upstream upstream, const float* __restrict__ shifted_lse,
+                            const float* __restrict__ largest, half_t* __restrict__ packed,
+                            float* __restrict__ weight, float* __restrict__ shift, float* __restrict__ unscale,
+                            Params p) {
+  const float most = largest == nullptr ? largest_gradient(upstream, p.anchors) : *largest;
   // The power of two that brings the largest |g| to [2^13, 2^14); kept within float32 for extreme gradients.
-  const int exponent = largest > 0 && largest < INFINITY ? max(-100, min(100, 13 - ilogbf(largest))) : 0;
+  const int exponent = most > 0 && most < INFINITY ? max(-100, min(100, 13 - ilogbf(most))) : 0;
   const float factor = ldexpf(1.0f, exponent);
-  for (int64_t i = thread; i < p.rows(); i += threads) {
-    const bool anchor = i < p.anchors;
-    const float lse = anchor ? shifted_lse[i] : 0.0f;
-    const float g = anchor ? grad_losses[i] * factor : 0.0f;
-    weight[i] = p.fixed_shift && anchor ? g * expf(-lse) : g;
-    shift[i] = (lse + 1 / p.temperature) * kLog2E;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *unscale = 1 / (factor * kOperandScale);
+  const int64_t row = warp_index();
+  if (row >= p.rows()) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t k = lane; k < p.padded; k += 32) {
+    pack_element<kSplit>(packed, row, k, k < p.dim ? unit[row * p.dim + k] : 0.0f, p);
   }
-  if (thread == 0) *unscale = 1 / (factor * kOperandScale);
+  if (lane == 0) {
+    const bool anchor = row < p.anchors;
+    const float lse = anchor ? shifted_lse[row] : 0.0f;
+    const float g = anchor ? upstream.at(row) * factor : 0.0f;
+    weight[row] = p.fixed_shift && anchor ? g * expf(-lse) : g;
+    shift[row] = (lse + 1 / p.temperature) * kLog2E;
+  }
 }
 
 }  // namespace

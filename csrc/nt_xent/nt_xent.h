@@ -53,6 +53,12 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
                           const float* losses, const float* shifted_lse, const float* grad_losses, bool reduced,
                           float* grad_z0, float* grad_z1);
 
+// The gradient of anchor i's loss is gradient[i * stride]. A mean's backward pass has one number for all: stride 0.
+struct NTXentUpstream {
+  const float* gradient;
+  int64_t stride;
+};
+
 // On the GPU: the same, on the given stream. z0 and z1 (N, D) contiguous, of the given type; grad_z0 and grad_z1
 // (sample_count, D) of the given type. `reduced` uses single 16-bit products; otherwise each is three of them, for
 // float32 accuracy. The workspace holds as many bytes as the functions below say, aligned to 256.
@@ -62,7 +68,7 @@ void nt_xent_forward_cuda(const NTXentProblem& problem, const void* z0, const vo
                           float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
                           StreamHandle stream);
 void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
-                           const float* shifted_lse, const float* grad_losses, DType dtype, bool reduced,
+                           const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream);
 
 }  // namespace scan_fast

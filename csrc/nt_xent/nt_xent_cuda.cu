@@ -1,28 +1,26 @@
 // NT-Xent on the GPU, portable form: mma.sync m16n8k16 with cp.async, one source for every architecture from sm_80.
 //
 // Maths and what is saved: nt_xent.h. As in the CPU kernel the positive pair is left out of every tile and added in
-// float32 at the end, where its terms would nearly cancel.
+// float32 at the end, where its terms would nearly cancel. Kernels, in order; no host synchronisation, no atomics:
+//   cuda_prepare.cuh         prepare_forward    warp per sample: unit rows, operands, products of positive pairs
+//   cuda_forward.cuh         forward_kernel     equal runs of tiles of the upper triangle: sums of exponentials
+//   cuda_finish.cuh          collect_kernel     8 threads per row: the sums added in order, the losses
+//   cuda_prepare.cuh         prepare_backward   warp per row: operands, weights
+//   cuda_backward.cuh        backward_kernel    block per 64 rows and part of the columns: dZ = W Z, up to 128 dimensions
+//   cuda_backward_wide.cuh   weights_kernel, gather_kernel    W for some rows in memory, then W Z
+//   cuda_finish.cuh          finish_backward    warp per row: the parts added in order, the normalisation backwards
 //
-// Operands: see cuda_common.cuh. The weights W of the backward pass are scaled by a power of two so that the largest
-// upstream gradient is at most 2^14, and split likewise: |W_ij| <= |g_i| + |g_j|, and what falls below float16's range
-// is below 2^-38 of the largest.
+// Operands: cuda_common.cuh. The weights W are scaled by a power of two so that the largest upstream gradient is at most
+// 2^14, and split likewise: |W_ij| <= |g_i| + |g_j|, and what falls below float16's range is below 2^-38 of the largest.
 //
-// Tiling. A block of 4 warps owns 64 rows (16 per warp) and walks over tiles of 64 columns. The similarities of a tile
-// stay in registers. Forward: a running maximum and sum per row. Backward: W is repacked in registers from the layout
-// of a result to that of a left operand, and dZ (64 x 128) += W Z reads the same shared tile of Z transposed.
-// Up to D = 128 the block's own rows are resident and the column tiles double-buffered. A larger D is walked over in
-// chunks of 128, single-buffered, and the backward pass has one block per slice of 128 dimensions of dZ, which makes
-// the similarities anew: correct for every D, meant for projection heads of 128.
+// Work: M^2 D + 4 M^2 D flops (three times that when split), M^2 / 2 + M^2 exponentials. Shared memory up to 96 KB, which
+// sm_89 has. Memory beyond inputs and results: the operands, 64 sums a row, and 64 MB of W beyond 128 dimensions.
 //
-// Parallelism and determinism. Where the row blocks are too few, the columns are divided over grid.y; each part writes
-// its own partial result and a last kernel adds them in order. No atomics.
-// Work: 2 M^2 D + 4 M^2 D flops (three times that when split), M^2 + M^2 exponentials; shared memory 48 KB reduced,
-// 96 KB split (within sm_89's 99; two blocks per multiprocessor on sm_90). The symmetric half of the forward pass is not yet used.
-//
-// This file chooses splits and memory, and launches.
+// This file chooses tiles, parts and memory, and launches.
 #include <algorithm>
 
 #include "nt_xent/cuda_backward.cuh"
+#include "nt_xent/cuda_backward_wide.cuh"
 #include "nt_xent/cuda_finish.cuh"
 #include "nt_xent/cuda_forward.cuh"
 #include "nt_xent/cuda_plan.cuh"
@@ -31,84 +29,229 @@
 namespace scan_fast {
 namespace {
 
-// Enough parts of the columns to give each multiprocessor two blocks.
-int64_t column_splits(int64_t local_rows, int64_t columns, int64_t slices) {
-  const int64_t blocks = ceil_div(local_rows, kRows) * slices;
-  return std::clamp<int64_t>(ceil_div(2 * multiprocessors(), blocks), 1,
-                             std::min<int64_t>(16, ceil_div(columns, kColumns)));
+constexpr int64_t kMostMirrorSlots = 64;   // owners of one round
+constexpr int64_t kMostWeights = 64 << 20;  // bytes of W in memory
+constexpr int64_t kManyGradients = 4096;    // from here on the largest is found by a launch of its own
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+struct ForwardPlan {
+  Params p;
+  int64_t anchors, others, owners, most_blocks;
+  int owner_width;
+
+  ForwardPlan(const NTXentProblem& problem, bool reduced)
+      : p(make_params(problem, problem.local_anchors(), 1)),
+        anchors(problem.local_anchors()),
+        others(problem.rows() - anchors),
+        most_blocks(2 * multiprocessors()),
+        owner_width(2 * kWalked) {
+    // Wide owners read the walked tiles less often; where they are few, narrow ones give every processor work.
+    if (!reduced || !p.fixed_shift || schedule(0, ceil_div(anchors, owner_width)).total() < most_blocks) {
+      owner_width = kWalked;
+    }
+    owners = ceil_div(anchors, owner_width);
+  }
+  ForwardSchedule schedule(int64_t begin, int64_t end) const {
+    return make_forward_schedule(anchors, others, owner_width, begin, end, most_blocks);
+  }
+  // Calls body(schedule, is it the first, is it the last) for each launch.
+  template <typename Body>
+  void for_rounds(Body body) const {
+    for (int64_t begin = 0; begin < owners; begin += kMostMirrorSlots) {
+      const int64_t end = std::min(owners, begin + kMostMirrorSlots);
+      body(schedule(begin, end), begin == 0, end == owners);
+    }
+  }
+};
+
+struct ForwardWorkspace {
+  half_t* packed;
+  float *positive, *partial, *running, *shift;
+  ForwardWorkspace(Carver& carver, const NTXentProblem& problem, const ForwardPlan& plan, bool reduced) {
+    int64_t slots = 0;
+    plan.for_rounds([&](const ForwardSchedule& s, bool, bool) { slots = std::max(slots, s.slots()); });
+    packed = carver.take_operands(problem, reduced);
+    positive = carver.take<float>(problem.samples);
+    partial = carver.take<float>(slots * plan.anchors);
+    running = carver.take<float>(plan.anchors);
+    shift = carver.take<float>(plan.anchors);
+  }
+};
+
+using ForwardKernel = void (*)(const half_t*, const float*, float*, ForwardSchedule, Params);
+struct ForwardLaunch {
+  ForwardKernel kernel;
+  size_t bytes;
+};
+
+template <bool kSplit, int kOwner, int kChunk, bool kResident, Pass kPass>
+ForwardLaunch forward_launch() {
+  return {forward_kernel<kSplit, kOwner, kChunk, kResident, kPass>,
+          walk_bytes<kSplit, kOwner, kWalked, kChunk, kResident>()};
 }
 
-Params forward_params(const NTXentProblem& problem) {
-  const int64_t rows = problem.local_anchors();
-  return make_params(problem, rows, column_splits(rows, problem.rows(), 1));
+template <Pass kPass>
+ForwardLaunch choose_forward(const ForwardPlan& plan, bool reduced) {
+  if constexpr (kPass == Pass::kSums) {
+    const bool resident = plan.p.padded <= 128;
+    if (!reduced) {
+      return resident ? forward_launch<true, 64, 128, true, kPass>() : forward_launch<true, 64, 64, false, kPass>();
+    }
+    if (plan.owner_width == 128) {
+      return resident ? forward_launch<false, 128, 128, true, kPass>() : forward_launch<false, 128, 64, false, kPass>();
+    }
+    if (resident) return forward_launch<false, 64, 128, true, kPass>();
+  }
+  return reduced ? forward_launch<false, 64, 64, false, kPass>() : forward_launch<true, 64, 64, false, kPass>();
 }
 
-Params backward_params(const NTXentProblem& problem) {
-  const int64_t rows = 2 * problem.sample_count;
-  return make_params(problem, rows, column_splits(rows, problem.rows(), ceil_div(problem.dim, kChunk)));
+template <Pass kPass>
+void forward_pass(const ForwardPlan& plan, const ForwardWorkspace& parts, bool reduced, float* losses,
+                  float* shifted_lse, StreamHandle stream) {
+  const ForwardLaunch chosen = choose_forward<kPass>(plan, reduced);
+  plan.for_rounds([&](const ForwardSchedule& schedule, bool first, bool last) {
+    launch(chosen.kernel, dim3(static_cast<unsigned>(schedule.blocks)), dim3(kThreads), chosen.bytes, stream,
+           parts.packed, parts.shift, parts.partial, schedule, plan.p);
+    const Collected out{parts.running, parts.shift, losses, shifted_lse, parts.positive, first, last};
+    launch(collect_kernel<kPass>, dim3(static_cast<unsigned>(ceil_div(plan.anchors, kCollectRows))),
+           dim3(kCollectRows * kCollectParts), 0, stream, parts.partial, schedule, out, plan.p);
+  });
 }
 
-// The block's own rows and the column tiles: two of these where the rows are resident, one where chunks follow.
-size_t tile_bytes(const Params& p, bool reduced) {
-  return static_cast<size_t>(p.dim <= kChunk ? 3 : 2) * (reduced ? 1 : 2) * kTile * sizeof(half_t);
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+// How many parts of the columns for `blocks` blocks that walk over `tiles` tiles each: as many waves of blocks as there
+// must be, and little to add up afterwards, which is counted as half a tile a part.
+int64_t column_splits(int64_t blocks, int64_t tiles) {
+  const int64_t room = 2 * multiprocessors();
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
+    const double cost = static_cast<double>(ceil_div(blocks * splits, room)) *
+                            static_cast<double>(ceil_div(tiles, splits) + 1) + 0.5 * static_cast<double>(splits);
+    if (splits == 1 || cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
 }
 
-void pack(const float* unit, half_t* packed, const Params& p, bool reduced, StreamHandle stream) {
-  launch(reduced ? pack_kernel<false> : pack_kernel<true>, grid_of_rows(2 * p.samples), dim3(kRowThreads), 0, stream,
-         unit, packed, p);
+struct BackwardPlan {
+  Params p;
+  int64_t rows, chunk;  // rows of this call; rows of W in memory at a time
+  bool narrow;
+
+  BackwardPlan(const NTXentProblem& problem, bool reduced)
+      : rows(2 * problem.sample_count), narrow(problem.dim <= kNarrow) {
+    const int64_t tiles = ceil_div(problem.rows(), kColumns);
+    chunk = rows;
+    if (!narrow) {
+      const int64_t row_bytes = tiles * kColumns * static_cast<int64_t>(sizeof(half_t)) * (reduced ? 1 : 2);
+      chunk = std::min(rows, std::max<int64_t>(1, kMostWeights / row_bytes / kRows) * kRows);
+    }
+    const int64_t blocks = ceil_div(chunk, kRows) * (narrow ? 1 : ceil_div(problem.dim, kSlice));
+    p = make_params(problem, rows, column_splits(blocks, tiles));
+  }
+  WideRows wide(int64_t begin) const {
+    return {begin, std::min(chunk, rows - begin), ceil_div(p.rows(), kColumns) * kColumns};
+  }
+};
+
+struct BackwardWorkspace {
+  half_t *packed, *weights;
+  float *weight, *shift, *unscale, *largest, *partial;
+  BackwardWorkspace(Carver& carver, const NTXentProblem& problem, const BackwardPlan& plan, bool reduced)
+      : packed(carver.take_operands(problem, reduced)),
+        weights(plan.narrow ? nullptr : carver.take<half_t>((reduced ? 1 : 2) * plan.wide(0).elements())),
+        weight(carver.take<float>(problem.rows())),
+        shift(carver.take<float>(problem.rows())),
+        unscale(carver.take<float>(1)),
+        largest(carver.take<float>(1)),
+        partial(carver.take<float>(plan.p.splits * plan.chunk * problem.dim)) {}
+};
+
+template <bool kSplit, bool kFixedShift>
+void products_backward(const BackwardPlan& plan, const BackwardWorkspace& parts, int64_t begin, StreamHandle stream) {
+  const Params& p = plan.p;
+  const unsigned splits = static_cast<unsigned>(p.splits);
+  if (plan.narrow) {
+    launch(backward_kernel<kSplit, kFixedShift>, dim3(static_cast<unsigned>(ceil_div(plan.rows, kRows)), splits),
+           dim3(kThreads), backward_bytes<kSplit>(), stream, parts.packed, parts.weight, parts.shift, parts.partial, p);
+    return;
+  }
+  const WideRows wide = plan.wide(begin);
+  const int64_t columns = wide.stride / kColumns;
+  const int64_t shares = std::clamp<int64_t>(2 * multiprocessors() / columns, 1, wide.row_tiles());
+  launch(weights_kernel<kSplit, kFixedShift>,
+         dim3(static_cast<unsigned>(columns), static_cast<unsigned>(shares)), dim3(kThreads),
+         walk_bytes<kSplit, kColumns, kRows, kWideChunk, false>(), stream, parts.packed, parts.weight, parts.shift,
+         parts.weights, wide, p);
+  launch(gather_kernel<kSplit>,
+         dim3(static_cast<unsigned>(wide.row_tiles()), static_cast<unsigned>(ceil_div(p.dim, kSlice)), splits),
+         dim3(kThreads), gather_bytes<kSplit>(), stream, parts.weights, parts.packed, parts.partial, wide, p);
 }
 
 }  // namespace
 
 int64_t nt_xent_forward_cuda_workspace(const NTXentProblem& problem, bool reduced) {
   Carver carver{nullptr};
-  ForwardWorkspace(carver, forward_params(problem), reduced);
+  ForwardWorkspace(carver, problem, ForwardPlan(problem, reduced), reduced);
   return carver.used;
 }
 
 int64_t nt_xent_backward_cuda_workspace(const NTXentProblem& problem, bool reduced) {
   Carver carver{nullptr};
-  BackwardWorkspace(carver, backward_params(problem), reduced);
+  BackwardWorkspace(carver, problem, BackwardPlan(problem, reduced), reduced);
   return carver.used;
 }
 
 void nt_xent_forward_cuda(const NTXentProblem& problem, const void* z0, const void* z1, DType dtype, bool reduced,
                           float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
                           StreamHandle stream) {
-  const Params p = forward_params(problem);
+  const ForwardPlan plan(problem, reduced);
   Carver carver{static_cast<unsigned char*>(workspace)};
-  const ForwardWorkspace parts(carver, p, reduced);
+  const ForwardWorkspace parts(carver, problem, plan, reduced);
   dispatch_dtype(dtype, [&]<typename T>() {
-    launch(normalize_kernel<T>, grid_of_rows(problem.rows()), dim3(kRowThreads), 0, stream, static_cast<const T*>(z0),
-           static_cast<const T*>(z1), unit, inv_norm, p);
+    launch(reduced ? prepare_forward_kernel<T, false> : prepare_forward_kernel<T, true>, grid_of_rows(problem.samples),
+           dim3(kRowThreads), 0, stream, static_cast<const T*>(z0), static_cast<const T*>(z1), unit, inv_norm,
+           parts.packed, parts.positive, plan.p);
   });
-  pack(unit, parts.packed, p, reduced, stream);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.local_rows, kRows)), static_cast<unsigned>(p.splits));
-  launch(reduced ? forward_kernel<false> : forward_kernel<true>, grid, dim3(kThreads), tile_bytes(p, reduced), stream,
-         parts.packed, parts.partial_max, parts.partial_sum, p);
-  launch(finish_forward_kernel, grid_of_rows(p.local_rows), dim3(kRowThreads), 0, stream, parts.partial_max,
-         parts.partial_sum, unit, losses, shifted_lse, p);
+  if (plan.p.fixed_shift) {
+    forward_pass<Pass::kSums>(plan, parts, reduced, losses, shifted_lse, stream);
+  } else {
+    forward_pass<Pass::kMaxima>(plan, parts, reduced, losses, shifted_lse, stream);
+    forward_pass<Pass::kShiftedSums>(plan, parts, reduced, losses, shifted_lse, stream);
+  }
 }
 
 void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
-                           const float* shifted_lse, const float* grad_losses, DType dtype, bool reduced,
+                           const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream) {
-  const Params p = backward_params(problem);
+  const BackwardPlan plan(problem, reduced);
+  const Params& p = plan.p;
   Carver carver{static_cast<unsigned char*>(workspace)};
-  const BackwardWorkspace parts(carver, p, reduced);
-  pack(unit, parts.packed, p, reduced, stream);
-  launch(weights_kernel, dim3(1), dim3(1024), 0, stream, grad_losses, shifted_lse, parts.weight, parts.shift,
+  const BackwardWorkspace parts(carver, problem, plan, reduced);
+  const Upstream upstream{grad_losses};
+  const float* largest = nullptr;
+  if (grad_losses.stride != 0 && problem.anchors() > kManyGradients) {
+    launch(largest_gradient_kernel, dim3(1), dim3(kLargestThreads), 0, stream, upstream, parts.largest, p);
+    largest = parts.largest;
+  }
+  launch(reduced ? prepare_backward_kernel<false> : prepare_backward_kernel<true>, grid_of_rows(problem.rows()),
+         dim3(kRowThreads), 0, stream, unit, upstream, shifted_lse, largest, parts.packed, parts.weight, parts.shift,
          parts.unscale, p);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.local_rows, kRows)), static_cast<unsigned>(p.splits),
-                  static_cast<unsigned>(ceil_div(p.dim, kChunk)));
-  const auto kernel = reduced ? (p.fixed_shift ? backward_kernel<false, true> : backward_kernel<false, false>)
-                              : (p.fixed_shift ? backward_kernel<true, true> : backward_kernel<true, false>);
-  launch(kernel, grid, dim3(kThreads), tile_bytes(p, reduced), stream, parts.packed, parts.weight, parts.shift,
-         parts.partial, p);
-  dispatch_dtype(dtype, [&]<typename T>() {
-    launch(finish_backward_kernel<T>, grid_of_rows(p.local_rows), dim3(kRowThreads), 0, stream, parts.partial, unit,
-           inv_norm, losses, grad_losses, parts.unscale, static_cast<T*>(grad_z0), static_cast<T*>(grad_z1), p);
-  });
+  for (int64_t begin = 0; begin < plan.rows; begin += plan.chunk) {
+    const auto products = reduced ? (p.fixed_shift ? products_backward<false, true> : products_backward<false, false>)
+                                  : (p.fixed_shift ? products_backward<true, true> : products_backward<true, false>);
+    products(plan, parts, begin, stream);
+    const int64_t rows = std::min(plan.chunk, plan.rows - begin);
+    dispatch_dtype(dtype, [&]<typename T>() {
+      launch(finish_backward_kernel<T>, grid_of_rows(rows), dim3(kRowThreads), 0, stream, parts.partial, unit, inv_norm,
+             losses, upstream, parts.unscale, static_cast<T*>(grad_z0), static_cast<T*>(grad_z1), begin, rows, p);
+    });
+  }
 }
 
 }  // namespace scan_fast

@@ -40,7 +40,8 @@ NTXentProblem forward_problem(const Tensor& z0, const Tensor& z1, double tempera
 // What the backward pass reads, checked and in the layout of the kernels.
 struct BackwardInputs {
   NTXentProblem problem;
-  Tensor grad_losses, losses, lse, unit, inv_norm;
+  Tensor grad_losses;  // with the strides that came
+  Tensor losses, lse, unit, inv_norm;
 };
 
 BackwardInputs backward_inputs(const Tensor& grad_losses, const Tensor& losses, const Tensor& lse, const Tensor& unit,
@@ -52,7 +53,7 @@ BackwardInputs backward_inputs(const Tensor& grad_losses, const Tensor& losses, 
     TORCH_CHECK_VALUE(values.numel() == problem.anchors(), "grad_losses, losses and lse must hold the ",
                       problem.anchors(), " anchors, got ", values.sizes());
   }
-  return {problem,          grad_losses.to(torch::kFloat).contiguous(), losses.contiguous(), lse.contiguous(),
+  return {problem,          grad_losses.to(torch::kFloat), losses.contiguous(), lse.contiguous(),
           unit.contiguous(), inv_norm.contiguous()};
 }
 
@@ -76,11 +77,12 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_losses, const Tensor&
                                         torch::ScalarType dtype) {
   const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
                                             sample_begin, sample_count);
+  const Tensor upstream = in.grad_losses.contiguous();
   Tensor grad_z0 = empty_large({sample_count, in.problem.dim}, in.unit.options());
   Tensor grad_z1 = empty_large(grad_z0.sizes(), in.unit.options());
   nt_xent_backward_cpu(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
-                       in.grad_losses.const_data_ptr<float>(), reduced_precision(), grad_z0.data_ptr<float>(),
+                       upstream.const_data_ptr<float>(), reduced_precision(), grad_z0.data_ptr<float>(),
                        grad_z1.data_ptr<float>());
   return {grad_z0.to(dtype), grad_z1.to(dtype)};
 }
@@ -128,14 +130,18 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_losses, const Tensor
                                             sample_begin, sample_count);
   const DType out = kernel_dtype(dtype);
   const bool reduced = reduced_on_gpu(dtype);
+  // One gradient for all anchors, as a mean's backward pass expands it, needs no copies.
+  const bool single = in.grad_losses.dim() == 1 && in.grad_losses.stride(0) == 0;
+  const Tensor gradient = single ? in.grad_losses : in.grad_losses.contiguous();
+  const NTXentUpstream upstream{gradient.const_data_ptr<float>(), single ? 0 : 1};
   Tensor grad_z0 = torch::empty({sample_count, in.problem.dim}, in.unit.options().dtype(dtype));
   Tensor grad_z1 = torch::empty_like(grad_z0);
   Tensor workspace =
       torch::empty({nt_xent_backward_cuda_workspace(in.problem, reduced)}, in.unit.options().dtype(torch::kByte));
   nt_xent_backward_cuda(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
-                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
-                        in.grad_losses.const_data_ptr<float>(), out, reduced, grad_z0.data_ptr(), grad_z1.data_ptr(),
-                        workspace.data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(), upstream, out, reduced,
+                        grad_z0.data_ptr(), grad_z1.data_ptr(), workspace.data_ptr(),
+                        c10::cuda::getCurrentCUDAStream().stream());
   return {grad_z0, grad_z1};
 }
 
@@ -149,7 +155,8 @@ TORCH_LIBRARY_FRAGMENT(scan_fast, library) {
       " -> (Tensor losses, Tensor lse, Tensor unit, Tensor inv_norm)");
   library.def(
       "nt_xent_backward(Tensor grad_losses, Tensor losses, Tensor lse, Tensor unit, Tensor inv_norm,"
-      " float temperature, bool both_anchors, int sample_begin, int sample_count, ScalarType dtype) -> (Tensor grad_z0, Tensor grad_z1)");
+      " float temperature, bool both_anchors, int sample_begin, int sample_count, ScalarType dtype)"
+      " -> (Tensor grad_z0, Tensor grad_z1)");
 }
 
 TORCH_LIBRARY_IMPL(scan_fast, CPU, library) {

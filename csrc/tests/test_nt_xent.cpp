@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "common/device.h"
+#include "nt_xent/cuda_schedule.cuh"
 #include "nt_xent/nt_xent.h"
 #include "nt_xent/schedule.h"
 
@@ -113,7 +114,7 @@ void compare(int64_t n, int64_t d, double temperature, bool both, bool reduced, 
   for (size_t part = 0; part + 1 < cuts.size(); ++part) {
     const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
     const Buffer workspace(nt_xent_backward_cuda_workspace(problem, reduced));
-    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(),
+    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1},
                           DType::kFloat32, reduced, grad_z0.data() + cuts[part] * d, grad_z1.data() + cuts[part] * d,
                           workspace.aligned, nullptr);
   }
@@ -145,6 +146,133 @@ void several_tiles_and_parts() {
   }
 }
 
+// More dimensions than the registers hold of a gradient, and the upstream gradient of a mean.
+void many_dimensions() {
+  emu::options() = {.detect_races = true, .seed = 3};
+  compare(33, 129, 0.5, true, false, {0, 33}, 3e-6);
+  compare(70, 260, 0.1, false, true, {0, 20, 70}, 2e-3);
+  emu::options() = {};
+  compare(5, 2048, 0.2, true, false, {0, 5}, 3e-6);
+  compare(66, 136, 0.02, true, false, {0, 66}, 3e-6);
+}
+
+void wide_owners() {
+  // On one processor there are enough tiles for owners of 128 rows; 16-bit products only.
+  emu::options() = {.detect_races = true, .seed = 4, .multiprocessors = 1};
+  for (const bool both : {true, false}) {
+    compare(200, 24, 0.1, both, true, {0, 200}, 2e-3);
+    compare(150, 130, 0.1, both, true, {0, 10, 150}, 2e-3);
+  }
+}
+
+void one_gradient_for_all_losses() {
+  emu::options() = {.detect_races = true};
+  const int64_t n = 20, d = 12;
+  const NTXentProblem problem{n, d, 0.2, true, 0, n};
+  check::Random random{6};
+  std::vector<float> z0(n * d), z1(n * d), losses(2 * n), lse(2 * n), unit(2 * n * d), inv_norm(2 * n);
+  for (float& x : z0) x = static_cast<float>(random.normal());
+  for (float& x : z1) x = static_cast<float>(random.normal());
+  const Buffer forward(nt_xent_forward_cuda_workspace(problem, false));
+  nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, false, losses.data(), lse.data(), unit.data(),
+                       inv_norm.data(), forward.aligned, nullptr);
+  const std::vector<float> one(1, -1.5f), each(2 * n, -1.5f);
+  std::vector<float> by_one(2 * n * d, NAN), by_each(2 * n * d, NAN);
+  const auto backward = [&](const NTXentUpstream& upstream, std::vector<float>& out) {
+    const Buffer workspace(nt_xent_backward_cuda_workspace(problem, false));
+    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream, DType::kFloat32,
+                          false, out.data(), out.data() + n * d, workspace.aligned, nullptr);
+  };
+  backward({one.data(), 0}, by_one);
+  backward({each.data(), 1}, by_each);
+  CHECK(by_one == by_each);
+}
+
+// More owners than one launch has slots for: the sums so far are kept between launches.
+void several_rounds() {
+  emu::options() = {.multiprocessors = 40};
+  const int64_t n = 2060, d = 3;
+  const NTXentProblem problem{n, d, 0.5, true, 0, n};
+  check::Random random{8};
+  std::vector<float> z0(n * d), z1(n * d), losses(2 * n, NAN), lse(2 * n, NAN), unit(2 * n * d), inv_norm(2 * n);
+  for (float& x : z0) x = static_cast<float>(random.normal());
+  for (float& x : z1) x = static_cast<float>(random.normal());
+  const Buffer workspace(nt_xent_forward_cuda_workspace(problem, false));
+  nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, false, losses.data(), lse.data(), unit.data(),
+                       inv_norm.data(), workspace.aligned, nullptr);
+  for (int64_t i = 0; i < 2 * n; i += 13) {
+    double sum = 0, positive = 0;
+    for (int64_t j = 0; j < 2 * n; ++j) {
+      double s = 0;
+      for (int64_t k = 0; k < d; ++k) s += 2.0 * unit[i * d + k] * unit[j * d + k];
+      if (j == (i + n) % (2 * n)) positive = s;
+      if (j != i) sum += std::exp(s);
+    }
+    CHECK_NEAR(losses[i], std::log(sum) - positive, 2e-5);
+  }
+}
+
+// Every pair of an anchor and another row in exactly one tile, and every slot of a row written once and read once.
+void forward_schedule_covers_every_tile_once() {
+  for (const int64_t anchors : {1, 64, 65, 200, 700}) {
+    for (const int64_t others : {0, 1, 130}) {
+      for (const int width : {64, 128}) {
+        for (const int64_t most_blocks : {1, 7, 40, 1000}) {
+          const int64_t owners = (anchors + width - 1) / width;
+          std::set<std::pair<int64_t, int64_t>> met;  // (owner tile, walked tile)
+          for (int64_t begin = 0; begin < owners; begin += 3) {
+            const int64_t end = std::min(owners, begin + 3);
+            const ForwardSchedule s = make_forward_schedule(anchors, others, width, begin, end, most_blocks);
+            std::set<std::pair<int64_t, int64_t>> written;  // (slot, walked tile of the row)
+            const auto write = [&](int64_t slot, int64_t tile) {
+              CHECK(0 <= slot && slot < s.slots());
+              CHECK(written.emplace(slot, tile).second);
+            };
+            CHECK(s.block_begin(0) == 0 && s.block_begin(s.blocks) == s.total() && s.prefix(end) == s.total());
+            for (int64_t block = 0; block < s.blocks; ++block) {
+              int64_t next = s.block_begin(block);
+              CHECK(next < s.block_begin(block + 1));
+              for (int64_t owner = s.owner_of(next); next < s.block_begin(block + 1); ++owner) {
+                CHECK(begin <= owner && owner < end);
+                const int64_t from = next - s.prefix(owner);
+                const int64_t tiles = std::min(s.block_begin(block + 1) - next, s.length(owner) - from);
+                CHECK(tiles > 0 && from >= 0);
+                for (int64_t t = from; t < from + tiles; ++t) {
+                  const int64_t walked = s.first_walked(owner) + t;
+                  CHECK(walked < s.anchor_tiles() + s.other_tiles());
+                  CHECK(met.emplace(owner, walked).second);
+                  if (walked < s.anchor_tiles() && t >= width / kWalked) write(s.mirror_slot(owner), walked);
+                }
+                for (int64_t tile = s.first_walked(owner); tile < s.first_walked(owner + 1); ++tile) {
+                  write(s.piece_slot(owner, block), tile);
+                }
+                next += tiles;
+              }
+            }
+            // The last owner's second half may hold no anchors: its sums are made, and nobody reads them.
+            std::set<std::pair<int64_t, int64_t>> read;
+            for (int64_t tile = 0; tile < s.anchor_tiles(); ++tile) {
+              for (int64_t k = 0; k < s.filled(tile * kWalked); ++k) {
+                CHECK(read.emplace(s.filled_slot(tile * kWalked, k), tile).second);
+              }
+            }
+            for (auto it = written.begin(); it != written.end();) {
+              it = it->second >= s.anchor_tiles() ? written.erase(it) : std::next(it);
+            }
+            CHECK(read == written);
+          }
+          for (int64_t owner = 0; owner < owners; ++owner) {
+            const int64_t tiles = (anchors + kWalked - 1) / kWalked, all = tiles + (others + kWalked - 1) / kWalked;
+            for (int64_t walked = 0; walked < all; ++walked) {
+              CHECK(met.count({owner, walked}) == (walked >= owner * (width / kWalked) ? 1u : 0u));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void low_temperatures() {
   emu::options() = {};
   for (const double temperature : {0.0301, 0.02, 0.005}) compare(40, 48, temperature, true, false, {0, 40}, 3e-6);
@@ -165,7 +293,7 @@ void repeated_runs_give_the_same_bits() {
     nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, false, losses.data(), lse.data(), unit.data(),
                          inv_norm.data(), forward.aligned, nullptr);
     const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
-    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(),
+    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1},
                           DType::kFloat32, false, out.data(), out.data() + n * d, backward.aligned, nullptr);
     out.insert(out.end(), losses.begin(), losses.end());
     if (first.empty()) first = out;
@@ -190,7 +318,7 @@ void sixteen_bit(DType dtype) {
   nt_xent_forward_cuda(problem, t0.data(), t1.data(), dtype, false, losses.data(), lse.data(), unit.data(),
                        inv_norm.data(), forward.aligned, nullptr);
   const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
-  nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), upstream.data(), dtype, false,
+  nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1}, dtype, false,
                         grad_z0.data(), grad_z1.data(), backward.aligned, nullptr);
   for (int64_t i = 0; i < 2 * n; ++i) CHECK_NEAR(losses[i], expected.losses[i], 2e-5);
   for (int64_t i = 0; i < n * d; ++i) {
@@ -292,8 +420,13 @@ void tournaments_pair_everybody_once() {
 int main() {
   RUN(forward_tasks_cover_every_pair_once);
   RUN(tournaments_pair_everybody_once);
+  RUN(forward_schedule_covers_every_tile_once);
   RUN(odd_shapes);
   RUN(several_tiles_and_parts);
+  RUN(many_dimensions);
+  RUN(wide_owners);
+  RUN(one_gradient_for_all_losses);
+  RUN(several_rounds);
   RUN(low_temperatures);
   RUN(repeated_runs_give_the_same_bits);
   RUN(half_inputs);

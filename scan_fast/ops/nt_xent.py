@@ -26,26 +26,28 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, reducti
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if native.use_native(impl, z0, "nt_xent_forward"):
-        losses = _NTXent.apply(z0, z1, float(temperature), both)
-    else:
-        losses = reference.nt_xent(z0, z1, float(temperature), both)
+        result: Tensor = _NTXent.apply(z0, z1, float(temperature), both, reduction)
+        return result
+    losses = reference.nt_xent(z0, z1, float(temperature), both)
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
 def nt_xent_distributed(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, impl: str) -> Tensor:
     """The mean loss over this rank's anchors, with all ranks' rows as negatives; see :class:`scan_fast.NTXentLoss`.
 
-    The gradient is that of the sum of all ranks' losses. Communication per step: the embeddings in the forward pass
-    and, with the compiled kernels, three numbers per anchor in the backward pass.
+    The gradient is that of the sum of all ranks' losses. Communication per step: three integers and the embeddings in
+    the forward pass and, with the compiled kernels, three numbers per anchor in the backward pass. On a GPU the host
+    waits for none of it, but for the first call with a shape.
 
     Raises:
-        ValueError: as :func:`scan_fast.nt_xent`, and where the ranks' shapes or dtypes differ.
+        ValueError: as :func:`scan_fast.nt_xent`, and where the ranks' shapes or dtypes differ. On a GPU only the ranks
+            whose shape is new to them raise.
     """
     both = _check(z0, z1, temperature, anchors)
     use_native = native.use_native(impl, z0, "nt_xent_forward")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return nt_xent(z0, z1, temperature, anchors=anchors, reduction="mean", impl=impl)
-    _check_ranks_agree(z0)
+    _check_ranks_agree(z0, every_time=not z0.is_cuda)
     if use_native:
         return _DistributedNTXent.apply(z0, z1, float(temperature), both).mean()
     n = z0.shape[0]
@@ -112,24 +114,37 @@ if native.is_available():
 
 
 class _NTXent(torch.autograd.Function):
-    """Per-anchor losses. Only the forward pass's results are saved; the backward pass makes the similarities anew."""
+    """The loss. Only the forward pass's results are saved; the backward pass makes the similarities anew.
+
+    The reduction is part of it, so that its gradient reaches the kernel as one number instead of one per anchor.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float, both: bool) -> Tensor:
+    def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float, both: bool, reduction: str) -> Tensor:
         n = z0.shape[0]
         losses, lse, unit, inv_norm = torch.ops.scan_fast.nt_xent_forward(z0, z1, temperature, both, 0, n)
         ctx.save_for_backward(losses, lse, unit, inv_norm)
         ctx.temperature, ctx.both, ctx.samples, ctx.dtype = temperature, both, n, z0.dtype
-        return losses
+        ctx.scale = 1 / losses.shape[0] if reduction == "mean" else 1.0
+        return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         losses, lse, unit, inv_norm = ctx.saved_tensors
         grads = torch.ops.scan_fast.nt_xent_backward(
-            grad_losses, losses, lse, unit, inv_norm, ctx.temperature, ctx.both, 0, ctx.samples, ctx.dtype
+            (grad if ctx.scale == 1 else grad * ctx.scale).expand(losses.shape),
+            losses,
+            lse,
+            unit,
+            inv_norm,
+            ctx.temperature,
+            ctx.both,
+            0,
+            ctx.samples,
+            ctx.dtype,
         )
-        return grads[0], grads[1], None, None
+        return grads[0], grads[1], None, None, None
 
 
 # ---- several processes -------------------------------------------------------------------------------------------
@@ -142,13 +157,28 @@ def _all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
-def _check_ranks_agree(z: Tensor) -> None:
-    # Ranks that disagree would hang or exchange garbage in the gather of the embeddings, so shapes travel first.
-    local = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device)
-    described = _all_gather(local).tolist()
+_agreed: dict[tuple[object, ...], Tensor] = {}
+"""What this process has compared with the other ranks: the description that travelled, on the device, by its key."""
+
+
+def _check_ranks_agree(z: Tensor, *, every_time: bool) -> None:
+    """Raise ValueError where the ranks' shapes or dtypes differ: they would hang or exchange garbage in the gather.
+
+    A description of fixed length travels first in every call. Reading it makes the host wait for the device, so
+    without ``every_time`` a rank reads it only when it comes with a shape for the first time. Where one rank has a new
+    shape and another has not, the former raises.
+    """
+    key = (dist.get_world_size(), z.shape, z.dtype, z.device)
+    known = _agreed.get(key)
+    local = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device) if known is None else known
+    gathered = _all_gather(local)
+    if known is not None and not every_time:
+        return
+    described = gathered.tolist()
     if any(other != described[0] for other in described):
         shapes = [f"({rows}, {columns}) {_DTYPES[dtype]}" for rows, columns, dtype in described]
         raise ValueError(f"every rank must pass z0 and z1 of one shape and dtype, got by rank: {', '.join(shapes)}")
+    _agreed[key] = local
 
 
 def _views_of_all_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:

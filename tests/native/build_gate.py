@@ -71,7 +71,7 @@ def demangled(text: str) -> str:
 def short_name(signature: str) -> str:
     """``void scan_fast::(anonymous namespace)::k<true>(float*)`` becomes ``k<true>``."""
     name = signature.replace("(anonymous namespace)::", "").removeprefix("void ").replace("scan_fast::", "")
-    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|unsigned int|long)\)", "", name)).strip()
+    return re.sub(r"\(.*", "", re.sub(r"\([\w ]+\)(?=-?\d)", "", name)).strip()
 
 
 def compile_kernel(source: str, architecture: str, nvcc: Path) -> dict[str, Any]:

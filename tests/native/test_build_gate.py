@@ -22,7 +22,7 @@ needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was no
 # Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
 MATRIX = {
     "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
-    "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel"),
+    "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel", "weights_kernel", "gather_kernel"),
 }
 
 NAME = "_ZN9scan_fast48_GLOBAL__N__c952af28_15_nt_xent_cuda_cu_c644615815backward_kernelILb0ELb1EEEvPKfi"

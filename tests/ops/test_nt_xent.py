@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from scan_fast import NTXentLoss, nt_xent
 from scan_fast.ops import native, reference
+from scan_fast.ops.nt_xent import _check_ranks_agree
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMPLS = ["reference", *(["native"] if native.is_available() else [])]
@@ -482,7 +483,15 @@ def _rank(rank, store_path, world, n, results):
         refusal = "nothing was raised"
     except ValueError as error:
         refusal = str(error)
-    results.put((rank, answers, refusal))
+    # As on a GPU: a shape that all ranks had is not read again, and a rank with a new one raises by itself.
+    once = []
+    for rows in (n, n if rank == 0 else n - 1):
+        try:
+            _check_ranks_agree(full[0][:rows], every_time=False)
+            once.append("agreed")
+        except ValueError as error:
+            once.append(str(error))
+    results.put((rank, answers, refusal, once))
     dist.destroy_process_group()
 
 
@@ -506,14 +515,16 @@ def test_two_processes(tmp_path):
     for impl in IMPLS:
         for anchors in ("both", "first"):
             expected, inputs = oracle(*views(world * n, 19, seed=5), 0.1, anchors)
-            cases = [answers[impl, anchors] for _, answers, _ in by_rank]
+            cases = [answers[impl, anchors] for _, answers, _, _ in by_rank]
             assert sum(case[0] for case in cases) / world == pytest.approx(expected.mean().item(), rel=1e-5)
             # The mean over ranks, as DistributedDataParallel takes it, is the gradient of the mean over all anchors.
             for view, exact in enumerate(torch.autograd.grad(expected.mean(), inputs)):
                 ours = torch.cat([torch.tensor(case[1 + view]) for case in cases]) / world
                 torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
-    for _, _, refusal in by_rank:
+    for _, _, refusal, _ in by_rank:
         assert "every rank must pass" in refusal and "(8, 19)" in refusal and "(5, 19)" in refusal
+    assert by_rank[0][3] == ["agreed", "agreed"]
+    assert by_rank[1][3][0] == "agreed" and "(21, 19)" in by_rank[1][3][1] and "(20, 19)" in by_rank[1][3][1]
 
 
 def test_reference_is_the_definition_of_the_gradient():

@@ -98,8 +98,12 @@ def uniforms(key: Key, epoch: int, samples: Tensor, view: int, count: int) -> Te
 
 def permutation(key: Key, epoch: int, n: int) -> Tensor:
     """Return a random order of range(n), int64 on the CPU: the argsort of 64-bit random words, ties by index."""
-    words = _words(key, epoch, torch.arange(n), 0, _PERMUTATION_BLOCK, 1)
-    return torch.argsort((words[:, 0] << 32) | words[:, 1], stable=True)
+    keys = torch.empty(n, dtype=torch.int64)
+    for start in range(0, n, 1 << 16):  # the words take fifteen times the memory of the keys
+        samples = torch.arange(start, min(start + (1 << 16), n))
+        words = _words(key, epoch, samples, 0, _PERMUTATION_BLOCK, 1)
+        keys[start : start + len(samples)] = (words[:, 0] << 32) | words[:, 1]
+    return torch.argsort(keys, stable=True)
 
 
 def integers(key: Key, epoch: int, samples: Tensor, view: int, high: int | Tensor) -> Tensor:

@@ -1,21 +1,25 @@
 """Writes docs/benchmarks.md and its plots from the results under benchmarks/results/: ``python -m benchmarks.report``.
 
-Only what is in those files is shown. A result made with ``--quick`` is refused: it is a rehearsal.
+Only what is in those files is shown. A result made with ``--quick`` is refused: it is a rehearsal. The tables of trials
+in docs/recipes.md are filled in likewise; the rest of that page is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import trials
 from .harness import human_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 ORDER = ("targets", "accuracy", "end_to_end", "nt_xent", "scan_loss", "self_label", "neighbors", "views")
 INTRODUCTION = """# Benchmarks
 
@@ -230,13 +234,28 @@ def write(results_folder: Path, page: Path) -> None:
     page.write_text(render(results, plots))
 
 
+def fill(text: str, results_folder: Path) -> str:
+    """Put the tables of trials into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``."""
+
+    def block(found: re.Match[str]) -> str:
+        result = json.loads((results_folder / found[1]).read_text())
+        e = result["environment"]
+        values = " ".join(result["set"])
+        origin = f"`benchmarks/results/{found[1]}`: {e['device']}, commit `{e['commit'][:12]}`; configuration "
+        origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; processor seconds of a stage."
+        return f"<!-- trials: {found[1]} -->\n\n{trials.table(result)}\n{origin}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- trials: (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
     write(options.results, options.page)
-    print(f"wrote {options.page}")
+    RECIPES.write_text(fill(RECIPES.read_text(), RESULTS))
+    print(f"wrote {options.page} and {RECIPES}")
 
 
 if __name__ == "__main__":

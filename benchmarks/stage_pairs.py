@@ -23,8 +23,9 @@ from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.runs.config import Config
 from scan_fast.stages import clustering, pretext, self_labelling
 from scan_fast.stages.context import Context, seeded
-from scan_fast.stages.loop import Stage, build_optimizer, steps_per_epoch
+from scan_fast.stages.loop import Stage, steps_per_epoch
 from scan_fast.stages.mining import load_neighbors
+from scan_fast.stages.step import build_optimizer, write_learning_rate
 
 from . import baseline
 from .views import pictures
@@ -178,8 +179,8 @@ def compare_losses(
     ours.train_mode()
     theirs.train_mode()
     rate = ours.training.optimizer.lr * min(1.0, batch_size / ours.training.batch_size)
-    for group in (*optimizer.param_groups, *theirs.optimizer.param_groups):
-        group["lr"] = rate
+    write_learning_rate(optimizer, rate)
+    write_learning_rate(theirs.optimizer, rate)
     losses = []
     orders = epoch_batches(stream_key(context.config.seed, ours.name), 0, ours.n_images, batch_size)
     for _, indices in zip(range(steps), orders, strict=False):

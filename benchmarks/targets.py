@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--family", choices=[*sorted(FAMILIES), "end_to_end"], help="only this family's targets")
     parser.add_argument("--case-seconds", type=float, default=40.0, help="stop a case's rounds after this time")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images of the stages' targets")
-    parser.add_argument("--budget", type=float, default=1200, help="seconds for the stages' targets (default: 1200)")
+    parser.add_argument("--budget", type=float, default=2000, help="seconds for the stages' targets (default: 2000)")
     parser.add_argument("--end-to-end", type=Path, metavar="FILE", help="a result of benchmarks.end_to_end to judge")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()

@@ -1,0 +1,146 @@
+"""Recipes compared: what each change of a configuration does to quality, and what it costs in processor time.
+
+    python -m benchmarks.trials --config digits --until mining --seeds 0 1 2 --json FILE -- \\
+        "base" "one-sided: pretext.anchors=first"
+
+A trial is ``NAME: section.key=value ...``, or a name alone for the configuration as it is. The seeds of all trials are
+run in turns. Stages that two trials share are done once (their folders lie under ``--work``), and their cost is
+counted for both. The cost is processor time of the process, all its threads, so that a busy machine matters little.
+A file that is there already is continued: only what it lacks is run.
+
+Labels are looked at here, by whoever compares recipes; the code that a recipe runs in never does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scan_fast.runs.config import Config, find_config, load_config
+from scan_fast.runs.events import Events
+from scan_fast.runs.folder import RunFolder
+from scan_fast.stages.context import open_context
+from scan_fast.stages.pipeline import STAGES
+
+from .environment import describe
+
+COLUMNS = {"knn_acc": "kNN", "purity": "purity", "test_purity": "test purity"}
+SHARED = ("seed", "precision", "data", "model")
+
+
+def parse_trial(text: str) -> tuple[str, list[str]]:
+    """Split ``NAME: a.b=c d.e=f`` into the name and the changes."""
+    name, _, changes = text.partition(":")
+    return name.strip(), changes.split()
+
+
+def stage_key(config: Config, stages: Sequence[str]) -> str:
+    """Return a name for what the given first stages of a run depend on."""
+    values = config.model_dump(mode="json")
+    parts = {section: values[section] for section in (*SHARED, *stages)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, dict[str, float]]:
+    """Do the stages, or take them as another trial left them; return metrics and processor seconds per stage."""
+    results: dict[str, dict[str, float]] = {}
+    former: Path | None = None
+    for number, stage in enumerate(stages, start=1):
+        folder = work / stage_key(config, stages[:number])
+        if not (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            if former is not None:
+                shutil.copytree(former, folder, ignore=shutil.ignore_patterns("results.json", "config.yaml"))
+            run = RunFolder(folder)
+            with run:
+                run.write_text("config.yaml", config.to_yaml())
+                context = open_context(config, run, Events(run, quiet=True))
+                begin = time.process_time()
+                STAGES[stage](context)
+                seconds = time.process_time() - begin
+                entry = run.summary()["stages"][stage]
+            metrics = {**entry, **entry.get("test", {})}
+            wanted = ("knn_acc", "purity", "test_purity", "acc", "nmi")
+            results[stage] = {key: float(metrics[key]) for key in wanted if key in metrics}
+            results[stage]["cpu_seconds"] = round(seconds, 2)
+            (folder / "results.json").write_text(json.dumps(results))
+        results = json.loads((folder / "results.json").read_text())
+        former = folder
+    return results
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table: per trial the mean and, of several seeds, the deviation of every figure."""
+    trials = result["trials"]
+    columns = list(
+        dict.fromkeys(
+            (stage, key)
+            for trial in trials.values()
+            for run in trial["seeds"].values()
+            for stage, figures in run.items()
+            for key in figures
+        )
+    )
+    names = [COLUMNS.get(key, key) if stage in ("pretext", "mining") else f"{stage} {key}" for stage, key in columns]
+    names = [f"{stage}, s" if key == "cpu_seconds" else name for (stage, key), name in zip(columns, names, strict=True)]
+    rows = [f"| trial | changes | seeds | {' | '.join(names)} |", f"|---|---|---:|{'---:|' * len(names)}"]
+    for name, trial in trials.items():
+        cells = []
+        for stage, key in columns:
+            values = [run[stage][key] for run in trial["seeds"].values() if key in run.get(stage, {})]
+            mean = statistics.mean(values) if values else float("nan")
+            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append("" if not values else f"{mean:.0f}" if key == "cpu_seconds" else f"{100 * mean:.1f}{spread}")
+        changes = f"`{' '.join(trial['changes'])}`" if trial["changes"] else ""
+        rows.append(f"| {name} | {changes} | {len(trial['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for all trials")
+    parser.add_argument("--until", choices=list(STAGES), default="mining", help="the last stage to do")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--work", type=Path, help="keep the stages' folders here")
+    parser.add_argument("--json", type=Path, help="also write the result to this file, and go on from what it holds")
+    parser.add_argument("trials", nargs="+", metavar="NAME: section.key=value ...")
+    options = parser.parse_args()
+    stages = list(STAGES)[: list(STAGES).index(options.until) + 1]
+    path = find_config(options.config)
+    result: dict[str, Any] = {"benchmark": "trials", "config": options.config, "set": options.set, "trials": {}}
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text())
+        if result["config"] != options.config or result["set"] != options.set:
+            parser.error(f"{options.json} holds trials of {result['config']} with {result['set']}")
+    result |= {"device": options.device, "environment": describe(options.device)}
+    trials: dict[str, dict[str, Any]] = result["trials"]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        for seed in options.seeds:
+            for name, changes in map(parse_trial, options.trials):
+                trial = trials.setdefault(name, {"changes": changes, "seeds": {}})
+                if trial["changes"] != changes:
+                    parser.error(f"{options.json} has another trial named {name!r}: {' '.join(trial['changes'])}")
+                if set(stages) <= set(trial["seeds"].get(str(seed), {})):
+                    continue
+                fixed = {"seed": seed, "runtime.device": options.device, "pretext.monitor_every": 0}
+                config = load_config(path, [*options.set, *changes], fixed)
+                trial["seeds"][str(seed)] = run_trial(config, stages, work)
+                print(f"seed {seed}, {name}: {json.dumps(trial['seeds'][str(seed)])}", flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + table(result))
+
+
+if __name__ == "__main__":
+    main()

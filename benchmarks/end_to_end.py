@@ -41,6 +41,7 @@ from scan_fast.runs.folder import RunFolder
 from scan_fast.stages import pretext
 from scan_fast.stages.context import Context, open_context
 from scan_fast.stages.loop import steps_per_epoch, train
+from scan_fast.stages.machine import kept_memory
 from scan_fast.stages.mining import run_mining
 
 from . import baseline, neighbors
@@ -111,22 +112,27 @@ def interleave(pair: Pair, context: Context, rounds: int, seconds: float) -> tup
     """Train both in turns, an epoch each: one cold round, then ``rounds`` more, or until ``seconds`` have passed."""
     begin = time.perf_counter()
     ours, theirs = Clock(context.device), Clock(context.device)
+    # A run keeps its freed memory; the baseline has the allocator that every program has.
+    memory = contextlib.ExitStack()
 
     def other_side(epoch: int, last: bool) -> dict[str, float]:
         ours.stop()
+        memory.close()
         theirs.start()
         pair.baseline.epoch(len(theirs.wall))
         theirs.stop()
         spent, done = time.perf_counter() - begin, len(theirs.wall)
         if done > rounds or (done > 1 and spent * (done + 1) / done > seconds):
             raise Enough
+        memory.enter_context(kept_memory())
         ours.start()
         return {}
 
     # In place of the stage's own evaluation: what is timed is the training.
     pair.ours.end_epoch = other_side  # type: ignore[method-assign]
-    ours.start()
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(Enough), memory:
+        memory.enter_context(kept_memory())
+        ours.start()
         train(pair.ours, context)
     return ours, theirs
 
@@ -163,7 +169,8 @@ def measure_learned(
         result[side] = entry
     result["ratio"] = result["baseline"]["seconds"] / result["ours"]["seconds"]
     steps = count // batch
-    parts = our_parts(stage, context, 3)
+    with kept_memory():
+        parts = our_parts(stage, context, 3)
     parts["waiting"] = max(0.0, result["ours"]["seconds"] / steps - sum(parts.values()))
     result["ours"]["parts"] = parts
     result["baseline"]["parts"] = baseline_parts(theirs, 3)
@@ -188,9 +195,10 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
     for done in range(1 + effort.rounds):
         if done > 1 and time.perf_counter() - begin > effort.case_seconds:
             break
-        ours.start()
-        run_mining(context)
-        ours.stop()
+        with kept_memory():
+            ours.start()
+            run_mining(context)
+            ours.stop()
         theirs.start()
         for dataset, k in parts:
             rows = baseline.features(plain, dataset, config.evaluation.batch_size, context.device, default_workers())

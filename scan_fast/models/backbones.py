@@ -19,6 +19,8 @@ from typing_extensions import Self
 
 from scan_fast.schema import Settings
 
+from .convolution import Conv2d
+
 OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits")
 AUTO = "auto"
 _PREFIXES = ("torchvision:", "timm:")
@@ -71,14 +73,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         # Empty where the shapes agree: such a shortcut has no entry in the state dict.
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False))
+            self.shortcut.append(Conv2d(in_channels, channels, 1, stride=stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class SmallResNet(nn.Module):
     def __init__(self, channels: Sequence[int], blocks: Sequence[int], *, max_pool: bool = False) -> None:
         super().__init__()
         self.out_features = channels[-1]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.conv1 = Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.maxpool = nn.MaxPool2d(2, stride=2, padding=1) if max_pool else nn.Identity()
         self._stages: list[str] = []

@@ -1,0 +1,74 @@
+"""A convolution whose weight gradient is a matrix product where a processor's own kernel is slow at it.
+
+In bfloat16 on a CPU, oneDNN's gradient of the weights of a convolution with small output maps (4x4: the last stage of a
+ResNet for 32-pixel images, which holds most of its weights) runs at a tenth of the rate of a matrix product. Written as
+one, patches times gradients, it takes a fifth of the time, and a whole training step a fifth less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LARGEST_MAP = 16
+"""Positions of an output map up to which the product is faster: at 8x8 both take the same time."""
+
+Pair = tuple[int, int]
+
+
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` without bias, groups or dilation, with the same parameters and results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
+        if not (torch.is_grad_enabled() and self.weight.requires_grad and _in_bfloat16_on_cpu(x)):
+            return super().forward(x)
+        stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
+        sizes = zip(x.shape[-2:], self.kernel_size, stride, padding, strict=True)
+        height, width = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
+        if height * width > LARGEST_MAP:
+            return super().forward(x)
+        out: Tensor = _SmallMapConvolution.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding)
+        return out
+
+
+def _in_bfloat16_on_cpu(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+
+
+class _SmallMapConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            )[0]
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        # The transposed copy costs less than what the product saves by it.
+        product = rows.t().contiguous() @ patches(x, weight.shape[-2:], ctx.stride, ctx.padding)
+        grad_weight = product.unflatten(1, (*weight.shape[-2:], weight.shape[1])).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, None, None
+
+
+def patches(x: Tensor, kernel: Pair | torch.Size, stride: Pair, padding: Pair) -> Tensor:
+    """Return what each output position sees of images (B, C, H, W): (B * H' * W', kernel height * kernel width * C)."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    seen = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, H', W', C, kernel)
+    return seen.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)

@@ -260,13 +260,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     import csv
 
-    from .data.datasets import DataConfig, source_from
     from .predictor import Predictor
     from .stages.context import choose_device
     from .stages.results import PREDICTION_COLUMNS, prediction_rows
 
     predictor = Predictor.load(options.target, choose_device(options.device))
-    source = source_from(options.data, DataConfig(image_size=predictor.size))
+    source = predictor.source(options.data)
     probabilities = predictor.probabilities(source)
     handle = options.out.expanduser().open("w", newline="", encoding="utf-8") if options.out else sys.stdout
     try:
@@ -282,12 +281,11 @@ def _predict(options: argparse.Namespace) -> int:
 def _embed(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .data.datasets import DataConfig, source_from
     from .predictor import Predictor
     from .stages.context import choose_device
 
     predictor = Predictor.load(options.target, choose_device(options.device))
-    source = source_from(options.data, DataConfig(image_size=predictor.size))
+    source = predictor.source(options.data)
     with options.out.expanduser().open("wb") as file:
         np.savez(file, features=predictor.features(source).numpy(), paths=np.array(source.paths))
     return 0

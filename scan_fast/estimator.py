@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .data.datasets import DataConfig, source_from, split_source
+from .data.datasets import source_from, split_source
 from .predictor import Predictor
 from .runs.config import find_config, load_config
 from .runs.events import Events
@@ -99,12 +99,12 @@ class ImageClusterer:
     def predict_proba(self, images: Any) -> np.ndarray:
         """Return the probability (N, K) float32 of each cluster for each image."""
         predictor = self._fitted()
-        return predictor.probabilities(source_from(images, DataConfig(image_size=predictor.size))).numpy()
+        return predictor.probabilities(predictor.source(images)).numpy()
 
     def transform(self, images: Any) -> np.ndarray:
         """Return the features (N, D) float32 of each image."""
         predictor = self._fitted()
-        return predictor.features(source_from(images, DataConfig(image_size=predictor.size))).numpy()
+        return predictor.features(predictor.source(images)).numpy()
 
     def save(self, path: str | Path) -> None:
         """Write the fitted model, as the file model.pt of a run."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data.datasets import DataConfig, source_from
 from .data.loader import ViewMaker
 from .data.render import renderer_for
 from .data.sources import Source
@@ -57,6 +58,22 @@ class Predictor:
             raise ValueError(f"{path} is no model.pt of scan-fast (format {MODEL_FORMAT})")
         return cls(state, device)
 
+    def source(self, images: Any) -> Source:
+        """Open images, see :func:`.data.datasets.source_from`, as those that the model was trained on.
+
+        Files are decoded as they are needed: each is seen once.
+
+        Raises:
+            DataError: for images that cannot be read.
+        """
+        config = {
+            "image_size": self.size,
+            "resident": "files",
+            "crop": self.state["crop"],
+            "decode": self.state["decode"],
+        }
+        return source_from(images, DataConfig.model_validate(config))
+
     def save(self, path: str | Path) -> None:
         """Write a model.pt."""
         torch.save(self.state, Path(path).expanduser())
@@ -70,6 +87,6 @@ class Predictor:
         return self._forward(source, batch_size, features=True)
 
     def _forward(self, source: Source, batch_size: int, *, features: bool) -> Tensor:
-        views = ViewMaker(source, self._renderer, 0, "evaluation")
+        views = ViewMaker(source, self._renderer, 0, "evaluation", self.state["crop"])
         function = self.model.features if features else lambda images: self.model(images)[0]
         return forward_views(self.model, function, views, self._view, batch_size).cpu()

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from ..schema import Settings
 from .errors import DataError
@@ -73,9 +74,12 @@ class DataConfig(Settings):
             run's GPU. "files": there only, and decoded at each use; images that are in no files are on the host
             all the same. "auto": on the host where all of them take at most half of the free memory, and from there on
             to a GPU of which they take at most a quarter of the free memory. The results are the same.
+        crop: what a view's box is cut out of. "image": the image of image_size pixels. "file": the same part of the
+            file in its own resolution, so that small boxes of large photographs stay sharp and nothing is resized
+            twice; the files are then decoded at each use. Images that are in no files are as with "image".
         decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as
-            long as either side stays at least twice the image size, which takes large photographs a fraction of the
-            time and moves levels a little.
+            long as what is cut out of it stays at least twice as large as it is to be, which takes large photographs a
+            fraction of the time and moves levels a little.
         workers: decoding threads; by default one per core, at most 16.
         renderer: what makes the views: "fused" (one native kernel, on the devices it is compiled for), "torch" (torch
             operations, on any device), or "auto" for fused where that is possible.
@@ -93,9 +97,20 @@ class DataConfig(Settings):
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     resident: Resident = "auto"
+    crop: Literal["image", "file"] = "image"
     decode: Literal["exact", "scaled"] = "exact"
     workers: int | None = Field(default=None, ge=1)
     renderer: Literal["auto", "torch", "fused"] = "auto"
+
+    @model_validator(mode="after")
+    def _files_are_read(self) -> Self:
+        if self.crop == "file" and self.resident in ("host", "device"):
+            raise ValueError(f"crop=file decodes files at each use: set resident to auto or files, not {self.resident}")
+        return self
+
+    def keeps(self, n: int, size: int) -> bool:
+        """Return whether n images in files are decoded once and kept, as square images of `size` pixels."""
+        return self.crop == "image" and kept_on_host(self.resident, image_bytes(n, size))
 
 
 @dataclass
@@ -301,7 +316,7 @@ def _classes(config: DataConfig) -> list[str] | None:
 
 def _files(listings: Sequence[Listing], root: Path, size: int, config: DataConfig) -> list[FileSource]:
     """Open the files of some folders below a root; all of them are kept in memory, or none."""
-    resident = kept_on_host(config.resident, image_bytes(sum(len(listing.files) for listing in listings), size))
+    resident = config.keeps(sum(len(listing.files) for listing in listings), size)
     sources = []
     for listing in listings:
         below = listing.folder.relative_to(root).as_posix()
@@ -365,7 +380,7 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
             size,
             on_error=config.on_error,
             workers=config.workers,
-            resident=kept_on_host(config.resident, image_bytes(len(files), size)),
+            resident=config.keeps(len(files), size),
             scaled=config.decode == "scaled",
         )
     if hasattr(images, "__len__") and hasattr(images, "__getitem__"):

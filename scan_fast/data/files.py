@@ -13,7 +13,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .decode import Header, decode, read_header, square
+from .decode import Header, cut, decode, read_header, square
 from .errors import DataError
 from .sources import check_annotations, take_rows
 
@@ -21,25 +21,30 @@ _SKIP_ADVICE = "Remove or repair the file, or set data.on_error=skip to leave un
 
 
 class ImageFiles:
-    """The files behind a source, in its numbering: for a renderer that decodes them itself.
+    """The files behind a source, in its numbering: decoded by a pool of threads, or as they are for a renderer.
 
     Attributes:
         root: the folder that the names are relative to, or "".
         names: the name of each file.
+        workers: decoding threads; by default one per core, at most 16.
+        scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
         heights, widths: (N,) int32 pixels of the upright images.
         orientations: (N,) uint8, 1 to 8 as EXIF counts them; 1 is upright as stored.
         jpeg: (N,) bool, whether a file is a JPEG in grey or YCbCr colours. The others need :func:`.decode.decode`.
     """
 
-    def __init__(self, root: str, names: list[str]) -> None:
+    def __init__(self, root: str, names: list[str], workers: int | None = None, *, scaled: bool = False) -> None:
         self.root = root
         self.names = names
+        self.workers = workers or min(16, _cores())
+        self.scaled = scaled
         self.heights = torch.zeros(len(names), dtype=torch.int32)
         self.widths = torch.zeros(len(names), dtype=torch.int32)
         self.orientations = torch.ones(len(names), dtype=torch.uint8)
         self.jpeg = torch.zeros(len(names), dtype=torch.bool)
         # The same memory, which NumPy writes single entries of much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
+        self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,7 +55,8 @@ class ImageFiles:
 
     def take(self, indices: Tensor) -> ImageFiles:
         """Return some of the files, (n,) int64."""
-        some = ImageFiles(self.root, [self.names[i] for i in indices.tolist()])
+        some = ImageFiles(self.root, [self.names[i] for i in indices.tolist()], self.workers, scaled=self.scaled)
+        some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
         return some
@@ -64,13 +70,57 @@ class ImageFiles:
         return [self._bytes(i) for i in indices.tolist()]
 
     def squares(self, indices: Tensor) -> Tensor:
-        """Return (n, 3) int64: top, left and side, in upright pixels, of the centre squares that `read` reduces.
+        """Return (n, 3) int64: top, left and side, in upright pixels, of the centre squares that a source reduces.
 
-        A pixel (y, x) of the image of `size` pixels lies at (top, left) + (y, x) * side / size.
+        A point (y, x) of the reduced image of `size` pixels lies at (top, left) + (y, x) * side / size.
         """
         heights, widths = self.heights[indices].long(), self.widths[indices].long()
         side = torch.minimum(heights, widths)
         return torch.stack(((heights - side) // 2, (widths - side) // 2, side), dim=1)
+
+    def cut(self, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]) -> list[Tensor]:
+        """Cut boxes out of the centre squares of files, each file decoded once, and resize them with antialias.
+
+        Args:
+            indices: (n,) int64.
+            frame: the number of units into which a centre square's side is divided.
+            boxes: several times (n, 4) int64 top, left, height, width in these units; rounded to whole pixels.
+            sides: the side in pixels of what is made of each.
+
+        Returns:
+            Several times (n, side, side, 3) uint8.
+
+        Raises:
+            DataError: for a file that can no longer be read.
+        """
+        out = [torch.empty((len(indices), side, side, 3), dtype=torch.uint8) for side in sides]
+        numbers = indices.tolist()
+        corners = [several.tolist() for several in boxes]
+
+        def fill(rows: range) -> None:
+            for row in rows:
+                wanted = [several[row] for several in corners]
+                path = self.path(numbers[row])
+                try:
+                    image = self._decode(numbers[row], frame, wanted, sides)
+                    for part, box, side in zip(out, wanted, sides, strict=True):
+                        part[row] = cut(image, _in_pixels(box, frame, image), side)[0]
+                except Exception as error:
+                    raise unreadable(path, _reason(error, path)) from error
+
+        # Several files to a task, as small ones take no longer than a task's own overhead.
+        step = max(1, len(numbers) // (8 * self.workers))
+        parts = [range(start, min(start + step, len(numbers))) for start in range(0, len(numbers), step)]
+        for future in [self.pool.submit(fill, rows) for rows in parts]:
+            future.result()
+        return out
+
+    def _decode(self, index: int, frame: int, boxes: Sequence[Sequence[int]], sides: Sequence[int]) -> Tensor:
+        smallest = None
+        if self.scaled:
+            # Twice the wanted side leaves the antialiasing of every box enough to work on.
+            smallest = max(-(-2 * side * frame // min(box[2:])) for box, side in zip(boxes, sides, strict=True))
+        return decode(self.path(index), self.header(index), smallest=smallest)[1]
 
     def note(self, index: int, header: Header) -> None:
         """Keep what the header of a file says."""
@@ -130,17 +180,14 @@ class FileSource:
             raise DataError("files must name at least one image, got none")
         if problems and on_error == "raise":
             raise unreadable(os.path.join(root, problems[0][0]), problems[0][1])
-        self.files: ImageFiles = ImageFiles(os.fspath(root), [os.fspath(file) for file in files])
+        names = [os.fspath(file) for file in files]
+        self.files: ImageFiles = ImageFiles(os.fspath(root), names, workers, scaled=scaled)
         check_annotations(len(files), labels, self.files.names)
         self.size = size
         self.class_names = None if class_names is None else list(class_names)
         self.skipped: list[tuple[str, str]] = list(problems)
         self.resident = resident
         self.images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if resident else None
-        # Twice the wanted side leaves the antialiasing enough to work on.
-        self._smallest = 2 * size if scaled else None
-        self._workers = workers or min(16, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
 
         kept = self._check_all(on_error, decode_all=resident or on_error == "skip")
         if len(kept) < len(self.files):
@@ -157,12 +204,13 @@ class FileSource:
     def _check_all(self, on_error: str, *, decode_all: bool) -> list[int]:
         """Decode every file, or only read its header; return the numbers of the good ones."""
         images = None if self.images is None else self.images.numpy()
+        smallest = 2 * self.size if self.files.scaled else None
 
         def check(i: int) -> str | None:
             path = self.files.path(i)
             try:
                 if decode_all:
-                    header, image = decode(path, smallest=self._smallest)
+                    header, image = decode(path, smallest=smallest)
                     if images is not None:
                         images[i] = square(image, self.size).numpy()
                 else:
@@ -173,10 +221,10 @@ class FileSource:
             return None
 
         kept = []
-        step = 256 * self._workers  # so that a failure is noticed soon
+        step = 256 * self.files.workers  # so that a failure is noticed soon
         for start in range(0, len(self.files), step):
             numbers = range(start, min(start + step, len(self.files)))
-            for i, reason in zip(numbers, list(self._pool.map(check, numbers)), strict=True):
+            for i, reason in zip(numbers, list(self.files.pool.map(check, numbers)), strict=True):
                 if reason is None:
                     kept.append(i)
                 elif on_error == "skip":
@@ -195,30 +243,30 @@ class FileSource:
         """
         if self.images is not None:
             return take_rows(self.images, indices)
-        batch = torch.empty((len(indices), self.size, self.size, 3), dtype=torch.uint8)
-        pixels = batch.numpy()
-        numbers = indices.tolist()
-
-        def fill(rows: range) -> None:
-            for row in rows:
-                path = self.files.path(numbers[row])
-                try:
-                    header = self.files.header(numbers[row])
-                    pixels[row] = square(decode(path, header, smallest=self._smallest)[1], self.size).numpy()
-                except Exception as error:
-                    raise unreadable(path, _reason(error, path)) from error
-
-        # Several images to a task, as small ones take no longer than a task's own overhead.
-        step = max(1, len(numbers) // (8 * self._workers))
-        parts = [range(start, min(start + step, len(numbers))) for start in range(0, len(numbers), step)]
-        for future in [self._pool.submit(fill, rows) for rows in parts]:
-            future.result()
-        return batch
+        whole = torch.tensor([0, 0, self.size, self.size]).expand(len(indices), 4)
+        return self.files.cut(indices, self.size, [whole], [self.size])[0]
 
     def keep_on(self, device: torch.device) -> None:
         """Move the images, where they are kept, to a device."""
         if self.images is not None:
             self.images = self.images.to(device)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_pixels(box: Sequence[int], frame: int, image: Tensor) -> Tensor:
+    """Return (1, 4) whole pixels of a box whose unit is a part of `frame` of the image's centre square."""
+    height, width = image.shape[:2]
+    edge = min(height, width)
+    top, left, box_height, box_width = box
+    ends = (top, top + box_height, left, left + box_width)
+    y, bottom, x, right = ((2 * edge * end + frame) // (2 * frame) for end in ends)
+    # Of an image smaller than the frame, a narrow box may round to nothing.
+    y, x = min(y, edge - 1), min(x, edge - 1)
+    y0, x0 = (height - edge) // 2 + y, (width - edge) // 2 + x
+    return torch.tensor([[y0, x0, max(1, bottom - y), max(1, right - x)]])
 
 
 def unreadable(path: str, reason: str) -> DataError:

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .random import Key, permutation, stream_key
@@ -30,13 +31,16 @@ class ViewMaker:
         renderer: one of the renderers; they take the same parameters.
         seed: the run's seed.
         stage: the stage's name; another stage draws other parameters.
+        crop: "file" cuts each view's box out of the file itself, where there are files, not out of the source's images.
     """
 
-    def __init__(self, source: Source, renderer: Renderer, seed: int, stage: str) -> None:
+    def __init__(
+        self, source: Source, renderer: Renderer, seed: int, stage: str, crop: Literal["image", "file"] = "image"
+    ) -> None:
         self.source = source
         self.renderer = renderer
         self.key: Key = stream_key(seed, stage)
-
+        self.files = source.files if crop == "file" else None
         # Reading may go on in several threads; a renderer is in one at a time.
         self._rendering = threading.Lock()
 
@@ -66,9 +70,22 @@ class ViewMaker:
         size = self.source.size
         views = [(view.resolved(size), number) for view, number in views]
         params = [view.sample(self.key, epoch, numbers, number, size, size) for view, number in views]
-        pixels = self.source.read(images)
+        if self.files is None:
+            pixels = [self.source.read(images)] * len(views)
+        else:
+            boxes = [torch.stack([drawn[name] for name in _BOX], dim=1) for drawn in params]
+            pixels = self.files.cut(images, size, boxes, [view.side for view, _ in views])
+            params = [_whole(drawn, view.side) for (view, _), drawn in zip(views, params, strict=True)]
         with self._rendering:
-            return [self.renderer(pixels, view, drawn) for (view, _), drawn in zip(views, params, strict=True)]
+            return [self.renderer(*arguments) for arguments in zip(pixels, (v for v, _ in views), params, strict=True)]
+
+
+_BOX = ("top", "left", "height", "width")
+
+
+def _whole(params: Params, side: int) -> Params:
+    """Return the parameters for an image that has been cut and resized already."""
+    return {**params, **{name: torch.full_like(params[name], side * (i > 1)) for i, name in enumerate(_BOX)}}
 
 
 def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
@@ -79,7 +96,15 @@ def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
 
 
 def epoch_batches(
-    key: Key, epoch: int, n: int, batch_size: int, *, start_step: int = 0, drop_last: bool = True
+    key: Key,
+    epoch: int,
+    n: int,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    drop_last: bool = True,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Tensor]:
     """Yield one epoch's batches of sample numbers, in the epoch's random order.
 
@@ -90,16 +115,20 @@ def epoch_batches(
         batch_size: samples per batch. Fewer samples than this make one batch of them all, so that small sets train.
         start_step: batches to leave out at the start, for a run that goes on in mid-epoch.
         drop_last: leave out a last batch that is not full.
+        rank, world: take every world-th sample of each batch, from the rank-th; what all ranks take together does not
+            depend on their number.
 
     Yields:
-        (batch_size,) int64 sample numbers on the CPU.
+        (batch_size,) int64 sample numbers on the CPU; of several ranks, each one's part.
     """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be from 0 to world - 1, got {rank} of {world}")
     steps = steps_per_epoch(n, batch_size, drop_last)
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
     order = permutation(key, epoch, n)
     for step in range(start_step, steps):
-        yield order[step * batch_size : (step + 1) * batch_size]
+        yield order[step * batch_size : (step + 1) * batch_size][rank::world]
 
 
 def prefetch(function: Callable[[S], T], items: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:

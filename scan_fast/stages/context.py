@@ -103,7 +103,7 @@ class Context:
 
     def views_of(self, source: Source, stage: str) -> ViewMaker:
         """Return what renders views of a source with a stage's random numbers."""
-        return ViewMaker(source, self.renderer, self.config.seed, stage)
+        return ViewMaker(source, self.renderer, self.config.seed, stage, self.config.data.crop)
 
     @cached_property
     def precision(self) -> torch.dtype:

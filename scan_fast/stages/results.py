@@ -128,6 +128,8 @@ def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[s
         "n_clusters": context.n_clusters,
         "size": context.splits.train.size,
         "view_size": context.plain_view.size,
+        "crop": context.config.data.crop,
+        "decode": context.config.data.decode,
         "mean": list(context.splits.mean),
         "std": list(context.splits.std),
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},

@@ -3,12 +3,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from images import varied
+from PIL import Image
 
 from scan_fast.data import (
+    FileSource,
+    FusedRenderer,
     PlainView,
     SimCLRView,
     TensorSource,
@@ -152,3 +157,61 @@ def test_prefetch_runs_ahead_and_side_by_side() -> None:
     stream = prefetch(meet, range(3), depth=2, threads=2)
     assert next(stream) == 0
     assert list(stream) == [1, 2]
+
+
+def test_ranks_share_each_batch() -> None:
+    whole = list(epoch_batches(KEY, 2, 50, 8, start_step=1))
+    parts = [list(epoch_batches(KEY, 2, 50, 8, start_step=1, rank=rank, world=3)) for rank in range(3)]
+    assert [len(part[0]) for part in parts] == [3, 3, 2]
+    for step, batch in enumerate(whole):
+        for rank in range(3):
+            assert torch.equal(parts[rank][step], batch[rank::3])
+    with pytest.raises(ValueError, match="rank must be from 0 to world - 1, got 3 of 3"):
+        next(epoch_batches(KEY, 0, 50, 8, rank=3, world=3))
+
+
+@pytest.mark.parametrize("make_renderer", [TorchRenderer, FusedRenderer])
+def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRenderer]) -> None:
+    """The same part of the picture as without, in the file's resolution: the oracle cuts with PIL."""
+    size, side = 16, 24
+    for i, pixels in enumerate(varied(6, 90, 130).numpy()):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    files = [f"{i}.png" for i in range(6)]
+    source = FileSource(files, None, size, root=tmp_path, workers=2, resident=False)
+    images, samples = torch.tensor([5, 0, 3]), torch.tensor([1, 2, 3])
+    renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
+    make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
+    views = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
+    got = make.several(views, images, epoch=3, samples=samples)
+    for (view, number), result in zip(views, got, strict=True):
+        params = view.sample(make.key, 3, samples, number, size, size)
+        boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1)
+        for row, (top, left, height, width) in enumerate(boxes.tolist()):
+            with Image.open(tmp_path / f"{images[row]}.png") as picture:
+                corners = (left, top, left + width, top + height)
+                box = [offset + round(90 * v / size + 1e-9) for v, offset in zip(corners, (20, 0, 20, 0), strict=True)]
+                part = picture.crop(box).resize((view.side, view.side), Image.Resampling.BILINEAR)
+            own = {name: value[row : row + 1] for name, value in params.items()}
+            own |= {"top": torch.tensor([0]), "left": torch.tensor([0])}
+            own |= {name: torch.tensor([view.side]) for name in ("height", "width")}
+            expected = renderer(torch.from_numpy(np.array(part))[None], view, own)[0]
+            # PIL resizes the height first where the box is no square, which moves some levels by one; the colour
+            # operations pass that on.
+            difference = (result[row] - expected).abs() * 0.25 * 255
+            assert float(difference.mean()) < 0.3 and float(difference.max()) <= (4 if height != width else 0.01)
+
+
+def test_files_smaller_than_the_frame_can_be_cut(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 1), (10, 20, 30)).save(tmp_path / "x.png")
+    source = FileSource(["x.png"], None, 32, root=tmp_path, resident=False)
+    boxes = torch.tensor([[31, 31, 1, 1], [0, 0, 32, 32], [0, 31, 32, 1]])
+    (cut,) = source.files.cut(torch.zeros(3, dtype=torch.int64), 32, [boxes], [4])
+    assert torch.equal(cut, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(3, 4, 4, 3))
+
+
+def test_sources_without_files_are_cut_from_memory() -> None:
+    source = TensorSource(varied(4, 16, 16))
+    renderer = TorchRenderer((0.5,) * 3, (0.25,) * 3, "cpu")
+    makers = [ViewMaker(source, renderer, 1, "pretext", crop) for crop in ("image", "file")]
+    one, two = (make(SimCLRView(), torch.arange(4), epoch=0, view_index=0) for make in makers)
+    assert torch.equal(one, two)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import signal
 from pathlib import Path
 
 import pytest
-from driving import TINY_FOLDER, Death, Process, picture, results, run_here
+from driving import TINY_FOLDER, Death, Process, assignments, picture, results, run_here
 from PIL import Image
 
 WORDS = [*TINY_FOLDER, "pretext.epochs=2", "selflabel.epochs=2", "runtime.checkpoint_seconds=0", "--quiet"]
@@ -78,3 +80,19 @@ def test_a_photograph_that_vanishes_in_training_is_named(photographs: Path, tmp_
     assert killed.code == -signal.SIGKILL
     (root / "007.png").write_bytes(b"")
     assert "007.png" in run_here(*words).refusal()
+
+
+def test_views_cut_out_of_the_files_train_every_stage(photographs: Path, resident: Path, tmp_path: Path) -> None:
+    """And the predictor looks at new images in the same way."""
+    words = ["run", "--data", photographs, *WORDS, "data.crop=file"]
+    result = run_here(*words, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    found = results(tmp_path / "run")
+    assert set(found["summary.json"]["stages"]) == {"pretext", "mining", "clustering", "selflabel"}
+    assert found["assignments.csv"] != results(resident)["assignments.csv"]
+    rows = {row["path"]: row["confidence"] for row in assignments(tmp_path / "run")}
+    predicted = run_here("predict", tmp_path / "run", photographs).out
+    for row in csv.DictReader(io.StringIO(predicted)):
+        assert abs(float(row["confidence"]) - float(rows[row["path"]])) < 1e-5
+    message = run_here(*words, "data.resident=host", "--out", tmp_path / "other").refusal()
+    assert "crop=file decodes files at each use" in message

@@ -119,6 +119,8 @@ def make_pair(
         return baseline.Pairs(n, images.train, views[0], views[1], neighbors)
 
     if name == "pretext":
+        if config.pretext.resolutions:
+            raise ValueError("the baseline's views have one size; pretext.resolutions must be empty")
         with seeded(config.seed, name):
             fresh = context.place(PretextModel(network))
         data = pairs(config.pretext.view, config.pretext.view)

@@ -74,9 +74,21 @@ class PretextConfig(TrainingConfig):
     temperature: float = Field(default=0.1, gt=0)
     anchors: Literal["both", "first"] = "both"
     view: View = SimCLRView(kind="simclr", size=None)
+    resolutions: tuple[tuple[float, int], ...] = ()
+    """Smaller views at first: pairs (share, size) mean ``size`` pixels up to that share of the epochs; then the view's
+    own size. ``[[0.4, 16], [0.7, 24]]`` takes 0.6 of the work at 32 pixels."""
     monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks on the test images (needs labels); 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shares = [share for share, _ in self.resolutions]
+        if not all(0 < share < 1 for share in shares) or shares != sorted(set(shares)):
+            raise ValueError(f"resolutions must have shares that rise between 0 and 1, got {shares}")
+        if any(size < 1 for _, size in self.resolutions):
+            raise ValueError(f"resolutions must have sizes of at least one pixel, got {list(self.resolutions)}")
+        return self
 
 
 class MiningConfig(Settings):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.sources import Source
+from ..data.views import View
 from ..evaluation.probes import knn_accuracy
 from ..losses import nt_xent
 from ..models.heads import ClusterModel, PretextModel
@@ -45,8 +46,16 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render two views of each image, each (B, 3, S, S)."""
-        first, second = self._views.several([(self._view, 0), (self._view, 1)], indices, epoch=epoch)
+        view = self.view_of(epoch)
+        first, second = self._views.several([(view, 0), (view, 1)], indices, epoch=epoch)
         return first, second
+
+    def view_of(self, epoch: int) -> View:
+        """Return the view of an epoch (from 0): smaller in the first ones, where the configuration says so."""
+        for share, size in self.config.resolutions:
+            if epoch < round(share * self.config.epochs):
+                return self._view.model_copy(update={"size": size})
+        return self._view
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the NT-Xent loss; both views go through the network, and its batch statistics, together."""

@@ -1,8 +1,9 @@
 """One training step: forward, loss, backward, update and running sums, with nothing that waits for the device.
 
 With ``runtime.cuda_graphs`` the whole step is captured once as a CUDA graph and replayed, so that the host launches one
-graph instead of some hundred kernels. What a captured step needs is true of every step: shapes are static, the learning
-rate and the sums are tensors on the device, and no branch depends on a value computed there.
+graph instead of some hundred kernels. What a captured step needs is true of every step: shapes are static (views that
+grow during training change them a few times), the learning rate and the sums are tensors on the device, and no branch
+depends on a value computed there.
 """
 
 from __future__ import annotations
@@ -60,11 +61,15 @@ class TrainingStep:
         self._say = say
         self._capture = capture
         self._warm = 0
+        self._shapes: tuple[torch.Size, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
 
     def __call__(self, batch: Any) -> None:
-        """Do one step with a batch: a tensor or a tuple of tensors, of the same shapes in each call."""
+        """Do one step with a batch: a tensor or a tuple of tensors; where their shapes change, capture a new graph."""
+        shapes = tuple(tensor.shape for tensor in (batch if isinstance(batch, tuple) else (batch,)))
+        if shapes != self._shapes:
+            self._shapes, self._graph, self._inputs, self._warm = shapes, None, (), 0
         if not self._capture:
             self._update(batch)
         elif self._warm < WARM_UP_STEPS:
@@ -126,8 +131,6 @@ class TrainingStep:
                 return
             self._graph = graph
         for buffer, tensor in zip(self._inputs, tensors, strict=True):
-            if buffer.shape != tensor.shape:
-                raise ValueError(f"batch must keep its shapes in a captured step, got {tuple(tensor.shape)}")
             buffer.copy_(tensor, non_blocking=True)
         self._graph.replay()
 

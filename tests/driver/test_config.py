@@ -288,6 +288,12 @@ def test_differences_name_the_key_and_leave_the_runtime_out() -> None:
         ("pretext.epochs=2.5", "pretext.epochs: input should be a valid integer"),
         ("pretext.epochs=yes", "pretext: epochs must not be true or false"),
         ("pretext.epochs=0", "pretext.epochs: input should be greater than or equal to 1, got 0"),
+        (
+            "pretext.resolutions=[[0.5, 4], [0.4, 6]]",
+            "resolutions must have shares that rise between 0 and 1, got [0.5",
+        ),
+        ("pretext.resolutions=[[1.0, 4]]", "resolutions must have shares that rise between 0 and 1, got [1.0]"),
+        ("pretext.resolutions=[[0.5, 0]]", "resolutions must have sizes of at least one pixel"),
         ("pretext.temperature=.inf", "pretext.temperature: input should be a finite number"),
         ("pretext.optimizer.lr=.nan", "pretext.optimizer.lr: input should be"),
         ("pretext.optimizer.name=lamb", "'sgd', 'adam' or 'adamw', got 'lamb'"),

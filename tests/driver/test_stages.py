@@ -167,6 +167,16 @@ def test_pretext_step_is_nt_xent_of_both_views_in_one_pass(anchors: str, tmp_pat
         assert not stage.batch(1, torch.arange(12))[0].equal(batch[0])
 
 
+def test_pretext_views_grow_when_the_configuration_says_so(tmp_path: Path) -> None:
+    with opened(tmp_path / "run", "pretext.epochs=10", "pretext.resolutions=[[0.35, 4], [0.7, 6]]") as context:
+        stage = Pretext(context, PretextModel(context.model_config))
+        sizes = [stage.batch(epoch, torch.arange(2))[1].shape for epoch in range(10)]
+        assert sizes == [(2, 3, size, size) for size in [4] * 4 + [6] * 3 + [8] * 3]
+        assert train(stage, context).seconds > 0  # every size passes the network
+        # What is evaluated, and what the later stages see, has the whole size.
+        assert context.plain_view.size == 8
+
+
 def test_weights_of_a_pretext_model_are_taken_as_they_are(tmp_path: Path) -> None:
     with opened(tmp_path / "source") as context:
         torch.manual_seed(5)

@@ -105,7 +105,8 @@ const std::vector<Operation> kAll = {
 void each_operation() {
   emu::options() = {.detect_races = true};
   for (const Operation operation : kAll) {
-    compare({6, 12, 13, 11, 1, {operation}}, 1 + static_cast<uint64_t>(operation));
+    compare({11, 12, 13, 11, 1, {operation}}, 1 + static_cast<uint64_t>(operation));  // a warp per image
+    compare({2, 40, 31, 33, 1, {operation}}, 2 + static_cast<uint64_t>(operation));   // a block per image
   }
 }
 
@@ -113,12 +114,14 @@ void operations_follow_one_another() {
   emu::options() = {.detect_races = true};
   compare({13, 16, 16, 16, 5, kAll}, 20);
   compare({6, 32, 32, 32, 4, kAll, true}, 21);
+  compare({5, 34, 34, 34, 4, kAll, true}, 22);
 }
 
 void any_order_of_threads() {
   for (const uint64_t seed : {1, 2}) {
     emu::options() = {.detect_races = true, .seed = seed};
-    compare({6, 18, 15, 17, 4, kAll, true}, 30);
+    compare({9, 18, 15, 17, 4, kAll, true}, 30);
+    compare({3, 37, 35, 36, 4, kAll, true}, 31);
   }
 }
 
@@ -134,6 +137,7 @@ void formats() {
   emu::options() = {};
   for (const ViewFormat format : {ViewFormat::kFloat32, ViewFormat::kBFloat16}) {
     compare({7, 14, 14, 14, 2, kAll, true, format}, 50);
+    compare({3, 34, 34, 34, 2, kAll, true, format}, 51);
   }
 }
 

@@ -1,0 +1,70 @@
+// The views on the GPU: the threads that share an image, and what they share.
+//
+// Part of augment_cuda.cu, which alone includes it.
+#pragma once
+
+#include "augment/augment.h"
+#include "augment/pixel.h"
+#include "common/device.h"
+
+namespace scan_fast {
+namespace {
+
+constexpr int kThreads = 256, kLevels = 256;
+
+struct Workspace {
+  int32_t* filters;  // (count, 2, side, 2 + taps): first, number, weights; axis 0 vertical, 1 horizontal
+  uint32_t* images;  // (blocks, 2, side * side), or null
+  int taps;
+  int64_t blocks;
+};
+
+// kWarps warps of a block work on one image: one, without barriers of the block, or all of them.
+template <int kWarps_>
+struct Group {
+  static constexpr int kWarps = kWarps_, kSize = 32 * kWarps, kImages = kThreads / kSize;
+  static_assert(kWarps == 1 || kSize == kThreads, "a group is a warp or the block");
+
+  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x) % kSize; }
+  __device__ __forceinline__ static int number() { return static_cast<int>(threadIdx.x) / kSize; }
+  __device__ __forceinline__ static int warp() { return thread() / 32; }
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ static void sync() {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+// The shared memory of the operations that need more than the image; one for each group.
+struct Tables {
+  Shared<int> counts;       // (3, kLevels)
+  Shared<uint32_t> levels;  // (kLevels) what each level becomes, by channel as in a pixel
+  Shared<int> partial;      // (6, kWarps)
+  Shared<long long> sums;   // (kWarps)
+};
+
+__device__ __forceinline__ uint32_t packed(int r, int g, int b) {
+  return static_cast<uint32_t>(r) | static_cast<uint32_t>(g) << 8 | static_cast<uint32_t>(b) << 16;
+}
+__device__ __forceinline__ Rgb unpacked(uint32_t word) {
+  return {static_cast<int>(word & 255), static_cast<int>(word >> 8 & 255), static_cast<int>(word >> 16 & 255)};
+}
+
+// The sum over the group, the same in every thread. Begins with a barrier.
+template <typename G>
+__device__ __forceinline__ long long group_sum(long long value, const Shared<long long>& partial) {
+  value = warp_sum(value);
+  if constexpr (G::kWarps == 1) return value;
+  __syncthreads();
+  if (G::lane() == 0) partial[G::warp()] = value;
+  __syncthreads();
+  long long sum = 0;
+  for (int w = 0; w < G::kWarps; ++w) sum += partial[w];
+  return sum;
+}
+
+}  // namespace
+}  // namespace scan_fast

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | Path) -> Header:
-    """Read a file's header.
+    """Read a file's header, and decode a JPEG or PNG whose end is missing, to find out those that were cut off.
 
     The orientation of a PNG counts only where it stands before the pixels; nothing else shows it without decoding.
 
@@ -67,7 +68,25 @@ def read_header(path: str | Path) -> Header:
         OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file.
     """
     with Image.open(path) as image:
-        return _header(image)
+        header = _header(image)
+        end = _ENDS.get(image.format or "", b"")
+        # Where _header has loaded the pixels, PIL has let go of the file.
+        if end and image.fp is not None and not _ends_with(image.fp, end):
+            with _alone(*image.size):
+                image.load()
+        return header
+
+
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
+
+
+def _ends_with(file: IO[bytes], end: bytes) -> bool:
+    position = file.tell()
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - len(end)))
+    found = file.read() == end
+    file.seek(position)
+    return found
 
 
 def _header(image: Image.Image) -> Header:

@@ -142,9 +142,9 @@ class ImageFiles:
 class FileSource:
     """Images in files, decoded with PIL in a thread pool; a :class:`.sources.Source`.
 
-    A resident source decodes every file here and keeps the images. Of another one every file's header is read here and
-    the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image that fails
-    in mid-training can no longer be left out without renumbering the others.
+    A resident source decodes every file here and keeps the images. Of another one every file's header and end are read
+    here and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image
+    that fails in mid-training can no longer be left out without renumbering the others.
 
     Args:
         files: the image files, relative to `root`.

@@ -100,12 +100,21 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> No
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resident: bool) -> None:
-    """Its header is fine, so only decoding shows it; with skip that is done up front even for sets read on demand."""
-    files = pictures(tmp_path, 3, size=64)
-    cut(tmp_path / files[2], -2000)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resident: bool, suffix: str) -> None:
+    """Its header is fine, so only its end, or decoding it, shows what is missing."""
+    files = [f"{i}.{suffix}" for i in range(3)]
+    for name, image in zip(files, varied(3, 64, 64).numpy(), strict=True):
+        save(tmp_path / name, image)
+    cut(tmp_path / files[2], -600)
+    with pytest.raises(DataError, match=rf"2\.{suffix}"):
+        FileSource(files, None, 64, root=tmp_path, resident=resident)
     source = FileSource(files, None, 64, root=tmp_path, on_error="skip", resident=resident)
-    assert len(source) == 2 and len(source.skipped) == 1
+    assert len(source) == 2 and [path for path, _ in source.skipped] == [files[2]]
+    # What a camera or a server has appended does no harm.
+    for name in files[:2]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\0\n")
+    assert len(FileSource(files[:2], None, 64, root=tmp_path, resident=resident)) == 2
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import scan_fast
-from scan_fast.ops import reference
+from scan_fast.ops import native, reference
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
+FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -81,7 +83,7 @@ def _self_label(shape: tuple[int, ...], balance: bool, impl: str) -> Call:
 
 def _loss_cases(tiny: bool) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...], Callable[[str], Call]]]:
     """Yield family, label, input shape, upstream shape, and the maker of a call by implementation."""
-    shapes = [(3, 5), (37, 40)] if tiny else [(1, 3), (65, 33), (130, 128), (517, 128), (300, 260)]
+    shapes = [(3, 5), (37, 40)] if tiny else [(1, 3), (65, 33), (130, 128), (517, 128), (200, 200), (300, 260)]
     for shape in shapes:
         for both in (True, False):
             anchors = (2 if both else 1) * shape[0]
@@ -136,10 +138,12 @@ def _slack(family: str, dtype: torch.dtype, device: str) -> int:
 # ---- the checks ----------------------------------------------------------------------------------------------------
 
 
-def accuracy(device: str, seed: int, tiny: bool) -> dict[str, list[str]]:
-    """Return the failures of each family."""
-    failures: dict[str, list[str]] = {"nt_xent": [], "scan_loss": [], "self_label": [], "neighbors": []}
+def accuracy(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES) -> dict[str, list[str]]:
+    """Return the failures of each of the families."""
+    failures: dict[str, list[str]] = {family: [] for family in families}
     for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+        if family not in families:
+            continue
         for dtype in DTYPES:
             cpu = _loss_inputs(family, shape, upstream_shape, seed)
             inputs = (*(x.to(device, dtype) for x in cpu[:2]), cpu[2].to(device))
@@ -150,7 +154,7 @@ def accuracy(device: str, seed: int, tiny: bool) -> dict[str, list[str]]:
             allowed = 2 * plain + _slack(family, dtype, device) * _ROUNDING[dtype]
             if not ours <= allowed:
                 failures[family].append(f"{label} {dtype}: error {ours:.1e}, allowed {allowed:.1e}")
-    for rows, dim, k, metric in _neighbor_shapes(tiny):
+    for rows, dim, k, metric in _neighbor_shapes(tiny) if "neighbors" in families else ():
         x, queries = _neighbor_inputs(rows, dim, seed)
         for q in (None, queries.to(device)):
             _poison(device)
@@ -164,10 +168,12 @@ def accuracy(device: str, seed: int, tiny: bool) -> dict[str, list[str]]:
     return failures
 
 
-def repeat(device: str, seed: int, tiny: bool) -> dict[str, list[str]]:
+def repeat(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES) -> dict[str, list[str]]:
     """Return, per family, what did not repeat in every bit."""
-    failures: dict[str, list[str]] = {"nt_xent": [], "scan_loss": [], "self_label": [], "neighbors": []}
+    failures: dict[str, list[str]] = {family: [] for family in families}
     for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+        if family not in families:
+            continue
         inputs = tuple(x.to(device) for x in _loss_inputs(family, shape, upstream_shape, seed))
         first = call_of("native")(*inputs)
         for _ in range(3):
@@ -175,7 +181,7 @@ def repeat(device: str, seed: int, tiny: bool) -> dict[str, list[str]]:
             if not all(torch.equal(a, b) for a, b in zip(first, call_of("native")(*inputs), strict=True)):
                 failures[family].append(label)
                 break
-    for rows, dim, k, metric in _neighbor_shapes(tiny):
+    for rows, dim, k, metric in _neighbor_shapes(tiny) if "neighbors" in families else ():
         x = _neighbor_inputs(rows, dim, seed)[0].to(device)
         first = scan_fast.topk_neighbors(x, k, metric=metric, impl="native")
         again = scan_fast.topk_neighbors(x, k, metric=metric, impl="native")
@@ -218,15 +224,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_checks", description=__doc__)
     parser.add_argument("check", choices=("accuracy", "repeat", "tiny"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--family", choices=("nt_xent", "scan_loss", "self_label", "neighbors"))
+    parser.add_argument("--family", choices=FAMILIES, help="only this one")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 2**31)
     parser.add_argument("--small", action="store_true", help="only tiny shapes")
     options = parser.parse_args()
     print(f"seed {options.seed}")
+    if os.environ.get("SCAN_FAST_GPU_KERNELS") == "sm90" and options.family not in native.SM90_FAMILIES:
+        raise SystemExit(f"the kernels for sm_90a were asked for, and {options.family} has none in this build")
     if options.check == "tiny":
         run_tiny(options.device, options.seed, options.family)
         return
-    failures = (accuracy if options.check == "accuracy" else repeat)(options.device, options.seed, options.small)
+    check = accuracy if options.check == "accuracy" else repeat
+    families = FAMILIES if options.family is None else (options.family,)
+    failures = check(options.device, options.seed, options.small, families)
     for family, found in failures.items():
         print(json.dumps({"family": family, "passed": not found, "failures": found}))
     raise SystemExit(1 if any(failures.values()) else 0)

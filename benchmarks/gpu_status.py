@@ -40,8 +40,9 @@ To verify on a machine with an NVIDIA GPU and nvcc:
 The suite builds for that GPU, runs the CUDA tests, compares with float64 on fresh inputs and poisoned outputs, checks
 that results repeat in every bit, runs compute-sanitizer, and measures. After a change of a verified kernel,
 `python -m benchmarks.gpu_status --refresh` records that it is unverified; the tests fail until one of the two is done.
-Each operation has one CUDA kernel, so there is nothing to choose between; `scan_fast.gpu_status.preferred` is the place
-for that choice.
+Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On such a
+GPU they are taken once they are verified; until then, and for what they do not cover, the portable ones run.
+`SCAN_FAST_GPU_KERNELS=sm90` takes them in any case, `SCAN_FAST_GPU_KERNELS=portable` never; the suite runs both.
 """
 
 

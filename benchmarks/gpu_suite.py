@@ -1,7 +1,8 @@
 """Everything that a GPU has to say about the kernels, in one command; run it as ``benchmarks/gpu_suite``.
 
 Steps: build for this GPU, the CUDA tests of tests/ops, accuracy and repeatability on fresh inputs, compute-sanitizer,
-and all kernel benchmarks. Every step is a process with a time limit of its own, and a failure does not stop the next.
+and all kernel benchmarks; then, on compute capability 9.0, the same for the families with kernels for sm_90a, which the
+former steps leave aside. Every step is a process with a time limit of its own, and a failure does not stop the next.
 It needs torch, pytest, hypothesis and, for the build, nvcc, CMake, ninja and pybind11; no network, and nothing of the
 driver's dependencies. The folder gets summary.json (what ``python -m benchmarks.gpu_status --update`` reads, with the
 benchmarks' results inside), log.txt and junit.xml.
@@ -27,12 +28,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors")
+SM90 = {"nt_xent_sm90": "nt_xent"}  # families with kernels for sm_90a, by the name of what is verified
 TOTAL_SECONDS = 465
 
 
 @dataclass
 class Step:
-    """A command with a time limit; ``families`` are those whose verification needs it (empty: it only reports)."""
+    """A command with a time limit; ``families`` are those whose verification needs it (empty: it only reports).
+
+    Among them are the keys of ``SM90``.
+    """
 
     name: str
     command: Sequence[str]
@@ -51,41 +56,69 @@ def architecture() -> str:
 
 def plan(rehearse: bool, out: Path, build: bool) -> list[Step]:
     """Return the steps in order."""
-    device = "cpu" if rehearse else "cuda"
-    python = sys.executable
+    hopper = SM90 if not rehearse and architecture() == "90a" else {}
     steps = []
     if build:
         cuda = (
             {"SCAN_FAST_CUDA": "off"} if rehearse else {"SCAN_FAST_CUDA": "on", "SCAN_FAST_CUDA_ARCHS": architecture()}
         )
-        steps.append(Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, FAMILIES, cuda))
+        command = (sys.executable, "setup.py", "build_ext", "--inplace")
+        steps.append(Step("build", command, 240, (*FAMILIES, *hopper), cuda))
+    steps += kernel_steps(FAMILIES, rehearse, out)
+    for name, family in hopper.items():
+        steps += [sm90_step(step, name) for step in kernel_steps((family,), rehearse, out, name)]
+    # What only reports comes last.
+    return sorted(steps, key=lambda step: not step.families)
+
+
+def sm90_step(step: Step, name: str) -> Step:
+    """Return a family's step with its kernels for sm_90a."""
+    environment = step.environment | {"SCAN_FAST_GPU_KERNELS": "sm90"}
+    return Step(f"{step.name} sm90", step.command, step.seconds, (name,) if step.families else (), environment)
+
+
+def kernel_steps(families: Sequence[str], rehearse: bool, out: Path, name: str = "") -> list[Step]:
+    """Return the steps about some families; ``name`` distinguishes the files of several such lists."""
+    device = "cpu" if rehearse else "cuda"
+    python = sys.executable
+    portable = {"SCAN_FAST_GPU_KERNELS": "portable"}
+    steps = []
     # -p no:cacheprovider leaves nothing behind; the project's own options may need plugins that are not here.
-    tests = [python, "-m", "pytest", "tests/ops", "-q", "-k", device, "-o", "addopts=", "-p", "no:cacheprovider"]
-    steps.append(Step("tests", (*tests, "--maxfail=40", f"--junitxml={out / 'junit.xml'}"), 150, FAMILIES))
+    files = [f"tests/ops/test_{family}.py" for family in families] if name else ["tests/ops"]
+    tests = [python, "-m", "pytest", *files, "-q", "-k", device, "-o", "addopts=", "-p", "no:cacheprovider"]
+    tests += ["--maxfail=40", f"--junitxml={out / junit(name)}"]
+    steps.append(Step("tests", tests, 60 if name else 150, tuple(families), portable))
     small = ("--small",) if rehearse else ()
     for check in ("accuracy", "repeat"):
         command = (python, "-m", "benchmarks.gpu_checks", check, "--device", device, *small)
-        steps.append(Step(check, command, 60, FAMILIES))
+        only = ("--family", families[0]) if len(families) == 1 else ()
+        steps.append(Step(check, (*command, *only), 60, tuple(families), portable))
     sanitizer = shutil.which("compute-sanitizer")
     # Without its cache, PyTorch's every tensor is an allocation of its own, and the bounds of each are seen.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for family in FAMILIES:
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | portable
+    for family in families:
         tiny = (python, "-m", "benchmarks.gpu_checks", "tiny", "--device", device, "--family", family)
         if rehearse:
-            steps.append(Step(f"tiny {family}", tiny, 60, (family,)))
+            steps.append(Step(f"tiny {family}", tiny, 60, (family,), portable))
         elif sanitizer:
             for tool in ("memcheck", "initcheck"):
                 command = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *tiny)
                 steps.append(Step(f"{tool} {family}", command, 45, (family,), uncached))
-    for family in FAMILIES:
-        command = (python, "-m", f"benchmarks.{family}", "--device", device, "--json", str(out / f"{family}.json"))
+    for family in families:
+        result = str(out / f"{name or family}.json")
+        command = (python, "-m", f"benchmarks.{family}", "--device", device, "--json", result)
         more = ("--quick", "--no-memory") if rehearse else ("--case-seconds", "4")
-        steps.append(Step(f"benchmark {family}", (*command, *more), 75))
+        steps.append(Step(f"benchmark {family}", (*command, *more), 75, (), portable))
     if sanitizer and not rehearse:
-        for family in FAMILIES:
+        for family in families:
             tiny = (python, "-m", "benchmarks.gpu_checks", "tiny", "--device", device, "--family", family)
             steps.append(Step(f"racecheck {family}", (sanitizer, "--tool", "racecheck", *tiny), 30, (), uncached))
     return steps
+
+
+def junit(name: str = "") -> str:
+    """Return the name of the tests' record: of all families, or of a key of ``SM90``."""
+    return f"junit-{name}.xml" if name else "junit.xml"
 
 
 def run(step: Step, seconds: float, log: Any) -> dict[str, Any]:
@@ -128,9 +161,9 @@ def families_failed(step: Step, result: dict[str, Any], out: Path) -> set[str]:
     """Return the families that a failed step is about: those its output names, or all it gates."""
     if result["passed"] or not step.families:
         return set()
-    if step.name == "tests" and (out / "junit.xml").exists():
+    if step.name == "tests" and (out / junit()).exists():
         failed = set()
-        for case in ElementTree.parse(out / "junit.xml").iter("testcase"):
+        for case in ElementTree.parse(out / junit()).iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
                 failed.add(case.get("classname", "").rpartition("test_")[2].split(".")[0])
         if failed and "timed out" not in result["status"]:
@@ -143,12 +176,14 @@ def families_failed(step: Step, result: dict[str, Any], out: Path) -> set[str]:
 
 def tests_ran(out: Path) -> dict[str, int]:
     """Return how many tests passed per family: a selection that matches nothing must not count as passed."""
-    passed = dict.fromkeys(FAMILIES, 0)
-    if (out / "junit.xml").exists():
-        for case in ElementTree.parse(out / "junit.xml").iter("testcase"):
+    passed = dict.fromkeys((*FAMILIES, *SM90), 0)
+    for name in ("", *SM90):
+        if not (out / junit(name)).exists():
+            continue
+        for case in ElementTree.parse(out / junit(name)).iter("testcase"):
             family = case.get("classname", "").rpartition("test_")[2].split(".")[0]
-            if family in passed and len(case) == 0:
-                passed[family] += 1
+            if (name or family) in passed and len(case) == 0:
+                passed[name or family] += 1
     return passed
 
 
@@ -161,20 +196,23 @@ def summarize(steps: Sequence[Step], results: Sequence[dict[str, Any]], out: Pat
     failed: set[str] = set()
     for step, result in zip(steps, results, strict=True):
         failed |= families_failed(step, result, out)
-    gating = {family: [s.name for s in steps if family in s.families] for family in FAMILIES}
+    verified = (*FAMILIES, *SM90)
+    gating = {family: [s.name for s in steps if family in s.families] for family in verified}
     ran = tests_ran(out)
     kernels = {}
     csrc = ROOT / "csrc"
     for name, path in gpu_status.kernels_of(csrc).items():
-        family = name.split("/")[0]
-        complete = family in FAMILIES and any(check.startswith(("memcheck", "tiny")) for check in gating[family])
+        family, _, source = name.partition("/")
+        if source in SM90:
+            family = source
+        complete = family in verified and any(check.startswith(("memcheck", "tiny")) for check in gating[family])
         kernels[name] = {
             "sha256": gpu_status.source_hash(csrc, path),
             "passed": complete and family not in failed and ran[family] > 0,
             "tests": ran.get(family, 0),
             "checks": gating.get(family, []),
         }
-    benchmarks = {f: json.loads((out / f"{f}.json").read_text()) for f in FAMILIES if (out / f"{f}.json").exists()}
+    benchmarks = {f: json.loads((out / f"{f}.json").read_text()) for f in verified if (out / f"{f}.json").exists()}
     return {
         "rehearsal": rehearse,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -206,7 +244,8 @@ def main() -> None:
             parser.error("torch sees no GPU; --rehearse runs the same steps on the CPU")
     out = options.folder.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("summary.json", "junit.xml", *(f"{family}.json" for family in FAMILIES)):
+    results_of = (*FAMILIES, *SM90)
+    for stale in ("summary.json", *map(junit, ("", *SM90)), *(f"{name}.json" for name in results_of)):
         (out / stale).unlink(missing_ok=True)
     steps = plan(options.rehearse, out, not options.no_build)
     begin = time.monotonic()

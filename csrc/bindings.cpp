@@ -10,6 +10,7 @@
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
 #include "common/large_buffers.h"
+#include "common/variants.h"
 #include "scan_loss/scan_loss_op.h"
 #include "self_label/self_label_op.h"
 
@@ -27,6 +28,11 @@ py::dict build_info() {
 #else
   info["cuda"] = py::none();
   info["cuda_architectures"] = py::none();
+#endif
+#ifdef SCAN_FAST_WITH_SM90
+  info["sm90_kernels"] = true;
+#else
+  info["sm90_kernels"] = false;
 #endif
   info["cpu_isa"] = scan_fast::cpu_isa_name(scan_fast::cpu_isa());
   info["cpu_amx_bf16"] = scan_fast::cpu_has_amx_bf16();
@@ -62,6 +68,12 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const
                                                                            ldc);
 }
 
+// Whether operators take the kernels for sm_90a where the device and the problem allow it.
+void prefer_sm90(const std::string& family, bool on) {
+  TORCH_CHECK(family == "nt_xent" || family == "neighbors", "no kernels for sm_90a in family ", family);
+  scan_fast::prefers_sm90(family == "nt_xent" ? scan_fast::Family::kNTXent : scan_fast::Family::kNeighbors) = on;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -81,5 +93,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("weak"), py::arg("strong"), py::arg("threshold"), py::arg("balance"));
   module.def("self_label_backward", &scan_fast::self_label_backward, "See csrc/self_label/self_label_op.h.",
              py::arg("grad_loss"), py::arg("strong"), py::arg("target"), py::arg("row_weight"), py::arg("row_stats"));
+  module.def("prefer_sm90", &prefer_sm90, "See csrc/common/variants.h.", py::arg("family"), py::arg("on"));
   module.def("build_info", &build_info, "What was compiled, and what this processor has.");
 }

@@ -2,8 +2,8 @@
 
 gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
 ``"unverified"`` (an earlier form of it passed; that record stays) or ``"never run"``.
-``python -m benchmarks.gpu_status`` maintains it. Should an operation come to have several kernels, its dispatcher takes
-what :func:`preferred` says: this is the one place for that decision.
+``python -m benchmarks.gpu_status`` maintains it. Where an operation has several kernels, its dispatcher takes what
+:func:`preferred` says (``ops/native.py``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 def preferred(kernels: Sequence[str]) -> str:
-    """Return the first verified kernel of a sequence that is ordered by preference, or the first if none is."""
+    """Return the first verified kernel of a sequence, fastest first and most portable last; the last if none is."""
     known = records()
-    return next((name for name in kernels if known.get(name, {}).get("status") == "verified"), kernels[0])
+    return next((name for name in kernels if known.get(name, {}).get("status") == "verified"), kernels[-1])
 
 
 def summary(name: str, record: dict[str, Any]) -> str:

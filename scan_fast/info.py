@@ -40,6 +40,7 @@ def collect() -> dict[str, Any]:
             for name, operator in OPERATIONS.items()
         },
         "gpu_kernels": gpu_status.records(),
+        "sm90_families": sorted(native.SM90_FAMILIES),
         "renderer": {device: automatic_renderer(device) for device in ("cpu", "cuda")},
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
     }
@@ -71,6 +72,8 @@ def render(facts: dict[str, Any]) -> str:
     lines.append(f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}  (data.renderer=auto)")
     lines.append("CUDA kernels:")
     lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
+    hopper = ", ".join(facts["sm90_families"]) or "no operation"
+    lines.append(f"  kernels for sm_90a are taken on a GPU that has it by: {hopper} (SCAN_FAST_GPU_KERNELS)")
     lines.append("optional packages:")
     lines += [
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"

@@ -34,7 +34,7 @@
 //   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
 //   warp_sum, warp_max, warp_min     butterfly over 32 lanes (float, int; every lane gets the result, fixed order)
 //   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
-//   zero_async(ptr, bytes, stream), multiprocessors(), dispatch_dtype(dtype, []<typename T>() {...})
+//   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), dispatch_dtype(dtype, []<typename T>() {...})
 //
 // The host form runs block after block, the threads of a block as fibers, each until its next barrier or warp
 // collective (emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
@@ -235,6 +235,15 @@ inline int multiprocessors() {
   throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
   throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   return count;
+}
+
+// The current device's compute capability: 90 for 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  throw_on_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
 }
 
 #endif

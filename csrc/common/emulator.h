@@ -364,5 +364,6 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, S
 }
 inline void zero_async(void* pointer, size_t bytes, StreamHandle) { std::memset(pointer, 0, bytes); }
 inline int multiprocessors() { return emu::options().multiprocessors; }
+inline int compute_capability() { return 90; }
 
 }  // namespace scan_fast

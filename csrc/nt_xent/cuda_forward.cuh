@@ -13,6 +13,8 @@
 namespace scan_fast {
 namespace {
 
+constexpr int kWalked = 64;  // rows of a walked tile
+
 enum class Pass { kSums, kMaxima, kShiftedSums };
 
 template <Pass kPass>
@@ -49,7 +51,7 @@ struct Positions {
 template <bool kSplit, int kOwner, int kChunk, bool kResident, Pass kPass>
 __global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const half_t* __restrict__ packed, const float* __restrict__ shift, float* __restrict__ partial,
-                   ForwardSchedule schedule, Params p) {
+                   ForwardSchedule<kWalked> schedule, Params p) {
   constexpr int kM = kWalked / 32, kColumns = kOwner / 16;  // 16-row and 8-column products of a warp
   SCAN_FAST_SHARED(float, walked_part, 2 * kWalked);
   SCAN_FAST_SHARED(float, owner_part, 2 * kOwner);

@@ -32,6 +32,22 @@ inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int6
   return p;
 }
 
+// How many parts of the columns for `blocks` blocks that walk over `tiles` tiles each, `room` of them at a time: as many
+// waves of blocks as there must be, and little to add up afterwards, which is counted as half a tile a part.
+inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room) {
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
+    const double cost = static_cast<double>(ceil_div(blocks * splits, room)) *
+                            static_cast<double>(ceil_div(tiles, splits) + 1) + 0.5 * static_cast<double>(splits);
+    if (splits == 1 || cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
+
 // Hands out parts of the workspace, each aligned to 256 bytes; with a null base it only measures.
 struct Carver {
   unsigned char* base;

@@ -9,20 +9,30 @@
 namespace scan_fast {
 namespace {
 
-// hi (and lo) of a unit row's element.
+// How the portable kernels have their operands: (parts, 2N, width), each row at its own number.
 template <bool kSplit>
-__device__ __forceinline__ void pack_element(half_t* __restrict__ packed, int64_t row, int64_t k, float unit,
-                                             const Params& p) {
-  const float value = unit * kOperandScale;
-  const half_t hi = from_float<half_t>(value);
-  packed[row * p.padded + k] = hi;
-  if constexpr (kSplit) packed[(p.rows() + row) * p.padded + k] = from_float<half_t>(value - to_float(hi));
-}
+struct RowMajor {
+  half_t* packed;
+  int64_t width, low;  // `low` elements from hi to lo
 
-template <typename T, bool kSplit>
+  RowMajor(half_t* packed_, const Params& p) : packed(packed_), width(p.padded), low(p.rows() * p.padded) {}
+  __device__ __forceinline__ int64_t position(int64_t row) const { return row; }
+  __device__ __forceinline__ half_t* row_at(int64_t position) const { return packed + position * width; }
+  // hi (and lo) of a unit row's element.
+  __device__ __forceinline__ void put(half_t* row, int64_t k, float unit) const {
+    const float value = unit * kOperandScale;
+    const half_t hi = from_float<half_t>(value);
+    row[k] = hi;
+    if constexpr (kSplit) row[low + k] = from_float<half_t>(value - to_float(hi));
+  }
+  // Positions beyond the rows, to be zeroed.
+  __host__ __device__ int64_t fillers() const { return 0; }
+  __device__ __forceinline__ int64_t filler(int64_t) const { return 0; }
+};
+
+template <typename T, typename Packing>
 __device__ __forceinline__ void prepare_row(const T* __restrict__ x, int64_t row, float* __restrict__ unit,
-                                            float* __restrict__ inv_norm, half_t* __restrict__ packed,
-                                            const Params& p) {
+                                            float* __restrict__ inv_norm, Packing packing, const Params& p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // Scaled by the largest element, so that neither huge nor tiny rows lose their direction.
   float largest = 0;
@@ -36,28 +46,39 @@ __device__ __forceinline__ void prepare_row(const T* __restrict__ x, int64_t row
   const float root = sqrtf(warp_sum(sum));
   // norm = largest * root may leave float32's range although every quotient below is within it.
   const bool short_row = largest * root < kMinNorm;
-  for (int64_t k = lane; k < p.padded; k += 32) {
+  const auto operand = packing.row_at(packing.position(row));
+  for (int64_t k = lane; k < packing.width; k += 32) {
     float value = 0;
     if (k < p.dim) {
       const float element = to_float(x[k]);
       value = short_row ? element / kMinNorm : element / largest / root;
       unit[row * p.dim + k] = value;
     }
-    pack_element<kSplit>(packed, row, k, value, p);
+    packing.put(operand, k, value);
   }
   if (lane == 0) inv_norm[row] = short_row ? 1 / kMinNorm : 1 / largest / root;
 }
 
-// A warp per sample: both views' unit rows and operands, and the product of the two in float32.
-template <typename T, bool kSplit>
+template <typename Packing>
+__device__ __forceinline__ int64_t prepare_filler(int64_t index, Packing packing) {
+  const int64_t position = packing.filler(index);
+  const auto operand = packing.row_at(position);
+  for (int64_t k = static_cast<int>(threadIdx.x) % 32; k < packing.width; k += 32) packing.put(operand, k, 0.0f);
+  return position;
+}
+
+// A warp per sample: both views' unit rows and operands, and the product of the two in float32. A warp per filler.
+template <typename T, typename Packing>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_forward_kernel(const T* __restrict__ z0, const T* __restrict__ z1, float* __restrict__ unit,
-                           float* __restrict__ inv_norm, half_t* __restrict__ packed, float* __restrict__ positive,
-                           Params p) {
+                           float* __restrict__ inv_norm, Packing packing, float* __restrict__ positive, Params p) {
   const int64_t sample = warp_index();
-  if (sample >= p.samples) return;
-  prepare_row<T, kSplit>(z0 + sample * p.dim, sample, unit, inv_norm, packed, p);
-  prepare_row<T, kSplit>(z1 + sample * p.dim, p.samples + sample, unit, inv_norm, packed, p);
+  if (sample >= p.samples) {
+    if (sample < p.samples + packing.fillers()) prepare_filler(sample - p.samples, packing);
+    return;
+  }
+  prepare_row(z0 + sample * p.dim, sample, unit, inv_norm, packing, p);
+  prepare_row(z1 + sample * p.dim, p.samples + sample, unit, inv_norm, packing, p);
   float sum = 0;
   // Each lane reads what it wrote itself.
   for (int64_t k = static_cast<int>(threadIdx.x) % 32; k < p.dim; k += 32) {
@@ -97,29 +118,35 @@ __global__ void __launch_bounds__(kLargestThreads)
 
 // A warp per row: the operands anew, weight_i (zero for rows that are no anchors), shift_i, and once 1 / (all scales)
 // for the sums of W Z. `largest` is null where the blocks find the largest gradient themselves.
-template <bool kSplit>
+template <typename Packing>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_backward_kernel(const float* __restrict__ unit, Upstream upstream, const float* __restrict__ shifted_lse,
-                            const float* __restrict__ largest, half_t* __restrict__ packed,
-                            float* __restrict__ weight, float* __restrict__ shift, float* __restrict__ unscale,
-                            Params p) {
+                            const float* __restrict__ largest, Packing packing, float* __restrict__ weight,
+                            float* __restrict__ shift, float* __restrict__ unscale, Params p) {
   const float most = largest == nullptr ? largest_gradient(upstream, p.anchors) : *largest;
   // The power of two that brings the largest |g| to [2^13, 2^14); kept within float32 for extreme gradients.
   const int exponent = most > 0 && most < INFINITY ? max(-100, min(100, 13 - ilogbf(most))) : 0;
   const float factor = ldexpf(1.0f, exponent);
   if (blockIdx.x == 0 && threadIdx.x == 0) *unscale = 1 / (factor * kOperandScale);
   const int64_t row = warp_index();
-  if (row >= p.rows()) return;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int64_t k = lane; k < p.padded; k += 32) {
-    pack_element<kSplit>(packed, row, k, k < p.dim ? unit[row * p.dim + k] : 0.0f, p);
+  if (row >= p.rows()) {
+    if (row >= p.rows() + packing.fillers()) return;
+    const int64_t filler = prepare_filler(row - p.rows(), packing);
+    if (lane == 0) weight[filler] = shift[filler] = 0;
+    return;
+  }
+  const int64_t position = packing.position(row);
+  const auto operand = packing.row_at(position);
+  for (int64_t k = lane; k < packing.width; k += 32) {
+    packing.put(operand, k, k < p.dim ? unit[row * p.dim + k] : 0.0f);
   }
   if (lane == 0) {
     const bool anchor = row < p.anchors;
     const float lse = anchor ? shifted_lse[row] : 0.0f;
     const float g = anchor ? upstream.at(row) * factor : 0.0f;
-    weight[row] = p.fixed_shift && anchor ? g * expf(-lse) : g;
-    shift[row] = (lse + 1 / p.temperature) * kLog2E;
+    weight[position] = p.fixed_shift && anchor ? g * expf(-lse) : g;
+    shift[position] = (lse + 1 / p.temperature) * kLog2E;
   }
 }
 

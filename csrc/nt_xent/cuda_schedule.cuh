@@ -1,7 +1,7 @@
 // NT-Xent on the GPU: which block forms which tiles of the forward pass. Index arithmetic only, for host and device.
 //
 // Positions. The anchors of a call are numbered 0 .. A-1 (the handled samples' first views, then second views), the
-// other rows 0 .. O-1. The anchors are cut into owner tiles, all rows into walked tiles of kWalked. Owner tile o meets
+// other rows 0 .. O-1. The anchors are cut into owner tiles, all rows into walked tiles. Owner tile o meets
 // its own rows, the anchors behind them, and all other rows. A tile behind the diagonal serves both sides: its
 // exponentials are summed over the walked rows, for the owner, and over the owner's, for the walked rows.
 //
@@ -16,20 +16,20 @@
 
 namespace scan_fast {
 
-constexpr int kWalked = 64;
-
+template <int kWalkedRows>
 struct ForwardSchedule {
+  static constexpr int walked_width = kWalkedRows;
   int64_t anchors, others;         // A, O
   int64_t owner_begin, owner_end;  // the owners of this launch
   int64_t blocks;
   int64_t piece_slots;  // slots before those that hold sums for others' rows
-  int owner_width;      // a multiple of kWalked
+  int owner_width;      // a multiple of the walked tiles'
 
-  __host__ __device__ int64_t anchor_tiles() const { return (anchors + kWalked - 1) / kWalked; }
-  __host__ __device__ int64_t other_tiles() const { return (others + kWalked - 1) / kWalked; }
+  __host__ __device__ int64_t anchor_tiles() const { return (anchors + walked_width - 1) / walked_width; }
+  __host__ __device__ int64_t other_tiles() const { return (others + walked_width - 1) / walked_width; }
   __host__ __device__ int64_t owners() const { return (anchors + owner_width - 1) / owner_width; }
   // The owner's own tiles come first.
-  __host__ __device__ int64_t first_walked(int64_t owner) const { return owner * (owner_width / kWalked); }
+  __host__ __device__ int64_t first_walked(int64_t owner) const { return owner * (owner_width / walked_width); }
   __host__ __device__ int64_t length(int64_t owner) const {
     return anchor_tiles() - first_walked(owner) + other_tiles();
   }
@@ -37,7 +37,7 @@ struct ForwardSchedule {
   __host__ __device__ int64_t prefix(int64_t owner) const {
     const int64_t count = owner - owner_begin;
     return count * (anchor_tiles() + other_tiles()) -
-           (owner_begin + owner - 1) * count / 2 * (owner_width / kWalked);
+           (owner_begin + owner - 1) * count / 2 * (owner_width / walked_width);
   }
   __host__ __device__ int64_t total() const { return prefix(owner_end); }
   __host__ __device__ int64_t block_begin(int64_t block) const { return total() * block / blocks; }
@@ -79,9 +79,10 @@ struct ForwardSchedule {
 };
 
 // The launch of the owners [begin, end), with at most `most_blocks` blocks.
-inline ForwardSchedule make_forward_schedule(int64_t anchors, int64_t others, int owner_width, int64_t begin,
-                                             int64_t end, int64_t most_blocks) {
-  ForwardSchedule s{anchors, others, begin, end, 1, 0, owner_width};
+template <int kWalkedRows>
+ForwardSchedule<kWalkedRows> make_forward_schedule(int64_t anchors, int64_t others, int owner_width, int64_t begin,
+                                                   int64_t end, int64_t most_blocks) {
+  ForwardSchedule<kWalkedRows> s{anchors, others, begin, end, 1, 0, owner_width};
   s.blocks = s.total() < most_blocks ? s.total() : most_blocks;
   // The first owner's run is the longest; it touches at most two blocks more than it fills.
   const int64_t longest = s.length(begin), filled = longest * s.blocks / s.total() + 2;

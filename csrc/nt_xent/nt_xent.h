@@ -71,4 +71,27 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
                            const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream);
 
+// The same on a GPU of compute capability 9.0, for the problems that nt_xent_sm90_covers: nt_xent_sm90.cu.
+bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced);
+int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced);
+int64_t nt_xent_backward_sm90_workspace(const NTXentProblem& problem, bool reduced);
+void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const void* z1, DType dtype, bool reduced,
+                          float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
+                          StreamHandle stream);
+void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
+                           const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
+                           void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream);
+
+// One form of the GPU kernels.
+struct NTXentGpuKernels {
+  decltype(&nt_xent_forward_cuda_workspace) forward_workspace;
+  decltype(&nt_xent_backward_cuda_workspace) backward_workspace;
+  decltype(&nt_xent_forward_cuda) forward;
+  decltype(&nt_xent_backward_cuda) backward;
+};
+inline constexpr NTXentGpuKernels kNTXentPortable{nt_xent_forward_cuda_workspace, nt_xent_backward_cuda_workspace,
+                                                  nt_xent_forward_cuda, nt_xent_backward_cuda};
+inline constexpr NTXentGpuKernels kNTXentSM90{nt_xent_forward_sm90_workspace, nt_xent_backward_sm90_workspace,
+                                              nt_xent_forward_sm90, nt_xent_backward_sm90};
+
 }  // namespace scan_fast

@@ -52,8 +52,8 @@ struct ForwardPlan {
     }
     owners = ceil_div(anchors, owner_width);
   }
-  ForwardSchedule schedule(int64_t begin, int64_t end) const {
-    return make_forward_schedule(anchors, others, owner_width, begin, end, most_blocks);
+  ForwardSchedule<kWalked> schedule(int64_t begin, int64_t end) const {
+    return make_forward_schedule<kWalked>(anchors, others, owner_width, begin, end, most_blocks);
   }
   // Calls body(schedule, is it the first, is it the last) for each launch.
   template <typename Body>
@@ -70,7 +70,7 @@ struct ForwardWorkspace {
   float *positive, *partial, *running, *shift;
   ForwardWorkspace(Carver& carver, const NTXentProblem& problem, const ForwardPlan& plan, bool reduced) {
     int64_t slots = 0;
-    plan.for_rounds([&](const ForwardSchedule& s, bool, bool) { slots = std::max(slots, s.slots()); });
+    plan.for_rounds([&](const ForwardSchedule<kWalked>& s, bool, bool) { slots = std::max(slots, s.slots()); });
     packed = carver.take_operands(problem, reduced);
     positive = carver.take<float>(problem.samples);
     partial = carver.take<float>(slots * plan.anchors);
@@ -79,7 +79,7 @@ struct ForwardWorkspace {
   }
 };
 
-using ForwardKernel = void (*)(const half_t*, const float*, float*, ForwardSchedule, Params);
+using ForwardKernel = void (*)(const half_t*, const float*, float*, ForwardSchedule<kWalked>, Params);
 struct ForwardLaunch {
   ForwardKernel kernel;
   size_t bytes;
@@ -110,33 +110,17 @@ template <Pass kPass>
 void forward_pass(const ForwardPlan& plan, const ForwardWorkspace& parts, bool reduced, float* losses,
                   float* shifted_lse, StreamHandle stream) {
   const ForwardLaunch chosen = choose_forward<kPass>(plan, reduced);
-  plan.for_rounds([&](const ForwardSchedule& schedule, bool first, bool last) {
+  plan.for_rounds([&](const ForwardSchedule<kWalked>& schedule, bool first, bool last) {
     launch(chosen.kernel, dim3(static_cast<unsigned>(schedule.blocks)), dim3(kThreads), chosen.bytes, stream,
            parts.packed, parts.shift, parts.partial, schedule, plan.p);
     const Collected out{parts.running, parts.shift, losses, shifted_lse, parts.positive, first, last};
-    launch(collect_kernel<kPass>, dim3(static_cast<unsigned>(ceil_div(plan.anchors, kCollectRows))),
-           dim3(kCollectRows * kCollectParts), 0, stream, parts.partial, schedule, out, plan.p);
+    launch(collect_kernel<kPass, ForwardSchedule<kWalked>>,
+           dim3(static_cast<unsigned>(ceil_div(plan.anchors, kCollectRows))), dim3(kCollectRows * kCollectParts), 0,
+           stream, parts.partial, schedule, out, plan.p);
   });
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
-
-// How many parts of the columns for `blocks` blocks that walk over `tiles` tiles each: as many waves of blocks as there
-// must be, and little to add up afterwards, which is counted as half a tile a part.
-int64_t column_splits(int64_t blocks, int64_t tiles) {
-  const int64_t room = 2 * multiprocessors();
-  int64_t best = 1;
-  double least = 0;
-  for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
-    const double cost = static_cast<double>(ceil_div(blocks * splits, room)) *
-                            static_cast<double>(ceil_div(tiles, splits) + 1) + 0.5 * static_cast<double>(splits);
-    if (splits == 1 || cost < least) {
-      least = cost;
-      best = splits;
-    }
-  }
-  return best;
-}
 
 struct BackwardPlan {
   Params p;
@@ -152,7 +136,7 @@ struct BackwardPlan {
       chunk = std::min(rows, std::max<int64_t>(1, kMostWeights / row_bytes / kRows) * kRows);
     }
     const int64_t blocks = ceil_div(chunk, kRows) * (narrow ? 1 : ceil_div(problem.dim, kSlice));
-    p = make_params(problem, rows, column_splits(blocks, tiles));
+    p = make_params(problem, rows, column_splits(blocks, tiles, 2 * multiprocessors()));
   }
   WideRows wide(int64_t begin) const {
     return {begin, std::min(chunk, rows - begin), ceil_div(p.rows(), kColumns) * kColumns};
@@ -214,9 +198,12 @@ void nt_xent_forward_cuda(const NTXentProblem& problem, const void* z0, const vo
   Carver carver{static_cast<unsigned char*>(workspace)};
   const ForwardWorkspace parts(carver, problem, plan, reduced);
   dispatch_dtype(dtype, [&]<typename T>() {
-    launch(reduced ? prepare_forward_kernel<T, false> : prepare_forward_kernel<T, true>, grid_of_rows(problem.samples),
-           dim3(kRowThreads), 0, stream, static_cast<const T*>(z0), static_cast<const T*>(z1), unit, inv_norm,
-           parts.packed, parts.positive, plan.p);
+    const auto prepare = [&]<bool kSplit>() {
+      launch(prepare_forward_kernel<T, RowMajor<kSplit>>, grid_of_rows(problem.samples), dim3(kRowThreads), 0, stream,
+             static_cast<const T*>(z0), static_cast<const T*>(z1), unit, inv_norm,
+             RowMajor<kSplit>(parts.packed, plan.p), parts.positive, plan.p);
+    };
+    reduced ? prepare.template operator()<false>() : prepare.template operator()<true>();
   });
   if (plan.p.fixed_shift) {
     forward_pass<Pass::kSums>(plan, parts, reduced, losses, shifted_lse, stream);
@@ -239,9 +226,12 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
     launch(largest_gradient_kernel, dim3(1), dim3(kLargestThreads), 0, stream, upstream, parts.largest, p);
     largest = parts.largest;
   }
-  launch(reduced ? prepare_backward_kernel<false> : prepare_backward_kernel<true>, grid_of_rows(problem.rows()),
-         dim3(kRowThreads), 0, stream, unit, upstream, shifted_lse, largest, parts.packed, parts.weight, parts.shift,
-         parts.unscale, p);
+  const auto prepare = [&]<bool kSplit>() {
+    launch(prepare_backward_kernel<RowMajor<kSplit>>, grid_of_rows(problem.rows()), dim3(kRowThreads), 0, stream, unit,
+           upstream, shifted_lse, largest, RowMajor<kSplit>(parts.packed, p), parts.weight,
+           parts.shift, parts.unscale, p);
+  };
+  reduced ? prepare.operator()<false>() : prepare.operator()<true>();
   for (int64_t begin = 0; begin < plan.rows; begin += plan.chunk) {
     const auto products = reduced ? (p.fixed_shift ? products_backward<false, true> : products_backward<false, false>)
                                   : (p.fixed_shift ? products_backward<true, true> : products_backward<true, false>);

@@ -11,6 +11,7 @@
 #endif
 
 #include "common/large_buffers.h"
+#include "common/variants.h"
 #include "nt_xent/nt_xent.h"
 
 namespace scan_fast {
@@ -101,6 +102,16 @@ DType kernel_dtype(torch::ScalarType dtype) {
 // 16-bit embeddings carry no more than single 16-bit products keep.
 bool reduced_on_gpu(torch::ScalarType dtype) { return reduced_precision() || dtype != torch::kFloat; }
 
+NTXentGpuKernels gpu_kernels(const NTXentProblem& problem, bool reduced) {
+#if defined(SCAN_FAST_WITH_SM90)
+  if (prefers_sm90(Family::kNTXent) && nt_xent_sm90_covers(problem, reduced)) return kNTXentSM90;
+#else
+  static_cast<void>(problem);
+  static_cast<void>(reduced);
+#endif
+  return kNTXentPortable;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& z0, const Tensor& z1, double temperature,
                                                         bool both_anchors, int64_t sample_begin,
                                                         int64_t sample_count) {
@@ -114,10 +125,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& z0, const 
   const auto options = x0.options().dtype(torch::kFloat).requires_grad(false);
   Tensor unit = torch::empty({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
   Tensor losses = torch::empty({problem.local_anchors()}, options), lse = torch::empty_like(losses);
-  Tensor workspace = torch::empty({nt_xent_forward_cuda_workspace(problem, reduced)}, options.dtype(torch::kByte));
-  nt_xent_forward_cuda(problem, x0.const_data_ptr(), x1.const_data_ptr(), dtype, reduced, losses.data_ptr<float>(),
-                       lse.data_ptr<float>(), unit.data_ptr<float>(), inv_norm.data_ptr<float>(), workspace.data_ptr(),
-                       c10::cuda::getCurrentCUDAStream().stream());
+  const NTXentGpuKernels kernels = gpu_kernels(problem, reduced);
+  Tensor workspace = torch::empty({kernels.forward_workspace(problem, reduced)}, options.dtype(torch::kByte));
+  kernels.forward(problem, x0.const_data_ptr(), x1.const_data_ptr(), dtype, reduced, losses.data_ptr<float>(),
+                  lse.data_ptr<float>(), unit.data_ptr<float>(), inv_norm.data_ptr<float>(), workspace.data_ptr(),
+                  c10::cuda::getCurrentCUDAStream().stream());
   return {losses, lse, unit, inv_norm};
 }
 
@@ -136,12 +148,13 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_losses, const Tensor
   const NTXentUpstream upstream{gradient.const_data_ptr<float>(), single ? 0 : 1};
   Tensor grad_z0 = torch::empty({sample_count, in.problem.dim}, in.unit.options().dtype(dtype));
   Tensor grad_z1 = torch::empty_like(grad_z0);
+  const NTXentGpuKernels kernels = gpu_kernels(in.problem, reduced);
   Tensor workspace =
-      torch::empty({nt_xent_backward_cuda_workspace(in.problem, reduced)}, in.unit.options().dtype(torch::kByte));
-  nt_xent_backward_cuda(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
-                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(), upstream, out, reduced,
-                        grad_z0.data_ptr(), grad_z1.data_ptr(), workspace.data_ptr(),
-                        c10::cuda::getCurrentCUDAStream().stream());
+      torch::empty({kernels.backward_workspace(in.problem, reduced)}, in.unit.options().dtype(torch::kByte));
+  kernels.backward(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
+                   in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(), upstream, out, reduced,
+                   grad_z0.data_ptr(), grad_z1.data_ptr(), workspace.data_ptr(),
+                   c10::cuda::getCurrentCUDAStream().stream());
   return {grad_z0, grad_z1};
 }
 

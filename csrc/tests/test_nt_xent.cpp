@@ -7,133 +7,19 @@
 #include "nt_xent/cuda_schedule.cuh"
 #include "nt_xent/nt_xent.h"
 #include "nt_xent/schedule.h"
+#include "nt_xent_cases.h"
 
 namespace {
 
 using namespace scan_fast;
-
-struct Result {
-  std::vector<double> losses, grad_z0, grad_z1;  // of all anchors; of all samples
-};
-
-// The definition, written out: losses of all anchors and the gradient of sum_i upstream_i loss_i.
-Result oracle(const std::vector<float>& z0, const std::vector<float>& z1, int64_t n, int64_t d, double temperature,
-              bool both, const std::vector<float>& upstream) {
-  const int64_t m = 2 * n, anchors = both ? m : n;
-  std::vector<double> u(m * d), norm(m), s(m * m), du(m * d, 0.0);
-  for (int64_t i = 0; i < m; ++i) {
-    const float* x = i < n ? &z0[i * d] : &z1[(i - n) * d];
-    double sum = 0;
-    for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
-    norm[i] = std::max(std::sqrt(sum), 1e-12);
-    for (int64_t k = 0; k < d; ++k) u[i * d + k] = x[k] / norm[i];
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < m; ++j) {
-      double dot = 0;
-      for (int64_t k = 0; k < d; ++k) dot += u[i * d + k] * u[j * d + k];
-      s[i * m + j] = dot / temperature;
-    }
-  }
-  Result result;
-  for (int64_t i = 0; i < anchors; ++i) {
-    const int64_t positive = (i + n) % m;
-    double largest = -INFINITY, sum = 0;
-    for (int64_t j = 0; j < m; ++j) {
-      if (j != i) largest = std::max(largest, s[i * m + j]);
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      if (j != i) sum += std::exp(s[i * m + j] - largest);
-    }
-    const double lse = largest + std::log(sum);
-    result.losses.push_back(lse - s[i * m + positive]);
-    for (int64_t j = 0; j < m; ++j) {
-      if (j == i) continue;
-      const double c = upstream[i] * (std::exp(s[i * m + j] - lse) - (j == positive)) / temperature;
-      for (int64_t k = 0; k < d; ++k) {
-        du[i * d + k] += c * u[j * d + k];
-        du[j * d + k] += c * u[i * d + k];
-      }
-    }
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    double radial = 0;
-    for (int64_t k = 0; k < d; ++k) radial += du[i * d + k] * u[i * d + k];
-    for (int64_t k = 0; k < d; ++k) {
-      (i < n ? result.grad_z0 : result.grad_z1).push_back((du[i * d + k] - radial * u[i * d + k]) / norm[i]);
-    }
-  }
-  return result;
-}
-
-template <typename T>
-std::vector<T> converted(const std::vector<float>& x) {
-  std::vector<T> out(x.size());
-  for (size_t i = 0; i < x.size(); ++i) out[i] = from_float<T>(x[i]);
-  return out;
-}
-
-struct Buffer {
-  std::vector<unsigned char> storage;
-  unsigned char* aligned;
-  explicit Buffer(int64_t bytes) : storage(bytes + 256, 0xff) {
-    aligned = storage.data() + (256 - reinterpret_cast<uintptr_t>(storage.data()) % 256) % 256;
-  }
-};
-
-// Runs both passes over the samples in parts, as ranks would, and compares with the oracle.
-void compare(int64_t n, int64_t d, double temperature, bool both, bool reduced, const std::vector<int64_t>& cuts,
-             double tolerance) {
-  check::Random random{static_cast<uint64_t>(n * 1000 + d)};
-  std::vector<float> z0(n * d), z1(n * d);
-  for (int64_t i = 0; i < n * d; ++i) {
-    z0[i] = static_cast<float>(random.normal());
-    z1[i] = static_cast<float>(0.5 * z0[i] + 0.7 * random.normal());
-  }
-  const int64_t anchors = both ? 2 * n : n;
-  std::vector<float> upstream(anchors);
-  for (float& g : upstream) g = static_cast<float>(random.normal());
-  const Result expected = oracle(z0, z1, n, d, temperature, both, upstream);
-
-  std::vector<float> losses(anchors, NAN), lse(anchors, NAN), unit(2 * n * d, NAN), inv_norm(2 * n, NAN);
-  std::vector<float> grad_z0(n * d, NAN), grad_z1(n * d, NAN);
-  const int views = both ? 2 : 1;
-  for (size_t part = 0; part + 1 < cuts.size(); ++part) {
-    const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
-    std::vector<float> part_losses(problem.local_anchors(), NAN), part_lse(problem.local_anchors(), NAN);
-    const Buffer workspace(nt_xent_forward_cuda_workspace(problem, reduced));
-    nt_xent_forward_cuda(problem, z0.data(), z1.data(), DType::kFloat32, reduced, part_losses.data(), part_lse.data(),
-                         unit.data(), inv_norm.data(), workspace.aligned, nullptr);
-    for (int view = 0; view < views; ++view) {
-      for (int64_t i = 0; i < problem.sample_count; ++i) {
-        losses[view * n + cuts[part] + i] = part_losses[view * problem.sample_count + i];
-        lse[view * n + cuts[part] + i] = part_lse[view * problem.sample_count + i];
-      }
-    }
-  }
-  for (size_t part = 0; part + 1 < cuts.size(); ++part) {
-    const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
-    const Buffer workspace(nt_xent_backward_cuda_workspace(problem, reduced));
-    nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1},
-                          DType::kFloat32, reduced, grad_z0.data() + cuts[part] * d, grad_z1.data() + cuts[part] * d,
-                          workspace.aligned, nullptr);
-  }
-  double largest = 1e-3;
-  for (const double g : expected.grad_z0) largest = std::max(largest, std::fabs(g));
-  for (int64_t i = 0; i < anchors; ++i) CHECK_NEAR(losses[i], expected.losses[i], tolerance * (1 + 1 / temperature));
-  // The projection loses what the radial part had; short rows divide by their length.
-  for (int64_t i = 0; i < n * d; ++i) {
-    CHECK_NEAR(grad_z0[i], expected.grad_z0[i], tolerance / temperature * std::max(largest, 1.0 * inv_norm[i / d]));
-    CHECK_NEAR(grad_z1[i], expected.grad_z1[i], tolerance / temperature * std::max(largest, 1.0 * inv_norm[n + i / d]));
-  }
-}
+using namespace scan_fast::nt_xent_test;
 
 void odd_shapes() {
   emu::options() = {.detect_races = true};
   for (const bool both : {true, false}) {
     for (const auto& [n, d] : std::vector<std::pair<int64_t, int64_t>>{{1, 7}, {3, 1}, {65, 64}, {33, 200}, {5, 130}}) {
-      compare(n, d, 0.5, both, false, {0, n}, 3e-6);
-      compare(n, d, 0.5, both, true, {0, n}, 2e-3);
+      compare(kNTXentPortable, n, d, 0.5, both, false, {0, n}, 3e-6);
+      compare(kNTXentPortable, n, d, 0.5, both, true, {0, n}, 2e-3);
     }
   }
 }
@@ -141,27 +27,27 @@ void odd_shapes() {
 void several_tiles_and_parts() {
   emu::options() = {.detect_races = true, .seed = 5};
   for (const bool both : {true, false}) {
-    compare(130, 128, 0.1, both, false, {0, 130}, 3e-6);
-    compare(70, 24, 0.1, both, false, {0, 1, 40, 70}, 3e-6);
+    compare(kNTXentPortable, 130, 128, 0.1, both, false, {0, 130}, 3e-6);
+    compare(kNTXentPortable, 70, 24, 0.1, both, false, {0, 1, 40, 70}, 3e-6);
   }
 }
 
 // More dimensions than the registers hold of a gradient, and the upstream gradient of a mean.
 void many_dimensions() {
   emu::options() = {.detect_races = true, .seed = 3};
-  compare(33, 129, 0.5, true, false, {0, 33}, 3e-6);
-  compare(70, 260, 0.1, false, true, {0, 20, 70}, 2e-3);
+  compare(kNTXentPortable, 33, 129, 0.5, true, false, {0, 33}, 3e-6);
+  compare(kNTXentPortable, 70, 260, 0.1, false, true, {0, 20, 70}, 2e-3);
   emu::options() = {};
-  compare(5, 2048, 0.2, true, false, {0, 5}, 3e-6);
-  compare(66, 136, 0.02, true, false, {0, 66}, 3e-6);
+  compare(kNTXentPortable, 5, 2048, 0.2, true, false, {0, 5}, 3e-6);
+  compare(kNTXentPortable, 66, 136, 0.02, true, false, {0, 66}, 3e-6);
 }
 
 void wide_owners() {
   // On one processor there are enough tiles for owners of 128 rows; 16-bit products only.
   emu::options() = {.detect_races = true, .seed = 4, .multiprocessors = 1};
   for (const bool both : {true, false}) {
-    compare(200, 24, 0.1, both, true, {0, 200}, 2e-3);
-    compare(150, 130, 0.1, both, true, {0, 10, 150}, 2e-3);
+    compare(kNTXentPortable, 200, 24, 0.1, both, true, {0, 200}, 2e-3);
+    compare(kNTXentPortable, 150, 130, 0.1, both, true, {0, 10, 150}, 2e-3);
   }
 }
 
@@ -213,16 +99,17 @@ void several_rounds() {
 }
 
 // Every pair of an anchor and another row in exactly one tile, and every slot of a row written once and read once.
-void forward_schedule_covers_every_tile_once() {
+template <int kWalkedRows>
+void forward_schedule_covers_every_tile_once(const std::vector<int>& owner_widths) {
   for (const int64_t anchors : {1, 64, 65, 200, 700}) {
     for (const int64_t others : {0, 1, 130}) {
-      for (const int width : {64, 128}) {
+      for (const int width : owner_widths) {
         for (const int64_t most_blocks : {1, 7, 40, 1000}) {
           const int64_t owners = (anchors + width - 1) / width;
           std::set<std::pair<int64_t, int64_t>> met;  // (owner tile, walked tile)
           for (int64_t begin = 0; begin < owners; begin += 3) {
             const int64_t end = std::min(owners, begin + 3);
-            const ForwardSchedule s = make_forward_schedule(anchors, others, width, begin, end, most_blocks);
+            const auto s = make_forward_schedule<kWalkedRows>(anchors, others, width, begin, end, most_blocks);
             std::set<std::pair<int64_t, int64_t>> written;  // (slot, walked tile of the row)
             const auto write = [&](int64_t slot, int64_t tile) {
               CHECK(0 <= slot && slot < s.slots());
@@ -241,7 +128,7 @@ void forward_schedule_covers_every_tile_once() {
                   const int64_t walked = s.first_walked(owner) + t;
                   CHECK(walked < s.anchor_tiles() + s.other_tiles());
                   CHECK(met.emplace(owner, walked).second);
-                  if (walked < s.anchor_tiles() && t >= width / kWalked) write(s.mirror_slot(owner), walked);
+                  if (walked < s.anchor_tiles() && t >= width / kWalkedRows) write(s.mirror_slot(owner), walked);
                 }
                 for (int64_t tile = s.first_walked(owner); tile < s.first_walked(owner + 1); ++tile) {
                   write(s.piece_slot(owner, block), tile);
@@ -252,8 +139,8 @@ void forward_schedule_covers_every_tile_once() {
             // The last owner's second half may hold no anchors: its sums are made, and nobody reads them.
             std::set<std::pair<int64_t, int64_t>> read;
             for (int64_t tile = 0; tile < s.anchor_tiles(); ++tile) {
-              for (int64_t k = 0; k < s.filled(tile * kWalked); ++k) {
-                CHECK(read.emplace(s.filled_slot(tile * kWalked, k), tile).second);
+              for (int64_t k = 0; k < s.filled(tile * kWalkedRows); ++k) {
+                CHECK(read.emplace(s.filled_slot(tile * kWalkedRows, k), tile).second);
               }
             }
             for (auto it = written.begin(); it != written.end();) {
@@ -262,9 +149,9 @@ void forward_schedule_covers_every_tile_once() {
             CHECK(read == written);
           }
           for (int64_t owner = 0; owner < owners; ++owner) {
-            const int64_t tiles = (anchors + kWalked - 1) / kWalked, all = tiles + (others + kWalked - 1) / kWalked;
+            const int64_t tiles = (anchors + kWalkedRows - 1) / kWalkedRows, all = tiles + (others + kWalkedRows - 1) / kWalkedRows;
             for (int64_t walked = 0; walked < all; ++walked) {
-              CHECK(met.count({owner, walked}) == (walked >= owner * (width / kWalked) ? 1u : 0u));
+              CHECK(met.count({owner, walked}) == (walked >= owner * (width / kWalkedRows) ? 1u : 0u));
             }
           }
         }
@@ -272,10 +159,16 @@ void forward_schedule_covers_every_tile_once() {
     }
   }
 }
+void forward_schedules_cover_every_tile_once() {
+  forward_schedule_covers_every_tile_once<64>({64, 128});
+  forward_schedule_covers_every_tile_once<128>({128});
+}
 
 void low_temperatures() {
   emu::options() = {};
-  for (const double temperature : {0.0301, 0.02, 0.005}) compare(40, 48, temperature, true, false, {0, 40}, 3e-6);
+  for (const double temperature : {0.0301, 0.02, 0.005}) {
+    compare(kNTXentPortable, 40, 48, temperature, true, false, {0, 40}, 3e-6);
+  }
 }
 
 void repeated_runs_give_the_same_bits() {
@@ -420,7 +313,7 @@ void tournaments_pair_everybody_once() {
 int main() {
   RUN(forward_tasks_cover_every_pair_once);
   RUN(tournaments_pair_everybody_once);
-  RUN(forward_schedule_covers_every_tile_once);
+  RUN(forward_schedules_cover_every_tile_once);
   RUN(odd_shapes);
   RUN(several_tiles_and_parts);
   RUN(many_dimensions);

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any, Literal
 
 import torch  # torch must be loaded before the compiled module: it brings the libraries that the module links to
+
+from scan_fast import gpu_status
 
 Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
 OPERATORS = ("augment", "nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
 """The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
+
+GPU_KERNELS = {"nt_xent": ("nt_xent/nt_xent_sm90", "nt_xent/nt_xent_cuda")}
+"""The families with kernels for sm_90a, and their sources: those, then the portable ones."""
 
 _C: Any = None
 load_error: str | None = None
@@ -33,6 +39,30 @@ _KERNELS = frozenset(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if _C is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scan_fast::{operator}", key)
 )
+
+
+def _prefer_sm90(mode: str) -> frozenset[str]:
+    """Tell the compiled module which families take their kernels for sm_90a on a GPU that has it; return them.
+
+    ``"auto"``: those whose kernels for sm_90a have passed on a GPU (docs/gpu-status.md); ``"sm90"``: all that have such
+    kernels; ``"portable"``: none. In any case the portable kernels do what those for sm_90a do not cover.
+    """
+    if mode not in ("auto", "portable", "sm90"):
+        raise ValueError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
+    if _C is None or not _C.build_info().get("sm90_kernels"):
+        return frozenset()
+    chosen = set()
+    for family, sources in GPU_KERNELS.items():
+        on = mode == "sm90" or (mode == "auto" and gpu_status.preferred(sources) == sources[0])
+        _C.prefer_sm90(family, on)
+        if on:
+            chosen.add(family)
+    return frozenset(chosen)
+
+
+# Fixed at import, as the kernels are.
+SM90_FAMILIES = _prefer_sm90(os.environ.get("SCAN_FAST_GPU_KERNELS", "auto"))
+"""The families that take their kernels for sm_90a on a GPU of compute capability 9.0."""
 
 _warned = False
 

@@ -65,7 +65,7 @@ def test_update_takes_over_what_passed_and_nothing_else() -> None:
 def test_preferred_takes_the_first_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_status, "records", lambda: {"b": {"status": "verified"}, "a": {"status": "unverified"}})
     assert gpu_status.preferred(["a", "b", "c"]) == "b"
-    assert gpu_status.preferred(["a", "c"]) == "a"
+    assert gpu_status.preferred(["a", "c"]) == "c"
 
 
 def test_the_hash_sees_code_and_headers_but_not_comments(tmp_path: Path) -> None:

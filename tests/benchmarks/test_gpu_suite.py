@@ -77,6 +77,30 @@ def test_a_failed_step_of_one_family_leaves_the_others(all_ran: Path) -> None:
     assert passed(all_ran, {"benchmark scan_loss": outcome(False)}) == set(FAMILIES)
 
 
+def test_kernels_for_sm90_are_verified_by_steps_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/usr/bin/{name}")
+    steps = gpu_suite.plan(rehearse=False, out=tmp_path, build=True)
+    assert len({step.name for step in steps}) == len(steps)
+    for name, family in gpu_suite.SM90.items():
+        gating = [step for step in steps if name in step.families and step.name != "build"]
+        assert {step.name.split()[0] for step in gating} == {"tests", "accuracy", "repeat", "memcheck", "initcheck"}
+        assert all(step.environment["SCAN_FAST_GPU_KERNELS"] == "sm90" for step in gating)
+        assert all(family in " ".join(step.command) for step in gating)
+    rest = [step for step in steps if set(step.families) & set(FAMILIES) and step.name != "build"]
+    assert all(step.environment["SCAN_FAST_GPU_KERNELS"] == "portable" for step in rest)
+
+    # What passed with one set of kernels says nothing about the other.
+    junit(tmp_path, *(case(family, "test_a[cuda]") for family in FAMILIES))
+    for name, family in gpu_suite.SM90.items():
+        text = f"<testsuites><testsuite>{case(family, 'test_a[cuda]')}</testsuite></testsuites>"
+        (tmp_path / gpu_suite.junit(name)).write_text(text)
+    for failed, expected in (("memcheck nt_xent sm90", (True, False)), ("memcheck nt_xent", (False, True))):
+        results = [outcome(step.name != failed) | {"name": step.name} for step in steps]
+        kernels = gpu_suite.summarize(steps, results, tmp_path, True)["kernels"]
+        assert (kernels["nt_xent/nt_xent_cuda"]["passed"], kernels["nt_xent/nt_xent_sm90"]["passed"]) == expected
+
+
 def test_a_step_that_hangs_is_ended_with_its_children() -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     log = io.StringIO()

@@ -27,6 +27,7 @@ CACHE = ROOT / "build" / "build-gate"
 BUDGETS = Path(__file__).with_name("build_budgets.json")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
+SM90 = "_sm90.cu"  # sources that end so are for sm_90a alone
 # What a kernel may use without an entry: registers with which a multiprocessor still holds 1,024 threads, static shared
 # memory, no stack frame and no spills.
 DEFAULT = {"registers": 64, "smem": 20 << 10, "stack": 0, "spills": 0}
@@ -59,6 +60,11 @@ def find_cuobjdump() -> Path | None:
 def kernels() -> list[str]:
     """Return the CUDA sources of the module as CMakeLists.txt lists them, relative to csrc/."""
     return re.findall(r"^\s*\$\{CSRC\}/(\S+\.cu)\s*$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+
+
+def architectures(source: str) -> tuple[str, ...]:
+    """Return the architectures that a source is compiled for."""
+    return ("90a",) if source.endswith(SM90) else ARCHITECTURES
 
 
 def demangled(text: str) -> str:
@@ -130,7 +136,7 @@ def instructions(binary: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
     for block in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         name, _, code = block.partition("\n")
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
-        wanted = {op: names.count(op) for op in ("HMMA", "HGMMA", "LDGSTS", "LDSM", "MUFU", "LDL", "STL")}
+        wanted = {op: names.count(op) for op in ("HMMA", "HGMMA", "LDGSTS", "LDSM", "UBLKCP", "MUFU", "LDL", "STL")}
         counts[short_name(demangled(name.strip()).strip())] = wanted
     return counts
 
@@ -150,7 +156,7 @@ def record() -> None:
     before = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     blocks = []
     for source in kernels():
-        built = {arch: compile_kernel(source, arch, nvcc)["kernels"] for arch in ARCHITECTURES}
+        built = {arch: compile_kernel(source, arch, nvcc)["kernels"] for arch in architectures(source)}
         lines = []
         for name in sorted({name for of_arch in built.values() for name in of_arch}):
             registers = {arch: -(-of_arch[name]["registers"] // 8) * 8 for arch, of_arch in built.items()}

@@ -16,13 +16,16 @@ import pytest
 NVCC = build_gate.find_nvcc()
 CUOBJDUMP = build_gate.find_cuobjdump()
 BUDGETS = json.loads(build_gate.BUDGETS.read_text())
-BUILDS = [(source, architecture) for source in build_gate.kernels() for architecture in build_gate.ARCHITECTURES]
+BUILDS = [
+    (source, architecture) for source in build_gate.kernels() for architecture in build_gate.architectures(source)
+]
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (set CUDACXX or CUDA_HOME)")
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found (pip: nvidia-cuda-cuobjdump)")
 # Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
 MATRIX = {
     "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
     "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel", "weights_kernel", "gather_kernel"),
+    "nt_xent/nt_xent_sm90.cu": ("forward_sm90_kernel", "backward_sm90_kernel"),
 }
 
 NAME = "_ZN9scan_fast48_GLOBAL__N__c952af28_15_nt_xent_cuda_cu_c644615815backward_kernelILb0ELb1EEEvPKfi"
@@ -101,8 +104,10 @@ def test_machine_code(source: str, architecture: str) -> None:
         if "stack" not in budgets.get(name, {}):
             assert ops["LDL"] == ops["STL"] == 0, f"{name} uses local memory"
         if name.split("<")[0].startswith(MATRIX.get(source, ())):
-            assert ops["HMMA"] + ops["HGMMA"] > 0, f"{name} multiplies without matrix units"
-            assert ops["LDGSTS"] > 0 and ops["LDSM"] > 0, f"{name} lost its asynchronous copies or matrix loads"
+            multiplies, copies = ("HGMMA", "UBLKCP") if source.endswith(build_gate.SM90) else ("HMMA", "LDGSTS")
+            assert ops[multiplies] > 0, f"{name} multiplies without {multiplies}"
+            assert ops[copies] > 0, f"{name} lost its asynchronous copies"
+            assert ops["LDSM"] > 0 or source.endswith(build_gate.SM90), f"{name} lost its matrix loads"
 
 
 def whole_text(source: str) -> str:
@@ -112,5 +117,5 @@ def whole_text(source: str) -> str:
 
 
 def test_matrix_kernels_are_named_in_their_sources() -> None:
-    multiplying = {s for s in build_gate.kernels() if re.search(r"\bmma_16816<", whole_text(s))}
+    multiplying = {s for s in build_gate.kernels() if re.search(r"\bw?g?mma(_16816)?<", whole_text(s))}
     assert multiplying == set(MATRIX) & set(build_gate.kernels())

@@ -1,0 +1,208 @@
+// NT-Xent on Hopper: bulk copies, warpgroup products, warpgroups in turns. Compiled for sm_90a alone.
+//
+// Maths and what is saved: nt_xent.h. Preparation, sums in order and finish are those of the portable kernels
+// (nt_xent_cuda.cu), which also serve what this file does not cover: temperatures below 0.03, D > 256, and D > 128 for
+// float32 accuracy (split operands).
+//   sm90_packing.cuh     the operands in swizzled panels of 128 rows x 64 dimensions
+//   sm90_forward.cuh     128 x 128 tiles of the upper triangle, dealt out in equal runs to persistent blocks
+//   sm90_backward.cuh    128 rows and a part of the columns a block: similarities, weights and W Z in one pass
+// Both are one block of 3 warpgroups a multiprocessor: one thread copies, two warpgroups multiply in turns.
+//
+// Launches: forward prepare, products, collect (one more products and collect for every 16,384 anchors after the first
+// 16,384); backward prepare, products, finish (one more where more than 4,096 anchors have gradients of their own). No
+// host synchronisation, no atomics: the same input gives the same bits.
+//
+// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to 237
+// of 240 registers. Steady state of a backward tile at D = 128, for a warpgroup: 16 HGMMA back to back, then about 380
+// instructions for 64 elements a thread, of which 64 EX2. Not yet run on a GPU: what follows are predictions.
+//   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 a cycle at 1.8 GHz:
+//     forward   0.70 us of products, 0.57 us of EX2, 32 KB from the second cache: 6.2 TB/s if nothing else limited it,
+//               about what that cache gives, so expect 70 % of the products' limit
+//     backward  1.40 us of products, 0.57 us of EX2, 32 KB: 3.1 TB/s
+//   forward and backward, without preparation and finish (some 2 to 4 us each, and their memory traffic):
+//     8192 x 128     16 tiles a block 16 us, 32 a block 45 us       65536 x 128    1.0 ms, 2.9 ms (4 waves of blocks)
+// Left undone: a cluster that shares the walked tiles by multicast, which would halve what the forward pass asks of the
+// second cache; the normalisation backwards in the products' kernel where the columns are not divided.
+#include <algorithm>
+
+#include "nt_xent/cuda_finish.cuh"
+#include "nt_xent/cuda_plan.cuh"
+#include "nt_xent/cuda_prepare.cuh"
+#include "nt_xent/sm90_backward.cuh"
+#include "nt_xent/sm90_forward.cuh"
+
+namespace scan_fast {
+namespace {
+
+constexpr int64_t kMostMirrorSlots = 128;  // owners of one launch
+constexpr int64_t kManyGradients = 4096;   // from here on the largest is found by a launch of its own
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+// Up to 128 dimensions, up to 256, and up to 128 split: what stays is 32 KB or 64 KB, twice.
+using NarrowProducts = Products<half_t, kPanelRows, Resident::kColumns, 2, 8>;
+using WideProducts = Products<half_t, kPanelRows, Resident::kColumns, 4, 5>;
+using SplitProducts = Products<half_t, kPanelRows, Resident::kColumns, 4, 5, true>;
+
+struct ForwardPlan {
+  Params p;
+  PackedPositions positions;
+  int panels;
+  int64_t owners;
+
+  explicit ForwardPlan(const NTXentProblem& problem)
+      : p(make_params(problem, problem.local_anchors(), 1)),
+        positions{problem.samples, problem.sample_begin, problem.sample_count, problem.both_anchors},
+        panels(static_cast<int>(panels_of(problem.dim))),
+        owners(row_tiles(problem.local_anchors())) {}
+  // Calls body(schedule, is it the first, is it the last) for each launch.
+  template <typename Body>
+  void for_rounds(Body body) const {
+    for (int64_t begin = 0; begin < owners; begin += kMostMirrorSlots) {
+      const int64_t end = std::min(owners, begin + kMostMirrorSlots);
+      body(make_forward_schedule<kPanelRows>(positions.anchors(), positions.others(), kPanelRows, begin, end,
+                                             multiprocessors()),
+           begin == 0, end == owners);
+    }
+  }
+};
+
+struct ForwardWorkspace {
+  half_t* packed;
+  float *positive, *partial, *running;
+  ForwardWorkspace(Carver& carver, const ForwardPlan& plan, bool reduced) {
+    int64_t slots = 0;
+    plan.for_rounds([&](const PanelSchedule& s, bool, bool) { slots = std::max(slots, s.slots()); });
+    packed = carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)));
+    positive = carver.take<float>(plan.p.samples);
+    partial = carver.take<float>(slots * plan.positions.anchors());
+    running = carver.take<float>(plan.positions.anchors());
+  }
+};
+
+template <typename P>
+void forward_products(const ForwardPlan& plan, const ForwardWorkspace& parts, const PanelSchedule& schedule,
+                      StreamHandle stream) {
+  launch(forward_sm90_kernel<P>, dim3(static_cast<unsigned>(schedule.blocks)), dim3(kProductThreads),
+         P::kSharedBytes + kForwardPartBytes + 1024, stream, parts.packed, plan.panels, parts.partial, schedule,
+         plan.positions, plan.p);
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+struct BackwardPlan {
+  PackedPositions positions;
+  int panels, column_tiles;
+  Params p;
+
+  BackwardPlan(const NTXentProblem& problem, bool reduced)
+      : positions{problem.samples, problem.sample_begin, problem.sample_count, true},
+        panels(problem.dim <= 64 ? 1 : problem.dim <= 128 ? 2 : 4) {
+    const int64_t columns = panels > 2 || !reduced ? 64 : 128;  // as BackwardTiles has them
+    const int64_t tiles = positions.total() / columns;
+    column_tiles = static_cast<int>(tiles);
+    const int64_t splits = column_splits(row_tiles(positions.anchors()), tiles, multiprocessors());
+    p = make_params(problem, positions.anchors(), splits);
+  }
+};
+
+struct BackwardWorkspace {
+  half_t* packed;
+  float *weight, *shift, *unscale, *largest, *partial;
+  BackwardWorkspace(Carver& carver, const BackwardPlan& plan, bool reduced)
+      : packed(carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)))),
+        weight(carver.take<float>(plan.positions.total())),
+        shift(carver.take<float>(plan.positions.total())),
+        unscale(carver.take<float>(1)),
+        largest(carver.take<float>(1)),
+        partial(carver.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
+};
+
+template <int kPanels, bool kSplit>
+void backward_products(const BackwardPlan& plan, const BackwardWorkspace& parts, StreamHandle stream) {
+  using B = BackwardTiles<kPanels, kSplit>;
+  launch(backward_sm90_kernel<B>,
+         dim3(static_cast<unsigned>(row_tiles(plan.p.local_rows)), static_cast<unsigned>(plan.p.splits)),
+         dim3(kProductThreads), B::kSharedBytes + 1024, stream, parts.packed, parts.weight, parts.partial,
+         plan.column_tiles, static_cast<int>(plan.positions.count), plan.p);
+}
+
+}  // namespace
+
+bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced) {
+  return compute_capability() == 90 && problem.temperature >= kFixedShiftTemperature && problem.dim <= (reduced ? 256 : 128);
+}
+
+int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
+  Carver carver{nullptr};
+  ForwardWorkspace(carver, ForwardPlan(problem), reduced);
+  return carver.used;
+}
+
+int64_t nt_xent_backward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
+  Carver carver{nullptr};
+  BackwardWorkspace(carver, BackwardPlan(problem, reduced), reduced);
+  return carver.used;
+}
+
+void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const void* z1, DType dtype, bool reduced,
+                          float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
+                          StreamHandle stream) {
+  const ForwardPlan plan(problem);
+  Carver carver{static_cast<unsigned char*>(workspace)};
+  const ForwardWorkspace parts(carver, plan, reduced);
+  dispatch_dtype(dtype, [&]<typename T>() {
+    const auto prepare = [&]<bool kSplit>() {
+      const Panels<kSplit> packing(parts.packed, plan.panels, plan.positions);
+      launch(prepare_forward_kernel<T, Panels<kSplit>>, grid_of_rows(problem.samples + packing.fillers()),
+             dim3(kRowThreads), 0, stream, static_cast<const T*>(z0), static_cast<const T*>(z1), unit, inv_norm,
+             packing, parts.positive, plan.p);
+    };
+    reduced ? prepare.template operator()<false>() : prepare.template operator()<true>();
+  });
+  const auto products = !reduced           ? forward_products<SplitProducts>
+                        : plan.panels <= 2 ? forward_products<NarrowProducts>
+                                           : forward_products<WideProducts>;
+  plan.for_rounds([&](const PanelSchedule& schedule, bool first, bool last) {
+    products(plan, parts, schedule, stream);
+    const Collected out{parts.running, nullptr, losses, shifted_lse, parts.positive, first, last};
+    launch(collect_kernel<Pass::kSums, PanelSchedule>, dim3(static_cast<unsigned>(ceil_div(schedule.anchors, kCollectRows))),
+           dim3(kCollectRows * kCollectParts), 0, stream, parts.partial, schedule, out, plan.p);
+  });
+}
+
+void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
+                           const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
+                           void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream) {
+  const BackwardPlan plan(problem, reduced);
+  const Params& p = plan.p;
+  Carver carver{static_cast<unsigned char*>(workspace)};
+  const BackwardWorkspace parts(carver, plan, reduced);
+  const Upstream upstream{grad_losses};
+  const float* largest = nullptr;
+  if (grad_losses.stride != 0 && problem.anchors() > kManyGradients) {
+    launch(largest_gradient_kernel, dim3(1), dim3(kLargestThreads), 0, stream, upstream, parts.largest, p);
+    largest = parts.largest;
+  }
+  const auto prepare = [&]<bool kSplit>() {
+    const Panels<kSplit> packing(parts.packed, plan.panels, plan.positions);
+    launch(prepare_backward_kernel<Panels<kSplit>>, grid_of_rows(problem.rows() + packing.fillers()),
+           dim3(kRowThreads), 0, stream, unit, upstream, shifted_lse, largest, packing, parts.weight, parts.shift,
+           parts.unscale, p);
+  };
+  reduced ? prepare.operator()<false>() : prepare.operator()<true>();
+  if (reduced) {
+    (plan.panels == 1 ? backward_products<1, false> : plan.panels == 2 ? backward_products<2, false>
+                                                                       : backward_products<4, false>)(plan, parts,
+                                                                                                      stream);
+  } else {
+    (plan.panels == 1 ? backward_products<1, true> : backward_products<2, true>)(plan, parts, stream);
+  }
+  dispatch_dtype(dtype, [&]<typename T>() {
+    launch(finish_backward_kernel<T>, grid_of_rows(p.local_rows), dim3(kRowThreads), 0, stream, parts.partial, unit,
+           inv_norm, losses, upstream, parts.unscale, static_cast<T*>(grad_z0), static_cast<T*>(grad_z1), int64_t{0},
+           p.local_rows, p);
+  });
+}
+
+}  // namespace scan_fast

@@ -1,0 +1,164 @@
+// NT-Xent on sm_90a: sums of exponentials over the columns, an epilogue of common/tile_products.cuh.
+//
+// An owner's 128 columns stay in shared memory while the walked rows pass by (cuda_schedule.cuh). A thread has 2 rows and
+// 32 columns of a tile. It keeps the sums of its columns in registers over a whole run; the sums of its rows are
+// complete within four lanes and leave for memory with each tile. So a tile costs, per element, one FFMA, one
+// exponential and two additions: at 16 exponentials a cycle the exponential unit needs 79 % of the time that the
+// products take at D = 128, which is why the warpgroups take turns.
+#pragma once
+
+#include "common/tile_products.cuh"
+#include "nt_xent/cuda_schedule.cuh"
+#include "nt_xent/sm90_packing.cuh"
+
+namespace scan_fast {
+namespace {
+
+using PanelSchedule = ForwardSchedule<kPanelRows>;
+
+// A block's share of the schedule, as runs of the main loop. Tiles are numbered by packed position.
+struct ForwardRuns {
+  struct Run {
+    int fixed, begin, end;
+    int64_t piece_slot;
+  };
+  PanelSchedule schedule;
+  int64_t at, last, owner;
+
+  __device__ __forceinline__ explicit ForwardRuns(const PanelSchedule& schedule_)
+      : schedule(schedule_),
+        at(schedule_.block_begin(blockIdx.x)),
+        last(schedule_.block_begin(int64_t{blockIdx.x} + 1)),
+        owner(schedule_.owner_of(at)) {}
+  __device__ __forceinline__ bool next(Run& run) {
+    if (at >= last) return false;
+    const int64_t from = at - schedule.prefix(owner), rest = schedule.length(owner) - from;
+    const int64_t tiles = last - at < rest ? last - at : rest;
+    run.fixed = static_cast<int>(owner);
+    run.begin = static_cast<int>(schedule.first_walked(owner) + from);
+    run.end = run.begin + static_cast<int>(tiles);
+    run.piece_slot = schedule.piece_slot(owner, blockIdx.x);
+    at += tiles;
+    ++owner;
+    return true;
+  }
+};
+
+constexpr int kForwardPartBytes = kMultipliers / 32 * kPanelRows * static_cast<int>(sizeof(float));
+
+struct ForwardSums {
+  static constexpr int kColumnGroups = kPanelRows / 8;  // of 8 columns, 2 of them this thread's
+  float* partial;                                       // (slots, anchors)
+  Shared<float> part;                                   // (8 warps, 128 columns)
+  const PanelSchedule& schedule;
+  float scale, limit;
+  int anchors, anchor_tiles, end, count, offset;        // positions: where rows end, see PackedPositions
+  float own[kColumnGroups][2];
+
+  __device__ __forceinline__ ForwardSums(float* partial_, const Shared<float>& part_, const PanelSchedule& schedule_,
+                                         const PackedPositions& at, const Params& p)
+      : partial(partial_),
+        part(part_),
+        schedule(schedule_),
+        scale(p.scale),
+        limit(kOperandScale * kOperandScale * p.scale),
+        anchors(static_cast<int>(at.anchors())),
+        anchor_tiles(static_cast<int>(row_tiles(at.anchors()))),
+        end(static_cast<int>(at.first_other() + at.others())),
+        count(static_cast<int>(at.count)),
+        offset(static_cast<int>(at.positive_offset())) {}
+
+  __device__ __forceinline__ void begin(const ForwardRuns::Run&) {
+#pragma unroll
+    for (int t = 0; t < kColumnGroups; ++t) own[t][0] = own[t][1] = 0;
+  }
+
+  __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const ForwardRuns::Run& run, int walked) {
+    const int first_row = walked * kPanelRows, first_column = run.fixed * kPanelRows;
+    const bool of_anchors = walked < anchor_tiles, mirrored = of_anchors && walked != run.fixed;
+    const int row_end = of_anchors ? anchors : end;
+    const int distance = first_row - first_column;
+    const bool positives = (distance > offset - kPanelRows && distance < offset + kPanelRows) ||
+                           (distance > -offset - kPanelRows && distance < kPanelRows - offset);
+    if (walked == run.fixed || positives || first_row + kPanelRows > row_end || first_column + kPanelRows > anchors) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = first_row + tile_row(2 * h);
+        const Excluded out(i, count, offset, first_column + accumulator_column(0), i < row_end ? anchors : 0);
+#pragma unroll
+        for (int t = 0; t < kColumnGroups; ++t) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& value = s[4 * t + 2 * h + c];
+            value = out.holds(8 * t + c) ? -INFINITY : value;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = 0;
+#pragma unroll
+      for (int t = 0; t < kColumnGroups; ++t) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float e = exp2_approx(s[4 * t + 2 * h + c] * scale - limit);
+          own[t][c] += e;
+          sum += e;
+        }
+      }
+      if (!mirrored) continue;
+      sum += __shfl_xor_sync(kFullMask, sum, 1);
+      sum += __shfl_xor_sync(kFullMask, sum, 2);
+      const int i = first_row + tile_row(2 * h);
+      if (threadIdx.x % 4 == 0 && i < anchors) partial[schedule.mirror_slot(run.fixed) * anchors + i] = sum;
+    }
+  }
+
+  // Eight lanes and eight warps share a column: the lanes by a butterfly, the warps in order.
+  __device__ __forceinline__ void end_of_columns(const ForwardRuns::Run& run) {
+    const int thread = static_cast<int>(threadIdx.x) - 128, lane = thread % 32;
+#pragma unroll
+    for (int t = 0; t < kColumnGroups; ++t) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float sum = own[t][c];
+#pragma unroll
+        for (int with = 4; with < 32; with *= 2) sum += __shfl_xor_sync(kFullMask, sum, with);
+        if (lane < 4) part[thread / 32 * kPanelRows + 8 * t + 2 * lane + c] = sum;
+      }
+    }
+    named_barrier_sync(kFreeBarrier, kMultipliers);
+    const int column = run.fixed * kPanelRows + thread;
+    if (thread >= kPanelRows || column >= anchors) return;
+    float sum = part[thread];
+#pragma unroll
+    for (int warp = 1; warp < kMultipliers / 32; ++warp) {
+      const float other = part[warp * kPanelRows + thread];
+      sum += other;
+    }
+    partial[run.piece_slot * anchors + column] = sum;
+    // The second warpgroup writes its part again only after its next turn, which the first passes on after this.
+  }
+};
+
+template <typename P>
+struct ForwardEpilogue : ForwardSums {
+  using ForwardSums::ForwardSums;
+  __device__ __forceinline__ void end(const ForwardRuns::Run& run) { end_of_columns(run); }
+};
+
+// partial: (slots, anchors) of the schedule, which has owners and walked tiles of 128.
+template <typename P>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    forward_sm90_kernel(const half_t* __restrict__ packed, int panels, float* __restrict__ partial,
+                        const PanelSchedule schedule, PackedPositions positions, Params p) {
+  SCAN_FAST_DYNAMIC_SHARED(dynamic);
+  const Shared<unsigned char> memory = aligned_to_panels(dynamic);
+  ForwardEpilogue<P> epilogue(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
+  const PackedOperand<half_t> operand{packed, panels};
+  multiply_tiles<P>(memory, operand, operand, ForwardRuns(schedule), epilogue);
+}
+
+}  // namespace
+}  // namespace scan_fast

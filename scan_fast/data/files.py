@@ -67,7 +67,7 @@ class ImageFiles:
         Raises:
             DataError: for a file that can no longer be read.
         """
-        return [self._bytes(i) for i in indices.tolist()]
+        return list(self.pool.map(self._bytes, indices.tolist()))
 
     def squares(self, indices: Tensor) -> Tensor:
         """Return (n, 3) int64: top, left and side, in upright pixels, of the centre squares that a source reduces.
@@ -140,7 +140,7 @@ class ImageFiles:
 
 
 class FileSource:
-    """Images in files, decoded with PIL in a thread pool; a :class:`.sources.Source`.
+    """Images in files, decoded in a thread pool; a :class:`.sources.Source`.
 
     A resident source decodes every file here and keeps the images. Of another one every file's header and end are read
     here and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image

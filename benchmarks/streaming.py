@@ -50,10 +50,11 @@ def make_folder(folder: Path, files: int, width: int, height: int) -> None:
         (parent / f"photograph-{number:07d}.jpg").write_bytes(contents[number % VARIANTS])
 
 
-def measure(folder: Path, image_size: int, batch_size: int, resident: bool, workers: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, device: str, image_size: int, batch_size: int, resident: bool, workers: int | None
+) -> dict[str, Any]:
     """List and open a folder, and go through one epoch of it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    renderer = renderer_for("auto", (0.5,) * 3, (0.25,) * 3, device)
+    renderer = renderer_for("auto", (0.5,) * 3, (0.25,) * 3, torch.device(device))
     config = DataConfig(
         root=folder, image_size=image_size, labels="none", resident="auto" if resident else "files", workers=workers
     )
@@ -89,7 +90,9 @@ def run(options: argparse.Namespace, files: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
         make_folder(folder, files, options.width, options.height)
-        words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("image_size", "batch_size")]
+        words = [
+            f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("device", "image_size", "batch_size")
+        ]
         words += ["--resident"] if options.resident else []
         words += [f"--workers={options.workers}"] if options.workers else []
         command = [sys.executable, "-m", "benchmarks.streaming", "--measure", str(folder), *words]
@@ -102,6 +105,7 @@ def run(options: argparse.Namespace, files: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--files", type=int, default=20_000, help="image files in the larger folder, at least 100")
     parser.add_argument("--width", type=int, default=64, help="of the files, in pixels")
     parser.add_argument("--height", type=int, default=48)
@@ -113,7 +117,9 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        result = measure(options.measure, options.image_size, options.batch_size, options.resident, options.workers)
+        result = measure(
+            options.measure, options.device, options.image_size, options.batch_size, options.resident, options.workers
+        )
         print(json.dumps(result))
         return
     if options.files < 100:
@@ -132,7 +138,7 @@ def main() -> None:
             name: getattr(options, name) for name in ("width", "height", "image_size", "batch_size", "resident")
         }
         result = {
-            "environment": describe("cuda" if torch.cuda.is_available() else "cpu"),
+            "environment": describe(options.device),
             "settings": settings,
             "results": [few, many],
             "bytes_per_file": growth,

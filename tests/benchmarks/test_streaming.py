@@ -12,7 +12,7 @@ from benchmarks.streaming import run
 @pytest.mark.slow
 def test_memory_of_a_streamed_folder_grows_by_its_paths_alone() -> None:
     """Listing, opening and an epoch: what is kept of a file is its name and header, not its 768 bytes of pixels."""
-    options = Namespace(width=8, height=8, image_size=16, batch_size=256, workers=2, resident=False)
+    options = Namespace(device="cpu", width=8, height=8, image_size=16, batch_size=256, workers=2, resident=False)
     few, many = run(options, 2_000), run(options, 20_000)
     assert (few["files"], many["files"]) == (2_000, 20_000)
     growth = many["peak_bytes"] - few["peak_bytes"]

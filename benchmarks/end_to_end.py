@@ -142,7 +142,7 @@ def measure_learned(
 ) -> tuple[dict[str, Any], nn.Module]:
     """Check and time one learned stage; return the figures and our trained network."""
     device = context.device.type
-    steps, size = (2, 32) if effort is QUICK else (4, 64)
+    steps, size = (2, 16) if effort is QUICK else (3, 32)
     losses = compare_losses(lambda c: make_pair(name, c, images, model), context, steps, size)
     pair = make_pair(name, context, images, model)
     stage, theirs = pair.ours, pair.baseline

@@ -70,7 +70,7 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
 
 def _origin(result: dict[str, Any]) -> str:
     e = result["environment"]
-    lines = [f"{e['device']}, {e['threads']} threads, torch {e['torch']}, commit `{e['commit'][:12]}`"]
+    lines = [f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {_commit(e)}"]
     if "ceilings" in result:
         rates = result["ceilings"]
         products = ", ".join(
@@ -80,6 +80,11 @@ def _origin(result: dict[str, Any]) -> str:
         )
         lines.append(f"measured ceilings: {products}, copy {rates['copy_bytes'] / 1e9:.3g} GB/s")
     return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
+
+
+def _commit(environment: dict[str, Any]) -> str:
+    commit, _, changes = str(environment["commit"]).partition(" ")
+    return f"commit `{commit[:12]}`{f' {changes}' if changes else ''}"
 
 
 def _targets(result: dict[str, Any]) -> str:
@@ -241,7 +246,7 @@ def fill(text: str, results_folder: Path) -> str:
         result = json.loads((results_folder / found[1]).read_text())
         e = result["environment"]
         values = " ".join(result["set"])
-        origin = f"`benchmarks/results/{found[1]}`: {e['device']}, commit `{e['commit'][:12]}`; configuration "
+        origin = f"`benchmarks/results/{found[1]}`: {e['device']}, {_commit(e)}; configuration "
         origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; processor seconds of a stage."
         return f"<!-- trials: {found[1]} -->\n\n{trials.table(result)}\n{origin}\n\n<!-- end -->"
 

@@ -160,6 +160,9 @@ class RuntimeConfig(Settings):
     """Longest time between checkpoints; 0 writes one after every step."""
     cuda_graphs: bool = False
     """Replay whole training steps as CUDA graphs; without a GPU it changes nothing."""
+    compile: bool = False
+    """Train through torch.compile: half a minute or more before the first step, less where its cache is warm. The cache
+    is kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""
     tensorboard: bool = False
 
 

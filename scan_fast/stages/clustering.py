@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.random import integers, permutation, stream_key
 from ..evaluation.consistency import selection_loss
@@ -63,24 +63,21 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         """Make the features on which heads of a frozen backbone train, (views, N, D), where they are to be cached."""
         if self.config.cached_views is not None:
             size = self.context.config.evaluation.batch_size
-            self._cached = torch.stack(
-                [
-                    forward_views(
-                        self.model,
-                        self.model.features,
-                        self._views,
-                        self._view,
-                        size,
-                        self.context.autocast(),
-                        epoch=view,
-                    )
-                    for view in range(self.config.cached_views)
-                ]
-            )
+            cached = [
+                forward_views(
+                    self.model, self.model.features, self._views, self._view, size, self.context.autocast(), epoch=view
+                )
+                for view in range(self.config.cached_views)
+            ]
+            self._cached = torch.stack(cached)
 
     def train_mode(self) -> None:
         """Heads alone are trained on the features of a backbone in evaluation mode, as in the original."""
         self.model.train(not self.frozen)
+
+    def networks(self) -> list[nn.Module]:
+        """Return the backbone; heads alone have nothing to compile."""
+        return [] if self._cached is not None else [self.model.backbone]
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return each anchor and one neighbour of it, drawn anew every epoch: rendered, or features of cached views."""
@@ -189,7 +186,7 @@ def start_from_kmeans(context: Context, model: ClusterModel) -> None:
         with threadpool_limits(1, user_api="openmp"):
             kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()
-        assert isinstance(head, torch.nn.Linear)
+        assert isinstance(head, nn.Linear)
         head.weight.copy_(2 * sharpness * centers / scale)
         head.bias.copy_(-sharpness * centers.square().sum(dim=1))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.loader import ViewMaker, prefetch
 from ..data.sources import Source
 from ..data.views import View
+from .compilation import uncompiled
 from .context import Context
 
 
@@ -23,7 +24,8 @@ def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor],
     """Apply a part of a run's model to all images of a source; see :func:`forward_views`. The result stays there."""
     views = context.views_of(source, "evaluation")
     size = context.config.evaluation.batch_size
-    return forward_views(model, function, views, context.plain_view, size, context.autocast())
+    with uncompiled(context.config.runtime.compile):
+        return forward_views(model, function, views, context.plain_view, size, context.autocast())
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from ..data.random import stream_key
 from ..runs.config import ScheduleConfig, TrainingConfig
 from ..runs.folder import RunError
 from ..runs.writer import BackgroundWriter
+from .compilation import compile_networks, timed_first_step
 from .context import Context
 from .step import TrainingStep, build_optimizer, fit_to_device, write_learning_rate
 
@@ -53,6 +54,10 @@ class Stage(ABC, Generic[Batch]):
     @abstractmethod
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimise and the scalars to average over the epoch, all on the device."""
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks whose calls torch.compile takes, where it is asked for."""
+        return [self.model]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimiser updates."""
@@ -123,10 +128,15 @@ def train(stage: Stage[Any], context: Context) -> Training:
         do_step.reset(state["totals"])
         events.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}" + (f", step {step}" if step else ""))
     run.drop_metrics(stage.name, epoch + 1)
+
+    begin = saved = time.perf_counter()
     if epoch < training.epochs:
         stage.prepare()
 
-    begin = saved = time.perf_counter()
+    notes: dict[str, Any] = {}
+    networks = stage.networks() if context.config.runtime.compile else []
+    compile_networks(networks)
+    compiling = bool(networks)
 
     def save(writer: BackgroundWriter) -> None:
         nonlocal saved
@@ -153,7 +163,13 @@ def train(stage: Stage[Any], context: Context) -> Training:
             stage.train_mode()
             for batch, size in _batches(stage, key, epoch, step):
                 set_learning_rate(optimizer, training, epoch, step, steps)
-                do_step(batch)
+                if compiling:
+                    compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
+                    events.say(
+                        "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
+                    )
+                else:
+                    do_step(batch)
                 step += 1
                 ticker.step(size)
                 if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
@@ -171,7 +187,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
             ticker.epoch(epoch, training.epochs, averages)
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                 save(writer)
-    return Training(seconds + time.perf_counter() - begin)
+    return Training(seconds + time.perf_counter() - begin, notes)
 
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:

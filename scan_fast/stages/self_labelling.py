@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
@@ -52,6 +52,10 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
     def result(self) -> ClusterModel:
         """The network that gives the labels and that the stage is about: the teacher where there is one."""
         return self.average if self.average is not None and self.config.ema_mode == "teacher" else self.model
+
+    def networks(self) -> list[nn.Module]:
+        """Return the backbones of the network and of its average."""
+        return [model.backbone for model in (self.model, self.average) if model is not None]
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render the weak view, which gives the label, and the strong view, which learns it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from driving import results, run_here
+from driving import TINY, results, run_here, summary
 from test_stages import opened
 from torch import Tensor, nn
 
@@ -156,3 +156,22 @@ def test_a_run_passes_the_images_through_each_finished_model_once(
     for command in ("cluster", "run"):
         assert run_here(command, tmp_path / "run", "--quiet").code == 0
     assert results(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_compiled_training_ends_where_plain_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    words = ("pretext", "digits", *TINY, "--quiet")
+    found = {}
+    for name in ("plain", "cold", "warm"):
+        compile_it = name != "plain"
+        assert run_here(*words, "--out", tmp_path / name, f"runtime.compile={compile_it}").code == 0
+        torch._dynamo.reset()
+        note = summary(tmp_path / name)["stages"]["pretext"].get("compilation")
+        assert (note is not None) == compile_it
+        assert note is None or (note["cache"] == name and note["seconds"] > 0)
+        found[name] = torch.load(tmp_path / name / "checkpoints" / "pretext-final.pt", weights_only=True)["model"]
+        assert found[name].keys() == found["plain"].keys()
+    for key, value in found["plain"].items():
+        torch.testing.assert_close(found["cold"][key], value, rtol=0.05, atol=0.02)
+        assert found["warm"][key].equal(found["cold"][key])

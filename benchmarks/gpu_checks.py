@@ -2,8 +2,11 @@
 
 ``accuracy``: fresh inputs (the seed is printed) and freed memory poisoned with NaN, so that an element nobody writes
 shows; against float64, a kernel may err at most twice as much as plain PyTorch in the same precision, plus a few units
-in the last place. ``repeat``: the same call twice gives the same bits. ``tiny``: every operator once on shapes that are
-small and odd, for compute-sanitizer; it calls few operations of PyTorch's own. Prints one JSON line per family.
+in the last place; neighbours and views must be right in every bit. ``repeat``: the same call twice gives the same bits.
+``graph``: a CUDA graph of a call, replayed on other inputs, gives what the call gives (on the CPU, which has no graphs,
+the call itself is replayed); the views are not among them, because the host reads their recipes. ``tiny``: every
+operator once on shapes that are small and odd, for compute-sanitizer; it calls few operations of PyTorch's own. Prints
+one JSON line per family.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from torch import Tensor
 
 import scan_fast
 from scan_fast.ops import native, reference
+from scan_fast.ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
-FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors")
+FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors", "augment")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -165,6 +169,15 @@ def accuracy(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMIL
             if not (torch.equal(ours_i.cpu(), index) and torch.equal(ours_v.cpu(), value)):
                 wrong = int((ours_i.cpu() != index).sum())
                 failures["neighbors"].append(f"{rows}x{dim} k={k} {metric}: {wrong} of {index.numel()} differ")
+    for count, source, side in _view_shapes(tiny) if "augment" in families else ():
+        images, recipes = _view_inputs(count, source, side, seed)
+        for dtype in VIEW_DTYPES:
+            # Each image by itself on the CPU: what comes out depends neither on the device nor on the batch.
+            alone = [_views(images[i : i + 1], recipes[i : i + 1], side, dtype) for i in range(count)]
+            _poison(device)
+            wrong = int((_views(images.to(device), recipes, side, dtype).cpu() != torch.cat(alone)).sum())
+            if wrong:
+                failures["augment"].append(f"{count}x{source}->{side} {dtype}: {wrong} values differ from the CPU's")
     return failures
 
 
@@ -187,7 +200,74 @@ def repeat(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIE
         again = scan_fast.topk_neighbors(x, k, metric=metric, impl="native")
         if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
             failures["neighbors"].append(f"{rows}x{dim} k={k} {metric}")
+    for count, source, side in _view_shapes(tiny) if "augment" in families else ():
+        images, recipes = _view_inputs(count, source, side, seed)
+        first_view, again_view = (_views(images.to(device), recipes, side, torch.float32) for _ in range(2))
+        if not torch.equal(first_view, again_view):
+            failures["augment"].append(f"{count}x{source}->{side}")
     return failures
+
+
+def graph(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES) -> dict[str, list[str]]:
+    """Return, per family, what a graph of a call does not give on other inputs, or why there is no graph of it."""
+    failures: dict[str, list[str]] = {family: [] for family in families if family != "augment"}
+
+    def check(family: str, label: str, call: Call, first: Tensors, second: Tensors) -> None:
+        expected = tuple(x.clone() for x in call(*second))
+        inputs = tuple(x.clone() for x in first)
+        try:
+            replay, outputs = _recorded(call, inputs, device)
+        except RuntimeError as error:
+            failures[family].append(f"{label}: {str(error).splitlines()[0]}")
+            return
+        for x, value in zip(inputs, second, strict=True):
+            x.copy_(value)
+        for x in outputs():
+            x.fill_(-1)
+        replay()
+        if not all(torch.equal(a, b) for a, b in zip(outputs(), expected, strict=True)):
+            failures[family].append(label)
+
+    for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+        if family not in families:
+            continue
+        pair = (_loss_inputs(family, shape, upstream_shape, s) for s in (seed, seed + 1))
+        first, second = (tuple(x.to(device) for x in cpu) for cpu in pair)
+        check(family, label, call_of("native"), first, second)
+    for rows, dim, k, metric in _neighbor_shapes(tiny) if "neighbors" in families else ():
+        x, y = (_neighbor_inputs(rows, dim, s)[0].to(device) for s in (seed, seed + 1))
+
+        def search(z: Tensor, k: int = k, metric: str = metric) -> Tensors:
+            return scan_fast.topk_neighbors(z, k, metric=metric, impl="native")
+
+        check("neighbors", f"{rows}x{dim} k={k} {metric}", search, (x,), (y,))
+    return failures
+
+
+def _recorded(call: Call, inputs: Tensors, device: str) -> tuple[Callable[[], None], Callable[[], Tensors]]:
+    """Record a call on these inputs; return what runs it again and what gives its outputs."""
+    if device == "cpu":
+        kept = [call(*inputs)]
+
+        def run() -> None:
+            kept[0] = call(*inputs)
+
+        return run, lambda: kept[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    recording = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recording):
+        outputs = call(*inputs)
+
+    def replay() -> None:
+        recording.replay()
+        torch.cuda.synchronize()
+
+    return replay, lambda: outputs
 
 
 def run_tiny(device: str, seed: int, family: str) -> None:
@@ -202,8 +282,56 @@ def run_tiny(device: str, seed: int, family: str) -> None:
             x, queries = (x.to(device) for x in _neighbor_inputs(rows, dim, seed))
             scan_fast.topk_neighbors(x, k, metric=metric, impl="native")
             scan_fast.topk_neighbors(x, k, queries=queries, metric=metric, impl="native")
+    if family == "augment":
+        for count, source, side in _view_shapes(tiny=True):
+            images, recipes = _view_inputs(count, source, side, seed)
+            for dtype in VIEW_DTYPES:
+                _views(images.to(device), recipes, side, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+VIEW_DTYPES = (torch.uint8, torch.float32, torch.bfloat16)
+
+
+def _views(images: Tensor, recipes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    return augment(images, recipes, side, (0.017, 0.021, 0.019), (-2.1, -1.9, 0.3), dtype)
+
+
+def _view_shapes(tiny: bool) -> list[tuple[int, int, int]]:
+    """Number, side of the source, side of the view: a warp, a block, and a block without shared memory per image."""
+    return [(9, 14, 11), (2, 30, 35)] if tiny else [(203, 32, 32), (17, 70, 48), (9, 96, 96), (3, 150, 130)]
+
+
+def _view_inputs(count: int, source: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise, and recipes of five operations each with boxes, mirroring and cutouts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(bound: Tensor | int) -> Tensor:
+        bounds = torch.as_tensor(bound).expand(count)
+        return (torch.rand(count, generator=generator) * bounds).int().minimum(bounds - 1)
+
+    images = torch.randint(0, 256, (count, source, source, 3), generator=generator, dtype=torch.uint8)
+    height, width, top, left = (below(bound) for bound in (source, source, side, side))
+    height, width = height + 1, width + 1
+    box = (below(source - height + 1), below(source - width + 1), height, width)
+    cutout = (top, left, top + below(side - top + 1), left + below(side - left + 1))
+    recipes = torch.zeros(count, RECIPE_HEADER + 5 * RECIPE_STEP, dtype=torch.int32)
+    recipes[:, :RECIPE_HEADER] = torch.stack((*box, below(2), *cutout), dim=1)
+    steps = recipes[:, RECIPE_HEADER:].view(count, 5, RECIPE_STEP)
+    steps[..., 0] = torch.randint(0, len(Operation), (count, 5), generator=generator)
+    amount = torch.rand(count, 5, generator=generator)
+    kind = steps[..., 0]
+    amount = torch.where(kind == Operation.HUE, amount - 0.5, 2 * amount)
+    amount = torch.where(kind == Operation.SOLARIZE, 128 * amount, amount)
+    amount = torch.where(kind == Operation.POSTERIZE, (4 * amount).floor(), amount)
+    steps[..., 1] = amount.view(torch.int32)
+    maps = torch.tensor([[1.0, 0.1, -2.0], [-0.1, 1.0, 1.0]]) + 0.2 * torch.rand(count, 5, 2, 3, generator=generator)
+    bilinear, nearest = kind == Operation.BILINEAR, kind == Operation.NEAREST
+    steps[..., 1:][bilinear] = maps.flatten(2).view(torch.int32)[bilinear]
+    # Start, per column, per row.
+    steps[..., 1:][nearest] = (65536 * maps.roll(1, dims=3).flatten(2)).int()[nearest]
+    return images, recipes
 
 
 def _neighbor_shapes(tiny: bool) -> list[tuple[int, int, int, str]]:
@@ -220,9 +348,12 @@ def _neighbor_inputs(rows: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randn(rows // 2 + 1, dim, generator=generator)
 
 
+CHECKS = {"accuracy": accuracy, "repeat": repeat, "graph": graph}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_checks", description=__doc__)
-    parser.add_argument("check", choices=("accuracy", "repeat", "tiny"))
+    parser.add_argument("check", choices=(*CHECKS, "tiny"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--family", choices=FAMILIES, help="only this one")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 2**31)
@@ -234,9 +365,8 @@ def main() -> None:
     if options.check == "tiny":
         run_tiny(options.device, options.seed, options.family)
         return
-    check = accuracy if options.check == "accuracy" else repeat
     families = FAMILIES if options.family is None else (options.family,)
-    failures = check(options.device, options.seed, options.small, families)
+    failures = CHECKS[options.check](options.device, options.seed, options.small, families)
     for family, found in failures.items():
         print(json.dumps({"family": family, "passed": not found, "failures": found}))
     raise SystemExit(1 if any(failures.values()) else 0)

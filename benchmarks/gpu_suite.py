@@ -4,8 +4,9 @@ Steps: build for this GPU, the CUDA tests of tests/ops, accuracy and repeatabili
 and all kernel benchmarks; then, on compute capability 9.0, the same for the families with kernels for sm_90a, which the
 former steps leave aside. Every step is a process with a time limit of its own, and a failure does not stop the next.
 It needs torch, pytest, hypothesis and, for the build, nvcc, CMake, ninja and pybind11; no network, and nothing of the
-driver's dependencies. The folder gets summary.json (what ``python -m benchmarks.gpu_status --update`` reads, with the
-benchmarks' results inside), log.txt and junit.xml.
+driver's dependencies, but for the views: their tests and benchmark take torchvision and Pillow. The folder gets
+summary.json (what ``python -m benchmarks.gpu_status --update`` reads, with the benchmarks' results inside), log.txt and
+junit.xml.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors")
+FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors", "augment")
+BENCHMARKS = {family: family for family in FAMILIES} | {"augment": "views"}
 SM90 = {"nt_xent_sm90": "nt_xent"}  # families with kernels for sm_90a, by the name of what is verified
+RESULTS = (*BENCHMARKS.values(), *SM90)  # files of the benchmarks, without suffix
 TOTAL_SECONDS = 465
 
 
@@ -89,10 +92,12 @@ def kernel_steps(families: Sequence[str], rehearse: bool, out: Path, name: str =
     tests += ["--maxfail=40", f"--junitxml={out / junit(name)}"]
     steps.append(Step("tests", tests, 60 if name else 150, tuple(families), portable))
     small = ("--small",) if rehearse else ()
-    for check in ("accuracy", "repeat"):
+    for check in ("accuracy", "repeat", "graph"):
         command = (python, "-m", "benchmarks.gpu_checks", check, "--device", device, *small)
         only = ("--family", families[0]) if len(families) == 1 else ()
-        steps.append(Step(check, (*command, *only), 60, tuple(families), portable))
+        # The host reads the views' recipes: there is nothing to record.
+        about = tuple(family for family in families if check != "graph" or family != "augment")
+        steps.append(Step(check, (*command, *only), 60, about, portable))
     sanitizer = shutil.which("compute-sanitizer")
     # Without its cache, PyTorch's every tensor is an allocation of its own, and the bounds of each are seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | portable
@@ -105,10 +110,14 @@ def kernel_steps(families: Sequence[str], rehearse: bool, out: Path, name: str =
                 command = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *tiny)
                 steps.append(Step(f"{tool} {family}", command, 45, (family,), uncached))
     for family in families:
-        result = str(out / f"{name or family}.json")
-        command = (python, "-m", f"benchmarks.{family}", "--device", device, "--json", result)
-        more = ("--quick", "--no-memory") if rehearse else ("--case-seconds", "4")
-        steps.append(Step(f"benchmark {family}", (*command, *more), 75, (), portable))
+        benchmark = BENCHMARKS[family]
+        result = str(out / f"{name or benchmark}.json")
+        command = (python, "-m", f"benchmarks.{benchmark}", "--device", device, "--json", result)
+        if benchmark == "views":
+            more: tuple[str, ...] = ("--quick",) if rehearse else ("--rounds", "3")
+        else:
+            more = ("--quick", "--no-memory") if rehearse else ("--case-seconds", "4")
+        steps.append(Step(f"benchmark {benchmark}", (*command, *more), 75, (), portable))
     if sanitizer and not rehearse:
         for family in families:
             tiny = (python, "-m", "benchmarks.gpu_checks", "tiny", "--device", device, "--family", family)
@@ -168,9 +177,9 @@ def families_failed(step: Step, result: dict[str, Any], out: Path) -> set[str]:
                 failed.add(case.get("classname", "").rpartition("test_")[2].split(".")[0])
         if failed and "timed out" not in result["status"]:
             return {family for family in step.families if family in failed or not failed <= set(FAMILIES)}
-    lines = re.findall(r'^\{"family".*\}$', result["output"], re.MULTILINE)
-    if len(lines) == len(FAMILIES):
-        return {entry["family"] for entry in map(json.loads, lines) if not entry["passed"]}
+    entries = [json.loads(line) for line in re.findall(r'^\{"family".*\}$', result["output"], re.MULTILINE)]
+    if {entry["family"] for entry in entries} == set(step.families):
+        return {entry["family"] for entry in entries if not entry["passed"]}
     return set(step.families)
 
 
@@ -212,7 +221,7 @@ def summarize(steps: Sequence[Step], results: Sequence[dict[str, Any]], out: Pat
             "tests": ran.get(family, 0),
             "checks": gating.get(family, []),
         }
-    benchmarks = {f: json.loads((out / f"{f}.json").read_text()) for f in verified if (out / f"{f}.json").exists()}
+    benchmarks = {f: json.loads((out / f"{f}.json").read_text()) for f in RESULTS if (out / f"{f}.json").exists()}
     return {
         "rehearsal": rehearse,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -244,8 +253,7 @@ def main() -> None:
             parser.error("torch sees no GPU; --rehearse runs the same steps on the CPU")
     out = options.folder.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results_of = (*FAMILIES, *SM90)
-    for stale in ("summary.json", *map(junit, ("", *SM90)), *(f"{name}.json" for name in results_of)):
+    for stale in ("summary.json", *map(junit, ("", *SM90)), *(f"{name}.json" for name in RESULTS)):
         (out / stale).unlink(missing_ok=True)
     steps = plan(options.rehearse, out, not options.no_build)
     begin = time.monotonic()

@@ -19,6 +19,7 @@ from .ceilings import Work
 from .harness import Case, Contender, Family, Tensors, main
 
 TEMPERATURE = 0.1
+INF_CL = "Inf-CL (no self mask, TF32)"
 
 
 def _training_step(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
@@ -174,7 +175,7 @@ def case(size: str, device: str) -> Case:
         contenders.insert(3, Contender("eager TF32", _training_step(_eager), 5e-2, precision="high", skipped=too_large))
         contenders.append(
             Contender(
-                "Inf-CL (no self mask, TF32)",
+                INF_CL,
                 _training_step(_inf_cl),
                 5e-2,
                 reference=_with_self_pairs,

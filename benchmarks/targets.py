@@ -30,7 +30,11 @@ FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (nt_xent, scan_l
 
 @dataclass(frozen=True)
 class Target:
-    """``contender`` must be ``times`` faster than ``peer``, or need at most ``megabytes`` beyond inputs and outputs."""
+    """``contender`` must be ``times`` faster than ``peer``, or keep to one of the other bounds.
+
+    ``megabytes``: at most these beyond inputs and outputs. ``microseconds``: at most these, on CUDA of device time.
+    ``share``: at least this share of the limit, the speed that the machine's measured rates allow.
+    """
 
     family: str
     size: str
@@ -38,12 +42,18 @@ class Target:
     peer: str = "eager"
     times: float | None = None
     megabytes: float | None = None
+    microseconds: float | None = None
+    share: float | None = None
     without_amx: bool = False
 
     def value(self, contenders: Sequence[dict[str, Any]]) -> float | None:
-        """Return the measured ratio or megabytes (10^6 bytes), None where something could not be measured."""
+        """Return what was measured (megabytes are 10^6 bytes), None where something could not be."""
         by_name = {result["name"]: result for result in contenders}
         ours = by_name.get(self.contender, {})
+        if self.microseconds is not None:
+            return float(ours["seconds"]) * 1e6 if "seconds" in ours else None
+        if self.share is not None:
+            return float(ours["of_limit"]) if "of_limit" in ours else None
         if self.megabytes is not None:
             peak = ours.get("memory_bytes")
             return None if peak is None else float(peak) / 1e6
@@ -54,10 +64,18 @@ class Target:
         """Return whether a measured value meets the target; None does not."""
         if value is None:
             return False
-        return value <= self.megabytes if self.megabytes is not None else value >= (self.times or 0.0)
+        most = self.megabytes if self.megabytes is not None else self.microseconds
+        if most is not None:
+            return value <= most
+        least = self.share if self.share is not None else self.times
+        return value >= (least or 0.0)
 
     def __str__(self) -> str:
         where = f"{self.family} {self.size}, {self.contender}{' without AMX' if self.without_amx else ''}"
+        if self.microseconds is not None:
+            return f"{where}: at most {self.microseconds:g} us"
+        if self.share is not None:
+            return f"{where}: {self.share:.0%} of the limit"
         if self.megabytes is not None:
             return f"{where}: at most {self.megabytes:g} MB beyond inputs and gradients"
         return f"{where}: {self.times:g} x {self.peer}"
@@ -76,7 +94,47 @@ CPU_TARGETS = (
     Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=3.5),
     Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
 )
-TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
+# Of an H200. Forward and backward together, and the small sizes are two launches: 4 us each.
+CUDA_TARGETS = (
+    Target("nt_xent", "1024x128", "scan-fast 16-bit", microseconds=12.0),
+    Target("nt_xent", "8192x128", "scan-fast 16-bit", share=0.6),
+    Target("nt_xent", "65536x128", "scan-fast 16-bit", share=0.65),
+    Target("nt_xent", "8192x128", "scan-fast 16-bit", times=10.0),
+    Target("nt_xent", "8192x128", "scan-fast 16-bit", "torch.compile", times=3.0),
+    Target("nt_xent", "8192x128", "scan-fast 16-bit", nt_xent.INF_CL, times=5.0),
+    Target("scan_loss", "10x4096x1000", share=0.85),
+    Target("scan_loss", "1024x10", microseconds=8.0),
+    Target("self_label", "40960x1000", share=0.85),
+    Target("self_label", "1000x10", microseconds=8.0),
+)
+TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}
+
+
+@dataclass(frozen=True)
+class ViewTarget:
+    """The fused kernel must render so many views a second of ``side`` x ``side`` pixels."""
+
+    view: str
+    side: int
+    per_second: float
+
+    def value(self, result: dict[str, Any]) -> float | None:
+        """Return the measured rate from a result of :mod:`benchmarks.views`."""
+        from . import views  # which wants torchvision and Pillow
+
+        entry = next((e for e in result["results"] if (e["view"], e["side"]) == (self.view, self.side)), None)
+        rate = entry["rates"].get(views.KERNEL) if entry else None
+        return None if rate is None else float(rate["views_per_second"])
+
+    def is_met(self, value: float | None) -> bool:
+        """Return whether a measured value meets the target; None does not."""
+        return value is not None and value >= self.per_second
+
+    def __str__(self) -> str:
+        return f"views {self.view} {self.side}x{self.side}: {self.per_second:,.0f} a second"
+
+
+VIEW_TARGETS: dict[str, tuple[ViewTarget, ...]] = {"cpu": (), "cuda": (ViewTarget("simclr", 32, 1e7),)}
 
 
 @dataclass(frozen=True)
@@ -125,18 +183,23 @@ CPU_STAGE_TARGETS = (
     StageTarget("clustering", differ=1e-5),
     StageTarget("selflabel", differ=1e-5),
 )
-STAGE_TARGETS: dict[str, tuple[StageTarget, ...]] = {"cpu": CPU_STAGE_TARGETS}
+STAGE_TARGETS: dict[str, tuple[StageTarget, ...]] = {"cpu": CPU_STAGE_TARGETS, "cuda": ()}
 
 
-def measure_stages(device: str, data: Path | None, budget: float) -> dict[str, Any]:
-    """Run :mod:`benchmarks.end_to_end`, in a process of its own, and return its result."""
+def _result_of(benchmark: str, device: str, *options: str) -> dict[str, Any]:
+    """Run a benchmark in a process of its own and return its result."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.end_to_end", "--device", device, "--budget", str(budget)]
-        command += ["--json", str(file), *(["--data", str(data.resolve())] if data else [])]
+        command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--device", device, "--json", str(file), *options]
         subprocess.run(command, cwd=ROOT, check=True)
         result: dict[str, Any] = json.loads(file.read_text())
     return result
+
+
+def measure_stages(device: str, data: Path | None, budget: float) -> dict[str, Any]:
+    """Run :mod:`benchmarks.end_to_end` and return its result."""
+    options = ["--data", str(data.resolve())] if data else []
+    return _result_of("end_to_end", device, "--budget", str(budget), *options)
 
 
 def measure(targets: Sequence[Target], device: str, effort: Effort) -> list[dict[str, Any]]:
@@ -145,7 +208,8 @@ def measure(targets: Sequence[Target], device: str, effort: Effort) -> list[dict
     for key in dict.fromkeys((t.family, t.size, t.without_amx) for t in targets):
         family, size, without_amx = key
         wanted = [t for t in targets if (t.family, t.size, t.without_amx) == key]
-        names = sorted({name for t in wanted for name in (t.contender, t.peer)})
+        # Bounds of our own are judged without a peer.
+        names = sorted({name for t in wanted for name in (t.contender, *([t.peer] if t.times is not None else []))})
         memory_sizes = [size] if any(t.megabytes is not None for t in wanted) else []
         if without_amx:
             measured[key] = _without_amx(family, size, names, device, effort)
@@ -173,7 +237,9 @@ def _without_amx(family: str, size: str, names: Sequence[str], device: str, effo
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
     parser.add_argument("--device", choices=sorted(TARGETS), default="cpu")
-    parser.add_argument("--family", choices=[*sorted(FAMILIES), "end_to_end"], help="only this family's targets")
+    parser.add_argument(
+        "--family", choices=[*sorted(FAMILIES), "views", "end_to_end"], help="only this family's targets"
+    )
     parser.add_argument("--case-seconds", type=float, default=40.0, help="stop a case's rounds after this time")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images of the stages' targets")
     parser.add_argument("--budget", type=float, default=2000, help="seconds for the stages' targets (default: 2000)")
@@ -182,7 +248,12 @@ def main() -> None:
     options = parser.parse_args()
     targets = [t for t in TARGETS[options.device] if options.family in (None, t.family)]
     lines = measure(targets, options.device, Effort(case_seconds=options.case_seconds))
-    if options.family in (None, "end_to_end"):
+    if VIEW_TARGETS[options.device] and options.family in (None, "views"):
+        rates = _result_of("views", options.device)
+        for view_target in VIEW_TARGETS[options.device]:
+            got = view_target.value(rates)
+            lines.append({"target": str(view_target), "measured": got, "met": view_target.is_met(got)})
+    if STAGE_TARGETS[options.device] and options.family in (None, "end_to_end"):
         if options.end_to_end is not None:
             stages = json.loads(options.end_to_end.read_text())
         else:

@@ -1,10 +1,10 @@
 """Views per second: the fused renderer, the torch renderer, and what people use: ``python -m benchmarks.views``.
 
 On the CPU every contender has one thread and its processor time is counted, so that a busy machine does not matter; on
-CUDA the clock runs around batches that the device has finished. Contenders take turns; the figures are the median and
-the range over the rounds. Ours draw their parameters within the measurement, unless they say otherwise; torchvision on
-PIL images is given the same parameters, which spares it the drawing, and makes its images comparable: the parity line
-says how many levels are equal. (Newer Pillows shrink tall crops vertically first, which moves levels by one; ours
+CUDA the clock runs around eight batches that the device has finished. Contenders take turns; the figures are the median
+and the range over the rounds. Ours draw their parameters within the measurement, unless they say otherwise; torchvision
+on PIL images is given the same parameters, which spares it the drawing, and makes its images comparable: the line of
+equal levels says how many there are. (Newer Pillows shrink tall crops vertically first, which moves levels by one; ours
 always take the horizontal pass first.)
 
 torchvision v2 on a batched tensor draws one set of parameters for the whole batch: statistically that is another
@@ -33,12 +33,15 @@ from torchvision.transforms import v2
 from scan_fast.data import FusedRenderer, SimCLRView, StrongView, TorchRenderer
 from scan_fast.data.random import stream_key
 from scan_fast.data.render import automatic_renderer
+from scan_fast.data.render_fused import recipes
 from scan_fast.data.views import STRONG_OPERATIONS, Params
+from scan_fast.ops.augment import augment
 
 from .environment import describe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KEY = stream_key(0, "benchmark")
+KERNEL = "fused, recipes given"
 JITTER = (
     ("brightness", tv.adjust_brightness),
     ("contrast", tv.adjust_contrast),
@@ -119,6 +122,8 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
         fused = FusedRenderer(MEAN, STD, device)
         calls["fused"] = (n, lambda: fused(on_device, view, drawn()))
         calls["fused, parameters given"] = (n, lambda: fused(on_device, view, params))
+        written, scale, shift = recipes(view, params), [1 / (255 * s) for s in STD], [-1.0, -1.0, -1.0]
+        calls[KERNEL] = (n, lambda: augment(on_device, written, view.side, scale, shift, torch.float32))
     calls["torch"] = (n, lambda: torch_renderer(on_device, view, drawn()))
     few = max(8, n // 8)
     calls["torchvision on PIL, parameters given"] = (
@@ -159,16 +164,19 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
     return calls
 
 
-def measure(calls: dict[str, tuple[int, Callable[[], Any]]], device: str, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    calls: dict[str, tuple[int, Callable[[], Any]]], device: str, rounds: int, window: float
+) -> dict[str, dict[str, float]]:
     """Return views per second by contender: median, lowest and highest over the rounds."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, (views, call) in calls.items():
             repeats, begin, seconds = 0, clock(), 0.0
-            while seconds < 0.1:
-                call()
-                repeats += 1
+            while seconds < window:
+                for _ in range(8 if device == "cuda" else 1):
+                    call()
+                    repeats += 1
                 if device == "cuda":
                     torch.cuda.synchronize()
                 seconds = clock() - begin
@@ -210,16 +218,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--quick", action="store_true", help="few images and one short round: a rehearsal, not a result"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device: str = arguments.device
     if device == "cpu":
         torch.set_num_threads(1)
     results = []
-    for source, side, n in ((32, 32, 512), (256, 224, 32)) if device == "cpu" else ((32, 32, 4096), (256, 224, 512)):
+    sizes = ((32, 32, 512), (256, 224, 32)) if device == "cpu" else ((32, 32, 4096), (256, 224, 512))
+    rounds, window = arguments.rounds, 0.1
+    if arguments.quick:
+        sizes, rounds, window = ((32, 32, 16), (64, 48, 8)), 1, 0.001
+    for source, side, n in sizes:
         images = pictures(n, source)
         for view in (SimCLRView(size=side), StrongView(size=side)):
-            rates = measure(contenders(images, view, device), device, arguments.rounds)
+            rates = measure(contenders(images, view, device), device, rounds, window)
             agreement = parity(images, view, device)
             results.append({"view": view.kind, "source": source, "side": side, "rates": rates, "parity": agreement})
             base = rates["torchvision on PIL, parameters given"]["views_per_second"]
@@ -230,6 +245,7 @@ def main() -> None:
             print("  equal levels: " + ", ".join(f"{pair} {share:.3%}" for pair, share in agreement.items()))
     if arguments.json:
         result = {"benchmark": "views", "title": "Views of a batch", "device": device, "environment": describe(device)}
+        result["quick"] = arguments.quick
         arguments.json.write_text(json.dumps(result | {"results": results}, indent=1) + "\n")
 
 

@@ -70,6 +70,8 @@ def test_a_failed_check_counts_against_the_families_it_names(all_ran: Path) -> N
     assert passed(all_ran, {"accuracy": result}) == set(FAMILIES) - {"neighbors"}
     assert any('"neighbors"' in note for note in summary(all_ran, {"accuracy": result})["notes"])
     assert passed(all_ran, {"accuracy": outcome(False, "\n".join(lines[:2]) + "\nSegmentation fault")}) == set()
+    assert passed(all_ran, {"graph": outcome(False, "\n".join(lines[:-1]))}) == set(FAMILIES) - {"neighbors"}
+    assert passed(all_ran, {"graph": outcome(False)}) == {"augment"}
 
 
 def test_a_failed_step_of_one_family_leaves_the_others(all_ran: Path) -> None:
@@ -84,7 +86,8 @@ def test_kernels_for_sm90_are_verified_by_steps_of_their_own(tmp_path: Path, mon
     assert len({step.name for step in steps}) == len(steps)
     for name, family in gpu_suite.SM90.items():
         gating = [step for step in steps if name in step.families and step.name != "build"]
-        assert {step.name.split()[0] for step in gating} == {"tests", "accuracy", "repeat", "memcheck", "initcheck"}
+        checks = {"tests", "accuracy", "repeat", "graph", "memcheck", "initcheck"}
+        assert {step.name.split()[0] for step in gating} == checks
         assert all(step.environment["SCAN_FAST_GPU_KERNELS"] == "sm90" for step in gating)
         assert all(family in " ".join(step.command) for step in gating)
     rest = [step for step in steps if set(step.families) & set(FAMILIES) and step.name != "build"]
@@ -140,3 +143,33 @@ def test_the_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, one_thr
     failures = gpu_checks.accuracy("cpu", 3, tiny=True)
     assert [family for family, found in failures.items() if found] == ["scan_loss"]
     assert any("float32" in line for line in failures["scan_loss"])
+
+
+@pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
+def test_the_checks_find_a_view_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    right = gpu_checks.augment
+
+    def off_in_batches(images: torch.Tensor, recipes: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        views = right(images, recipes, *arguments)
+        if len(views) > 1:
+            views[1, 0, 0, 0] += 1
+        return views
+
+    monkeypatch.setattr(gpu_checks, "augment", off_in_batches)
+    failures = gpu_checks.accuracy("cpu", 4, tiny=True)
+    assert [family for family, found in failures.items() if found] == ["augment"]
+
+
+@pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
+def test_a_replay_must_follow_its_inputs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    assert not any(gpu_checks.graph("cpu", 5, tiny=True).values())
+    right = gpu_checks.scan_fast.topk_neighbors
+    calls = []
+
+    def remembers(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        calls.append(right(x, *arguments, **options))
+        return calls[0] if len(calls) > 1 else calls[-1]
+
+    monkeypatch.setattr(gpu_checks.scan_fast, "topk_neighbors", remembers)
+    failures = gpu_checks.graph("cpu", 5, tiny=True)
+    assert [family for family, found in failures.items() if found] == ["neighbors"]

@@ -126,9 +126,9 @@ def test_every_family_measures_ours_and_eager(family: harness.Family, tmp_path: 
 def test_names_of_contenders_do_not_depend_on_what_is_installed(family: harness.Family) -> None:
     names = [contender.name for contender in family.case(family.quick_sizes[0], "cpu").contenders]
     assert names[0] == "scan-fast" and "eager" in names and len(set(names)) == len(names)
-    for target in targets.CPU_TARGETS:
+    for target in (*targets.CPU_TARGETS, *targets.CUDA_TARGETS):
         if target.family == family.name:
-            assert {target.contender, target.peer} <= set(names)
+            assert {target.contender, target.peer} <= {*names, nt_xent.INF_CL}  # that one there is on CUDA only
 
 
 def test_the_checked_reference_agrees_with_autograd_in_float64() -> None:
@@ -172,6 +172,19 @@ def test_targets_are_met_by_ratio_and_by_memory() -> None:
     assert smaller.value(contenders) == 31.0 and smaller.is_met(31.0) and not smaller.is_met(33.0)
     missing = targets.Target("f", "s", peer="nobody", times=1.0)
     assert missing.value(contenders) is None and not missing.is_met(None)
+    quick = targets.Target("f", "s", microseconds=12.0)
+    assert quick.value(contenders) == 1e6 and quick.is_met(12.0) and not quick.is_met(12.1)
+    near = targets.Target("f", "s", share=0.6)
+    assert near.value([{"name": "scan-fast", "of_limit": 0.7}]) == 0.7 and near.is_met(0.6) and not near.is_met(0.59)
+    assert near.value(contenders) is None
+
+
+def test_targets_of_views_read_the_kernel_alone() -> None:
+    rates = {"fused": {"views_per_second": 1e6}, "fused, recipes given": {"views_per_second": 2e7}}
+    result = {"results": [{"view": "simclr", "side": 32, "rates": rates}]}
+    (target,) = targets.VIEW_TARGETS["cuda"]
+    assert target.value(result) == 2e7 and target.is_met(2e7) and not target.is_met(9e6)
+    assert target.value({"results": []}) is None and not target.is_met(None)
 
 
 def result_file(folder: Path, **changes: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance, ImageOps
-from torchvision.transforms import functional as tv
 
 from scan_fast.ops import native
 from scan_fast.ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
+
+# Where the kernels are tested alone, these may be missing.
+np = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+ImageEnhance = pytest.importorskip("PIL.ImageEnhance")
+ImageOps = pytest.importorskip("PIL.ImageOps")
+tv = pytest.importorskip("torchvision.transforms.functional")
 
 pytestmark = pytest.mark.skipif(not native.has_kernel("augment", "cpu"), reason="the compiled module is not built")
 

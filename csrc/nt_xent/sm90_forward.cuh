@@ -52,7 +52,7 @@ struct ForwardSums {
   Shared<float> part;                                   // (8 warps, 128 columns)
   const PanelSchedule& schedule;
   float scale, limit;
-  int anchors, anchor_tiles, end, count, offset;        // positions: where rows end, see PackedPositions
+  int anchors, anchor_tiles, rows, count, offset;       // positions: `rows` is where they end, see PackedPositions
   float own[kColumnGroups][2];
 
   __device__ __forceinline__ ForwardSums(float* partial_, const Shared<float>& part_, const PanelSchedule& schedule_,
@@ -64,7 +64,7 @@ struct ForwardSums {
         limit(kOperandScale * kOperandScale * p.scale),
         anchors(static_cast<int>(at.anchors())),
         anchor_tiles(static_cast<int>(row_tiles(at.anchors()))),
-        end(static_cast<int>(at.first_other() + at.others())),
+        rows(static_cast<int>(at.first_other() + at.others())),
         count(static_cast<int>(at.count)),
         offset(static_cast<int>(at.positive_offset())) {}
 
@@ -76,7 +76,7 @@ struct ForwardSums {
   __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const ForwardRuns::Run& run, int walked) {
     const int first_row = walked * kPanelRows, first_column = run.fixed * kPanelRows;
     const bool of_anchors = walked < anchor_tiles, mirrored = of_anchors && walked != run.fixed;
-    const int row_end = of_anchors ? anchors : end;
+    const int row_end = of_anchors ? anchors : rows;
     const int distance = first_row - first_column;
     const bool positives = (distance > offset - kPanelRows && distance < offset + kPanelRows) ||
                            (distance > -offset - kPanelRows && distance < kPanelRows - offset);
@@ -116,7 +116,7 @@ struct ForwardSums {
   }
 
   // Eight lanes and eight warps share a column: the lanes by a butterfly, the warps in order.
-  __device__ __forceinline__ void end_of_columns(const ForwardRuns::Run& run) {
+  __device__ __forceinline__ void end(const ForwardRuns::Run& run) {
     const int thread = static_cast<int>(threadIdx.x) - 128, lane = thread % 32;
 #pragma unroll
     for (int t = 0; t < kColumnGroups; ++t) {
@@ -142,12 +142,6 @@ struct ForwardSums {
   }
 };
 
-template <typename P>
-struct ForwardEpilogue : ForwardSums {
-  using ForwardSums::ForwardSums;
-  __device__ __forceinline__ void end(const ForwardRuns::Run& run) { end_of_columns(run); }
-};
-
 // partial: (slots, anchors) of the schedule, which has owners and walked tiles of 128.
 template <typename P>
 __global__ void __launch_bounds__(kProductThreads, 1)
@@ -155,9 +149,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
                         const PanelSchedule schedule, PackedPositions positions, Params p) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   const Shared<unsigned char> memory = aligned_to_panels(dynamic);
-  ForwardEpilogue<P> epilogue(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
+  ForwardSums sums(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
   const PackedOperand<half_t> operand{packed, panels};
-  multiply_tiles<P>(memory, operand, operand, ForwardRuns(schedule), epilogue);
+  multiply_tiles<P>(memory, operand, operand, ForwardRuns(schedule), sums);
 }
 
 }  // namespace

@@ -61,10 +61,10 @@ from .stage_pairs import (
     training_flops,
     write_images,
 )
+from .targets import SEARCH_SIZE
 
 SYNTHETIC_IMAGES = 2000
 STAGES = ("pretext", "mining", "clustering", "selflabel")
-SEARCH = "50000x128x20"
 PARTS = ("views", "forward", "loss", "backward", "optimiser", "waiting")
 
 
@@ -320,7 +320,7 @@ def main() -> None:
     stages = STAGES[: STAGES.index(options.until) + 1]
     result = run(config, options.device, effort, options.data, options.images, stages)
     print()
-    size = neighbors.FAMILY.quick_sizes[-1] if options.quick else SEARCH
+    size = neighbors.FAMILY.quick_sizes[-1] if options.quick else SEARCH_SIZE
     search = run_family(neighbors.FAMILY, options.device, [size], effort, ["scan-fast", "faiss IndexFlatIP"])
     result["search"] = search["cases"][0]
     if options.json:

@@ -137,6 +137,9 @@ class ViewTarget:
 VIEW_TARGETS: dict[str, tuple[ViewTarget, ...]] = {"cpu": (), "cuda": (ViewTarget("simclr", 32, 1e7),)}
 
 
+SEARCH_SIZE = "50000x128x20"
+
+
 @dataclass(frozen=True)
 class StageTarget:
     """An epoch of ``stage`` must be ``times`` faster than the baseline's; or the search ``times`` faster than faiss's.
@@ -151,8 +154,9 @@ class StageTarget:
     def value(self, result: dict[str, Any]) -> float | None:
         """Return the measured ratio or difference from a result of :mod:`benchmarks.end_to_end`."""
         if self.stage == "search":
-            contenders = result.get("search", {}).get("contenders", ())
-            return Target("", "", peer="faiss IndexFlatIP").value(contenders)
+            search = result.get("search", {})
+            wanted = search.get("size") == SEARCH_SIZE
+            return Target("", "", peer="faiss IndexFlatIP").value(search["contenders"]) if wanted else None
         entry = next((e for e in result["stages"] if e["stage"] == self.stage), None)
         if entry is None:
             return None
@@ -170,7 +174,7 @@ class StageTarget:
     def __str__(self) -> str:
         if self.differ is not None:
             return f"end_to_end {self.stage}: float32 losses within {self.differ:g} of the baseline's"
-        what = "50,000 x 128, faiss IndexFlatIP" if self.stage == "search" else "an epoch of the baseline"
+        what = f"faiss IndexFlatIP, {SEARCH_SIZE}" if self.stage == "search" else "an epoch of the baseline"
         return f"end_to_end {self.stage}: {self.times:g} x {what}"
 
 
@@ -256,6 +260,8 @@ def main() -> None:
     if STAGE_TARGETS[options.device] and options.family in (None, "end_to_end"):
         if options.end_to_end is not None:
             stages = json.loads(options.end_to_end.read_text())
+            if stages["quick"]:
+                parser.error(f"{options.end_to_end} was measured with --quick; measure it again without")
         else:
             stages = measure_stages(options.device, options.data, options.budget)
         for stage_target in STAGE_TARGETS[options.device]:

@@ -184,7 +184,7 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
         assert entry["ratio"] == pytest.approx(entry["baseline"]["seconds"] / entry["ours"]["seconds"])
         assert entry["images"] == (96 if entry["stage"] == "mining" else 48)
         if entry["stage"] != "mining":
-            assert entry["loss_difference"] < 1e-3
+            assert entry["loss_difference"] < 3e-2
             assert 0 < entry["ours"]["of_product_peak"] < 1.5
             assert set(entry["ours"]["parts"]) == set(end_to_end.PARTS)
     assert "differ by" in capsys.readouterr().out
@@ -197,9 +197,12 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"| **{result['stages'][0]['ratio']:.2f}** |" in page
     values = {target: target.value(result) for target in targets.CPU_STAGE_TARGETS}
     assert values[targets.StageTarget("pretext", times=4.0)] == result["stages"][0]["ratio"]
+    # The search of a rehearsal is too small to be judged.
+    search = targets.StageTarget("search", times=3.0)
+    assert values[search] is None
+    result["search"]["size"] = targets.SEARCH_SIZE
     speeds = {entry["name"]: entry["seconds"] for entry in result["search"]["contenders"]}
-    faster = speeds["faiss IndexFlatIP"] / speeds["scan-fast"]
-    assert values[targets.StageTarget("search", times=3.0)] == pytest.approx(faster)
+    assert search.value(result) == pytest.approx(speeds["faiss IndexFlatIP"] / speeds["scan-fast"])
     assert all(target.is_met(value) for target, value in values.items() if target.differ is not None)
 
 

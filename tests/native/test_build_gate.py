@@ -119,3 +119,12 @@ def whole_text(source: str) -> str:
 def test_matrix_kernels_are_named_in_their_sources() -> None:
     multiplying = {s for s in build_gate.kernels() if re.search(r"\bw?g?mma(_16816)?<", whole_text(s))}
     assert multiplying == set(MATRIX) & set(build_gate.kernels())
+
+
+def test_nothing_waits_for_the_device_or_allocates_behind_torch() -> None:
+    """What a CUDA graph cannot hold: memory comes from torch's allocator, and no call asks the device for a result."""
+    forbidden = r"cuda(?:Malloc|Free|HostAlloc|StreamSynchronize|DeviceSynchronize|EventSynchronize)\w*|cudaMemcpy\("
+    sources = [path for kind in ("*.cu", "*.cuh", "*_op.cpp") for path in build_gate.CSRC.rglob(kind)]
+    sources += [build_gate.CSRC / "common" / "device.h"]
+    found = {path.name: re.findall(forbidden + r"|\.item\b|\.cpu\(\)", path.read_text()) for path in sources}
+    assert len(sources) > 15 and not {name: calls for name, calls in found.items() if calls}

@@ -19,7 +19,7 @@ OPERATIONS = {
     "topk_neighbors": "topk_neighbors",
 }
 OPTIONAL_PACKAGES = {
-    "nvidia.dali": "GPU augmentation",
+    "nvidia.dali": "data.renderer=dali",
     "faiss": "mining.backend=faiss",
     "timm": "model.backbone=timm:NAME",
     "tensorboard": "runtime.tensorboard=true",
@@ -69,7 +69,10 @@ def render(facts: dict[str, Any]) -> str:
     lines.append("operations (impl=auto, float32):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
     renderer = facts["renderer"]
-    lines.append(f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}  (data.renderer=auto)")
+    lines.append(
+        f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}"
+        "  (data.renderer=auto: fused where its kernel is compiled, else torch)"
+    )
     lines.append("CUDA kernels:")
     lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
     hopper = ", ".join(facts["sm90_families"]) or "no operation"

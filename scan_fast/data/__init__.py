@@ -5,6 +5,7 @@ from .errors import DataError
 from .files import FileSource, ImageFiles
 from .loader import Renderer, ViewMaker, epoch_batches, prefetch, steps_per_epoch
 from .render import make_renderer
+from .render_dali import DaliRenderer
 from .render_fused import FusedRenderer
 from .render_torch import TorchRenderer
 from .sources import Source, SubsetSource, TensorSource
@@ -12,6 +13,7 @@ from .views import AffineView, Params, PlainView, SimCLRView, StrongView, View
 
 __all__ = [
     "AffineView",
+    "DaliRenderer",
     "DataConfig",
     "DataError",
     "FileSource",

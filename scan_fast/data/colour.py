@@ -68,15 +68,7 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue by a fraction of the colour circle, in PIL's 8-bit HSV: trunc(255 shift), wrapping at 256."""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    lowest = torch.minimum(torch.minimum(r, g), b)
-    chroma = value - lowest
-    # The hue depends on which channel is which, on the chroma, and on how far the middle channel is below the highest:
-    # value - middle = 2 value + lowest - r - g - b. All whole, so it is looked up.
-    row = (2 * value).add_(lowest).sub_(r).sub_(g).sub_(b).add_(chroma, alpha=256).to(torch.int32)
-    row.add_(g >= b, alpha=1 << 16).add_(r >= b, alpha=1 << 17).add_(g >= r, alpha=1 << 18)
-    angle = _angles(x.device).index_select(0, row.flatten()).view(value.shape)
+    value, chroma, angle = _value_chroma_angle(x)
     weight = chroma.div_(value.clamp(min=1)).mul_(255).floor_()
 
     step = (shift.double() * 255).trunc().float().view(-1, 1, 1)
@@ -92,6 +84,24 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     torch.sub(angle, 4 * 255, out=out[:, 2]).abs_().sub_(255)
     out.clamp_(0, 255).mul_(weight.neg_().unsqueeze(1)).add_(65025)
     return out.mul_(value.unsqueeze(1)).div_(divisor).add_(0.5).floor_()
+
+
+def hue_angles(x: Tensor) -> Tensor:
+    """Return PIL's 8-bit hue, (n, H, W) float32."""
+    return _value_chroma_angle(x)[2]
+
+
+def _value_chroma_angle(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the highest channel, how far the lowest is below it, and PIL's 8-bit hue, each (n, H, W)."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    lowest = torch.minimum(torch.minimum(r, g), b)
+    chroma = value - lowest
+    # The hue depends on which channel is which, on the chroma, and on how far the middle channel is below the highest:
+    # value - middle = 2 value + lowest - r - g - b. All whole, so it is looked up.
+    row = (2 * value).add_(lowest).sub_(r).sub_(g).sub_(b).add_(chroma, alpha=256).to(torch.int32)
+    row.add_(g >= b, alpha=1 << 16).add_(r >= b, alpha=1 << 17).add_(g >= r, alpha=1 << 18)
+    return value, chroma, _angles(x.device).index_select(0, row.flatten()).view(value.shape)
 
 
 @cache

@@ -81,8 +81,9 @@ class DataConfig(Settings):
             long as what is cut out of it stays at least twice as large as it is to be, which takes large photographs a
             fraction of the time and moves levels a little.
         workers: decoding threads; by default one per core, at most 16.
-        renderer: what makes the views: "fused" (one native kernel, on the devices it is compiled for), "torch" (torch
-            operations, on any device), or "auto" for fused where that is possible.
+        renderer: what makes the views: "fused" (one native kernel, on the devices it is compiled for), "dali" (NVIDIA
+            DALI, on a GPU or the CPU), "torch" (torch operations, on any device), or "auto" for fused where that is
+            possible, else torch.
     """
 
     source: SourceName = "folder"
@@ -100,7 +101,7 @@ class DataConfig(Settings):
     crop: Literal["image", "file"] = "image"
     decode: Literal["exact", "scaled"] = "exact"
     workers: int | None = Field(default=None, ge=1)
-    renderer: Literal["auto", "torch", "fused"] = "auto"
+    renderer: Literal["auto", "torch", "dali", "fused"] = "auto"
 
     @model_validator(mode="after")
     def _files_are_read(self) -> Self:

@@ -10,10 +10,11 @@ import torch
 from ..ops import native
 from .datasets import DataConfig, Splits
 from .loader import Renderer
+from .render_dali import DaliRenderer
 from .render_fused import FusedRenderer
 from .render_torch import TorchRenderer
 
-RendererName = Literal["torch", "fused"]
+RendererName = Literal["torch", "dali", "fused"]
 
 
 def automatic_renderer(device_type: str) -> RendererName:
@@ -22,7 +23,7 @@ def automatic_renderer(device_type: str) -> RendererName:
 
 
 def renderer_for(
-    name: Literal["auto", "torch", "fused"], mean: Sequence[float], std: Sequence[float], device: torch.device
+    name: Literal["auto"] | RendererName, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Renderer:
     """Return a renderer by name, for images normalised with `mean` and `std`.
 
@@ -30,6 +31,8 @@ def renderer_for(
         DataError: where the one that is asked for is not possible on the device.
     """
     chosen = automatic_renderer(device.type) if name == "auto" else name
+    if chosen == "dali":
+        return DaliRenderer(mean, std, device)
     return FusedRenderer(mean, std, device) if chosen == "fused" else TorchRenderer(mean, std, device)
 
 

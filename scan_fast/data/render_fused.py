@@ -96,7 +96,7 @@ class FusedRenderer:
 def recipes(view: View, params: Params) -> Tensor:
     """Write a view's parameters down as the kernel reads them: (n, words) int32 on the CPU."""
     params = {name: value.cpu() for name, value in params.items()}
-    operations, arguments = _steps(view, params)
+    operations, arguments = operations_of(view, params)
     n, steps = operations.shape
     out = torch.zeros((n, RECIPE_HEADER + steps * RECIPE_STEP), dtype=torch.int32)
     for word, name in enumerate(("top", "left", "height", "width", "flip")):
@@ -113,8 +113,11 @@ def _bits(values: Tensor) -> Tensor:
     return values.float().view(torch.int32)
 
 
-def _steps(view: View, params: Params) -> tuple[Tensor, Tensor]:
-    """Return the operations, (n, steps) int32, and their arguments, (n, steps, 1 or 6) int32."""
+def operations_of(view: View, params: Params) -> tuple[Tensor, Tensor]:
+    """Return the operations after the crop, (n, steps) int32, and their arguments, (n, steps, 1 or 6) int32.
+
+    An argument is a float's bits; of a nearest map, the fixed-point numbers of :func:`geometry.fixed_point`.
+    """
     n = len(params["flip"])
     if isinstance(view, SimCLRView):
         amounts = torch.stack([params[name] for name in ("brightness", "contrast", "saturation", "hue")], dim=1)

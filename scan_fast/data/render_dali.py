@@ -1,0 +1,289 @@
+"""The DALI renderer: the views of the other renderers, made by NVIDIA DALI's operators, on a GPU or the CPU.
+
+It takes the same parameters and makes the same views: each operation is within one grey level of PIL's. The pipelines
+are in :mod:`scan_fast.data.dali_graphs`; `equalize` alone is torch's, because DALI's follows OpenCV's formula, and a crop
+that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. Nothing random is left
+to DALI, so a view depends on its parameters alone, and DALI needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..ops.augment import Operation
+from . import colour, geometry
+from .errors import DataError
+from .render_fused import operations_of
+from .views import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+INSTALL = "pip install nvidia-dali-cuda130"
+
+# Pixels of one run of the pipelines: many small images, so that DALI's cost per run is shared, few large ones.
+_RUN_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
+_RUN_IMAGES = 8192
+_GPU_THREADS = 4
+_CACHED_PIXELS = 1 << 16
+
+# The operations that a view applies one after the other in one run, to blocks of images with the same ones.
+_TOGETHER: dict[type, tuple[Operation, ...]] = {
+    SimCLRView: (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.SATURATION, Operation.HUE),
+    AffineView: (Operation.BILINEAR, Operation.BRIGHTNESS, Operation.CONTRAST),
+}
+# Those that get a run each, because there are too many sequences of them, and blocks would be small.
+_SINGLY: dict[type, tuple[Operation, ...]] = {
+    SimCLRView: (Operation.GRAYSCALE,),
+    StrongView: (
+        Operation.AUTOCONTRAST,
+        Operation.NEAREST,
+        Operation.SOLARIZE,
+        Operation.SATURATION,
+        Operation.CONTRAST,
+        Operation.BRIGHTNESS,
+        Operation.SHARPNESS,
+        Operation.POSTERIZE,
+    ),
+}
+
+
+def is_installed() -> bool:
+    """Return whether DALI can be imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _graphs() -> ModuleType:
+    if not is_installed():
+        raise DataError(f"data.renderer=dali needs DALI, which is not installed: {INSTALL}")
+    from . import dali_graphs
+
+    return dali_graphs
+
+
+class DaliRenderer:
+    """Renders views with DALI.
+
+    Args:
+        mean, std: per-channel normalisation in [0, 1].
+        device: where to render; images are moved there.
+        dtype: of the result, float32 or bfloat16.
+        threads: DALI's CPU threads; by default torch's on the CPU, and four beside a GPU.
+
+    Raises:
+        DataError: where DALI is not installed.
+        ValueError: for a mean, std or dtype that cannot be.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+    ) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+        self._build = _graphs()
+        self.device = torch.device(device)
+        self.dtype = dtype
+        on_cpu = self.device.type == "cpu"
+        self._options = {
+            "device_id": None if on_cpu else self.device.index or 0,
+            "num_threads": threads or (torch.get_num_threads() if on_cpu else _GPU_THREADS),
+            # Every run is fed by hand and waited for; what works ahead is the loader.
+            "prefetch_queue_depth": 1,
+            "seed": 0,
+        }
+        wide_mean, wide_std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+        self._scale = (1 / (255 * wide_std)).to(self.device, torch.float32)
+        self._shift = (-wide_mean / wide_std).to(self.device, torch.float32)
+        self._pipelines: dict[tuple[Any, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view.
+
+        Args:
+            images: (n, H, W, 3) uint8 on any device.
+            view: what to make; its size must be resolved.
+            params: from ``view.sample`` for these images.
+
+        Returns:
+            (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
+        """
+        levels = self.pixels(images, view, params)
+        shape = (len(images), 3, view.side, view.side)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        # In parts that stay in a CPU's caches.
+        part = max(1, _CACHED_PIXELS // view.side**2) if self.device.type == "cpu" else len(images)
+        for some, target in zip(levels.permute(0, 3, 1, 2).split(part), out.split(part), strict=True):
+            values = target if self.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            values.copy_(some).mul_(self._scale).add_(self._shift)
+            if values is not target:
+                target.copy_(values)
+        if "cutout" in params:
+            out.masked_fill_(geometry.box_mask(params["cutout"].to(self.device), view.side), 0)
+        return out
+
+    @torch.no_grad()
+    def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view before normalisation and cutout: (n, size, size, 3) uint8."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be (n, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
+        images = images.to(self.device, non_blocking=True)
+        params = {name: value.cpu() for name, value in params.items()}
+        out = torch.empty((len(images), view.side, view.side, 3), dtype=torch.uint8, device=self.device)
+        if len(images) == 0:
+            return out
+        pixels = max(view.side**2, images.shape[1] * images.shape[2])
+        size = min(_RUN_IMAGES, max(1, _RUN_PIXELS[self.device.type] // pixels))
+        with self._lock:
+            for rows in torch.arange(len(images)).split(size):
+                self._run(images, rows, view, {name: value[rows] for name, value in params.items()}, out)
+        return out
+
+    def _run(self, images: Tensor, rows: Tensor, view: View, params: Params, out: Tensor) -> None:
+        """Render the images of these rows, with their parameters, into the same rows of `out`."""
+        operations, arguments = (part.contiguous() for part in operations_of(view, params))
+        arguments = _readable(operations, arguments)
+        together = len(_TOGETHER.get(type(view), ()))
+        order, sizes, codes = _blocks(operations[:, :together])
+        where = rows[order].to(self.device)
+        levels = self._crop(images.index_select(0, where), view, {name: value[order] for name, value in params.items()})
+        if together:
+            levels = self._through(levels, view, _TOGETHER[type(view)], sizes, codes, arguments[order, :together])
+        out.index_copy_(0, where, levels)
+        for column in range(together, operations.shape[1]):
+            self._single(out, rows, view, operations[:, column], arguments[:, column : column + 1])
+
+    def _single(self, levels: Tensor, rows: Tensor, view: View, operation: Tensor, arguments: Tensor) -> None:
+        """Apply one operation to each image of these rows, in place."""
+        equalized = rows[operation == Operation.EQUALIZE].to(self.device)
+        if len(equalized):
+            levels.index_copy_(0, equalized, _equalize(levels.index_select(0, equalized)))
+        rest = ((operation != Operation.IDENTITY) & (operation != Operation.EQUALIZE)).nonzero().squeeze(1)
+        if len(rest):
+            order, sizes, codes = _blocks(operation[rest].unsqueeze(1))
+            order = rest[order]
+            where = rows[order].to(self.device)
+            some = levels.index_select(0, where)
+            levels.index_copy_(0, where, self._through(some, view, _SINGLY[type(view)], sizes, codes, arguments[order]))
+
+    def _crop(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Cut, resize and mirror: (n, S, S, 3) uint8."""
+        side = view.side
+        box = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1).int()
+        resize = bool((box[:, 2:] != side).any())
+        if not resize and images.shape[1:3] == (side, side) and not bool(params["flip"].any()):
+            return images
+        size = torch.full((len(box), 2), float(side))
+        size[params["flip"], 1] *= -1
+        key = ("crop", resize)
+        if key not in self._pipelines:
+            self._pipelines[key] = self._build.crop_pipeline(resize, batch_size=_RUN_IMAGES, **self._options)
+        feeds = {"images": images, "start": box[:, :2].contiguous(), "shape": box[:, 2:].contiguous(), "size": size}
+        return torch.from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
+
+    def _through(
+        self,
+        levels: Tensor,
+        view: View,
+        operations: tuple[Operation, ...],
+        sizes: list[int],
+        codes: Tensor,
+        arguments: Tensor,
+    ) -> Tensor:
+        """Take blocks of `sizes` images, one after the other in `levels`, through their operations."""
+        key = (operations, view.side, codes.shape[1], _largest_factor(view))
+        if key not in self._pipelines:
+            self._pipelines[key] = self._build.block_pipeline(
+                key[1], operations, *key[2:], batch_size=_RUN_IMAGES, **self._options
+            )
+        feeds = {"blocks": list(levels.split(sizes)), "codes": codes, "arguments": list(arguments.split(sizes))}
+        return torch.cat([torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)])
+
+    def _outputs(self, pipeline: Any, feeds: dict[str, Tensor | list[Tensor]]) -> Any:
+        for name, value in feeds.items():
+            pipeline.feed_input(name, _array(value) if isinstance(value, Tensor) else [_array(v) for v in value])
+        if self.device.type == "cpu":
+            return pipeline.run()[0]
+        return pipeline.run(cuda_stream=torch.cuda.current_stream(self.device))[0]
+
+
+def _array(value: Tensor) -> Any:
+    """Return what DALI takes without a copy: of a torch tensor it would ask for the CUDA stream, even on the CPU."""
+    return value.numpy() if value.device.type == "cpu" else value
+
+
+def _largest_factor(view: View) -> float:
+    return 1 + max(view.saturation, view.contrast) if isinstance(view, SimCLRView) else 1.0
+
+
+def _equalize(levels: Tensor) -> Tensor:
+    """Equalize (n, S, S, 3) uint8 with PIL's formula; that of DALI's operator is OpenCV's, many levels away."""
+    planar = levels.permute(0, 3, 1, 2).float()
+    kind = torch.full((len(levels),), STRONG_INDEX["equalize"], device=levels.device)
+    table = colour.tables(planar, kind, kind.float(), STRONG_INDEX)
+    return colour.apply_tables(planar, table).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _blocks(operations: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    """Group images by their operations.
+
+    Args:
+        operations: (n, steps) int32.
+
+    Returns:
+        the order that puts equal ones together, (n,) int64; the groups' sizes; their operations, (groups, steps) int32.
+    """
+    place = 16 ** torch.arange(operations.shape[1])
+    if len(place) == 0:
+        return torch.arange(len(operations)), [len(operations)], operations[:1]
+    codes, group, counts = (operations * place).sum(dim=1).unique(return_inverse=True, return_counts=True)
+    return group.argsort(stable=True), counts.tolist(), (codes.unsqueeze(1) // place % 16).int()
+
+
+def _readable(operations: Tensor, arguments: Tensor) -> Tensor:
+    """Turn the fused kernel's arguments into those of the graphs: (n, steps, 6) float32."""
+    out = torch.zeros((*operations.shape, 6))
+    out[..., : arguments.shape[-1]] = arguments.view(torch.float32)
+    first = out[..., 0]
+
+    def rows(operation: Operation) -> Tensor:
+        return operations == int(operation)
+
+    hue = rows(Operation.HUE)
+    first[hue] = (first[hue].double() * 255).trunc().remainder(256).float()
+    solarize = rows(Operation.SOLARIZE)
+    first[solarize] = first[solarize].ceil()
+    posterize = rows(Operation.POSTERIZE)
+    first[posterize] = 256 - torch.exp2(8 - first[posterize])
+    nearest = rows(Operation.NEAREST)
+    if nearest.any():
+        out[nearest] = _map_of(arguments[nearest])
+    return out
+
+
+def _map_of(fixed: Tensor) -> Tensor:
+    """Turn PIL's steps in 16.16 fixed point back into maps of pixel centres, (n, 6) float32.
+
+    Half a step more, so that a position that is a whole pixel does not fall to the one before it in float32.
+    """
+    start_x, ax, bx, start_y, dy, ey = (fixed.double() / 65536).unbind(1)
+    half_step = 0.5 / 65536
+    x0, y0 = start_x - (ax + bx) / 2 + half_step, start_y - (dy + ey) / 2 + half_step
+    return torch.stack((ax, bx, x0, dy, ey, y0), dim=1).float()

@@ -1,16 +1,16 @@
 """The DALI renderer: the views of the other renderers, made by NVIDIA DALI's operators, on a GPU or the CPU.
 
 It takes the same parameters and makes the same views: each operation is within one grey level of PIL's. The pipelines
-are in :mod:`scan_fast.data.dali_graphs`; `equalize` alone is torch's, because DALI's follows OpenCV's formula, and a crop
-that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. Nothing random is left
-to DALI, so a view depends on its parameters alone, and DALI needs no checkpoint.
+are in :mod:`scan_fast.data.dali_graphs`; `equalize` alone is torch's, because DALI's follows OpenCV's formula, and a
+crop that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. Nothing random is
+left to DALI, so a view depends on its parameters alone, and DALI needs no checkpoint.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,10 +213,14 @@ class DaliRenderer:
             self._pipelines[key] = self._build.block_pipeline(
                 key[1], operations, *key[2:], batch_size=_RUN_IMAGES, **self._options
             )
-        feeds = {"blocks": list(levels.split(sizes)), "codes": codes, "arguments": list(arguments.split(sizes))}
+        feeds: dict[str, Tensor | list[Tensor]] = {
+            "blocks": list(levels.split(sizes)),
+            "codes": codes,
+            "arguments": list(arguments.split(sizes)),
+        }
         return torch.cat([torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)])
 
-    def _outputs(self, pipeline: Any, feeds: dict[str, Tensor | list[Tensor]]) -> Any:
+    def _outputs(self, pipeline: Any, feeds: Mapping[str, Tensor | list[Tensor]]) -> Any:
         for name, value in feeds.items():
             pipeline.feed_input(name, _array(value) if isinstance(value, Tensor) else [_array(v) for v in value])
         if self.device.type == "cpu":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from driving import TINY, Death, Process, contents, metrics, results, run_here, tiny_config
 
+from scan_fast.data import render_dali
 from scan_fast.models.heads import PretextModel
 from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
@@ -66,6 +67,15 @@ def test_killed_at_renamings_in_bfloat16(tmp_path: Path) -> None:
     generator = random.Random(2)
     deaths = [Death(generator.randint(4, 9), before=bool(generator.getrandbits(1))) for _ in range(60)]
     assert restart_until_done([*words, tmp_path / "run", EVERY_STEP], tmp_path, deaths) >= 2
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not render_dali.is_installed(), reason=f"DALI is not installed: {render_dali.INSTALL}")
+def test_views_by_dali_are_the_same_after_a_death(tmp_path: Path) -> None:
+    words = ["run", "digits", *TINY, "data.renderer=dali", "--quiet", "--out"]
+    assert run_here(*words, tmp_path / "whole").code == 0
+    deaths = [Death(12, before=False), Death(9, before=True)] + [Death(1000, before=True)] * 58
+    assert restart_until_done([*words, tmp_path / "run", EVERY_STEP], tmp_path, deaths) == 2
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 

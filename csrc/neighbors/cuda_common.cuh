@@ -1,6 +1,6 @@
 // The GPU neighbour search: memory that the kernels share, and what rows, sums and keys are.
 //
-// Part of neighbors_cuda.cu, which alone includes it.
+// Part of neighbors_cuda.cu and neighbors_sm90.cu, which alone include it.
 #pragma once
 
 #include <cfloat>
@@ -8,23 +8,20 @@
 #include <cstring>
 
 #include "common/device.h"
+#include "common/panels.h"
 #include "neighbors/neighbors.h"
 
 namespace scan_fast {
-namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = 64;       // columns of dim that a tile takes at a time
-constexpr double kUnit = 128;  // the length that the fast search scales rows to
-
-// What the kernels share in global memory.
-struct Workspace {
+// What the kernels share in global memory. u^ and u~ lie in panels (common/panels.h), their rows padded with zeros to a
+// multiple of kRowPadding.
+struct TopkWorkspace {
   double* query_length;      // (Q,) |v|, non-finite where the row has a non-finite entry
   double* database_length;   // (N,); the same memory in a self-search
-  half_t* query_rounded;     // (Q, padded dim) u^; likewise
-  half_t* database_rounded;  // (N, padded dim)
-  half_t* query_low;         // (Q, padded dim) u~, the rounded u - u^; written only if a query is searched again
-  half_t* database_low;      // (N, padded dim)
+  half_t* query_rounded;     // packed u^; likewise
+  half_t* database_rounded;
+  half_t* query_low;         // packed u~, the rounded u - u^; written only if a query is searched again
+  half_t* database_low;
   double* query_residual;    // (Q,) |u - u^|
   double* query_norm;        // (Q,) |u^|
   double* query_remainder;   // (Q,) |u - u^ - u~|
@@ -45,6 +42,14 @@ struct Workspace {
   int32_t* counts;           // the same without capacity; -1: the list outgrew its room
   unsigned long long* keys;  // search_exactly: (blocks, N + power of two of k); the memory of the candidates
 };
+
+namespace {
+
+using Workspace = TopkWorkspace;
+
+constexpr int kThreads = 256;
+constexpr int64_t kRowPadding = 2 * kPanelRows;
+constexpr double kUnit = 128;  // the length that the fast search scales rows to
 
 // Where the candidates of one query are: `splits` lists.
 struct Candidates {

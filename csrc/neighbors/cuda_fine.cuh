@@ -20,13 +20,13 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kFineRows = 64, kFineColumns = 128;
-constexpr int kFinePart = (kFineRows + kFineColumns) * kChunk;  // the high, or the low, parts of a stage
+constexpr int kFineRows = 64, kFineColumns = kPanelRows;
+constexpr int kFinePart = (kFineRows + kFineColumns) * kPanelDims;  // the high, or the low, parts of a stage
 constexpr int kFineStage = 2 * kFinePart;
 constexpr size_t kFineShared = size_t{2} * kFineStage * sizeof(half_t);
 
 __global__ void __launch_bounds__(kThreads, 1)
-    search_finely(TopkProblem problem, Workspace work, int64_t padded_dim, int capacity, int max_keys,
+    search_finely(TopkProblem problem, Workspace work, int panels, int capacity, int max_keys,
                   float* __restrict__ similarity, int64_t* __restrict__ index) {
   SCAN_FAST_DYNAMIC_SHARED(memory);
   SCAN_FAST_SHARED(float, threshold, kFineRows);
@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowLists<kFineColumns> lists{threshold, count, limit, static_cast<int>(problem.k), capacity};
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 32, warp_column = warp % 4 * 32;
-  const int n = static_cast<int>(problem.n_database);
 
   const int64_t undecided = static_cast<int64_t>(*work.undecided_count);
   const int64_t row_blocks = (undecided + kFineRows - 1) / kFineRows;
@@ -60,45 +59,43 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int64_t place = row_block * kFineRows + thread;
       const bool inside = place < undecided;
       const int32_t i = work.undecided[inside ? place : row_block * kFineRows];
-      const double mine = inside ? fine_margin(problem, work, i, padded_dim) : -1.0;
+      const double mine = inside ? fine_margin(problem, work, i, panels) : -1.0;
       query[thread] = i;
       margin[thread] = mine;
       lists.open(thread, mine);
     }
     __syncthreads();
 
-    // Thread: 16-byte chunk thread % 8 of rows thread / 8 + {0, 32, ...}; 32 rows further on, the swizzle is the same.
-    const int load_row = thread / 8;
-    const Shared<half_t> load_slot = stages + (load_row * kChunk + (thread % 8 ^ load_row % 8) * 8);
-    const int64_t offset = thread % 8 * 8;
+    // Thread: 16-byte piece thread % 8 of rows thread / 8 + {0, 32, ...}. A tile of the database lies in memory as it
+    // will in shared memory; the queries are gathered, and each piece moves to its row's new place.
+    const int load_row = thread / 8, piece = thread % 8;
+    const int query_slot = load_row * kPanelDims + (piece ^ load_row % 8) * 8;
+    const int offset = load_row * kPanelDims + piece * 8;
     const int32_t first_query = query[load_row], second_query = query[load_row + 32];
-    const int64_t query_offset[2] = {first_query * padded_dim + offset, second_query * padded_dim + offset};
+    const int64_t query_from[2] = {panel_at(first_query, piece * 8, panels), panel_at(second_query, piece * 8, panels)};
     int load_tile = static_cast<int>(tiles * split / splits);
     const int last_tile = static_cast<int>(tiles * (split + 1) / splits);
-    int load_depth = 0, load_stage = 0;
+    int load_panel = 0, load_stage = 0;
     const auto load_next = [&] {
       if (load_tile < last_tile) {
-        const int left = n - load_tile * kFineColumns;
-        const int columns = left < kFineColumns ? left : kFineColumns;
-        const int64_t column_offset =
-            static_cast<int64_t>(load_tile) * kFineColumns * padded_dim + offset + load_depth;
+        const int64_t panel = static_cast<int64_t>(load_panel) * kPanelElements;
+        const int64_t from = static_cast<int64_t>(load_tile) * panels * kPanelElements + panel + offset;
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           const half_t* const queries = part == 0 ? work.query_rounded : work.query_low;
           const half_t* const database = part == 0 ? work.database_rounded : work.database_low;
-          const Shared<half_t> slot = load_slot + (load_stage * kFineStage + part * kFinePart);
-          cp_async_16(slot.get(), queries + query_offset[0] + load_depth);
-          cp_async_16((slot + 32 * kChunk).get(), queries + query_offset[1] + load_depth);
+          const Shared<half_t> slot = stages + (load_stage * kFineStage + part * kFinePart);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            cp_async_16((slot + (half * 32 * kPanelDims + query_slot)).get(), queries + query_from[half] + panel);
+          }
 #pragma unroll
           for (int row = 0; row < kFineColumns; row += 32) {
-            const bool inside = load_row + row < columns;
-            cp_async_16((slot + (kFineRows + row) * kChunk).get(),
-                        database + column_offset + (inside ? load_row + row : 0) * padded_dim, inside ? 16 : 0);
+            cp_async_16((slot + ((kFineRows + row) * kPanelDims + offset)).get(), database + from + row * kPanelDims);
           }
         }
-        load_depth += kChunk;
-        if (load_depth == padded_dim) {
-          load_depth = 0;
+        if (++load_panel == panels) {
+          load_panel = 0;
           ++load_tile;
         }
         load_stage ^= 1;
@@ -116,13 +113,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-    int tile = load_tile, depth_done = 0, stage = 0;
+    int tile = load_tile, panel = 0, stage = 0;
     load_next();
     while (tile < last_tile) {
       cp_async_wait<0>();
       __syncthreads();  // this stage has landed for all, and all are done with the other, which is refilled next
       load_next();
-      const Shared<half_t> a_tile = stages + stage * kFineStage, b_tile = a_tile + kFineRows * kChunk;
+      const Shared<half_t> a_tile = stages + stage * kFineStage, b_tile = a_tile + kFineRows * kPanelDims;
       stage ^= 1;
 #pragma unroll
       for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
@@ -141,14 +138,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             const int row = warp_row + m * 16 + lane % 16, chunk = depth * 2 + lane / 16;
-            const Shared<half_t> from = a_tile + (row * kChunk + (chunk ^ (row % 8)) * 8);
+            const Shared<half_t> from = a_tile + (row * kPanelDims + (chunk ^ (row % 8)) * 8);
             ldmatrix_x4(a_high[m], from.get());
             ldmatrix_x4(a_low[m], (from + kFinePart).get());
           }
 #pragma unroll
           for (int c = 0; c < 4; c += 2) {
             const int row = warp_column + c * 8 + lane / 16 * 8 + lane % 8, chunk = depth * 2 + lane / 8 % 2;
-            const Shared<half_t> from = b_tile + (row * kChunk + (chunk ^ (row % 8)) * 8);
+            const Shared<half_t> from = b_tile + (row * kPanelDims + (chunk ^ (row % 8)) * 8);
             uint32_t high[4], low[4];
             ldmatrix_x4(high, from.get());
             ldmatrix_x4(low, (from + kFinePart).get());
@@ -174,9 +171,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-      depth_done += kChunk;
-      if (depth_done < padded_dim) continue;
-      depth_done = 0;
+      if (++panel < panels) continue;
+      panel = 0;
 
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -199,10 +195,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncthreads();  // the lists are complete
-      for (int row = warp; row < kFineRows; row += kThreads / 32) {
-        const double mine = margin[row];
-        lists.make_room(row, list_of(row), &mine);
-      }
+      lists.make_room<kFineRows * 32 / kThreads>(warp, kThreads / 32, list_of, [&](int row) -> double {
+        return margin[row];
+      });
       ++tile;
     }
     cp_async_wait<0>();

@@ -6,7 +6,7 @@
 // threshold and drops what falls below it. So the set of candidates is the same in every run; only its order in the
 // list varies, and nothing depends on that.
 //
-// Part of the searches' sources, which alone include it.
+// Part of neighbors_cuda.cu and neighbors_sm90.cu, which alone include it.
 #pragma once
 
 #include "neighbors/cuda_common.cuh"
@@ -116,22 +116,30 @@ struct RowLists {
     }
   }
 
-  // By one warp, once every thread has entered its values of the tile: makes room for the next tile. The margin is
-  // read only where the row has entries.
-  __device__ __forceinline__ void make_room(int row, uint2* list, const double* margin) const {
-    const int entries = count[row];
-    if (entries <= limit[row] || entries <= k) return;
-    float bound = threshold[row];
-    int kept = tighten(list, entries, k, *margin, bound);
-    if (kept > last_limit()) {
-      bound = INFINITY;
-      kept = -1;
+  // By one warp, once its rows first_row, first_row + stride, ... are complete: makes room in them for the next tile.
+  template <int kRows, typename ListOf, typename MarginOf>
+  __device__ __forceinline__ void make_room(int first_row, int stride, ListOf list_of, MarginOf margin_of) const {
+    static_assert(kRows <= 32);
+    const int lane = threadIdx.x % 32;
+    bool full = false;
+    if (lane < kRows) {
+      const int row = first_row + lane * stride, entries = count[row];
+      full = entries > limit[row] && entries > k;
     }
-    __syncwarp();  // every lane has read this row's state
-    if (threadIdx.x % 32 == 0) {
-      threshold[row] = bound;
-      count[row] = kept;
-      set_limit(row, 2 * kept);
+    for (unsigned rows = __ballot_sync(kFullMask, full); rows != 0; rows &= rows - 1) {
+      const int row = first_row + (__ffs(static_cast<int>(rows)) - 1) * stride;
+      float bound = threshold[row];
+      int kept = tighten(list_of(row), count[row], k, margin_of(row), bound);
+      if (kept > last_limit()) {
+        bound = INFINITY;
+        kept = -1;
+      }
+      __syncwarp();  // every lane has read this row's state
+      if (lane == 0) {
+        threshold[row] = bound;
+        count[row] = kept;
+        set_limit(row, 2 * kept);
+      }
     }
   }
 };

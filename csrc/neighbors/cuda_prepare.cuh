@@ -21,26 +21,26 @@ __global__ void __launch_bounds__(kThreads) measure_rows(const float* __restrict
 
 // residual and norm may be null (a database that is not also the queries), likewise the maxima.
 __global__ void __launch_bounds__(kThreads)
-    round_rows(const float* __restrict__ x, int64_t rows, int64_t dim, int64_t padded_dim, bool normalize,
+    round_rows(const float* __restrict__ x, int64_t rows, int64_t padded_rows, int64_t dim, int panels, bool normalize,
                const double* __restrict__ length, const unsigned long long* longest, half_t* __restrict__ rounded,
                double* residual, double* norm, unsigned long long* worst_residual,
                unsigned long long* longest_rounded) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= rows) return;
-  const bool usable = length[row] <= DBL_MAX;
+  if (row >= padded_rows) return;
+  const bool usable = row < rows && length[row] <= DBL_MAX;
   const double scale = usable ? row_scale(length[row], max_of(longest), normalize) : 0;
   double residual_squared = 0, norm_squared = 0;
-  for (int64_t d = threadIdx.x % 32; d < padded_dim; d += 32) {
+  for (int64_t d = threadIdx.x % 32; d < panels * kPanelDims; d += 32) {
     const double exact = usable && d < dim ? static_cast<double>(x[row * dim + d]) * scale : 0;
     const half_t kept = from_float<half_t>(static_cast<float>(exact));
     const double wide = static_cast<double>(to_float(kept));
     residual_squared += (exact - wide) * (exact - wide);
     norm_squared += wide * wide;
-    rounded[row * padded_dim + d] = kept;
+    rounded[panel_at(row, d, panels)] = kept;
   }
   residual_squared = sqrt(warp_sum(residual_squared));
   norm_squared = sqrt(warp_sum(norm_squared));
-  if (threadIdx.x % 32 != 0) return;
+  if (threadIdx.x % 32 != 0 || row >= rows) return;
   if (residual != nullptr) {
     residual[row] = residual_squared;
     norm[row] = norm_squared;
@@ -53,26 +53,27 @@ __global__ void __launch_bounds__(kThreads)
 
 // What rounding left, for the finer product; a fixed grid, and nothing to do where every query is decided.
 __global__ void __launch_bounds__(kThreads)
-    round_remainders(const float* __restrict__ x, int64_t rows, int64_t dim, int64_t padded_dim, bool normalize,
-                     const double* __restrict__ length, const unsigned long long* longest,
+    round_remainders(const float* __restrict__ x, int64_t rows, int64_t padded_rows, int64_t dim, int panels,
+                     bool normalize, const double* __restrict__ length, const unsigned long long* longest,
                      const half_t* __restrict__ rounded, half_t* __restrict__ low, double* remainder,
                      unsigned long long* worst_remainder, const unsigned long long* undecided_count) {
   if (*undecided_count == 0) return;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; row < rows; row += warps) {
-    const bool usable = length[row] <= DBL_MAX;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; row < padded_rows;
+       row += warps) {
+    const bool usable = row < rows && length[row] <= DBL_MAX;
     const double scale = usable ? row_scale(length[row], max_of(longest), normalize) : 0;
     double squared = 0;
-    for (int64_t d = threadIdx.x % 32; d < padded_dim; d += 32) {
+    for (int64_t d = threadIdx.x % 32; d < panels * kPanelDims; d += 32) {
       const double exact = usable && d < dim ? static_cast<double>(x[row * dim + d]) * scale : 0;
-      const double rest = exact - static_cast<double>(to_float(rounded[row * padded_dim + d]));
+      const double rest = exact - static_cast<double>(to_float(rounded[panel_at(row, d, panels)]));
       const half_t kept = from_float<half_t>(static_cast<float>(rest));
       const double left = rest - static_cast<double>(to_float(kept));
       squared += left * left;
-      low[row * padded_dim + d] = kept;
+      low[panel_at(row, d, panels)] = kept;
     }
     squared = sqrt(warp_sum(squared));
-    if (threadIdx.x % 32 != 0) continue;
+    if (threadIdx.x % 32 != 0 || row >= rows) continue;
     if (remainder != nullptr) remainder[row] = squared;
     if (worst_remainder != nullptr) raise(worst_remainder, squared);
   }
@@ -126,12 +127,12 @@ __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Wo
 //   |u_i u_j - s^| <= |u~_i||u~_j| + |e_i||u_j| + (|u_i| + |e_i|)|e_j|.
 // The first product is summed 32 columns at a time, and those sums in float32, to nearest; the other two in one go.
 __device__ __forceinline__ double fine_margin(const TopkProblem& problem, const Workspace& work, int64_t i,
-                                              int64_t padded_dim) {
+                                              int panels) {
   if (!(work.margin[i] <= DBL_MAX)) return work.margin[i];
   const Magnitudes m = magnitudes(problem, work, i);
   const double worst = max_of(work.worst_remainder), mine = work.query_remainder[i], norm = work.query_norm[i];
   const double low = work.query_residual[i] + mine, low_database = m.residual + worst;
-  const double dim = static_cast<double>(padded_dim);
+  const double dim = static_cast<double>(panels) * kPanelDims;
   const double additions = (dim / 32 + 2) * ldexp(1.0, -24);
   const double bound = low * low_database + mine * m.longest + (m.query + mine) * worst +
                        (truncation(32) + additions) * norm * m.rounded +

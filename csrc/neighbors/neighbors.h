@@ -55,9 +55,21 @@ struct SearchedAgain {
 // Writes similarity (n_queries, k) and index (n_queries, k).
 SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, int64_t* index);
 
+// One batch of the GPU's first search: lists of `capacity` candidates for queries [first_query, first_query + queries)
+// x `splits` shares of the columns. first_query is a multiple of 128.
+struct TopkWorkspace;  // cuda_common.cuh
+struct TileBatch {
+  int64_t first_query, queries;
+  int panels, splits, capacity;
+};
+using TileSearch = void(const TopkProblem&, const TopkWorkspace&, const TileBatch&, StreamHandle);
+TileSearch search_tiles_portable;  // sm_80 and up: neighbors_cuda.cu
+TileSearch search_tiles_sm90;      // compute capability 9.0: neighbors_sm90.cu
+
 // The same on the current CUDA device and `stream`, without waiting for it, and without any host decision that depends
 // on the data: a call can be captured in a CUDA graph. All pointers are device memory. `workspace` holds
 // topk_neighbors_cuda_workspace bytes, aligned to 256: with D' = dim rounded up to 64,
+// and rows rounded up to 256,
 //
 //   n_database (4 D' + 8) + n_queries (4 D' + 48) + list_bytes + 64 KiB     at most; a self-search: one set of rows
 //
@@ -67,6 +79,7 @@ SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, 
 constexpr int64_t kListBytes = int64_t{256} << 20;
 size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes = kListBytes);
 void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, SearchedAgain* searched,
-                         void* workspace, StreamHandle stream, int64_t list_bytes = kListBytes);
+                         void* workspace, StreamHandle stream, TileSearch search = search_tiles_portable,
+                         int64_t list_bytes = kListBytes);
 
 }  // namespace scan_fast

@@ -3,10 +3,10 @@
 // Kernels, in order; no host synchronisation, results independent of the order in which blocks and threads run:
 //   cuda_prepare.cuh
 //     measure_rows      warp per row: |v| in float64, and the longest row
-//     round_rows        warp per row: u = v * scale as float16 (padded to kChunk columns), |u - u^|, |u^| and maxima
+//     round_rows        warp per row: u = v * scale as float16 (packed in panels), |u - u^|, |u^| and maxima
 //     open_queries      thread per query: its margin 2 eps, whether it can be searched at all
 //   per batch of queries
-//     search_tiles      cuda_search.cuh, block per 128 queries x a share of the columns
+//     search_tiles      cuda_search.cuh, block per 128 queries x a share of the columns; on Hopper neighbors_sm90.cu
 //     decide            cuda_decide.cuh, block per query: exact similarities of the candidates, sorted, k best written
 //   grids of fixed size that share what is left, which is usually nothing
 //     round_remainders  cuda_prepare.cuh: what rounding left, as float16
@@ -25,14 +25,17 @@ namespace scan_fast {
 namespace {
 
 struct Plan {
-  int64_t processors, padded_dim, batch, splits, capacity, decide_keys;  // search_tiles and decide
-  int64_t fine_blocks, fine_capacity;                                    // search_finely; its keys: its capacity
-  int64_t exact_blocks, sort_keys;                                       // search_exactly
+  int64_t processors, panels;
+  int64_t batch, splits, capacity, decide_keys;  // search_tiles and decide
+  int64_t fine_blocks, fine_capacity;            // search_finely; its keys: its capacity
+  int64_t exact_blocks, sort_keys;               // search_exactly
   bool same, fast;
   size_t bytes;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t padded(int64_t rows) { return ceil_div(rows, kRowPadding) * kRowPadding; }
 
 int64_t power_of_two(int64_t at_least) {
   int64_t size = 1;
@@ -68,7 +71,7 @@ Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
   plan.same = problem.queries == problem.database && q == n;
   // With most rows being neighbours, there is nothing for a fast search to leave out.
   plan.fast = k <= kMaxFastK && 2 * k < n && q > 0;
-  plan.padded_dim = ceil_div(problem.dim, kChunk) * kChunk;
+  plan.panels = panels_of(problem.dim);
   const auto fit = [&](int64_t entries) { return std::max<int64_t>(list_bytes / (entries * 8), 1); };
   if (plan.fast) {
     plan.capacity = ceil_div(2 * kTileColumns + 4 * k, 128) * 128;
@@ -108,8 +111,8 @@ Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
   }
   take(work.query_length, q);
   if (plan.fast) {
-    take(work.query_rounded, q * plan.padded_dim);
-    take(work.query_low, q * plan.padded_dim);
+    take(work.query_rounded, packed_size(padded(q), plan.panels));
+    take(work.query_low, packed_size(padded(q), plan.panels));
     take(work.query_residual, q);
     take(work.query_norm, q);
     take(work.query_remainder, q);
@@ -125,8 +128,8 @@ Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
   } else {
     take(work.database_length, n);
     if (plan.fast) {
-      take(work.database_rounded, n * plan.padded_dim);
-      take(work.database_low, n * plan.padded_dim);
+      take(work.database_rounded, packed_size(padded(n), plan.panels));
+      take(work.database_low, packed_size(padded(n), plan.panels));
     }
   }
   // One search comes after the other.
@@ -141,6 +144,12 @@ dim3 grid_of(int64_t tasks, int64_t per_block) { return dim3(static_cast<unsigne
 
 }  // namespace
 
+void search_tiles_portable(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch,
+                           StreamHandle stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(batch.queries, kTileRows)), static_cast<unsigned>(batch.splits));
+  launch(search_tiles, grid, dim3(kThreads), kSearchShared, stream, problem, work, batch);
+}
+
 size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes) {
   Plan plan = make_plan(problem, list_bytes);
   lay_out(problem, plan, nullptr);
@@ -148,7 +157,7 @@ size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_by
 }
 
 void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t* index, SearchedAgain* searched,
-                         void* workspace, StreamHandle stream, int64_t list_bytes) {
+                         void* workspace, StreamHandle stream, TileSearch search, int64_t list_bytes) {
   if (problem.n_queries == 0) {
     zero_async(searched, sizeof(*searched), stream);
     return;
@@ -166,12 +175,13 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
            work.longest_database);
   }
   if (plan.fast) {
-    launch(round_rows, grid_of(n, kWarps), threads, 0, stream, problem.database, n, dim, plan.padded_dim,
+    const int panels = static_cast<int>(plan.panels);
+    launch(round_rows, grid_of(padded(n), kWarps), threads, 0, stream, problem.database, n, padded(n), dim, panels,
            problem.normalize, work.database_length, work.longest_database, work.database_rounded,
            plan.same ? work.query_residual : nullptr, plan.same ? work.query_norm : nullptr, work.worst_residual,
            work.longest_rounded);
     if (!plan.same) {
-      launch(round_rows, grid_of(q, kWarps), threads, 0, stream, problem.queries, q, dim, plan.padded_dim,
+      launch(round_rows, grid_of(padded(q), kWarps), threads, 0, stream, problem.queries, q, padded(q), dim, panels,
              problem.normalize, work.query_length, work.longest_query, work.query_rounded, work.query_residual,
              work.query_norm, nullptr, nullptr);
     }
@@ -180,17 +190,15 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
     const int keys = static_cast<int>(plan.decide_keys), fine_capacity = static_cast<int>(plan.fine_capacity);
     for (int64_t first = 0; first < q; first += plan.batch) {
       const int64_t batch = std::min(plan.batch, q - first);
-      const dim3 grid(static_cast<unsigned>(ceil_div(batch, kTileRows)), static_cast<unsigned>(splits));
-      launch(search_tiles, grid, threads, kSearchShared, stream, problem, work, plan.padded_dim, first, batch, splits,
-             capacity);
+      search(problem, work, TileBatch{first, batch, panels, splits, capacity}, stream);
       launch(decide, dim3(static_cast<unsigned>(batch)), dim3(kDecideThreads), keys * sizeof(unsigned long long),
              stream, problem, work, first, splits, capacity, keys, similarity, index);
     }
 
     const auto round_again = [&](const float* x, int64_t rows, const double* length, const unsigned long long* longest,
                                  const half_t* rounded, half_t* low, double* remainder, unsigned long long* worst) {
-      const int64_t blocks = std::min(ceil_div(rows, kWarps), 8 * plan.processors);
-      launch(round_remainders, grid_of(blocks, 1), threads, 0, stream, x, rows, dim, plan.padded_dim,
+      const int64_t blocks = std::min(ceil_div(padded(rows), kWarps), 8 * plan.processors);
+      launch(round_remainders, grid_of(blocks, 1), threads, 0, stream, x, rows, padded(rows), dim, panels,
              problem.normalize, length, longest, rounded, low, remainder, worst, work.undecided_count);
     };
     round_again(problem.database, n, work.database_length, work.longest_database, work.database_rounded,
@@ -199,7 +207,7 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
       round_again(problem.queries, q, work.query_length, work.longest_query, work.query_rounded, work.query_low,
                   work.query_remainder, nullptr);
     }
-    launch(search_finely, grid_of(plan.fine_blocks, 1), threads, kFineShared, stream, problem, work, plan.padded_dim,
+    launch(search_finely, grid_of(plan.fine_blocks, 1), threads, kFineShared, stream, problem, work, panels,
            fine_capacity, fine_capacity, similarity, index);
   }
   launch(search_exactly, grid_of(plan.exact_blocks, 1), dim3(kExactThreads), 0, stream, problem, work, !plan.fast,

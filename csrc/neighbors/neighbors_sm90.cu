@@ -1,0 +1,127 @@
+// The first search of the GPU neighbour search on Hopper. Compiled for sm_90a alone.
+//
+// Operands, lists, and everything before and after this search are those of neighbors_cuda.cu, which calls
+// search_tiles_sm90 in place of its own search_tiles: the same products, bounds and guarantees. Tile 128 x 256 by the
+// main loop of common/tile_products.cuh; persistent blocks take (128 queries, a share of the columns) in turns, so that
+// the blocks at work at one time meet the same columns, in the second cache.
+//
+//   up to 128 dimensions   the queries stay in shared memory, 32 KB twice, columns pass in 4 stages of 32 KB; the two
+//                          warpgroups take turns, one multiplies while the other filters
+//   more                   both pass in 4 stages of 48 KB; the copies go on while the warpgroups filter
+//
+// The filter is the accumulators' epilogue. The 64 rows of a warpgroup are 16 rows for each of its warps, and the 256
+// columns of a row lie in four lanes, 64 each. So a list belongs to one warp: its threshold needs no barrier but
+// __syncwarp, and per tile a thread compares two maxima of 64 values with two thresholds (about one instruction per
+// value). What passes is entered and what is over its limit tightened as in cuda_lists.cuh. Self is left out by index,
+// padding by column < n.
+//
+// Limit: 2 Q N D flops at the float16 rate. 128 accumulators a thread, 240 registers.
+#include "common/tile_products.cuh"
+#include "neighbors/cuda_lists.cuh"
+
+namespace scan_fast {
+namespace {
+
+using NarrowProducts = Products<half_t, 2 * kPanelRows, Resident::kRows, 2, 4>;
+using WideProducts = Products<half_t, 2 * kPanelRows, Resident::kNone, 0, 4>;
+
+// Items (128 queries, share of the columns), dealt out in turns.
+struct SearchSchedule {
+  struct Run {
+    int fixed, begin, end, split;
+  };
+  int row_tiles, splits, tiles, item;
+
+  __device__ __forceinline__ bool next(Run& run) {
+    if (item >= row_tiles * splits) return false;
+    run.fixed = item / splits;
+    run.split = item % splits;
+    run.begin = static_cast<int>(static_cast<int64_t>(tiles) * run.split / splits);
+    run.end = static_cast<int>(static_cast<int64_t>(tiles) * (run.split + 1) / splits);
+    item += static_cast<int>(gridDim.x);
+    return true;
+  }
+};
+
+template <typename P>
+struct Filter {
+  const TopkProblem& problem;
+  const Workspace& work;
+  const TileBatch& batch;
+  RowLists<P::kColumns> lists;
+  int first_row;  // of the 16 rows of this warp
+
+  __device__ __forceinline__ uint2* list_of(const SearchSchedule::Run& run, int row) const {
+    const int64_t place = static_cast<int64_t>(run.fixed) * kPanelRows + row;
+    return work.candidates + (place * batch.splits + run.split) * batch.capacity;
+  }
+  __device__ __forceinline__ int query_of(const SearchSchedule::Run& run, int row) const {
+    return static_cast<int>(batch.first_query) + run.fixed * kPanelRows + row;
+  }
+
+  __device__ __forceinline__ void begin(const SearchSchedule::Run& run) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < 16) {
+      const int row = first_row + lane;
+      const bool exists = static_cast<int64_t>(run.fixed) * kPanelRows + row < batch.queries;
+      lists.open(row, exists ? work.margin[query_of(run, row)] : -1.0);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void tile(float (&c)[P::kColumns / 2], const SearchSchedule::Run& run, int moving) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile_row(2 * half);
+      lists.template enter<P::kColumns / 8>(
+          problem, work.database_length, row, query_of(run, row), [&](int r) { return list_of(run, r); },
+          moving * P::kColumns + accumulator_column(0), [&](int column8, int e) { return c[4 * column8 + 2 * half + e]; });
+    }
+    __syncwarp();  // the lists are complete
+    lists.template make_room<16>(first_row, 1, [&](int row) { return list_of(run, row); },
+                                 [&](int row) { return work.margin[query_of(run, row)]; });
+    __syncwarp();  // thresholds for the next tile
+  }
+
+  __device__ __forceinline__ void end(const SearchSchedule::Run& run) const {
+    const int lane = threadIdx.x % 32;
+    const int64_t place = static_cast<int64_t>(run.fixed) * kPanelRows + first_row + lane;
+    if (lane < 16 && place < batch.queries) work.counts[place * batch.splits + run.split] = lists.count[first_row + lane];
+    __syncwarp();  // before the next run opens its lists
+  }
+};
+
+template <typename P>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    search_tiles_sm90_kernel(TopkProblem problem, Workspace work, TileBatch batch) {
+  SCAN_FAST_DYNAMIC_SHARED(dynamic);
+  SCAN_FAST_SHARED(float, threshold, kPanelRows);
+  SCAN_FAST_SHARED(int, count, kPanelRows);
+  SCAN_FAST_SHARED(int, limit, kPanelRows);
+  const int64_t columns = (problem.n_database + P::kColumns - 1) / P::kColumns;
+  const SearchSchedule schedule{static_cast<int>((batch.queries + kPanelRows - 1) / kPanelRows), batch.splits,
+                                static_cast<int>(columns), static_cast<int>(blockIdx.x)};
+  Filter<P> filter{problem, work, batch, {threshold, count, limit, static_cast<int>(problem.k), batch.capacity},
+                   static_cast<int>(threadIdx.x) / 32 * 16 - 64};
+  const half_t* const queries = work.query_rounded + batch.first_query / kPanelRows * batch.panels * kPanelElements;
+  multiply_tiles<P>(aligned_to_panels(dynamic), PackedOperand<half_t>{queries, batch.panels},
+                    PackedOperand<half_t>{work.database_rounded, batch.panels}, schedule, filter);
+}
+
+template <typename P>
+void search_with(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch, StreamHandle stream) {
+  const int64_t items = (batch.queries + kPanelRows - 1) / kPanelRows * batch.splits;
+  const int64_t blocks = items < multiprocessors() ? items : multiprocessors();
+  launch(search_tiles_sm90_kernel<P>, dim3(static_cast<unsigned>(blocks)), dim3(kProductThreads),
+         P::kSharedBytes + 1024, stream, problem, work, batch);
+}
+
+}  // namespace
+
+void search_tiles_sm90(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch,
+                       StreamHandle stream) {
+  (batch.panels <= NarrowProducts::kMaxPanels ? search_with<NarrowProducts> : search_with<WideProducts>)(
+      problem, work, batch, stream);
+}
+
+}  // namespace scan_fast

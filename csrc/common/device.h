@@ -43,7 +43,8 @@
 // emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
 // ld_shared/st_shared, cp_async, ldmatrix and atomics). emu::options().seed permutes the order of blocks and threads.
 // Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
-// summed in float32 in ascending k, which hardware does not promise. Times mean nothing.
+// summed in float32 in ascending k, which hardware does not promise (emu::options().truncate: as aligned addends, all cut
+// off at 24 bits). Times mean nothing.
 //
 // Hopper's bulk copies, memory barriers and warpgroup products: hopper.cuh. The main loop on them: tile_products.cuh.
 #pragma once

@@ -195,6 +195,26 @@ void finish_ldmatrix(Slot (&slots)[kWarp], bool transposed) {
   }
 }
 
+}  // namespace
+
+float truncated_sum(const float (&addends)[17]) {
+  float largest = 0;
+  for (const float x : addends) largest = std::max(largest, std::fabs(x));
+  if (!(largest > 0 && largest <= 3e38f)) {
+    float sum = 0;
+    for (const float x : addends) sum += x;
+    return sum;
+  }
+  const int shift = 23 - std::ilogb(largest);
+  double sum = 0;  // of integers below 17 * 2^24
+  for (const float x : addends) sum += std::trunc(std::ldexp(static_cast<double>(x), shift));
+  const float result = static_cast<float>(std::ldexp(sum, -shift));
+  return std::fabs(std::ldexp(static_cast<double>(result), shift)) > std::fabs(sum) ? std::nextafterf(result, 0.0f)
+                                                                                   : result;
+}
+
+namespace {
+
 // PTX ISA, "Matrix fragments for mma.m16n8k16" with 16-bit floats: with g = l/4 and t = l%4,
 // a[r] is row g + 8(r%2), columns 2t + 8(r/2) and the next; b[r] is column g, rows 2t + 8r and the next;
 // c[r] is row g + 8(r/2), column 2t + r%2.
@@ -217,6 +237,13 @@ void finish_mma(Slot (&slots)[kWarp]) {
     std::memcpy(c, slots[l].bytes + 24, sizeof(c));
     for (int r = 0; r < 4; ++r) {
       const int row = l / 4 + 8 * (r / 2), column = 2 * (l % 4) + r % 2;
+      if (options().truncate) {
+        float addends[17];
+        for (int k = 0; k < 16; ++k) addends[k] = a[row][k] * b[k][column];
+        addends[16] = c[r];
+        c[r] = truncated_sum(addends);
+        continue;
+      }
       float sum = 0;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
       c[r] += sum;

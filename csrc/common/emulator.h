@@ -48,6 +48,7 @@ struct Options {
   bool detect_races = false;  // report unordered accesses to shared memory
   uint64_t seed = 0;          // 0: blocks and threads in natural order, otherwise permuted by this seed
   int multiprocessors = 3;    // what multiprocessors() says; odd and small, so that row loops run several times
+  bool truncate = false;      // matrix units cut their sums off, as coarsely as any GPU does, instead of rounding
 };
 Options& options();
 

@@ -173,7 +173,15 @@ void run_product(unsigned first_thread, const IssuedProduct& issued) {
     HeldResult& held = held_by(fiber, issued.d[t]);
     for (int r = 0; r < n / 2; ++r) {
       const int i = t / 32 * 16 + t % 32 / 4 + r / 2 % 2 * 8, j = r / 4 * 8 + t % 4 * 2 + r % 2;
-      held.values[r] = (product.accumulate ? held.values[r] : 0.0f) + sums[static_cast<size_t>(i) * n + j];
+      const float before = product.accumulate ? held.values[r] : 0.0f;
+      if (!options().truncate) {
+        held.values[r] = before + sums[static_cast<size_t>(i) * n + j];
+        continue;
+      }
+      float addends[kK + 1];
+      for (int k = 0; k < kK; ++k) addends[k] = a[i * kK + k] * issued.b[static_cast<size_t>(k) * n + j];
+      addends[kK] = before;
+      held.values[r] = truncated_sum(addends);
     }
     if (t % kWarp == 0) touch_operands(product, first_thread + t);
     if (--held.pending > 0) continue;

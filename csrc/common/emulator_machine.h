@@ -123,6 +123,10 @@ void to_scheduler();
 std::string where();
 uint64_t next_random(uint64_t& state);
 
+// emulator.cpp: what a matrix unit makes of 16 products and the sum so far. Units align the 17 to the largest and may cut
+// each off at 24 bits, and the result again.
+float truncated_sum(const float (&addends)[17]);
+
 // emulator_races.cpp
 void touch_as(unsigned thread, const void* pointer, size_t bytes, Access access);
 // Publishes what the thread's warp has done and knows, for those who acquire the clock.

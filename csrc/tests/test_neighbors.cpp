@@ -132,6 +132,7 @@ int main() {
   RUN(differences_in_the_last_places);
   RUN(one_giant_hides_nobody);
   RUN(zero_and_opposite_rows);
+  RUN(truncating_units);
   RUN(broken_rows);
   RUN(magnitudes);
   RUN(most_rows_are_neighbours);

@@ -48,6 +48,7 @@ int main() {
   RUN(odd_sizes);
   RUN(any_order_of_threads);
   RUN(ties);
+  RUN(truncating_units);
   RUN(broken_rows);
   RUN(batches_of_queries);
   RUN(many_dimensions);

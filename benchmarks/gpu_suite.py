@@ -30,7 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors", "augment")
 BENCHMARKS = {family: family for family in FAMILIES} | {"augment": "views"}
-SM90 = {"nt_xent_sm90": "nt_xent"}  # families with kernels for sm_90a, by the name of what is verified
+# Families with kernels for sm_90a, by the name of what is verified.
+SM90 = {"nt_xent_sm90": "nt_xent", "neighbors_sm90": "neighbors"}
 RESULTS = (*BENCHMARKS.values(), *SM90)  # files of the benchmarks, without suffix
 TOTAL_SECONDS = 465
 
@@ -77,7 +78,9 @@ def plan(rehearse: bool, out: Path, build: bool) -> list[Step]:
 def sm90_step(step: Step, name: str) -> Step:
     """Return a family's step with its kernels for sm_90a."""
     environment = step.environment | {"SCAN_FAST_GPU_KERNELS": "sm90"}
-    return Step(f"{step.name} sm90", step.command, step.seconds, (name,) if step.families else (), environment)
+    family = "" if SM90[name] in step.name else f" {SM90[name]}"
+    families = (name,) if step.families else ()
+    return Step(f"{step.name}{family} sm90", step.command, step.seconds, families, environment)
 
 
 def kernel_steps(families: Sequence[str], rehearse: bool, out: Path, name: str = "") -> list[Step]:

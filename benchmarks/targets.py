@@ -106,6 +106,9 @@ CUDA_TARGETS = (
     Target("scan_loss", "1024x10", microseconds=8.0),
     Target("self_label", "40960x1000", share=0.85),
     Target("self_label", "1000x10", microseconds=8.0),
+    Target("neighbors", "50000x512x20", microseconds=5e3),
+    Target("neighbors", "50000x512x20", peer=neighbors.FAISS_GPU, times=10.0),
+    Target("neighbors", "1281167x128x50", microseconds=8e5),
 )
 TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}
 

@@ -65,6 +65,7 @@ struct TileBatch {
 using TileSearch = void(const TopkProblem&, const TopkWorkspace&, const TileBatch&, StreamHandle);
 TileSearch search_tiles_portable;  // sm_80 and up: neighbors_cuda.cu
 TileSearch search_tiles_sm90;      // compute capability 9.0: neighbors_sm90.cu
+bool search_tiles_sm90_runs_here();  // on the current device
 
 // The same on the current CUDA device and `stream`, without waiting for it, and without any host decision that depends
 // on the data: a call can be captured in a CUDA graph. All pointers are device memory. `workspace` holds

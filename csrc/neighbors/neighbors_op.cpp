@@ -10,6 +10,7 @@
 #include <limits>
 #include <tuple>
 
+#include "common/variants.h"
 #include "neighbors/neighbors.h"
 
 namespace scan_fast {
@@ -35,6 +36,15 @@ TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, 
           queries.size(1), k, normalize, exclude_self};
 }
 
+#ifdef SCAN_FAST_WITH_CUDA
+TileSearch* gpu_search() {
+#ifdef SCAN_FAST_WITH_SM90
+  if (prefers_sm90(Family::kNeighbors) && search_tiles_sm90_runs_here()) return search_tiles_sm90;
+#endif
+  return search_tiles_portable;
+}
+#endif
+
 Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
                       bool exclude_self) {
   const at::Tensor q = queries.to(at::kFloat).contiguous();
@@ -51,7 +61,7 @@ Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int
         at::empty({static_cast<int64_t>(topk_neighbors_cuda_workspace(problem))}, q.options().dtype(at::kByte));
     topk_neighbors_cuda(problem, similarity.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>(),
                         static_cast<SearchedAgain*>(searched_again.mutable_data_ptr()), workspace.mutable_data_ptr(),
-                        c10::cuda::getCurrentCUDAStream().stream());
+                        c10::cuda::getCurrentCUDAStream().stream(), *gpu_search());
     return {similarity, index, searched_again};
   }
 #endif

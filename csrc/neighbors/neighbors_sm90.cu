@@ -118,6 +118,8 @@ void search_with(const TopkProblem& problem, const TopkWorkspace& work, const Ti
 
 }  // namespace
 
+bool search_tiles_sm90_runs_here() { return compute_capability() == 90; }
+
 void search_tiles_sm90(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch,
                        StreamHandle stream) {
   (batch.panels <= NarrowProducts::kMaxPanels ? search_with<NarrowProducts> : search_with<WideProducts>)(

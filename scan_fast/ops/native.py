@@ -16,7 +16,10 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 OPERATORS = ("augment", "nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
 """The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
 
-GPU_KERNELS = {"nt_xent": ("nt_xent/nt_xent_sm90", "nt_xent/nt_xent_cuda")}
+GPU_KERNELS = {
+    "nt_xent": ("nt_xent/nt_xent_sm90", "nt_xent/nt_xent_cuda"),
+    "neighbors": ("neighbors/neighbors_sm90", "neighbors/neighbors_cuda"),
+}
 """The families with kernels for sm_90a, and their sources: those, then the portable ones."""
 
 _C: Any = None

@@ -24,6 +24,7 @@ needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was no
 # Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
 MATRIX = {
     "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
+    "neighbors/neighbors_sm90.cu": ("search_tiles_sm90_kernel",),
     "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel", "weights_kernel", "gather_kernel"),
     "nt_xent/nt_xent_sm90.cu": ("forward_sm90_kernel", "backward_sm90_kernel"),
 }

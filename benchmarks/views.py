@@ -10,6 +10,9 @@ always take the horizontal pass first.)
 torchvision v2 on a batched tensor draws one set of parameters for the whole batch: statistically that is another
 augmentation, and it is here for its speed alone. For the strong view it stands in with RandAugment of as many
 operations.
+
+DALI renders chunks of several batches, as its cost per run asks for; "DALI's own RandAugment" is its stock
+`auto_augment.rand_augment` of as many operations, with parameters and arithmetic of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from scan_fast.data import FusedRenderer, SimCLRView, StrongView, TorchRenderer
+from scan_fast.data import DaliRenderer, FusedRenderer, SimCLRView, StrongView, TorchRenderer, render_dali
 from scan_fast.data.random import stream_key
 from scan_fast.data.render import automatic_renderer
 from scan_fast.data.render_fused import recipes
@@ -41,6 +45,9 @@ from .environment import describe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KEY = stream_key(0, "benchmark")
+# Of one of DALI's chunks: 2,048 images of 32 x 32 pixels.
+DALI_PIXELS = 1 << 21
+PIL = "torchvision on PIL, parameters given"
 KERNEL = "fused, recipes given"
 JITTER = (
     ("brightness", tv.adjust_brightness),
@@ -106,6 +113,47 @@ def lightly_transform() -> Any:
     return SimCLRViewTransform
 
 
+def stock_rand_augment(images: Tensor, view: StrongView) -> Callable[[], Any]:
+    """Return a run of DALI's auto_augment.rand_augment over these images, normalised and cropped as the view."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.auto_aug import rand_augment
+
+    place = "cpu" if images.device.type == "cpu" else "gpu"
+
+    @pipeline_def(
+        batch_size=len(images),
+        num_threads=torch.get_num_threads(),
+        device_id=None if place == "cpu" else 0,
+        prefetch_queue_depth=1,
+        enable_conditionals=True,
+        seed=0,
+    )
+    def build() -> Any:
+        x = fn.external_source(name="images", device=place, layout="HWC")
+        x = rand_augment.rand_augment(x, n=view.operations, m=9, fill_value=0)
+        return fn.crop_mirror_normalize(
+            x,
+            crop=(view.side, view.side),
+            mirror=fn.random.coin_flip(probability=view.flip),
+            mean=[255 * m for m in MEAN],
+            std=[255 * s for s in STD],
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+
+    with warnings.catch_warnings():  # it uses deprecated names of its own
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pipeline = build()
+        pipeline.build()
+    array: Any = images.numpy() if place == "cpu" else images
+
+    def run() -> Any:
+        pipeline.feed_input("images", array)
+        return pipeline.run()
+
+    return run
+
+
 def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Return by name how many views a call makes, and the call."""
     n, height = images.shape[:2]
@@ -124,9 +172,19 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
         calls["fused, parameters given"] = (n, lambda: fused(on_device, view, params))
         written, scale, shift = recipes(view, params), [1 / (255 * s) for s in STD], [-1.0, -1.0, -1.0]
         calls[KERNEL] = (n, lambda: augment(on_device, written, view.side, scale, shift, torch.float32))
+    if render_dali.is_installed():
+        repeats = max(1, min(4, DALI_PIXELS // (n * view.side**2)))
+        chunk = on_device.repeat(repeats, 1, 1, 1)
+        numbers = torch.arange(len(chunk))
+        dali = DaliRenderer(MEAN, STD, device)
+        calls["dali"] = (len(chunk), lambda: dali(chunk, view, view.sample(KEY, 0, numbers, 0, height, height)))
+        if isinstance(view, StrongView):
+            calls["DALI's own RandAugment"] = (len(chunk), stock_rand_augment(chunk, view))
+    else:
+        print(f"\nDALI is left out: {render_dali.INSTALL}")
     calls["torch"] = (n, lambda: torch_renderer(on_device, view, drawn()))
     few = max(8, n // 8)
-    calls["torchvision on PIL, parameters given"] = (
+    calls[PIL] = (
         few,
         lambda: torch.stack([pil_view(images[i], view, params, i) for i in range(few)]),
     )
@@ -201,6 +259,15 @@ def parity(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[s
     if automatic_renderer(device) == "fused":
         levels["fused"] = FusedRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
         pairs = [("fused", "PIL"), ("fused", "torch"), *pairs]
+    if render_dali.is_installed():
+        levels["dali"] = DaliRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
+        pairs = [("dali", "PIL"), *pairs]
+        near = (levels["dali"].int() - levels["PIL"].int()).abs() <= 1
+        return _shares(levels, pairs) | {"dali within one level of PIL": float(near.float().mean())}
+    return _shares(levels, pairs)
+
+
+def _shares(levels: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, float]:
     return {f"{a} = {b}": float((levels[a] == levels[b]).float().mean()) for a, b in pairs}
 
 
@@ -237,7 +304,7 @@ def main() -> None:
             rates = measure(contenders(images, view, device), device, rounds, window)
             agreement = parity(images, view, device)
             results.append({"view": view.kind, "source": source, "side": side, "rates": rates, "parity": agreement})
-            base = rates["torchvision on PIL, parameters given"]["views_per_second"]
+            base = rates[PIL]["views_per_second"]
             print(f"\n{view.kind}, {source} -> {side}, {device}{', one thread' if device == 'cpu' else ''}")
             for name, rate in rates.items():
                 value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]

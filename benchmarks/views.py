@@ -22,7 +22,6 @@ import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,10 +140,8 @@ def stock_rand_augment(images: Tensor, view: StrongView) -> Callable[[], Any]:
             output_layout="HWC",
         )
 
-    with warnings.catch_warnings():  # it uses deprecated names of its own
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pipeline = build()
-        pipeline.build()
+    pipeline = build()
+    pipeline.build()
     array: Any = images.numpy() if place == "cpu" else images
 
     def run() -> Any:

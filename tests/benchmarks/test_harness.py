@@ -128,7 +128,8 @@ def test_names_of_contenders_do_not_depend_on_what_is_installed(family: harness.
     assert names[0] == "scan-fast" and "eager" in names and len(set(names)) == len(names)
     for target in (*targets.CPU_TARGETS, *targets.CUDA_TARGETS):
         if target.family == family.name:
-            assert {target.contender, target.peer} <= {*names, nt_xent.INF_CL}  # that one there is on CUDA only
+            on_cuda_only = {nt_xent.INF_CL, neighbors.FAISS_GPU}
+            assert {target.contender, target.peer} <= {*names, *on_cuda_only}
 
 
 def test_the_checked_reference_agrees_with_autograd_in_float64() -> None:

@@ -34,7 +34,8 @@
 //   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
 //   warp_sum, warp_max, warp_min     butterfly over 32 lanes (float, int; every lane gets the result, fixed order)
 //   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
-//   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), dispatch_dtype(dtype, []<typename T>() {...})
+//   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), shared_memory_limit(), dispatch_dtype(dtype,
+//                                    []<typename T>() {...})
 //
 // The host form runs block after block, the threads of a block as fibers, each until its next barrier or warp
 // collective (emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
@@ -245,6 +246,15 @@ inline int compute_capability() {
   throw_on_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   throw_on_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   return 10 * major + minor;
+}
+
+// The bytes of shared memory that a block may ask for on the current device, static ones included.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                 "cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
 }
 
 #endif

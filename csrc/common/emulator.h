@@ -48,6 +48,7 @@ struct Options {
   bool detect_races = false;  // report unordered accesses to shared memory
   uint64_t seed = 0;          // 0: blocks and threads in natural order, otherwise permuted by this seed
   int multiprocessors = 3;    // what multiprocessors() says; odd and small, so that row loops run several times
+  size_t shared_memory = 227 * 1024;  // what a block may ask for; launches that want more fail
   bool truncate = false;      // matrix units cut their sums off, as coarsely as any GPU does, instead of rounding
 };
 Options& options();
@@ -361,10 +362,12 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle, Arguments&&... arguments) {
+  if (smem > emu::options().shared_memory) emu::fail("a block asks for more shared memory than there is");
   emu::run(grid, block, smem, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 inline void zero_async(void* pointer, size_t bytes, StreamHandle) { std::memset(pointer, 0, bytes); }
 inline int multiprocessors() { return emu::options().multiprocessors; }
 inline int compute_capability() { return 90; }
+inline size_t shared_memory_limit() { return emu::options().shared_memory; }
 
 }  // namespace scan_fast

@@ -18,10 +18,13 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kTileRows = kPanelRows, kTileColumns = 2 * kPanelRows, kStages = 3;
+constexpr int kTileRows = kPanelRows, kTileColumns = 2 * kPanelRows;
 constexpr int kStageHalves = (kTileRows + kTileColumns) * kPanelDims;
-constexpr size_t kSearchShared = size_t{kStages} * kStageHalves * sizeof(half_t);
+constexpr size_t search_shared(int stages) { return size_t(stages) * kStageHalves * sizeof(half_t); }
+// Three stages take 144 KB. Compute capabilities 8.6, 8.9 and 12.0 have 99 KB for a block, which is two.
+constexpr int kMostStages = 3, kLeastStages = 2;
 
+template <int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
     search_tiles(TopkProblem problem, Workspace work, TileBatch batch) {
   SCAN_FAST_DYNAMIC_SHARED(memory);

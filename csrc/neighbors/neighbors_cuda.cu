@@ -147,7 +147,10 @@ dim3 grid_of(int64_t tasks, int64_t per_block) { return dim3(static_cast<unsigne
 void search_tiles_portable(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch,
                            StreamHandle stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(batch.queries, kTileRows)), static_cast<unsigned>(batch.splits));
-  launch(search_tiles, grid, dim3(kThreads), kSearchShared, stream, problem, work, batch);
+  constexpr size_t kListHeads = 3 * kTileRows * sizeof(float);
+  const bool roomy = search_shared(kMostStages) + kListHeads <= shared_memory_limit();
+  launch(roomy ? search_tiles<kMostStages> : search_tiles<kLeastStages>, grid, dim3(kThreads),
+         search_shared(roomy ? kMostStages : kLeastStages), stream, problem, work, batch);
 }
 
 size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes) {

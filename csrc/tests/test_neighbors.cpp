@@ -121,9 +121,18 @@ void no_queries() {
   CHECK(again.finely == 0 && again.exactly == 0);
 }
 
+// As on compute capabilities 8.6, 8.9 and 12.0.
+void little_shared_memory() {
+  emu::options() = {.detect_races = true, .shared_memory = 99 * 1024};
+  CHECK(search({{}, normal(300, 200, 1), 200, 7}).searched(0, 0));
+  CHECK(search({normal(5, 3, 3), normal(530, 3, 4), 3, 20, false}).searched(0, 0));
+  emu::options() = {};
+}
+
 }  // namespace
 
 int main() {
+  RUN(little_shared_memory);
   RUN(odd_sizes);
   RUN(any_order_of_threads);
   RUN(ties);

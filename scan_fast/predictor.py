@@ -56,7 +56,8 @@ class Predictor:
             raise ValueError(f"{path} cannot be read as a model of scan-fast: {error}") from error
         if not isinstance(state, dict) or state.get("format") != MODEL_FORMAT:
             raise ValueError(f"{path} is no model.pt of scan-fast (format {MODEL_FORMAT})")
-        return cls(state, device)
+        # Files from before there were these settings: what was done then.
+        return cls({"crop": "image", "decode": "exact", **state}, device)
 
     def source(self, images: Any) -> Source:
         """Open images, see :func:`.data.datasets.source_from`, as those that the model was trained on.

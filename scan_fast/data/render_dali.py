@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ops.augment import Operation
 from . import colour, geometry
 from .errors import DataError
+from .normalization import scale_and_shift
 from .render_fused import operations_of
 from .views import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
 
@@ -92,8 +93,7 @@ class DaliRenderer:
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+        scale, shift = scale_and_shift(mean, std)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
         self._build = _graphs()
@@ -107,9 +107,9 @@ class DaliRenderer:
             "prefetch_queue_depth": 1,
             "seed": 0,
         }
-        wide_mean, wide_std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-        self._scale = (1 / (255 * wide_std)).to(self.device, torch.float32)
-        self._shift = (-wide_mean / wide_std).to(self.device, torch.float32)
+        self._scale, self._shift = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (scale, shift)
+        )
         self._pipelines: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.Lock()
 

@@ -17,6 +17,7 @@ from ..ops import native
 from ..ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
 from . import geometry
 from .errors import DataError
+from .normalization import scale_and_shift
 from .views import STRONG_INDEX, STRONG_OPERATIONS, AffineView, Params, SimCLRView, StrongView, View
 
 _JITTER = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.SATURATION, Operation.HUE)
@@ -56,8 +57,7 @@ class FusedRenderer:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+        self._scale, self._shift = scale_and_shift(mean, std)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
         self.device = torch.device(device)
@@ -66,8 +66,6 @@ class FusedRenderer:
             raise DataError(
                 f"the fused renderer has no compiled kernel for {self.device} here; use data.renderer=torch or auto"
             )
-        self._scale = [1 / (255 * float(value)) for value in std]
-        self._shift = [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]
 
     def __call__(self, images: Tensor, view: View, params: Params, indices: Tensor | None = None) -> Tensor:
         """Render one view.

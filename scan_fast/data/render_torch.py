@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import colour, geometry
+from .normalization import scale_and_shift
 from .views import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
 
 # A CPU renders a batch in parts whose float32 pixels stay in its caches: a third less time for images of 224 pixels.
@@ -39,13 +40,12 @@ class TorchRenderer:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+        scale, shift = scale_and_shift(mean, std)
         self.device = torch.device(device)
         self.dtype = dtype
-        wide_mean, wide_std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-        self._scale = (1 / (255 * wide_std)).to(self.device, torch.float32)
-        self._shift = (-wide_mean / wide_std).to(self.device, torch.float32)
+        self._scale, self._shift = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (scale, shift)
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:

@@ -1,0 +1,20 @@
+"""The normalisation that every renderer ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return what turns levels 0..255 into normalised values: ``level * scale + shift``, per channel.
+
+    Args:
+        mean, std: per-channel normalisation in [0, 1].
+
+    Raises:
+        ValueError: unless there are 3 of each and every std is above 0.
+    """
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
+    scale = [1 / (255 * float(value)) for value in std]
+    return scale, [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]

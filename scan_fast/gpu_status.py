@@ -27,10 +27,14 @@ def records() -> dict[str, dict[str, Any]]:
     return kernels
 
 
+def is_verified(kernel: str) -> bool:
+    """Return whether this very source has passed on a GPU."""
+    return records().get(kernel, {}).get("status") == "verified"
+
+
 def preferred(kernels: Sequence[str]) -> str:
     """Return the first verified kernel of a sequence, fastest first and most portable last; the last if none is."""
-    known = records()
-    return next((name for name in kernels if known.get(name, {}).get("status") == "verified"), kernels[-1])
+    return next((name for name in kernels if is_verified(name)), kernels[-1])
 
 
 def summary(name: str, record: dict[str, Any]) -> str:

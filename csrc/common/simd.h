@@ -79,6 +79,26 @@ inline bool any(IntVec mask) {
 #endif
 }
 
+// A mask as bits, lane 0 the lowest, and back; bits past the last lane do not matter.
+inline uint32_t lane_bits(IntVec mask) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(SCAN_FAST_ISA_avx2)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+  return (mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8);
+#endif
+}
+inline IntVec lanes_of_bits(uint32_t bits) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return reinterpret_cast<IntVec>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
+#else
+  IntVec one;
+  for (int i = 0; i < kLanes; ++i) one[i] = 1 << i;
+  return ((IntVec{} + static_cast<int32_t>(bits)) & one) != 0;
+#endif
+}
+
 // A mask of the first n lanes.
 inline IntVec first_lanes(int n) {
   IntVec lane;

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from scan_fast.schema import Settings
 
+from .batch_norm import BatchNormAct2d
 from .convolution import Conv2d
 
 OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits")
@@ -74,19 +75,20 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNormAct2d(channels)
         self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNormAct2d(channels)
         # Empty where the shapes agree: such a shortcut has no entry in the state dict.
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut.append(Conv2d(in_channels, channels, 1, stride=stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(channels))
+            self.shortcut.append(BatchNormAct2d(channels, relu=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride), rounded up."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.bn1(self.conv1(x))
+        out: Tensor = self.bn2(self.conv2(y), residual=self.shortcut(x))
+        return out
 
 
 class SmallResNet(nn.Module):
@@ -102,7 +104,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.out_features = channels[-1]
         self.conv1 = Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.bn1 = BatchNormAct2d(channels[0])
         self.maxpool = nn.MaxPool2d(2, stride=2, padding=1) if max_pool else nn.Identity()
         self._stages: list[str] = []
         in_channels = channels[0]
@@ -117,7 +119,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to features (B, out_features)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x)))
         for name in self._stages:
             x = getattr(self, name)(x)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

@@ -13,7 +13,14 @@ from scan_fast import gpu_status
 Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
-OPERATORS = ("augment", "nt_xent_forward", "scan_loss_forward", "self_label_forward", "topk_neighbors")
+OPERATORS = (
+    "augment",
+    "batch_norm_forward",
+    "nt_xent_forward",
+    "scan_loss_forward",
+    "self_label_forward",
+    "topk_neighbors",
+)
 """The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
 
 GPU_KERNELS = {
@@ -66,6 +73,17 @@ def _prefer_sm90(mode: str) -> frozenset[str]:
 # Fixed at import, as the kernels are.
 SM90_FAMILIES = _prefer_sm90(os.environ.get("SCAN_FAST_GPU_KERNELS", "auto"))
 """The families that take their kernels for sm_90a on a GPU of compute capability 9.0."""
+
+
+def batch_norm_pays(device: str) -> bool:
+    """Return whether networks take the batch normalisation kernel: on a GPU once it has passed on one.
+
+    PyTorch's own operators, cuDNN's among them, are the alternative; SCAN_FAST_GPU_KERNELS=sm90 does not matter here.
+    """
+    return device == "cpu" or _CUDA_BATCH_NORM
+
+
+_CUDA_BATCH_NORM = gpu_status.is_verified("batch_norm/batch_norm_cuda")
 
 _warned = False
 

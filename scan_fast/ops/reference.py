@@ -94,6 +94,36 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: boo
     return loss, count
 
 
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Batch normalisation (arXiv 1502.03167), addition of a residual and ReLU.
+
+    Args:
+        x: (N, C, H, W).
+        residual: of its shape, or None.
+        weight, bias, running_mean, running_var: (C,); the running ones are updated in place in training.
+        training: normalise with the statistics of the batch.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        relu: whether to apply ReLU last.
+    """
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
 def topk_neighbors(
     queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool, rows_per_chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from driving import summary
 from test_stages import opened
 from torch import Tensor
 
+from scan_fast.models import batch_norm
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.stages import precision
 from scan_fast.stages.machine import core_limit, kept_memory, set_threads
@@ -36,8 +36,8 @@ def _asked_anew() -> Iterator[None]:
 
 def disturbed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let something happen to every activation of one number format."""
-    relu = F.relu
-    monkeypatch.setattr(F, "relu", lambda x, *more, **named: relu(change(x), *more, **named))
+    layer = batch_norm.batch_norm
+    monkeypatch.setattr(batch_norm, "batch_norm", lambda x, *more, **named: layer(change(x), *more, **named))
 
 
 def busy(x: Tensor, slow: torch.dtype) -> Tensor:

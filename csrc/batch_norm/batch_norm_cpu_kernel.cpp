@@ -1,0 +1,219 @@
+// The inner loops of batch normalisation: rows of channels in vectors of float, 16 channels (a word of bits) at a time.
+//
+// Sums per channel stay in memory, which is the first cache, and are brought up to date by kRows rows at once.
+#include "batch_norm/batch_norm_cpu_kernel.h"
+#include "common/simd.h"
+
+namespace scan_fast::SCAN_FAST_ISA {
+namespace {
+
+constexpr int kGroup = 16;
+constexpr int kVectors = kGroup / kLanes;
+constexpr int64_t kRows = 8;
+
+// Calls body.template operator()<whole>(first channel, channels of the group) for every group.
+template <typename Body>
+inline void for_groups(int64_t channels, Body body) {
+  int64_t c = 0;
+  for (; c + kGroup <= channels; c += kGroup) body.template operator()<true>(c, kGroup);
+  if (c < channels) body.template operator()<false>(c, static_cast<int>(channels - c));
+}
+
+// Vector v of a group of `count` channels from p on; a group that is not whole has zeros behind.
+template <bool kWhole, typename T>
+inline Vec group_load(const T* p, int v, int count) {
+  if constexpr (kWhole) return load(p + v * kLanes);
+  const int lanes = count - v * kLanes;
+  return lanes <= 0 ? Vec{} : load_lanes(p + v * kLanes, lanes < kLanes ? lanes : kLanes, 0.0f);
+}
+template <bool kWhole, typename T>
+inline void group_store(T* p, Vec value, int v, int count) {
+  if constexpr (kWhole) return store(p + v * kLanes, value);
+  const int lanes = count - v * kLanes;
+  if (lanes > 0) store_lanes(p + v * kLanes, value, lanes < kLanes ? lanes : kLanes);
+}
+
+// The value before the ReLU, but for the residual. Both passes use this, so that they agree on its sign.
+inline Vec normalised(Vec x, Vec mean, Vec scale, Vec bias) { return (x - mean) * scale + bias; }
+
+// Sums of distances from the mean of the first rows, near which the mean of all is, so that little cancels.
+template <typename T>
+void block_moments(const T* x, int64_t rows, int64_t channels, float* moments) {
+  float *sums = moments, *squares = moments + channels, *centre = moments + 2 * channels;
+  std::memset(moments, 0, static_cast<size_t>(3 * channels) * sizeof(float));
+  const int64_t few = rows < kRows ? rows : kRows;
+  for (int64_t row = 0; row < few; ++row) {
+    for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec part = group_load<kWhole>(x + row * channels + c, v, count) * (1.0f / static_cast<float>(few));
+        group_store<kWhole>(centre + c, group_load<kWhole>(centre + c, v, count) + part, v, count);
+      }
+    });
+  }
+  auto add = [&]<int64_t kCount>(const T* from) {
+    for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec shift = group_load<kWhole>(centre + c, v, count);
+        Vec sum = group_load<kWhole>(sums + c, v, count), square = group_load<kWhole>(squares + c, v, count);
+        for (int64_t r = 0; r < kCount; ++r) {
+          const Vec d = group_load<kWhole>(from + r * channels + c, v, count) - shift;
+          sum += d;
+          square += d * d;
+        }
+        group_store<kWhole>(sums + c, sum, v, count);
+        group_store<kWhole>(squares + c, square, v, count);
+      }
+    });
+  };
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) add.template operator()<kRows>(x + row * channels);
+  for (; row < rows; ++row) add.template operator()<1>(x + row * channels);
+  const float each = 1.0f / static_cast<float>(rows);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float off = sums[c] * each;
+    squares[c] -= sums[c] * off;
+    sums[c] = centre[c] + off;
+  }
+}
+
+template <typename T, bool kResidual>
+void normalise_rows(const T* x, const T* residual, const BatchNormChannels& of, bool relu, int64_t rows,
+                    int64_t channels, T* y, uint16_t* mask) {
+  const Vec floor = splat(relu ? 0.0f : -__builtin_inff());
+  const int64_t words = (channels + kGroup - 1) / kGroup;
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+    for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
+      uint32_t bits = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        Vec value = normalised(group_load<kWhole>(x + c, v, count), group_load<kWhole>(of.mean + c, v, count),
+                               group_load<kWhole>(of.scale + c, v, count), group_load<kWhole>(of.bias + c, v, count));
+        if constexpr (kResidual) value += group_load<kWhole>(residual + c, v, count);
+        if (mask != nullptr) bits |= lane_bits(value > Vec{}) << (v * kLanes);
+        // NaN stays NaN: it compares as not below.
+        group_store<kWhole>(y + c, value < floor ? floor : value, v, count);
+      }
+      if (mask != nullptr) mask[row * words + c / kGroup] = static_cast<uint16_t>(bits);
+    });
+    if constexpr (kResidual) residual += channels;
+  }
+}
+
+// What decides whether a gradient passes: nothing, the sign computed again, or the noted bits.
+enum class Gate { kOpen, kSign, kBits };
+
+template <Gate kGate>
+inline Vec gated(Vec grad, Vec x, Vec mean, Vec scale, Vec bias, uint32_t bits) {
+  if constexpr (kGate == Gate::kSign) return normalised(x, mean, scale, bias) > Vec{} ? grad : Vec{};
+  if constexpr (kGate == Gate::kBits) return lanes_of_bits(bits) ? grad : Vec{};
+  return grad;
+}
+
+template <typename T, Gate kGate>
+void gradient_sums(const T* grad_y, const T* x, const uint16_t* mask, const BatchNormChannels& of, int64_t rows,
+                   int64_t channels, float* sums) {
+  const int64_t words = (channels + kGroup - 1) / kGroup;
+  std::memset(sums, 0, static_cast<size_t>(2 * channels) * sizeof(float));
+  auto add = [&]<int64_t kCount>(int64_t row) {
+    for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
+      const T *g = grad_y + row * channels + c, *value = x + row * channels + c;
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec mean = group_load<kWhole>(of.mean + c, v, count);
+        const Vec scale = group_load<kWhole>(of.scale + c, v, count), bias = group_load<kWhole>(of.bias + c, v, count);
+        Vec sum = group_load<kWhole>(sums + c, v, count), product = group_load<kWhole>(sums + channels + c, v, count);
+        for (int64_t r = 0; r < kCount; ++r) {
+          const uint32_t bits = kGate == Gate::kBits ? mask[(row + r) * words + c / kGroup] >> (v * kLanes) : 0;
+          const Vec element = group_load<kWhole>(value + r * channels, v, count);
+          const Vec dz =
+              gated<kGate>(group_load<kWhole>(g + r * channels, v, count), element, mean, scale, bias, bits);
+          sum += dz;
+          product += dz * (element - mean);
+        }
+        group_store<kWhole>(sums + c, sum, v, count);
+        group_store<kWhole>(sums + channels + c, product, v, count);
+      }
+    });
+  };
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) add.template operator()<kRows>(row);
+  for (; row < rows; ++row) add.template operator()<1>(row);
+}
+
+template <typename T, Gate kGate>
+void gradient_rows(const T* grad_y, const T* x, const uint16_t* mask, const BatchNormChannels& of,
+                   const BatchNormSlopes& slopes, int64_t rows, int64_t channels, T* grad_x, T* grad_residual) {
+  const int64_t words = (channels + kGroup - 1) / kGroup;
+  for (int64_t row = 0; row < rows; ++row) {
+    for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
+      const int64_t at = row * channels + c;
+      for (int v = 0; v < kVectors; ++v) {
+        const uint32_t bits = kGate == Gate::kBits ? mask[row * words + c / kGroup] >> (v * kLanes) : 0;
+        const Vec mean = group_load<kWhole>(of.mean + c, v, count), scale = group_load<kWhole>(of.scale + c, v, count);
+        const Vec element = group_load<kWhole>(x + at, v, count);
+        const Vec dz = gated<kGate>(group_load<kWhole>(grad_y + at, v, count), element, mean, scale,
+                                    group_load<kWhole>(of.bias + c, v, count), bits);
+        const Vec slope = group_load<kWhole>(slopes.slope + c, v, count);
+        const Vec offset = group_load<kWhole>(slopes.offset + c, v, count);
+        group_store<kWhole>(grad_x + at, scale * dz + (slope * (element - mean) + offset), v, count);
+        if (grad_residual != nullptr) group_store<kWhole>(grad_residual + at, dz, v, count);
+      }
+    });
+  }
+}
+
+template <typename Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16: return body(Bf16{});
+    case DType::kFloat16: return body(Fp16{});
+    default: return body(0.0f);
+  }
+}
+
+template <typename Body>
+void with_gate(bool relu, const uint16_t* mask, Body body) {
+  if (!relu) return body.template operator()<Gate::kOpen>();
+  mask == nullptr ? body.template operator()<Gate::kSign>() : body.template operator()<Gate::kBits>();
+}
+
+}  // namespace
+
+void batch_norm_moments(DType dtype, const void* x, int64_t rows, int64_t channels, float* moments) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    block_moments(static_cast<const T*>(x), rows, channels, moments);
+  });
+}
+
+void batch_norm_rows(DType dtype, const void* x, const void* residual, const BatchNormChannels& of, bool relu,
+                     int64_t rows, int64_t channels, void* y, uint16_t* mask) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const T *from = static_cast<const T*>(x), *other = static_cast<const T*>(residual);
+    other == nullptr ? normalise_rows<T, false>(from, other, of, relu, rows, channels, static_cast<T*>(y), mask)
+                     : normalise_rows<T, true>(from, other, of, relu, rows, channels, static_cast<T*>(y), mask);
+  });
+}
+
+void batch_norm_gradient_sums(DType dtype, const void* grad_y, const void* x, const uint16_t* mask,
+                              const BatchNormChannels& of, bool relu, int64_t rows, int64_t channels, float* sums) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    with_gate(relu, mask, [&]<Gate kGate>() {
+      gradient_sums<T, kGate>(static_cast<const T*>(grad_y), static_cast<const T*>(x), mask, of, rows, channels, sums);
+    });
+  });
+}
+
+void batch_norm_gradient_rows(DType dtype, const void* grad_y, const void* x, const uint16_t* mask,
+                              const BatchNormChannels& of, const BatchNormSlopes& slopes, bool relu, int64_t rows,
+                              int64_t channels, void* grad_x, void* grad_residual) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    with_gate(relu, mask, [&]<Gate kGate>() {
+      gradient_rows<T, kGate>(static_cast<const T*>(grad_y), static_cast<const T*>(x), mask, of, slopes, rows, channels,
+                              static_cast<T*>(grad_x), static_cast<T*>(grad_residual));
+    });
+  });
+}
+
+}  // namespace scan_fast::SCAN_FAST_ISA

@@ -1,0 +1,189 @@
+// Batch normalisation as dispatcher operators: batch_norm (differentiable, what the module calls) is made of
+// batch_norm_forward and batch_norm_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
+#include "batch_norm/batch_norm_op.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "batch_norm/batch_norm.h"
+#include "common/op_utils.h"
+
+namespace scan_fast {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+
+bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+BatchNormShape shape_of(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "x must be (N, C, H, W) in channels-last layout, got shape ", x.sizes(), " with strides ", x.strides());
+  TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got shape ", x.sizes());
+  return {x.numel() / x.size(1), x.size(1)};
+}
+
+void check_like(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(tensor.sizes() == x.sizes() && tensor.scalar_type() == x.scalar_type() &&
+                        tensor.device() == x.device() && tensor.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    name, " must have the shape, dtype, device and channels-last layout of x, ", x.sizes(), " ",
+                    x.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
+}
+
+// One float32 number per channel.
+float* per_channel(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == x.size(1) && tensor.scalar_type() == at::kFloat &&
+                        tensor.device() == x.device() && tensor.is_contiguous(),
+                    name, " must be (", x.size(1), ") float32 on ", x.device(), ", got ", tensor.sizes(), " ",
+                    tensor.scalar_type(), " on ", tensor.device());
+  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+at::Tensor workspace_of(const at::Tensor& x, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+}
+
+auto forward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::batch_norm_forward", "")
+                             .typed<decltype(batch_norm_forward)>();
+  return op;
+}
+
+auto backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("scan_fast::batch_norm_backward", "")
+                             .typed<decltype(batch_norm_backward)>();
+  return op;
+}
+
+struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const OptionalTensor& residual,
+                            const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var, bool training, double momentum, double eps, bool relu) {
+    const bool with_residual = given(residual);
+    auto [y, mean, inv_std, mask] = forward_operator().call(x, residual, weight, bias, running_mean, running_var,
+                                                            training, momentum, eps, relu, with_residual && relu);
+    context->save_for_backward({x, weight, bias, mean, inv_std, mask});
+    context->saved_data["training"] = training;
+    context->saved_data["relu"] = relu;
+    context->saved_data["with_residual"] = with_residual;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor& x = saved[0];
+    const at::Tensor grad_y = gradients[0].to(x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
+    auto [grad_x, grad_residual, grad_weight, grad_bias] = backward_operator().call(
+        grad_y, x, saved[1], saved[2], saved[3], saved[4], saved[5], context->saved_data["training"].toBool(),
+        context->saved_data["relu"].toBool(), context->saved_data["with_residual"].toBool());
+    variable_list result = once_differentiable({grad_x, grad_residual, grad_weight, grad_bias}, "batch_norm");
+    result.resize(10);
+    return result;
+  }
+};
+
+at::Tensor batch_norm(const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& weight,
+                      const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      bool training, double momentum, double eps, bool relu) {
+  const bool wanted = x.requires_grad() || weight.requires_grad() || bias.requires_grad() ||
+                      (given(residual) && residual->requires_grad());
+  if (at::GradMode::is_enabled() && wanted) {
+    return BatchNormNode::apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu);
+  }
+  return std::get<0>(forward_operator().call(x, residual, weight, bias, running_mean, running_var, training, momentum,
+                                             eps, relu, false));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
+    const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& weight, const at::Tensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double momentum, double eps,
+    bool relu, bool keep_mask) {
+  const BatchNormShape shape = shape_of(x);
+  const DType dtype = dtype_of(x, "x");
+  if (given(residual)) check_like(*residual, x, "residual");
+  const bool running = given(running_mean) && given(running_var);
+  TORCH_CHECK_VALUE(running || (training && !given(running_mean) && !given(running_var)),
+                    "running_mean and running_var must both be given, or, in training, neither");
+  TORCH_CHECK_VALUE(!training || shape.rows > 1,
+                    "training needs more than one value per channel, got shape ", x.sizes());
+  const auto options = x.options().dtype(at::kFloat);
+  at::Tensor y = at::empty_like(x), mean = at::empty({shape.channels}, options), inv_std = at::empty_like(mean);
+  at::Tensor mask = at::empty({keep_mask ? batch_norm_mask_words(shape) : 0}, x.options().dtype(at::kShort));
+  BatchNormForward arguments{x.const_data_ptr(),
+                             given(residual) ? residual->const_data_ptr() : nullptr,
+                             per_channel(weight, x, "weight"),
+                             per_channel(bias, x, "bias"),
+                             running ? per_channel(*running_mean, x, "running_mean") : nullptr,
+                             running ? per_channel(*running_var, x, "running_var") : nullptr,
+                             y.data_ptr(),
+                             mean.data_ptr<float>(),
+                             inv_std.data_ptr<float>(),
+                             keep_mask ? static_cast<uint16_t*>(mask.data_ptr()) : nullptr,
+                             nullptr,
+                             static_cast<float>(momentum),
+                             static_cast<float>(eps),
+                             training,
+                             relu};
+  const at::Tensor workspace = workspace_of(x, batch_norm_cpu_workspace(shape));
+  arguments.workspace = workspace.data_ptr();
+  batch_norm_forward_cpu(dtype, shape, arguments);
+  return {y, mean, inv_std, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& inv_std, const at::Tensor& mask, bool training, bool relu,
+    bool with_residual) {
+  const BatchNormShape shape = shape_of(x);
+  const DType dtype = dtype_of(x, "x");
+  check_like(grad_y, x, "grad_y");
+  TORCH_CHECK_VALUE(!(relu && with_residual) || (mask.numel() == batch_norm_mask_words(shape) && mask.is_contiguous() &&
+                                                 mask.scalar_type() == at::kShort),
+                    "mask must be what batch_norm_forward returned with keep_mask=True for this input");
+  at::Tensor grad_x = at::empty_like(x), grad_residual = with_residual ? at::empty_like(x) : at::Tensor();
+  at::Tensor grad_weight = at::empty({shape.channels}, x.options().dtype(at::kFloat));
+  at::Tensor grad_bias = at::empty_like(grad_weight);
+  BatchNormBackward arguments{grad_y.const_data_ptr(),
+                              x.const_data_ptr(),
+                              per_channel(weight, x, "weight"),
+                              per_channel(bias, x, "bias"),
+                              per_channel(mean, x, "mean"),
+                              per_channel(inv_std, x, "inv_std"),
+                              relu && with_residual ? static_cast<const uint16_t*>(mask.const_data_ptr()) : nullptr,
+                              grad_x.data_ptr(),
+                              with_residual ? grad_residual.data_ptr() : nullptr,
+                              grad_weight.data_ptr<float>(),
+                              grad_bias.data_ptr<float>(),
+                              nullptr,
+                              training,
+                              relu};
+  const at::Tensor workspace = workspace_of(x, batch_norm_cpu_workspace(shape));
+  arguments.workspace = workspace.data_ptr();
+  batch_norm_backward_cpu(dtype, shape, arguments);
+  return {grad_x, grad_residual, grad_weight, grad_bias};
+}
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
+  m.def(
+      "batch_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu) -> Tensor",
+      &batch_norm);
+  m.def(
+      "batch_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu, bool keep_mask) -> "
+      "(Tensor y, Tensor mean, Tensor inv_std, Tensor mask)");
+  m.def(
+      "batch_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor inv_std, "
+      "Tensor mask, bool training, bool relu, bool with_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
+  m.impl("batch_norm_forward", &batch_norm_forward);
+  m.impl("batch_norm_backward", &batch_norm_backward);
+}
+
+}  // namespace scan_fast

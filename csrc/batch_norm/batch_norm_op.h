@@ -1,0 +1,25 @@
+// The torch-facing functions of batch normalisation; the operators call the same.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+namespace scan_fast {
+
+// x (N, C, H, W), channels-last, and residual like it; weight, bias, running_mean, running_var (C) float32. The running
+// ones are updated in training, where both may be missing. Returns y like x, mean and inv_std (C float32), and mask (int16;
+// empty unless keep_mask, which a residual with relu needs for its backward pass).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var, bool training,
+    double momentum, double eps, bool relu, bool keep_mask);
+
+// Returns the gradients of x, residual (undefined without with_residual), weight and bias.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& inv_std, const at::Tensor& mask, bool training, bool relu,
+    bool with_residual);
+
+}  // namespace scan_fast

@@ -6,18 +6,14 @@
 // Panels are stored in exactly the order of use:
 //   queries   [step][half][16 rows][32 elements]
 //   database  [step][half][16 pairs of elements][16 rows][2 elements]     (the instruction wants pairs of k adjacent)
-// This file alone is compiled with AMX and AVX-512; it is entered only after amx_is_usable().
+// This file is compiled with AMX; its products are entered only after amx_is_usable().
 #include <cstdlib>
 #include <cstring>
 
-#include "common/cpu_features.h"
 #include "neighbors/cpu_kernels.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__)
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define SCAN_FAST_AMX 1
 #endif
 
 namespace scan_fast::neighbors {
@@ -50,35 +46,7 @@ void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, 
   }
 }
 
-#if defined(SCAN_FAST_AMX)
-
-bool amx_is_usable() {
-  static const bool usable = [] {
-    // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-    return cpu_has_amx_bf16() && std::getenv("SCAN_FAST_CPU_ISA") == nullptr &&
-           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  }();
-  return usable;
-}
-
-AmxSession::AmxSession() {
-  struct alignas(64) Layout {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  static const Layout layout;
-  _tile_storeconfig(previous_);
-  _tile_loadconfig(&layout);
-}
-
-AmxSession::~AmxSession() {
-  if (previous_[0] == 0) {
-    _tile_release();
-  } else {
-    _tile_loadconfig(previous_);
-  }
-}
+#if defined(__AMX_BF16__)
 
 void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c) {
   _tile_zero(0);
@@ -104,9 +72,6 @@ void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c) {
 
 #else
 
-bool amx_is_usable() { return false; }
-AmxSession::AmxSession() : previous_{} {}
-AmxSession::~AmxSession() = default;
 void amx_product(const uint16_t*, const uint16_t*, int64_t, float*) { std::abort(); }
 
 #endif

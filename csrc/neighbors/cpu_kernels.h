@@ -67,27 +67,12 @@ namespace scan_fast::neighbors {
 // bfloat16 products on AMX tiles: 32 query rows with 32 database rows. Panels are stored tile by tile, see cpu_amx.cpp.
 constexpr int64_t kAmxTile = 32;
 
-// True where the processor has AMX, the system lets this process use it, and SCAN_FAST_CPU_ISA does not lower it.
-bool amx_is_usable();
-
 // The size in elements of a packed panel of kAmxTile rows.
 int64_t amx_panel_size(int64_t dim);
 
 // Writes one rounded row (its values are exact in bfloat16) into a query panel or a database panel.
 void amx_pack_query(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
 void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
-
-// Loads the tile layout for the calling thread, and puts back the one it found (other libraries use tiles, too).
-class AmxSession {
- public:
-  AmxSession();
-  ~AmxSession();
-  AmxSession(const AmxSession&) = delete;
-  AmxSession& operator=(const AmxSession&) = delete;
-
- private:
-  alignas(64) unsigned char previous_[64];
-};
 
 // c (32, 32) = a b^T, inside an AmxSession.
 void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c);

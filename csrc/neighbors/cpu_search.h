@@ -14,6 +14,7 @@
 #include <new>
 #include <vector>
 
+#include "common/amx.h"
 #include "common/parallel.h"
 #include "neighbors/cpu_kernels.h"
 #include "neighbors/neighbors.h"

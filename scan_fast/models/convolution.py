@@ -1,8 +1,9 @@
-"""A convolution whose weight gradient is a matrix product where a processor's own kernel is slow at it.
+"""A convolution that in bfloat16 on a processor takes what is faster there than PyTorch's own.
 
-In bfloat16 on a CPU, oneDNN's gradient of the weights of a convolution with small output maps (4x4: the last stage of a
-ResNet for 32-pixel images, which holds most of its weights) runs at a tenth of the rate of a matrix product. Written as
-one, patches times gradients, it takes a fifth of the time, and a whole training step a fifth less.
+Where there is AMX, that is the kernel of :mod:`scan_fast.ops.convolution`. Elsewhere, oneDNN's gradient of the weights
+of a convolution with small output maps (4x4: the last stage of a ResNet for 32-pixel images, which holds most of its
+weights) runs at a tenth of the rate of a matrix product; written as one, patches times gradients, it takes a fifth of
+the time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ..ops.convolution import conv2d, pays
 
 LARGEST_MAP = 16
 """Positions of an output map up to which the product is faster: at 8x8 both take the same time."""
@@ -25,9 +28,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
-        if not (torch.is_grad_enabled() and self.weight.requires_grad and _in_bfloat16_on_cpu(x)):
+        if not _in_bfloat16_on_cpu(x):
             return super().forward(x)
         stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
+        if stride[0] == stride[1] and padding[0] == padding[1] and pays(x, self.weight, stride[0], padding[0]):
+            images = x.bfloat16().contiguous(memory_format=torch.channels_last)
+            return conv2d(images, self.weight, stride[0], padding[0])
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
         sizes = zip(x.shape[-2:], self.kernel_size, stride, padding, strict=True)
         height, width = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
         if height * width > LARGEST_MAP:

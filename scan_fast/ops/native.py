@@ -16,6 +16,7 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 OPERATORS = (
     "augment",
     "batch_norm_forward",
+    "conv2d_forward",
     "nt_xent_forward",
     "scan_loss_forward",
     "self_label_forward",

@@ -1,0 +1,161 @@
+// Convolutions as dispatcher operators: conv2d (differentiable, what the module calls) is made of conv2d_forward,
+// conv2d_grad_input and conv2d_grad_weight.
+#include "convolution/convolution.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "common/op_utils.h"
+
+namespace scan_fast {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+ConvolutionShape shape_of(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
+  TORCH_CHECK_VALUE(x.size() == 4 && weight.size() == 4 && x[1] == weight[1] && weight[2] == weight[3],
+                    "x must be (N, C, H, W) and weight (O, C, k, k), got shapes ", x, " and ", weight);
+  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0, "stride must be at least 1 and padding 0, got ", stride, " and ", padding);
+  auto out = [&](int64_t in) { return (in + 2 * padding - weight[2]) / stride + 1; };
+  return {x[0], x[2], x[3], x[1], out(x[2]), out(x[3]), weight[0], weight[2], stride, padding};
+}
+
+ConvolutionShape checked(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
+  const ConvolutionShape shape = shape_of(x, weight, stride, padding);
+  TORCH_CHECK_VALUE(convolution_is_usable(shape), "there is no kernel for shapes ", x, " and ", weight,
+                    " on this processor: it needs AMX, and channels that are multiples of 32");
+  return shape;
+}
+
+const uint16_t* images(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    name, " must be bfloat16 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
+                    tensor.strides());
+  return static_cast<const uint16_t*>(tensor.const_data_ptr());
+}
+
+const float* weights(const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat && weight.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "weight must be float32 in channels-last layout, got ", weight.scalar_type(), " with strides ",
+                    weight.strides());
+  return weight.const_data_ptr<float>();
+}
+
+at::Tensor like(const at::Tensor& tensor, at::IntArrayRef sizes) {
+  return at::empty(sizes, tensor.options(), at::MemoryFormat::ChannelsLast);
+}
+
+// Memory to work in, from a cache line's start on.
+class Workspace {
+ public:
+  Workspace(const ConvolutionShape& shape, ConvolutionPass pass)
+      : memory_(at::empty({static_cast<int64_t>(convolution_workspace(shape, pass)) + 64}, at::kByte)) {}
+  void* get() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  at::Tensor memory_;
+};
+
+at::Tensor conv2d_forward(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t padding) {
+  const ConvolutionShape shape = checked(x.sizes(), weight.sizes(), stride, padding);
+  at::Tensor y = like(x, {shape.batch, shape.out_channels, shape.out_height, shape.out_width});
+  const Workspace workspace(shape, ConvolutionPass::kForward);
+  convolution_forward(shape, images(x, "x"), weights(weight), static_cast<uint16_t*>(y.data_ptr()), workspace.get());
+  return y;
+}
+
+void check_gradient(const at::Tensor& grad_y, const ConvolutionShape& shape) {
+  const int64_t sizes[] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+  TORCH_CHECK_VALUE(grad_y.sizes() == at::IntArrayRef(sizes), "grad_y must have shape ", at::IntArrayRef(sizes), ", got ",
+                    grad_y.sizes());
+}
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_y, const at::Tensor& weight, at::IntArrayRef sizes, int64_t stride,
+                             int64_t padding) {
+  const ConvolutionShape shape = checked(sizes, weight.sizes(), stride, padding);
+  check_gradient(grad_y, shape);
+  at::Tensor grad_x = like(grad_y, sizes);
+  const Workspace workspace(shape, ConvolutionPass::kGradInput);
+  convolution_grad_input(shape, images(grad_y, "grad_y"), weights(weight), static_cast<uint16_t*>(grad_x.data_ptr()),
+                         workspace.get());
+  return grad_x;
+}
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_y, const at::Tensor& x, int64_t kernel, int64_t stride,
+                              int64_t padding) {
+  TORCH_CHECK_VALUE(grad_y.dim() == 4 && x.dim() == 4, "grad_y and x must be images, got shapes ", grad_y.sizes(),
+                    " and ", x.sizes());
+  const int64_t sizes[] = {grad_y.size(1), x.size(1), kernel, kernel};
+  const ConvolutionShape shape = checked(x.sizes(), sizes, stride, padding);
+  check_gradient(grad_y, shape);
+  at::Tensor grad_weight = at::empty(sizes, x.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast);
+  const Workspace workspace(shape, ConvolutionPass::kGradWeight);
+  convolution_grad_weight(shape, images(grad_y, "grad_y"), images(x, "x"), grad_weight.data_ptr<float>(),
+                          workspace.get());
+  return grad_weight;
+}
+
+template <typename Function>
+auto operator_of(const char* name, Function*) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+struct ConvolutionNode : torch::autograd::Function<ConvolutionNode> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, int64_t stride,
+                            int64_t padding) {
+    static const auto op = operator_of("scan_fast::conv2d_forward", &conv2d_forward);
+    context->save_for_backward({x, weight});
+    context->saved_data["stride"] = stride;
+    context->saved_data["padding"] = padding;
+    return op.call(x, weight, stride, padding);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    static const auto grad_input = operator_of("scan_fast::conv2d_grad_input", &conv2d_grad_input);
+    static const auto grad_weight = operator_of("scan_fast::conv2d_grad_weight", &conv2d_grad_weight);
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1];
+    const int64_t stride = context->saved_data["stride"].toInt(), padding = context->saved_data["padding"].toInt();
+    const at::Tensor grad_y = gradients[0].to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+    variable_list result(2);
+    if (context->needs_input_grad(0)) result[0] = grad_input.call(grad_y, weight, x.sizes(), stride, padding);
+    if (context->needs_input_grad(1)) result[1] = grad_weight.call(grad_y, x, weight.size(2), stride, padding);
+    result = once_differentiable(std::move(result), "conv2d");
+    result.resize(4);
+    return result;
+  }
+};
+
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t padding) {
+  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
+    return ConvolutionNode::apply(x, weight, stride, padding);
+  }
+  static const auto op = operator_of("scan_fast::conv2d_forward", &conv2d_forward);
+  return op.call(x, weight, stride, padding);
+}
+
+// Whether the operators take these shapes on this processor.
+bool conv2d_is_usable(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
+  return convolution_is_usable(shape_of(x, weight, stride, padding));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
+  m.def("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", &conv2d);
+  m.def("conv2d_is_usable(int[] x, int[] weight, int stride, int padding) -> bool", &conv2d_is_usable);
+  m.def("conv2d_forward(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
+  m.def("conv2d_grad_input(Tensor grad_y, Tensor weight, int[] sizes, int stride, int padding) -> Tensor");
+  m.def("conv2d_grad_weight(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
+  m.impl("conv2d_forward", &conv2d_forward);
+  m.impl("conv2d_grad_input", &conv2d_grad_input);
+  m.impl("conv2d_grad_weight", &conv2d_grad_weight);
+}
+
+}  // namespace scan_fast

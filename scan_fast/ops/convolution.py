@@ -1,0 +1,77 @@
+"""bfloat16 convolutions on the AMX tiles of a processor.
+
+The operators ``scan_fast::conv2d``, ``conv2d_forward``, ``conv2d_grad_input`` and ``conv2d_grad_weight`` and their
+autograd are registered by the compiled module (``csrc/convolution/convolution_op.cpp``). There is no twin in plain
+PyTorch: :func:`torch.nn.functional.conv2d` is the same thing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+
+_BLOCK = 32
+"""Images that the kernel takes at once; what is missing of the last block is computed for nothing."""
+
+
+def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Return whether :func:`conv2d` takes these operands and is faster than PyTorch's convolution.
+
+    It needs AMX, channels that are multiples of 32, a square kernel, and a batch that fills most of its last block of
+    32 images. A compiler gets the plain operators.
+    """
+    batch = x.shape[0]
+    return (
+        not torch.compiler.is_compiling()
+        and native.has_kernel("conv2d_forward", x.device.type)
+        and 3 * -(-batch // _BLOCK) * _BLOCK <= 4 * batch
+        and weight.dtype == torch.float32
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and weight.shape[2] == weight.shape[3]
+        and bool(torch.ops.scan_fast.conv2d_is_usable.default(x.shape, weight.shape, stride, padding))
+    )
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """Convolve images in bfloat16 with float32 sums.
+
+    The gradient of the weights is float32 and never rounded. Neither results nor gradients depend on the number of
+    threads.
+
+    Args:
+        x: (N, C, H, W) bfloat16 in channels-last layout; C a multiple of 32.
+        weight: (O, C, k, k) float32 in channels-last layout, rounded to bfloat16 for the product; O a multiple of 32.
+        stride, padding: of both directions; padding below k.
+
+    Returns:
+        (N, O, H', W') bfloat16 in channels-last layout.
+
+    Raises:
+        ValueError: for another dtype, layout or shape, or a processor without AMX.
+    """
+    return torch.ops.scan_fast.conv2d.default(x, weight, stride, padding)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
+    return _images(x, [x.shape[0], weight.shape[0], *sides])
+
+
+def _fake_grad_input(grad_y: Tensor, weight: Tensor, sizes: list[int], stride: int, padding: int) -> Tensor:
+    return _images(grad_y, sizes)
+
+
+def _fake_grad_weight(grad_y: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    return _images(x.float(), [grad_y.shape[1], x.shape[1], kernel, kernel])
+
+
+def _images(like: Tensor, sizes: list[int]) -> Tensor:
+    return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+if native.is_available():
+    torch.library.register_fake("scan_fast::conv2d_forward", _fake_forward)
+    torch.library.register_fake("scan_fast::conv2d_grad_input", _fake_grad_input)
+    torch.library.register_fake("scan_fast::conv2d_grad_weight", _fake_grad_weight)

@@ -70,6 +70,11 @@ inline __m512i rounded(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
+inline __m512 widened(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 }  // namespace
 
 void pack_left(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t stride) {
@@ -160,10 +165,15 @@ void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right
   _tile_stored(3, block + 3 * kResult, 64);
 }
 
-void store_block(const float* block, uint16_t* base, int64_t stride, int64_t count) {
+void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float* from = block + i / kTile * (kBlock / 2) + i % kTile * kTile;
-    _mm512_storeu_si512(base + i * stride, rounded(_mm512_loadu_ps(from), _mm512_loadu_ps(from + kBlock / 4)));
+    __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kBlock / 4);
+    if (addend != nullptr) {
+      low = _mm512_add_ps(low, widened(addend + i * stride));
+      high = _mm512_add_ps(high, widened(addend + i * stride + kTile));
+    }
+    _mm512_storeu_si512(base + i * stride, rounded(low, high));
   }
 }
 
@@ -193,7 +203,7 @@ void pack_right(const Pixel&, int64_t, uint16_t*) { std::abort(); }
 void pack_weight_rows(const float*, int64_t, uint16_t*) { std::abort(); }
 void pack_weight_pairs(const float*, int64_t, uint16_t*) { std::abort(); }
 void multiply(const Run*, int64_t, int64_t, int64_t, bool, float*) { std::abort(); }
-void store_block(const float*, uint16_t*, int64_t, int64_t) { std::abort(); }
+void store_block(const float*, const uint16_t*, uint16_t*, int64_t, int64_t) { std::abort(); }
 void sum_blocks(const float*, int64_t, int64_t, float*, int64_t) { std::abort(); }
 
 }  // namespace scan_fast::convolution

@@ -44,8 +44,9 @@ struct Run {
 void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
               float* block);
 
-// The rows of a block, rounded to bfloat16, to base + i * stride for i < count <= 32.
-void store_block(const float* block, uint16_t* base, int64_t stride, int64_t count);
+// The rows of a block, rounded to bfloat16, to base + i * stride for i < count <= 32; added to those of `addend`, laid out
+// in the same way, where it is not null.
+void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count);
 
 // The sum over `parts` of a block, part_stride floats apart, to 32 rows of 32 floats, row_stride apart.
 void sum_blocks(const float* block, int64_t parts, int64_t part_stride, float* out, int64_t row_stride);

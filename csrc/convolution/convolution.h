@@ -28,8 +28,9 @@ size_t convolution_workspace(const ConvolutionShape& shape, ConvolutionPass pass
 
 void convolution_forward(const ConvolutionShape& shape, const uint16_t* x, const float* weight, uint16_t* y,
                          void* workspace);
+// `addend`, like grad_x or null, is added before the rounding: a gradient that reaches x on another way.
 void convolution_grad_input(const ConvolutionShape& shape, const uint16_t* grad_y, const float* weight,
-                            uint16_t* grad_x, void* workspace);
+                            const uint16_t* addend, uint16_t* grad_x, void* workspace);
 void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad_y, const uint16_t* x,
                              float* grad_weight, void* workspace);
 

@@ -151,10 +151,10 @@ void pack_weights(const ImageProduct& product, const float* weight, uint16_t* pa
 // The results of 32 images in some rows of the map.
 class ImageTask {
  public:
-  ImageTask(const ImageProduct& product, const uint16_t* source, const uint16_t* weights, uint16_t* target,
-            int64_t first_image, uint16_t* ring, float* sums)
-      : product_(product), source_(source), weights_(weights), target_(target), first_(first_image), ring_(ring),
-        sums_(sums), slots_(product.ring_rows()) {}
+  ImageTask(const ImageProduct& product, const uint16_t* source, const uint16_t* weights, const uint16_t* addend,
+            uint16_t* target, int64_t first_image, uint16_t* ring, float* sums)
+      : product_(product), source_(source), weights_(weights), addend_(addend), target_(target), first_(first_image),
+        ring_(ring), sums_(sums), slots_(product.ring_rows()) {}
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += product_.rows_of_sweep()) {
@@ -194,7 +194,8 @@ class ImageTask {
         for (int64_t row = begin; row < end; ++row) {
           for (int64_t column = left; column < right; ++column, sums += kBlock) {
             const Pixel out = product_.to.pixel(target_, product_.batch, first_, row, column, block * kStep);
-            store_block(sums, const_cast<uint16_t*>(out.base), out.stride, out.count);
+            store_block(sums, addend_ == nullptr ? nullptr : addend_ + (out.base - target_), target_ + (out.base - target_),
+                        out.stride, out.count);
           }
         }
       }
@@ -216,7 +217,7 @@ class ImageTask {
   }
 
   const ImageProduct& product_;
-  const uint16_t *source_, *weights_;
+  const uint16_t *source_, *weights_, *addend_;
   uint16_t* target_;
   int64_t first_;
   uint16_t* ring_;
@@ -224,7 +225,8 @@ class ImageTask {
   int64_t slots_, packed_ = 0;
 };
 
-void run(const ImageProduct& product, const uint16_t* source, const float* weight, uint16_t* target, void* workspace) {
+void run(const ImageProduct& product, const uint16_t* source, const float* weight, const uint16_t* addend,
+         uint16_t* target, void* workspace) {
   Arena arena(workspace);
   const ImageProduct::Memory memory = product.take(arena);
   pack_weights(product, weight, memory.weights);
@@ -236,7 +238,7 @@ void run(const ImageProduct& product, const uint16_t* source, const float* weigh
   parallel_for(blocks * bands, [&](int64_t task, int thread) {
     const AmxSession session;
     const int64_t begin = task % bands * band_rows;
-    ImageTask(product, source, memory.weights, target, task / bands * kImages,
+    ImageTask(product, source, memory.weights, addend, target, task / bands * kImages,
               memory.rings + thread * product.ring_rows() * product.row_size(),
               memory.sums + thread * product.sums_size())
         .rows(begin, std::min(begin + band_rows, product.to.height));
@@ -396,12 +398,12 @@ size_t convolution_workspace(const ConvolutionShape& shape, ConvolutionPass pass
 
 void convolution_forward(const ConvolutionShape& shape, const uint16_t* x, const float* weight, uint16_t* y,
                          void* workspace) {
-  run(forward_product(shape), x, weight, y, workspace);
+  run(forward_product(shape), x, weight, nullptr, y, workspace);
 }
 
 void convolution_grad_input(const ConvolutionShape& shape, const uint16_t* grad_y, const float* weight,
-                            uint16_t* grad_x, void* workspace) {
-  run(grad_input_product(shape), grad_y, weight, grad_x, workspace);
+                            const uint16_t* addend, uint16_t* grad_x, void* workspace) {
+  run(grad_input_product(shape), grad_y, weight, addend, grad_x, workspace);
 }
 
 void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad_y, const uint16_t* x,

@@ -1,5 +1,9 @@
-// Convolutions as dispatcher operators: conv2d (differentiable, what the module calls) is made of conv2d_forward,
-// conv2d_grad_input and conv2d_grad_weight.
+// Convolutions as dispatcher operators, differentiable, made of conv2d_forward, conv2d_grad_input and
+// conv2d_grad_weight:
+//
+//   conv2d        y
+//   conv2d_fork   y, and x itself for a shortcut around the convolution: the gradient that comes back on it is added as
+//                 that of the convolution is stored, where autograd would write, read and add whole images
 #include "convolution/convolution.h"
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -73,14 +77,17 @@ void check_gradient(const at::Tensor& grad_y, const ConvolutionShape& shape) {
                     grad_y.sizes());
 }
 
-at::Tensor conv2d_grad_input(const at::Tensor& grad_y, const at::Tensor& weight, at::IntArrayRef sizes, int64_t stride,
+at::Tensor conv2d_grad_input(const at::Tensor& grad_y, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& addend, at::IntArrayRef sizes, int64_t stride,
                              int64_t padding) {
   const ConvolutionShape shape = checked(sizes, weight.sizes(), stride, padding);
   check_gradient(grad_y, shape);
+  const bool adds = addend.has_value() && addend->defined();
+  TORCH_CHECK_VALUE(!adds || addend->sizes() == sizes, "addend must have shape ", sizes, ", got ", addend->sizes());
   at::Tensor grad_x = like(grad_y, sizes);
   const Workspace workspace(shape, ConvolutionPass::kGradInput);
-  convolution_grad_input(shape, images(grad_y, "grad_y"), weights(weight), static_cast<uint16_t*>(grad_x.data_ptr()),
-                         workspace.get());
+  convolution_grad_input(shape, images(grad_y, "grad_y"), weights(weight), adds ? images(*addend, "addend") : nullptr,
+                         static_cast<uint16_t*>(grad_x.data_ptr()), workspace.get());
   return grad_x;
 }
 
@@ -103,14 +110,22 @@ auto operator_of(const char* name, Function*) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
+at::Tensor as_images(const at::Tensor& gradient) {
+  return gradient.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 struct ConvolutionNode : torch::autograd::Function<ConvolutionNode> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, int64_t stride,
-                            int64_t padding) {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, int64_t stride,
+                               int64_t padding, bool fork) {
     static const auto op = operator_of("scan_fast::conv2d_forward", &conv2d_forward);
     context->save_for_backward({x, weight});
     context->saved_data["stride"] = stride;
     context->saved_data["padding"] = padding;
-    return op.call(x, weight, stride, padding);
+    context->set_materialize_grads(false);
+    const at::Tensor y = op.call(x, weight, stride, padding);
+    // The same memory under another tensor, whose gradient comes to this node.
+    if (fork) return {y, x.variable_data()};
+    return {y};
   }
 
   static variable_list backward(AutogradContext* context, variable_list gradients) {
@@ -119,22 +134,39 @@ struct ConvolutionNode : torch::autograd::Function<ConvolutionNode> {
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &x = saved[0], &weight = saved[1];
     const int64_t stride = context->saved_data["stride"].toInt(), padding = context->saved_data["padding"].toInt();
-    const at::Tensor grad_y = gradients[0].to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+    std::optional<at::Tensor> around;
+    if (gradients.size() > 1 && gradients[1].defined()) around = as_images(gradients[1]);
     variable_list result(2);
-    if (context->needs_input_grad(0)) result[0] = grad_input.call(grad_y, weight, x.sizes(), stride, padding);
-    if (context->needs_input_grad(1)) result[1] = grad_weight.call(grad_y, x, weight.size(2), stride, padding);
+    if (!gradients[0].defined()) {
+      if (around.has_value() && context->needs_input_grad(0)) result[0] = *around;
+    } else {
+      const at::Tensor grad_y = as_images(gradients[0]);
+      if (context->needs_input_grad(0)) result[0] = grad_input.call(grad_y, weight, around, x.sizes(), stride, padding);
+      if (context->needs_input_grad(1)) result[1] = grad_weight.call(grad_y, x, weight.size(2), stride, padding);
+    }
     result = once_differentiable(std::move(result), "conv2d");
-    result.resize(4);
+    result.resize(5);
     return result;
   }
 };
 
-at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t padding) {
+std::tuple<at::Tensor, at::Tensor> convolve(const at::Tensor& x, const at::Tensor& weight, int64_t stride,
+                                            int64_t padding, bool fork) {
   if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
-    return ConvolutionNode::apply(x, weight, stride, padding);
+    const variable_list result = ConvolutionNode::apply(x, weight, stride, padding, fork && x.requires_grad());
+    return {result[0], result.size() > 1 ? result[1] : x};
   }
   static const auto op = operator_of("scan_fast::conv2d_forward", &conv2d_forward);
-  return op.call(x, weight, stride, padding);
+  return {op.call(x, weight, stride, padding), x};
+}
+
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t padding) {
+  return std::get<0>(convolve(x, weight, stride, padding, false));
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_fork(const at::Tensor& x, const at::Tensor& weight, int64_t stride,
+                                               int64_t padding) {
+  return convolve(x, weight, stride, padding, true);
 }
 
 // Whether the operators take these shapes on this processor.
@@ -146,9 +178,11 @@ bool conv2d_is_usable(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride,
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", &conv2d);
+  m.def("conv2d_fork(Tensor(a) x, Tensor weight, int stride, int padding) -> (Tensor y, Tensor(a) x)", &conv2d_fork);
   m.def("conv2d_is_usable(int[] x, int[] weight, int stride, int padding) -> bool", &conv2d_is_usable);
   m.def("conv2d_forward(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
-  m.def("conv2d_grad_input(Tensor grad_y, Tensor weight, int[] sizes, int stride, int padding) -> Tensor");
+  m.def(
+      "conv2d_grad_input(Tensor grad_y, Tensor weight, Tensor? addend, int[] sizes, int stride, int padding) -> Tensor");
   m.def("conv2d_grad_weight(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor");
 }
 

@@ -86,8 +86,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride), rounded up."""
-        y = self.bn1(self.conv1(x))
-        out: Tensor = self.bn2(self.conv2(y), residual=self.shortcut(x))
+        y, around = self.conv1.fork(x)
+        out: Tensor = self.bn2(self.conv2(self.bn1(y)), residual=self.shortcut(around))
         return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..ops.convolution import conv2d, pays
+from ..ops.convolution import conv2d, conv2d_fork, pays
 
 LARGEST_MAP = 16
 """Positions of an output map up to which the product is faster: at 8x8 both take the same time."""
@@ -30,18 +30,34 @@ class Conv2d(nn.Conv2d):
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         if not _in_bfloat16_on_cpu(x):
             return super().forward(x)
-        stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
-        if stride[0] == stride[1] and padding[0] == padding[1] and pays(x, self.weight, stride[0], padding[0]):
-            images = x.bfloat16().contiguous(memory_format=torch.channels_last)
-            return conv2d(images, self.weight, stride[0], padding[0])
+        if self._takes_kernel(x):
+            return conv2d(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
+        stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
         sizes = zip(x.shape[-2:], self.kernel_size, stride, padding, strict=True)
         height, width = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
         if height * width > LARGEST_MAP:
             return super().forward(x)
         out: Tensor = _SmallMapConvolution.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding)
         return out
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x as :meth:`forward`, and return x as well, for a shortcut around this layer."""
+        if _in_bfloat16_on_cpu(x) and self._takes_kernel(x):
+            return conv2d_fork(_images(x), self.weight, self.stride[0], int(self.padding[0]))
+        return self(x), x
+
+    def _takes_kernel(self, x: Tensor) -> bool:
+        return (
+            self.stride[0] == self.stride[1]
+            and self.padding[0] == self.padding[1]
+            and pays(x, self.weight, self.stride[0], int(self.padding[0]))
+        )
+
+
+def _images(x: Tensor) -> Tensor:
+    return x.bfloat16().contiguous(memory_format=torch.channels_last)
 
 
 def _in_bfloat16_on_cpu(x: Tensor) -> bool:

@@ -54,12 +54,26 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
     return torch.ops.scan_fast.conv2d.default(x, weight, stride, padding)
 
 
+def conv2d_fork(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Convolve images as :func:`conv2d`, and return them as well, for a shortcut around the convolution.
+
+    The gradients of both results meet in the kernel, which rounds their sum once; autograd would write, read and add
+    whole images.
+
+    Returns:
+        what :func:`conv2d` returns, and the values of ``x`` in its memory; neither may be changed in place.
+    """
+    return torch.ops.scan_fast.conv2d_fork.default(x, weight, stride, padding)
+
+
 def _fake_forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
     return _images(x, [x.shape[0], weight.shape[0], *sides])
 
 
-def _fake_grad_input(grad_y: Tensor, weight: Tensor, sizes: list[int], stride: int, padding: int) -> Tensor:
+def _fake_grad_input(
+    grad_y: Tensor, weight: Tensor, addend: Tensor | None, sizes: list[int], stride: int, padding: int
+) -> Tensor:
     return _images(grad_y, sizes)
 
 

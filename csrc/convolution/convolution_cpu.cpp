@@ -27,8 +27,8 @@ constexpr int64_t kImages = 32;  // of a block
 constexpr int64_t kPair = 2 * kTileElements;
 // Pixels of a sweep over the weights, and of those the columns whose sums stay in the first cache.
 constexpr int64_t kSweepPixels = 16, kSweepColumns = 8;
-// A sum of the gradient of the weights goes over so many pixels at once.
-constexpr int64_t kRunPixels = 8;
+// Tile products between loading and storing a block of sums, about: enough to hide that, few enough for the first cache.
+constexpr int64_t kRun = 8;
 // Output channels, and bytes of sums, of a block of the gradient of the weights: they stay in the second cache.
 constexpr int64_t kBlockRows = 256, kBlockBytes = 640 * 1024;
 // The gradient of the weights is cut into about so many tasks, whatever the number of threads.
@@ -92,7 +92,15 @@ struct ImageProduct {
     return {tap, source, tap >= kernel ? 0 : std::min((kernel - 1 - tap) / stride, source) + 1};
   }
 
+  // Whether any result reads this coordinate: a kernel smaller than its stride leaves some out.
+  bool reads(int64_t coordinate) const { return transposed || (coordinate + padding) % stride < kernel; }
+
   int64_t steps() const { return from.channels / kStep; }
+  // Steps that are summed at once: pixels with few taps take several.
+  int64_t steps_at_once() const {
+    const int64_t reach = transposed ? stride * stride : 1;
+    return std::clamp<int64_t>(kRun * reach / taps(), 1, std::min(kRun, steps()));
+  }
   int64_t column_blocks() const { return to.channels / kStep; }
   int64_t taps() const { return kernel * kernel; }
   int64_t rows_of_sweep() const { return std::clamp<int64_t>(kSweepPixels / to.width, 1, to.height); }
@@ -166,8 +174,10 @@ class ImageTask {
   // Packs the rows that are not there yet. They come in rising order, and no more than the ring holds are in use.
   void pack_up_to(int64_t last) {
     for (int64_t y = std::max(packed_, last + 1 - slots_); y <= last; ++y) {
+      if (!product_.reads(y)) continue;
       uint16_t* row = ring_ + y % slots_ * product_.row_size();
       for (int64_t x = 0; x < product_.from.width; ++x) {
+        if (!product_.reads(x)) continue;
         pack_left(product_.from.pixel(source_, product_.batch, first_, y, x), product_.steps(), row + x * kPair,
                   product_.from.width * kPair);
       }
@@ -184,7 +194,7 @@ class ImageTask {
     for (int64_t left = 0; left < width; left += kSweepColumns) {
       const int64_t right = std::min(width, left + kSweepColumns);
       for (int64_t block = 0; block < product_.column_blocks(); ++block) {
-        for (int64_t step = 0; step < product_.steps(); ++step) {
+        for (int64_t step = 0; step < product_.steps(); step += product_.steps_at_once()) {
           float* sums = sums_;
           for (int64_t row = begin; row < end; ++row) {
             for (int64_t column = left; column < right; ++column, sums += kBlock) add(row, column, block, step, sums);
@@ -202,18 +212,21 @@ class ImageTask {
     }
   }
 
-  // All taps of a pixel over 32 channels.
-  void add(int64_t row, int64_t column, int64_t block, int64_t step, float* sums) const {
+  // All taps of a pixel over some steps of 32 channels.
+  void add(int64_t row, int64_t column, int64_t block, int64_t first, float* sums) const {
     const Line down = product_.line(row, product_.from.height), across = product_.line(column, product_.from.width);
-    const uint16_t* weights = weights_ + (block * product_.steps() + step) * product_.taps() * kPair;
-    Run runs[kConvolutionKernel];
+    Run runs[kRun * kConvolutionKernel];
     int64_t count = 0;
-    for (; count < down.count && across.count > 0; ++count) {
-      const int64_t y = down.source + count * product_.source_step(), tap = down.tap + count * product_.tap_step();
-      runs[count] = {ring_ + y % slots_ * product_.row_size() + (step * product_.from.width + across.source) * kPair,
-                     weights + (tap * product_.kernel + across.tap) * kPair, across.count};
+    const int64_t end = std::min(product_.steps(), first + product_.steps_at_once());
+    for (int64_t step = first; step < end && across.count > 0; ++step) {
+      const uint16_t* weights = weights_ + (block * product_.steps() + step) * product_.taps() * kPair;
+      for (int64_t i = 0; i < down.count; ++i) {
+        const int64_t y = down.source + i * product_.source_step(), tap = down.tap + i * product_.tap_step();
+        runs[count++] = {ring_ + y % slots_ * product_.row_size() + (step * product_.from.width + across.source) * kPair,
+                         weights + (tap * product_.kernel + across.tap) * kPair, across.count};
+      }
     }
-    multiply(runs, count, product_.source_step() * kPair, product_.tap_step() * kPair, step > 0, sums);
+    multiply(runs, count, product_.source_step() * kPair, product_.tap_step() * kPair, first > 0, sums);
   }
 
   const ImageProduct& product_;
@@ -320,7 +333,9 @@ class WeightTask {
     const Line line = product_.line(end - 1, product_.from.height);
     const int64_t last = line.source + line.count - 1;
     for (int64_t y = std::max(packed_, last + 1 - g_.ring_rows()); y <= last; ++y) {
+      if (!product_.reads(y)) continue;
       for (int64_t column = 0; column < product_.from.width; ++column) {
+        if (!product_.reads(column)) continue;
         pack_right(product_.from.pixel(x_, product_.batch, first, y, column, first_column_), columns_,
                    ring_ + y % g_.ring_rows() * g_.row_size() + column * source_pixel());
       }
@@ -330,8 +345,8 @@ class WeightTask {
 
   void sweep(int64_t first, int64_t begin, int64_t end) {
     pack(first, begin, end);
-    for (int64_t left = 0; left < product_.to.width; left += kRunPixels) {
-      const int64_t right = std::min(product_.to.width, left + kRunPixels);
+    for (int64_t left = 0; left < product_.to.width; left += kRun) {
+      const int64_t right = std::min(product_.to.width, left + kRun);
       for (int64_t kh = 0; kh < product_.kernel; ++kh) {
         for (int64_t row = 0; row < rows_ / kStep; ++row) {
           for (int64_t column = 0; column < columns_ / kStep; ++column) {

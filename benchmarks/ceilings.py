@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from scan_fast.ops import native
+
 
 @dataclass(frozen=True)
 class Work:
@@ -61,7 +63,8 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
     """Measure the best rates over several runs, on random data, once per process.
 
     Returns:
-        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second, ``copy_bytes`` in
+        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second; ``tiles_bfloat16``,
+        of a processor with AMX: products of tiles out of the first cache, which no product exceeds; ``copy_bytes`` in
         bytes read plus written per second, and on CUDA ``exp``, evaluations per second by the number of units and
         the highest clock (16 per clock and multiprocessor).
     """
@@ -82,6 +85,9 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
             rates[f"gemm_{str(dtype).removeprefix('torch.')}"] = _best_rate(2.0 * n**3, product, device, repeats)
     finally:
         torch.set_float32_matmul_precision(before)
+    if device == "cpu" and native.is_available() and (tiles := native.amx_peak_rate()) > 0:
+        # Library products reach half of it; ours can come nearer.
+        rates["tiles_bfloat16"] = tiles * torch.get_num_threads()
     size = ((4 << 30) if device == "cuda" else (256 << 20)) // (16 if quick else 1)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

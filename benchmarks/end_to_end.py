@@ -9,9 +9,10 @@ wrote: PIL in loader workers, contiguous float32, losses from PyTorch operations
 Per stage, in one process: both start from the same weights and are trained in turns, an epoch each. The first epoch is
 reported as cold (start of threads and workers, compilation, caches), the median of the others as warm. ``images/s``
 counts training images. ``of peak`` compares with the time that the network's convolutions and matrix products alone
-would need at the rate of a large matrix product, and of a large convolution, measured in this process at the
-contender's precision. The parts of a step come from steps made by hand afterwards, each part waited for; ``waiting``
-is, for ours, what an epoch takes beyond its parts, and for the baseline the time its loop waits for the workers.
+would need at the rate of a large matrix product (of AMX tiles out of the first cache, where they exist), and of a large
+convolution of PyTorch's, measured in this process at the contender's precision. The parts of a step come from steps
+made by hand afterwards, each part waited for; ``waiting`` is, for ours, what an epoch takes beyond its parts, and for
+the baseline the time its loop waits for the workers.
 
 Before that, both make a few float32 steps on the very same rendered views, and every step's losses are compared.
 
@@ -164,7 +165,8 @@ def measure_learned(
         entry["precision"] = str(dtype).removeprefix("torch.")
         entry["images_per_second"] = count / entry["seconds"]
         rates = measure_ceilings(device, quick=effort is QUICK)
-        entry["of_product_peak"] = flops / rates[f"gemm_{entry['precision']}"] / entry["seconds"]
+        peak = rates.get(f"tiles_{entry['precision']}", rates[f"gemm_{entry['precision']}"])
+        entry["of_product_peak"] = flops / peak / entry["seconds"]
         entry["of_convolution_peak"] = flops / measure_convolution(device, dtype) / entry["seconds"]
         result[side] = entry
     result["ratio"] = result["baseline"]["seconds"] / result["ours"]["seconds"]

@@ -78,6 +78,8 @@ def _origin(result: dict[str, Any]) -> str:
             for name, rate in rates.items()
             if name.startswith("gemm_")
         )
+        if "tiles_bfloat16" in rates:
+            products += f", AMX tiles {rates['tiles_bfloat16'] / 1e12:.3g} Tflop/s"
         lines.append(f"measured ceilings: {products}, copy {rates['copy_bytes'] / 1e9:.3g} GB/s")
     return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
 

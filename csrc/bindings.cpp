@@ -7,6 +7,7 @@
 #include <torch/types.h>
 
 #include "augment/augment_op.h"
+#include "common/amx.h"
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
 #include "common/large_buffers.h"
@@ -80,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
   module.def("pooled_bytes", &scan_fast::pooled_bytes, "Bytes of large CPU results that wait for reuse.");
   module.def("release_pooled", &scan_fast::release_pooled, "Gives them back to the system.");
+  module.def("amx_peak_rate", &scan_fast::amx_peak_rate, "See csrc/common/amx.h.");
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
              py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
   module.def("augment", &scan_fast::augment, "See csrc/augment/augment_op.h.", py::arg("images"), py::arg("indices"),

@@ -20,4 +20,8 @@ class AmxSession {
   alignas(64) unsigned char previous_[64];
 };
 
+// Floating point operations per second of one thread whose bfloat16 tiles come from the first cache: what no product
+// exceeds. Takes some milliseconds; 0 where AMX is not usable.
+double amx_peak_rate();
+
 }  // namespace scan_fast

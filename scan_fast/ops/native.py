@@ -106,6 +106,11 @@ def build_info() -> dict[str, Any]:
     return dict(_C.build_info())
 
 
+def amx_peak_rate() -> float:
+    """Return the flops per second of one thread's AMX tiles out of the first cache, measured now; 0 without AMX."""
+    return 0.0 if _C is None else float(_C.amx_peak_rate())
+
+
 def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
     """Decide between the compiled kernel and the reference for one call.
 

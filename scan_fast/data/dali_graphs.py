@@ -21,6 +21,7 @@ is therefore not an argument but a term of a sum; ``on_device=True`` builds that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,38 @@ def crop_pipeline(resize: bool, **options: Any) -> Any:
         if resize:
             return fn.resize(cut, size=size, minibatch_size=options["batch_size"])
         return fn.flip(cut, horizontal=fn.cast(size[1] < 0, dtype=types.INT32))
+
+    return build()
+
+
+def decode_pipeline(sides: Sequence[int], **options: Any) -> Any:
+    """Build the pipeline that decodes boxes of JPEG files, not turned upright, and resizes parts of them.
+
+    Inputs: encoded (bytes,) uint8, on the CPU; box (4,) int32: top, left, height and width of what is decoded; box0,
+    box1, ..., one for each of `sides`, within it.
+    """
+
+    @pipeline_def(**options)
+    def build() -> Any:
+        encoded = fn.external_source(name="encoded", no_copy=True)
+        box = fn.external_source(name="box")
+        image = fn.decoders.image_slice(
+            encoded,
+            device="cpu" if _device(options) == "cpu" else "mixed",
+            start=box[:2],
+            shape=box[2:],
+            axes=[0, 1],
+            output_type=types.RGB,
+            adjust_orientation=False,
+            # As libjpeg does by default.
+            jpeg_fancy_upsampling=True,
+        )
+        views = []
+        for i, side in enumerate(sides):
+            own = fn.external_source(name=f"box{i}")
+            part = fn.slice(image, start=own[:2], shape=own[2:], axes=[0, 1])
+            views.append(fn.resize(part, size=[side, side], minibatch_size=options["batch_size"]))
+        return tuple(views)
 
     return build()
 

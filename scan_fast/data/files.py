@@ -13,7 +13,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .decode import Header, cut, decode, read_header, square
+from .decode import Box, Header, cut, decode, read_header, square
 from .errors import DataError
 from .sources import check_annotations, take_rows
 
@@ -104,7 +104,8 @@ class ImageFiles:
                 try:
                     image = self._decode(numbers[row], frame, wanted, sides)
                     for part, box, side in zip(out, wanted, sides, strict=True):
-                        part[row] = cut(image, _in_pixels(box, frame, image), side)[0]
+                        pixels = in_pixels(box, frame, *image.shape[:2])
+                        part[row] = cut(image, torch.tensor([pixels]), side)[0]
                 except Exception as error:
                     raise unreadable(path, _reason(error, path)) from error
 
@@ -256,17 +257,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_pixels(box: Sequence[int], frame: int, image: Tensor) -> Tensor:
-    """Return (1, 4) whole pixels of a box whose unit is a part of `frame` of the image's centre square."""
-    height, width = image.shape[:2]
+def in_pixels(box: Sequence[int], frame: int, height: int, width: int) -> Box:
+    """Return the whole pixels of a box whose unit is a part of `frame` of the centre square of (height, width)."""
     edge = min(height, width)
     top, left, box_height, box_width = box
     ends = (top, top + box_height, left, left + box_width)
     y, bottom, x, right = ((2 * edge * end + frame) // (2 * frame) for end in ends)
     # Of an image smaller than the frame, a narrow box may round to nothing.
     y, x = min(y, edge - 1), min(x, edge - 1)
-    y0, x0 = (height - edge) // 2 + y, (width - edge) // 2 + x
-    return torch.tensor([[y0, x0, max(1, bottom - y), max(1, right - x)]])
+    return (height - edge) // 2 + y, (width - edge) // 2 + x, max(1, bottom - y), max(1, right - x)
 
 
 def unreadable(path: str, reason: str) -> DataError:

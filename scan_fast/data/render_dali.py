@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..ops.augment import Operation
 from . import colour, geometry
+from .decode_dali import DaliDecoder
 from .errors import DataError
+from .files import ImageFiles
 from .normalization import scale_and_shift
 from .render_fused import operations_of
 from .views import STRONG_INDEX, Params, SimCLRView, View
@@ -60,6 +62,8 @@ class DaliRenderer:
         device: where to render; images are moved there.
         dtype: of the result, float32 or bfloat16.
         threads: DALI's CPU threads; by default torch's on the CPU, and four beside a GPU.
+        decodes: whether DALI decodes JPEG files too; by default on a GPU. On the CPU its resize makes it slower than
+            the pool of threads that decodes for the other renderers (``python -m benchmarks.views --photos FOLDER``).
 
     Raises:
         DataError: where DALI is not installed.
@@ -73,6 +77,7 @@ class DaliRenderer:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
+        decodes: bool | None = None,
     ) -> None:
         scale, shift = scale_and_shift(mean, std)
         if dtype not in (torch.float32, torch.bfloat16):
@@ -94,6 +99,8 @@ class DaliRenderer:
         )
         self._pipelines: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.Lock()
+        decodes = not on_cpu if decodes is None else decodes
+        self._decoder = DaliDecoder(self._build, self.device) if decodes else None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
@@ -141,6 +148,14 @@ class DaliRenderer:
                 rows = slice(start, start + size)
                 self._run(images[rows], view, {name: value[rows] for name, value in params.items()}, out[rows])
         return out
+
+    def cut(
+        self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
+    ) -> list[Tensor]:
+        """Cut boxes out of files, see :meth:`.decode_dali.DaliDecoder.cut`; where DALI does not decode, by the pool."""
+        if self._decoder is None:
+            return files.cut(indices, frame, boxes, sides)
+        return self._decoder.cut(files, indices, frame, boxes, sides)
 
     def _run(self, images: Tensor, view: View, params: Params, out: Tensor) -> None:
         """Render these images into `out`."""

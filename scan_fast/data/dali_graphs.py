@@ -1,10 +1,10 @@
 """The DALI pipelines behind :class:`~scan_fast.data.render_dali.DaliRenderer`; importing this module needs DALI.
 
 Images travel in two ways. The crop pipeline has one DALI sample per image, because every crop has a shape of its own.
-All that follows has one sample per *block*: the images that undergo the same operations, as one (n, S, S, 3) "video"
-whose frames are the images. A DALI operator costs microseconds per sample, whatever the sample holds, so blocks make
-small images cheap; and a condition on a block is a condition on all its images, so that an image passes through the
-operations that it needs and through no others.
+Each operation that follows has a pipeline, whose sample is a *block*: the images that undergo it next, as one
+(n, S, S, 3) "video" whose frames are the images. A DALI operator costs microseconds per sample and per run, whatever
+the sample holds, so blocks make small images cheap; and as the blocks are gathered anew for each operation, an image
+passes through those that it needs and through no others, without DALI's conditions, which cost as much again.
 
 The arithmetic is PIL's in the operators that DALI has: whole grey levels after every operation, each within one level
 of PIL. Three devices make it fast on the CPU, where turning float32 into uint8 is DALI's slowest
@@ -12,8 +12,8 @@ step (5 ns per level) and a table lookup its fastest (1 ns):
 
 - `brightness_contrast` on uint8 is exact to a rounding, and a shift by half a level turns its rounding into truncation.
 - Blends are made in 16-bit fixed point and looked up in a table, which divides, truncates and clips.
-- A function of two levels is a table of 65,536 entries. The hue needs four: three for the 8-bit hue of PIL (one per
-  lowest channel; what the two others decide), one for the colour that a hue and a chroma make.
+- A function of two levels is a table of 65,536 entries. The hue needs four: three for PIL's 8-bit hue and the chroma
+  (one per lowest channel; what the two others decide), one for the colour that a hue and a chroma make.
 
 A named argument of a DALI operator lives on the CPU. On a GPU, what follows from the pixels (the mean of `contrast`)
 is therefore not an argument but a term of a sum; ``on_device=True`` builds that form on the CPU too, for the tests.
@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.pipeline import do_not_convert
 
 from ..ops.augment import Operation
 from .colour import hue_angles
@@ -63,23 +62,49 @@ def crop_pipeline(resize: bool, **options: Any) -> Any:
     return build()
 
 
-def block_pipeline(
-    side: int,
-    operations: Sequence[Operation],
-    levels: int,
-    largest_factor: float,
-    on_device: bool = False,
-    **options: Any,
-) -> Any:
-    """Build the pipeline that takes blocks through `levels` operations, one after the other.
+def decode_pipeline(sides: Sequence[int], **options: Any) -> Any:
+    """Build the pipeline that decodes boxes of JPEG files, not turned upright, and resizes parts of them.
 
-    Inputs: blocks (n, S, S, 3) uint8; codes (levels,) int32, each block's operations; arguments
-    (n, levels, ARGUMENTS) float32: the amount of each image's operation, or a map's six numbers.
+    Inputs: encoded (bytes,) uint8, on the CPU; box (4,) int32: top, left, height and width of what is decoded; box0,
+    box1, ..., one for each of `sides`, within it.
+    """
+
+    @pipeline_def(**options)
+    def build() -> Any:
+        encoded = fn.external_source(name="encoded", no_copy=True)
+        box = fn.external_source(name="box")
+        image = fn.decoders.image_slice(
+            encoded,
+            device="cpu" if _device(options) == "cpu" else "mixed",
+            start=box[:2],
+            shape=box[2:],
+            axes=[0, 1],
+            output_type=types.RGB,
+            adjust_orientation=False,
+            # As libjpeg does by default.
+            jpeg_fancy_upsampling=True,
+        )
+        views = []
+        for i, side in enumerate(sides):
+            own = fn.external_source(name=f"box{i}")
+            part = fn.slice(image, start=own[:2], shape=own[2:], axes=[0, 1])
+            views.append(fn.resize(part, size=[side, side], minibatch_size=options["batch_size"]))
+        return tuple(views)
+
+    return build()
+
+
+def block_pipeline(
+    operation: Operation, side: int, largest_factor: float, on_device: bool = False, **options: Any
+) -> Any:
+    """Build the pipeline that takes blocks of images through an operation.
+
+    Inputs: block (n, S, S, 3) uint8; arguments (n, ARGUMENTS) float32: the amount of each image's operation, or a map's
+    six numbers.
 
     Args:
+        operation: what to do.
         side: S.
-        operations: those that occur.
-        levels: operations of each block.
         largest_factor: bound on the blend factors of saturation, contrast and sharpness.
         on_device: build the form that a GPU needs.
         options: of DALI's pipeline.
@@ -87,21 +112,13 @@ def block_pipeline(
     on_device = on_device or options["device_id"] is not None
     graph = _Graph(side, largest_factor, on_device, _device(options))
 
-    @pipeline_def(enable_conditionals=True, **options)
+    @pipeline_def(**options)
     def build() -> Any:
         device = _device(options)
-        x = fn.external_source(name="blocks", device=device, layout="FHWC", no_copy=device == "cpu")
-        codes = fn.external_source(name="codes")
+        x = fn.external_source(name="block", device=device, layout="FHWC", no_copy=device == "cpu")
         arguments = fn.external_source(name="arguments")
-        for level in range(levels):
-            code = codes[level]
-            row = arguments[:, level]
-            for operation in operations:
-                # DALI turns the condition into a split and a merge of the batch of blocks.
-                if code == int(operation):
-                    x = graph.apply(operation, x, row)
         # An input that leads to no output would be dropped, and could then not be fed; not all operations read it.
-        return x, arguments
+        return graph.apply(operation, x, arguments), arguments
 
     return build()
 
@@ -122,7 +139,6 @@ class _Graph:
         self.overshoot = 255 * max(0.0, largest_factor - 1)
         self.unit = int(65535 / (255 + 2 * self.overshoot + 1))
 
-    @do_not_convert
     def apply(self, operation: Operation, x: Any, row: Any) -> Any:
         """Return the block after an operation: the method of its name."""
         return getattr(self, operation.name.lower())(x, row)
@@ -152,16 +168,16 @@ class _Graph:
 
     def hue(self, x: Any, row: Any) -> Any:
         tables = _hue_tables()
-        r, g, b = (fn.slice(x, start=[channel], shape=[1], axes=[3]) for channel in range(3))
+        r, g, b = (x[:, :, :, channel] for channel in range(3))
         low = math.min(math.min(r, g), b)
         r, g, b = r - low, g - low, b - low
-        chroma = math.max(math.max(r, g), b)
-        # 8-bit numbers: the sum goes round the circle by itself.
-        hue = _lookup(_pair(r, g), tables["rg"], types.UINT8) + _lookup(_pair(g, b), tables["gb"], types.UINT8)
-        hue = hue + _lookup(_pair(b, r), tables["br"], types.UINT8)
-        hue = hue + fn.cast(self._per_image(row[:, 0]), dtype=types.UINT8)
+        # 16-bit numbers of 256 hue + chroma: the sum goes round the circle by itself.
+        colour = _lookup(_pair(r, g), tables["rg"], types.UINT16) + _lookup(_pair(g, b), tables["gb"], types.UINT16)
+        colour = colour + _lookup(_pair(b, r), tables["br"], types.UINT16)
+        shift = fn.cast(row[:, 0] * 256.0, dtype=types.UINT16)
+        colour = colour + self._per_image(shift, dims=2)
         # Three levels in the bytes of one number; they do not carry, because low + chroma is the highest level.
-        packed = _lookup(_pair(chroma, hue), tables["colour"], types.INT32)
+        packed = _lookup(colour, tables["colour"], types.INT32)
         packed = packed + _lookup(low, np.arange(256) * 0x010101, types.INT32)
         levels = fn.reinterpret(packed, dtype=types.UINT8, shape=[-1, self.side, self.side, 4], layout="FHWC")
         return fn.slice(levels, start=[0], shape=[3], axes=[3])
@@ -210,9 +226,9 @@ class _Graph:
         table[int((255 + self.overshoot) * self.unit) + 1 :] = 0
         return _layout(_lookup(x * weight + degenerate * rest, table, types.UINT8))
 
-    def _per_image(self, values: Any) -> Any:
-        """Turn (n,) numbers on the CPU into (n, 1, 1, 1) where the pixels are."""
-        values = fn.reshape(values, shape=[-1, 1, 1, 1])
+    def _per_image(self, values: Any, dims: int = 3) -> Any:
+        """Turn (n,) numbers on the CPU into (n, 1, ..., 1), with `dims` ones, where the pixels are."""
+        values = fn.reshape(values, shape=[-1] + [1] * dims)
         return values.gpu() if self.device == "gpu" else values
 
     def _constant(self, values: npt.NDArray[Any]) -> Any:
@@ -254,30 +270,34 @@ def _autocontrast_table() -> Levels:
 def _hue_tables() -> dict[str, Levels]:
     """Tabulate PIL's 8-bit hue and the colours of a hue, by pairs of levels.
 
-    "rg", "gb" and "br" hold the hue by two channels' levels above the lowest. One of the three is 0 in any colour, so
-    each table knows the hues of the colours without its third channel, less what the others say of them; the sum of the
-    three is the hue.
-    "colour" holds the three channels above the lowest, one per byte, by chroma and hue. PIL truncates the saturation to
+    "rg", "gb" and "br" hold 256 hue + chroma by two channels' levels above the lowest. One of the three is 0 in any
+    colour, so each table knows the colours without its third channel, less what the others say of them; the sum of the
+    three, in 16 bits, is that of the colour.
+    "colour" holds the three channels above the lowest, one per byte, by hue and chroma. PIL truncates the saturation to
     8 bits, which makes the lowest level rise by less than one; the mean of that is in the table.
     """
     first, second = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     none = np.zeros_like(first)
-    rg = _angle(first, second, none)
-    gb = np.where(second > 0, _angle(none, first, second) - np.where(first > 0, _angle(none, first, none), 0), 0)
-    # Blue comes from "gb" alone, whatever the red; with red, "br" corrects it.
-    both = (first > 0) & (second > 0)
-    br = np.where(both, _angle(second, none, first) - _angle(none, none, first), 0)
 
-    sixths = 6 * np.arange(256)
+    def number(r: Levels, g: Levels, b: Levels) -> Levels:
+        return 256 * _angle(r, g, b) + np.maximum(np.maximum(r, g), b)
+
+    rg = number(first, second, none)
+    gb = np.where(second > 0, number(none, first, second) - number(none, first, none), 0)
+    # Blue alone comes from "gb", whatever the red; with red, "br" corrects it.
+    both = (first > 0) & (second > 0)
+    br = np.where(both, number(second, none, first) - number(none, none, first) - number(second, none, none), 0)
+
+    sixths = 6 * np.arange(256)[:, None]
     # How far each channel is below the highest, in 255ths of the chroma: a trapezoid of the hue.
     red = 2 * 255 - np.abs(sixths - 3 * 255)
     green, blue = (np.abs(sixths - centre * 255) - 255 for centre in (2, 4))
-    chroma = np.arange(256)[:, None]
+    chroma = np.arange(256)[None, :]
     colour = np.zeros((256, 256), dtype=np.int64)
     for channel, share in enumerate((red, green, blue)):
         drop = np.floor(np.maximum(chroma - 0.3, 0) * np.clip(share, 0, 255) / 255 + 0.5).astype(np.int64)
         colour += (chroma - drop) << (8 * channel)
-    tables = {"rg": rg % 256, "gb": gb % 256, "br": br % 256, "colour": colour}
+    tables = {"rg": rg % 65536, "gb": gb % 65536, "br": br % 65536, "colour": colour}
     return {name: table.astype(np.int64).reshape(-1) for name, table in tables.items()}
 
 

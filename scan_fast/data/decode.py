@@ -44,6 +44,10 @@ _LARGE = 1 << 25
 _one_large = threading.Lock()
 
 
+#: Top, left, height and width in pixels.
+Box = tuple[int, int, int, int]
+
+
 class Header(NamedTuple):
     """What is known of a file without its pixels.
 
@@ -77,7 +81,8 @@ def read_header(path: str | Path) -> Header:
         return header
 
 
-_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
+JPEG_END = b"\xff\xd9"
+_ENDS = {"JPEG": JPEG_END, "MPO": JPEG_END, "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
 def _ends_with(file: IO[bytes], end: bytes) -> bool:
@@ -182,13 +187,13 @@ def decode(path: str | Path, header: Header | None = None, *, smallest: int | No
                     pixels = torch.from_numpy(np.array(to_rgb(image)))
                     if image.format == "PNG":
                         header = _header(image)
-                return header, _upright(pixels, header.orientation)
+                return header, upright(pixels, header.orientation)
     with _alone(header.width, header.height):
         whole = _whole_jpeg(path)
         if whole is None:
             with Image.open(path) as image:
                 whole = torch.from_numpy(np.array(to_rgb(image)))
-        return header, _upright(whole, header.orientation)
+        return header, upright(whole, header.orientation)
 
 
 def _alone(width: int, height: int) -> AbstractContextManager[object]:
@@ -202,7 +207,7 @@ def _whole_jpeg(path: str | Path) -> Tensor | None:
     """
     data = np.fromfile(path, dtype=np.uint8)
     operator = _jpeg_operator()
-    if operator is None or data[-2:].tolist() != [0xFF, 0xD9]:
+    if operator is None or data[-2:].tobytes() != JPEG_END:
         return None
     try:
         planar: Tensor = operator(torch.from_numpy(data), 3)  # 3 is ImageReadMode.RGB
@@ -223,10 +228,22 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     return operator
 
 
-def _upright(image: Tensor, orientation: int) -> Tensor:
-    """Turn and mirror an (H, W, 3) image as its EXIF orientation asks for."""
+# The axes that an EXIF orientation mirrors, after those from 5 on have transposed the image.
+_MIRRORED: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn and mirror an (H, W, 3) image on any device as its EXIF orientation asks for."""
     if orientation >= 5:
         image = image.transpose(0, 1)
-    # 5 is the transposed image itself; 6, 7, 8 are mirrored left-right, both ways, and top-bottom after that.
-    axes = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
-    return torch.from_numpy(np.ascontiguousarray(np.flip(image.numpy(), axes)))
+    axes = _MIRRORED.get(orientation)
+    return (image.flip(axes) if axes else image).contiguous()
+
+
+def stored_box(box: Box, header: Header) -> Box:
+    """Return where a box (top, left, height, width) of the upright image lies in the image as it is stored."""
+    top, left, height, width = box
+    mirrored = _MIRRORED.get(header.orientation, ())
+    top = header.height - top - height if 0 in mirrored else top
+    left = header.width - left - width if 1 in mirrored else left
+    return (left, top, width, height) if header.orientation >= 5 else (top, left, height, width)

@@ -13,7 +13,8 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .decode import Header, cut, decode, read_header, square
+from .checked import CheckedFiles
+from .decode import Box, Header, cut, decode, read_header, square
 from .errors import DataError
 from .sources import check_annotations, take_rows
 
@@ -104,7 +105,8 @@ class ImageFiles:
                 try:
                     image = self._decode(numbers[row], frame, wanted, sides)
                     for part, box, side in zip(out, wanted, sides, strict=True):
-                        part[row] = cut(image, _in_pixels(box, frame, image), side)[0]
+                        pixels = in_pixels(box, frame, *image.shape[:2])
+                        part[row] = cut(image, torch.tensor([pixels]), side)[0]
                 except Exception as error:
                     raise unreadable(path, _reason(error, path)) from error
 
@@ -144,7 +146,8 @@ class FileSource:
 
     A resident source decodes every file here and keeps the images. Of another one every file's header and end are read
     here and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image
-    that fails in mid-training can no longer be left out without renumbering the others.
+    that fails in mid-training can no longer be left out without renumbering the others. Those that `checked` knows are
+    spared that.
 
     Args:
         files: the image files, relative to `root`.
@@ -157,6 +160,7 @@ class FileSource:
         resident: whether the decoded images are kept: N * size * size * 3 bytes.
         scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
         problems: (path, reason) of what could not even be listed; treated as unreadable files.
+        checked: the files that an earlier start has decoded; those that are decoded here are entered.
 
     Raises:
         DataError: for an unreadable file with ``on_error="raise"``, or where no readable file remains.
@@ -175,6 +179,7 @@ class FileSource:
         resident: bool = True,
         scaled: bool = False,
         problems: Sequence[tuple[str, str]] = (),
+        checked: CheckedFiles | None = None,
     ) -> None:
         if not files:
             raise DataError("files must name at least one image, got none")
@@ -189,7 +194,9 @@ class FileSource:
         self.resident = resident
         self.images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if resident else None
 
-        kept = self._check_all(on_error, decode_all=resident or on_error == "skip")
+        # The pixels of images that are kept are wanted, whatever is known of their files.
+        checked = CheckedFiles() if checked is None or resident else checked
+        kept = self._check_all(on_error, checked, decode_all=resident or on_error == "skip")
         if len(kept) < len(self.files):
             keep = torch.tensor(kept, dtype=torch.int64)
             self.files = self.files.take(keep)
@@ -201,7 +208,7 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _check_all(self, on_error: str, *, decode_all: bool) -> list[int]:
+    def _check_all(self, on_error: str, checked: CheckedFiles, *, decode_all: bool) -> list[int]:
         """Decode every file, or only read its header; return the numbers of the good ones."""
         images = None if self.images is None else self.images.numpy()
         smallest = 2 * self.size if self.files.scaled else None
@@ -209,12 +216,18 @@ class FileSource:
         def check(i: int) -> str | None:
             path = self.files.path(i)
             try:
-                if decode_all:
-                    header, image = decode(path, smallest=smallest)
-                    if images is not None:
-                        images[i] = square(image, self.size).numpy()
-                else:
+                if not decode_all:
                     header = read_header(path)
+                else:
+                    status = os.stat(path)
+                    known = checked.recall(path, status)
+                    if known is None:
+                        header, image = decode(path, smallest=smallest)
+                        checked.note(path, status, header)
+                        if images is not None:
+                            images[i] = square(image, self.size).numpy()
+                    else:
+                        header = known
             except Exception as error:  # PIL's plugins raise OSError, ValueError, SyntaxError, struct.error and more
                 return _reason(error, path)
             self.files.note(i, header)
@@ -256,17 +269,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_pixels(box: Sequence[int], frame: int, image: Tensor) -> Tensor:
-    """Return (1, 4) whole pixels of a box whose unit is a part of `frame` of the image's centre square."""
-    height, width = image.shape[:2]
+def in_pixels(box: Sequence[int], frame: int, height: int, width: int) -> Box:
+    """Return the whole pixels of a box whose unit is a part of `frame` of the centre square of (height, width)."""
     edge = min(height, width)
     top, left, box_height, box_width = box
     ends = (top, top + box_height, left, left + box_width)
     y, bottom, x, right = ((2 * edge * end + frame) // (2 * frame) for end in ends)
     # Of an image smaller than the frame, a narrow box may round to nothing.
     y, x = min(y, edge - 1), min(x, edge - 1)
-    y0, x0 = (height - edge) // 2 + y, (width - edge) // 2 + x
-    return torch.tensor([[y0, x0, max(1, bottom - y), max(1, right - x)]])
+    return (height - edge) // 2 + y, (width - edge) // 2 + x, max(1, bottom - y), max(1, right - x)
 
 
 def unreadable(path: str, reason: str) -> DataError:

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .files import ImageFiles
 from .random import Key, permutation, stream_key
 from .sources import Source
 from .views import Params, View
@@ -21,6 +22,17 @@ T = TypeVar("T")
 
 #: Turns (n, H, W, 3) uint8 images and their parameters into the (n, 3, size, size) normalised view.
 Renderer = Callable[[Tensor, View, Params], Tensor]
+
+
+@runtime_checkable
+class DecodingRenderer(Protocol):
+    """A renderer that cuts boxes out of files by itself, as :meth:`.files.ImageFiles.cut`."""
+
+    def cut(
+        self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
+    ) -> list[Tensor]:
+        """Return several times (n, side, side, 3) uint8, on the renderer's device."""
+        ...
 
 
 class ViewMaker:
@@ -74,7 +86,11 @@ class ViewMaker:
             pixels = [self.source.read(images)] * len(views)
         else:
             boxes = [torch.stack([drawn[name] for name in _BOX], dim=1) for drawn in params]
-            pixels = self.files.cut(images, size, boxes, [view.side for view, _ in views])
+            sides = [view.side for view, _ in views]
+            if isinstance(self.renderer, DecodingRenderer):
+                pixels = self.renderer.cut(self.files, images, size, boxes, sides)
+            else:
+                pixels = self.files.cut(images, size, boxes, sides)
             params = [_whole(drawn, view.side) for (view, _), drawn in zip(views, params, strict=True)]
         with self._rendering:
             return [self.renderer(*arguments) for arguments in zip(pixels, (v for v, _ in views), params, strict=True)]

@@ -18,41 +18,24 @@ from torch import Tensor
 
 from ..ops.augment import Operation
 from . import colour, geometry
+from .decode_dali import DaliDecoder
 from .errors import DataError
+from .files import ImageFiles
 from .normalization import scale_and_shift
 from .render_fused import operations_of
-from .views import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
+from .views import STRONG_INDEX, Params, SimCLRView, View
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 INSTALL = "pip install nvidia-dali-cuda130"
 
-# Pixels of one run of the pipelines: many small images, so that DALI's cost per run is shared, few large ones.
+# Pixels of one run of the crop, whose samples are images: many small ones, so that DALI's cost per run is shared, few
+# large ones. The operations after it have a run each for as many images.
 _RUN_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
 _RUN_IMAGES = 8192
 _GPU_THREADS = 4
 _CACHED_PIXELS = 1 << 16
-
-# The operations that a view applies one after the other in one run, to blocks of images with the same ones.
-_TOGETHER: dict[type, tuple[Operation, ...]] = {
-    SimCLRView: (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.SATURATION, Operation.HUE),
-    AffineView: (Operation.BILINEAR, Operation.BRIGHTNESS, Operation.CONTRAST),
-}
-# Those that get a run each, because there are too many sequences of them, and blocks would be small.
-_SINGLY: dict[type, tuple[Operation, ...]] = {
-    SimCLRView: (Operation.GRAYSCALE,),
-    StrongView: (
-        Operation.AUTOCONTRAST,
-        Operation.NEAREST,
-        Operation.SOLARIZE,
-        Operation.SATURATION,
-        Operation.CONTRAST,
-        Operation.BRIGHTNESS,
-        Operation.SHARPNESS,
-        Operation.POSTERIZE,
-    ),
-}
 
 
 def is_installed() -> bool:
@@ -79,6 +62,8 @@ class DaliRenderer:
         device: where to render; images are moved there.
         dtype: of the result, float32 or bfloat16.
         threads: DALI's CPU threads; by default torch's on the CPU, and four beside a GPU.
+        decodes: whether DALI decodes JPEG files too; by default on a GPU. On the CPU its resize makes it slower than
+            the pool of threads that decodes for the other renderers (``python -m benchmarks.views --photos FOLDER``).
 
     Raises:
         DataError: where DALI is not installed.
@@ -92,6 +77,7 @@ class DaliRenderer:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
+        decodes: bool | None = None,
     ) -> None:
         scale, shift = scale_and_shift(mean, std)
         if dtype not in (torch.float32, torch.bfloat16):
@@ -100,18 +86,21 @@ class DaliRenderer:
         self.device = torch.device(device)
         self.dtype = dtype
         on_cpu = self.device.type == "cpu"
+        self.threads = threads or (torch.get_num_threads() if on_cpu else _GPU_THREADS)
         self._options = {
             "device_id": None if on_cpu else self.device.index or 0,
-            "num_threads": threads or (torch.get_num_threads() if on_cpu else _GPU_THREADS),
+            "num_threads": self.threads,
             # Every run is fed by hand and waited for; what works ahead is the loader.
             "prefetch_queue_depth": 1,
             "seed": 0,
         }
         self._scale, self._shift = (
-            torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (scale, shift)
+            torch.tensor(values, dtype=torch.float32, device=self.device) for values in (scale, shift)
         )
         self._pipelines: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.Lock()
+        decodes = not on_cpu if decodes is None else decodes
+        self._decoder = DaliDecoder(self._build, self.device) if decodes else None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
@@ -126,18 +115,21 @@ class DaliRenderer:
             (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
         """
         levels = self.pixels(images, view, params)
-        shape = (len(images), 3, view.side, view.side)
-        out = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        n, side = len(images), view.side
+        out = torch.empty((n, side, side, 3), dtype=self.dtype, device=self.device)
+        # By rows of pixels: torch is many times slower where the innermost dimension is that of three channels.
+        scale, shift = self._scale.repeat(side), self._shift.repeat(side)
         # In parts that stay in a CPU's caches.
-        part = max(1, _CACHED_PIXELS // view.side**2) if self.device.type == "cpu" else len(images)
-        for some, target in zip(levels.permute(0, 3, 1, 2).split(part), out.split(part), strict=True):
+        part = max(1, _CACHED_PIXELS // side) if self.device.type == "cpu" else max(1, n * side)
+        for some, target in zip(levels.view(-1, 3 * side).split(part), out.view(-1, 3 * side).split(part), strict=True):
             values = target if self.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            values.copy_(some).mul_(self._scale).add_(self._shift)
+            values.copy_(some).mul_(scale).add_(shift)
             if values is not target:
                 target.copy_(values)
+        view_of = out.permute(0, 3, 1, 2)
         if "cutout" in params:
-            out.masked_fill_(geometry.box_mask(params["cutout"].to(self.device), view.side), 0)
-        return out
+            view_of.masked_fill_(geometry.box_mask(params["cutout"].to(self.device), side), 0)
+        return view_of
 
     @torch.no_grad()
     def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
@@ -152,36 +144,35 @@ class DaliRenderer:
         pixels = max(view.side**2, images.shape[1] * images.shape[2])
         size = min(_RUN_IMAGES, max(1, _RUN_PIXELS[self.device.type] // pixels))
         with self._lock:
-            for rows in torch.arange(len(images)).split(size):
-                self._run(images, rows, view, {name: value[rows] for name, value in params.items()}, out)
+            for start in range(0, len(images), size):
+                rows = slice(start, start + size)
+                self._run(images[rows], view, {name: value[rows] for name, value in params.items()}, out[rows])
         return out
 
-    def _run(self, images: Tensor, rows: Tensor, view: View, params: Params, out: Tensor) -> None:
-        """Render the images of these rows, with their parameters, into the same rows of `out`."""
+    def cut(
+        self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
+    ) -> list[Tensor]:
+        """Cut boxes out of files, see :meth:`.decode_dali.DaliDecoder.cut`; where DALI does not decode, by the pool."""
+        if self._decoder is None:
+            return files.cut(indices, frame, boxes, sides)
+        return self._decoder.cut(files, indices, frame, boxes, sides)
+
+    def _run(self, images: Tensor, view: View, params: Params, out: Tensor) -> None:
+        """Render these images into `out`."""
+        out.copy_(self._crop(images, view, params))
         operations, arguments = (part.contiguous() for part in operations_of(view, params))
         arguments = _readable(operations, arguments)
-        together = len(_TOGETHER.get(type(view), ()))
-        order, sizes, codes = _blocks(operations[:, :together])
-        where = rows[order].to(self.device)
-        levels = self._crop(images.index_select(0, where), view, {name: value[order] for name, value in params.items()})
-        if together:
-            levels = self._through(levels, view, _TOGETHER[type(view)], sizes, codes, arguments[order, :together])
-        out.index_copy_(0, where, levels)
-        for column in range(together, operations.shape[1]):
-            self._single(out, rows, view, operations[:, column], arguments[:, column : column + 1])
-
-    def _single(self, levels: Tensor, rows: Tensor, view: View, operation: Tensor, arguments: Tensor) -> None:
-        """Apply one operation to each image of these rows, in place."""
-        equalized = rows[operation == Operation.EQUALIZE].to(self.device)
-        if len(equalized):
-            levels.index_copy_(0, equalized, _equalize(levels.index_select(0, equalized)))
-        rest = ((operation != Operation.IDENTITY) & (operation != Operation.EQUALIZE)).nonzero().squeeze(1)
-        if len(rest):
-            order, sizes, codes = _blocks(operation[rest].unsqueeze(1))
-            order = rest[order]
-            where = rows[order].to(self.device)
-            some = levels.index_select(0, where)
-            levels.index_copy_(0, where, self._through(some, view, _SINGLY[type(view)], sizes, codes, arguments[order]))
+        for code, amounts in zip(operations.unbind(1), arguments.unbind(1), strict=True):
+            # IDENTITY is 0: its images come first, and stay.
+            idle, *counts = code.bincount(minlength=1).tolist()
+            rows = code.argsort(stable=True)[idle:]
+            where = rows.to(self.device)
+            blocks = zip(
+                where.split(counts), out.index_select(0, where).split(counts), amounts[rows].split(counts), strict=True
+            )
+            for number, (place, block, amount) in enumerate(blocks, start=1):
+                if len(block):
+                    _put(out, place, self._through(Operation(number), block, view, amount))
 
     def _crop(self, images: Tensor, view: View, params: Params) -> Tensor:
         """Cut, resize and mirror: (n, S, S, 3) uint8."""
@@ -198,29 +189,20 @@ class DaliRenderer:
         feeds = {"images": images, "start": box[:, :2].contiguous(), "shape": box[:, 2:].contiguous(), "size": size}
         return torch.from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
 
-    def _through(
-        self,
-        levels: Tensor,
-        view: View,
-        operations: tuple[Operation, ...],
-        sizes: list[int],
-        codes: Tensor,
-        arguments: Tensor,
-    ) -> Tensor:
-        """Take blocks of `sizes` images, one after the other in `levels`, through their operations."""
-        key = (operations, view.side, codes.shape[1], _largest_factor(view))
+    def _through(self, operation: Operation, levels: Tensor, view: View, arguments: Tensor) -> Tensor:
+        """Take images through one operation, each with its own argument: (n, S, S, 3) uint8."""
+        if operation == Operation.EQUALIZE:
+            return _equalize(levels)
+        key = (operation, view.side, _largest_factor(view))
         if key not in self._pipelines:
-            self._pipelines[key] = self._build.block_pipeline(
-                key[1], operations, *key[2:], batch_size=_RUN_IMAGES, **self._options
-            )
-        feeds: dict[str, Tensor | list[Tensor]] = {
-            "blocks": list(levels.split(sizes)),
-            "codes": codes,
-            "arguments": list(arguments.split(sizes)),
-        }
-        return torch.cat([torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)])
+            self._pipelines[key] = self._build.block_pipeline(*key, batch_size=self.threads, **self._options)
+        # DALI shares work among its threads by samples.
+        blocks = self.threads if self.device.type == "cpu" else 1
+        feeds = {"block": levels.chunk(blocks), "arguments": arguments.chunk(blocks)}
+        results = [torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _outputs(self, pipeline: Any, feeds: Mapping[str, Tensor | list[Tensor]]) -> Any:
+    def _outputs(self, pipeline: Any, feeds: Mapping[str, Tensor | Sequence[Tensor]]) -> Any:
         for name, value in feeds.items():
             pipeline.feed_input(name, _array(value) if isinstance(value, Tensor) else [_array(v) for v in value])
         if self.device.type == "cpu":
@@ -233,6 +215,14 @@ def _array(value: Tensor) -> Any:
     return value.numpy() if value.device.type == "cpu" else value
 
 
+def _put(images: Tensor, rows: Tensor, some: Tensor) -> None:
+    """Write images into these rows; on the CPU by NumPy, which copies them 8 times faster than index_copy_."""
+    if images.device.type == "cpu":
+        images.numpy()[rows.numpy()] = some.numpy()
+    else:
+        images.index_copy_(0, rows, some)
+
+
 def _largest_factor(view: View) -> float:
     return 1 + max(view.saturation, view.contrast) if isinstance(view, SimCLRView) else 1.0
 
@@ -243,22 +233,6 @@ def _equalize(levels: Tensor) -> Tensor:
     kind = torch.full((len(levels),), STRONG_INDEX["equalize"], device=levels.device)
     table = colour.tables(planar, kind, kind.float(), STRONG_INDEX)
     return colour.apply_tables(planar, table).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _blocks(operations: Tensor) -> tuple[Tensor, list[int], Tensor]:
-    """Group images by their operations.
-
-    Args:
-        operations: (n, steps) int32.
-
-    Returns:
-        the order that puts equal ones together, (n,) int64; the groups' sizes; their operations, (groups, steps) int32.
-    """
-    place = 16 ** torch.arange(operations.shape[1])
-    if len(place) == 0:
-        return torch.arange(len(operations)), [len(operations)], operations[:1]
-    codes, group, counts = (operations * place).sum(dim=1).unique(return_inverse=True, return_counts=True)
-    return group.argsort(stable=True), counts.tolist(), (codes.unsqueeze(1) // place % 16).int()
 
 
 def _readable(operations: Tensor, arguments: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Layout::
     assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
     model.pt         the predictor                       report.html      one file, opens from disk
     skipped.csv      images left out as unreadable       precision.json   what precision=auto came to, and why
+    checked-files.json   the files that need not be decoded again to know that they are good
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ except ImportError:  # Windows: no advisory locks
 
 
 PRECISION_FILE = "precision.json"
+CHECKED_FILE = "checked-files.json"
 
 _WRITTEN_BY = {
     "checkpoints/pretext-final.pt": "pretext",
@@ -83,6 +85,7 @@ class RunFolder:
             "skipped.csv",
             "tensorboard",
             PRECISION_FILE,
+            CHECKED_FILE,
             *(name for name in content if name.startswith(".") and name.endswith(".tmp")),
         }
         if "config.yaml" not in content and content:
@@ -156,6 +159,10 @@ class RunFolder:
         if not self.has("summary.json"):
             return {"seed": None, "stages": {}, "seconds": 0.0}
         return self.read_json("summary.json")
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a file as it is."""
+        return (self.path / name).read_bytes()
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file.

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data.checked import CheckedFiles
 from ..data.datasets import Splits, open_splits
 from ..data.loader import Renderer, ViewMaker
 from ..data.random import stream_key
@@ -21,7 +22,7 @@ from ..data.views import PlainView, View
 from ..models.backbones import ModelConfig
 from ..runs.config import Config, ConfigError
 from ..runs.events import Events
-from ..runs.folder import PRECISION_FILE, RunFolder
+from ..runs.folder import CHECKED_FILE, PRECISION_FILE, RunFolder
 from .machine import set_threads
 from .precision import Choice, choose_on_cpu
 
@@ -160,7 +161,11 @@ def open_context(config: Config, run: RunFolder, events: Events, splits: Splits 
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
-    splits = splits if splits is not None else open_splits(config.data)
+    if splits is None:
+        checked = CheckedFiles(run.read_bytes(CHECKED_FILE) if run.has(CHECKED_FILE) else b"")
+        splits = open_splits(config.data, checked)
+        if checked.changed:
+            run.write_bytes(CHECKED_FILE, checked.to_bytes())
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
     if move_to_device(sources, config.data.resident, device):
         events.say(f"images: kept on {device}")

@@ -262,6 +262,5 @@ def test_without_dali_the_message_says_what_to_install(monkeypatch: Any) -> None
 def test_every_operation_of_the_recipes_has_a_graph() -> None:
     from scan_fast.data import dali_graphs
 
-    covered = {op for ops in (*render_dali._TOGETHER.values(), *render_dali._SINGLY.values()) for op in ops}
-    assert covered == set(Operation) - {Operation.IDENTITY, Operation.EQUALIZE}
-    assert all(hasattr(dali_graphs._Graph, op.name.lower()) for op in covered)
+    for operation in set(Operation) - {Operation.IDENTITY, Operation.EQUALIZE}:
+        assert hasattr(dali_graphs._Graph, operation.name.lower())

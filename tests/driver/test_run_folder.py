@@ -13,6 +13,7 @@ import torch
 from driving import TINY, TINY_FOLDER, assignments, fill, metrics, picture, results, run_here, summary, tiny_config
 from PIL import Image
 
+from scan_fast.data import files as file_source
 from scan_fast.data.datasets import open_splits
 from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunError, RunFolder
@@ -282,3 +283,24 @@ def test_metrics_are_dropped_by_stage_and_epoch(tmp_path: Path) -> None:
     folder.drop_metrics("clustering", 2)
     kept = [(entry["stage"], entry["epoch"]) for entry in metrics(tmp_path)]
     assert kept == [("pretext", 1), ("pretext", 2), ("pretext", 3), ("clustering", 1)]
+
+
+def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(30):
+        Image.new("RGB", (12, 10), (8 * i, 0, 0)).save(images / f"{i:02d}.png")
+        os.utime(images / f"{i:02d}.png", (1e9, 1e9))
+    changes = (f"root={images}", "source=folder", "on_error=skip", "resident=files")
+    config = tiny_config(*(f"data.{change}" for change in changes), "clustering.n_clusters=2", "mining.k=2")
+    decoded: list[str] = []
+    decode = file_source.decode
+    monkeypatch.setattr(file_source, "decode", lambda path, **words: decoded.append(path) or decode(path, **words))
+    for start in range(2):
+        folder = RunFolder.open(tmp_path / "run", config)
+        with folder:
+            open_context(config, folder, Events(folder, quiet=True))
+        assert len(decoded) == 30, f"start {start}"
+    # Nothing has been computed yet, so the folder still takes another configuration.
+    assert folder.has("checked-files.json")
+    RunFolder.open(tmp_path / "run", tiny_config("clustering.n_clusters=3"))

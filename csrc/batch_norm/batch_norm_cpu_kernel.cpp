@@ -151,9 +151,12 @@ void gradient_rows(const T* grad_y, const T* x, const uint16_t* mask, const Batc
         const Vec element = group_load<kWhole>(x + at, v, count);
         const Vec dz = gated<kGate>(group_load<kWhole>(grad_y + at, v, count), element, mean, scale,
                                     group_load<kWhole>(of.bias + c, v, count), bits);
-        const Vec slope = group_load<kWhole>(slopes.slope + c, v, count);
-        const Vec offset = group_load<kWhole>(slopes.offset + c, v, count);
-        group_store<kWhole>(grad_x + at, scale * dz + (slope * (element - mean) + offset), v, count);
+        Vec grad = scale * dz;
+        if (slopes.slope != nullptr) {
+          grad += group_load<kWhole>(slopes.slope + c, v, count) * (element - mean) +
+                  group_load<kWhole>(slopes.offset + c, v, count);
+        }
+        group_store<kWhole>(grad_x + at, grad, v, count);
         if (grad_residual != nullptr) group_store<kWhole>(grad_residual + at, dz, v, count);
       }
     });

@@ -105,8 +105,10 @@ def _fake_backward(
     mask: Tensor,
     training: bool,
     relu: bool,
+    with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    grad_residual = torch.empty_like(x) if with_residual else x.new_empty(0)
+    return torch.empty_like(x), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
 if native.is_available():

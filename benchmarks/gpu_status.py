@@ -43,6 +43,7 @@ that results repeat in every bit, runs compute-sanitizer, and measures. After a 
 Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On such a
 GPU they are taken once they are verified; until then, and for what they do not cover, the portable ones run.
 `SCAN_FAST_GPU_KERNELS=sm90` takes them in any case, `SCAN_FAST_GPU_KERNELS=portable` never; the suite runs both.
+Networks on a GPU take `batch_norm_cuda` once it is verified; until then they use PyTorch's batch normalisation.
 """
 
 

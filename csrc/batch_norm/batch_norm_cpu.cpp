@@ -124,15 +124,16 @@ void batch_norm_backward_cpu(DType dtype, const BatchNormShape& shape, const Bat
     const double inv_std = arguments.inv_std[c];
     arguments.grad_bias[c] = static_cast<float>(sum);
     arguments.grad_weight[c] = static_cast<float>(product * inv_std);
-    slope[c] = arguments.training ? static_cast<float>(-scale[c] * inv_std * inv_std * product / rows) : 0.0f;
-    offset[c] = arguments.training ? static_cast<float>(-scale[c] * sum / rows) : 0.0f;
+    slope[c] = static_cast<float>(-scale[c] * inv_std * inv_std * product / rows);
+    offset[c] = static_cast<float>(-scale[c] * sum / rows);
   }
 
+  const BatchNormSlopes slopes = arguments.training ? BatchNormSlopes{slope, offset} : BatchNormSlopes{};
   const auto gradients = SCAN_FAST_BEST_ISA(batch_norm_gradient_rows);
   parallel_for(blocks.count, [&](int64_t block, int) {
     const int64_t first = block * blocks.each * shape.channels;
     gradients(dtype, at(arguments.grad_y, first, dtype), at(arguments.x, first, dtype), mask_of(block), of,
-              {slope, offset}, arguments.relu, blocks.size(block), shape.channels, at(arguments.grad_x, first, dtype),
+              slopes, arguments.relu, blocks.size(block), shape.channels, at(arguments.grad_x, first, dtype),
               at(arguments.grad_residual, first, dtype));
   });
 }

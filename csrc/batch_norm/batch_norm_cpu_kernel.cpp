@@ -1,6 +1,7 @@
 // The inner loops of batch normalisation: rows of channels in vectors of float, 16 channels (a word of bits) at a time.
 //
-// Sums per channel stay in memory, which is the first cache, and are brought up to date by kRows rows at once.
+// Sums per channel stay in memory, which is the first cache, and are brought up to date by the sum of kRows rows at once:
+// one by one, thousands of rows would leave the error of as many roundings.
 #include "batch_norm/batch_norm_cpu_kernel.h"
 #include "common/simd.h"
 
@@ -54,14 +55,14 @@ void block_moments(const T* x, int64_t rows, int64_t channels, float* moments) {
     for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
       for (int v = 0; v < kVectors; ++v) {
         const Vec shift = group_load<kWhole>(centre + c, v, count);
-        Vec sum = group_load<kWhole>(sums + c, v, count), square = group_load<kWhole>(squares + c, v, count);
+        Vec sum{}, square{};
         for (int64_t r = 0; r < kCount; ++r) {
           const Vec d = group_load<kWhole>(from + r * channels + c, v, count) - shift;
           sum += d;
           square += d * d;
         }
-        group_store<kWhole>(sums + c, sum, v, count);
-        group_store<kWhole>(squares + c, square, v, count);
+        group_store<kWhole>(sums + c, group_load<kWhole>(sums + c, v, count) + sum, v, count);
+        group_store<kWhole>(squares + c, group_load<kWhole>(squares + c, v, count) + square, v, count);
       }
     });
   };
@@ -119,7 +120,7 @@ void gradient_sums(const T* grad_y, const T* x, const uint16_t* mask, const Batc
       for (int v = 0; v < kVectors; ++v) {
         const Vec mean = group_load<kWhole>(of.mean + c, v, count);
         const Vec scale = group_load<kWhole>(of.scale + c, v, count), bias = group_load<kWhole>(of.bias + c, v, count);
-        Vec sum = group_load<kWhole>(sums + c, v, count), product = group_load<kWhole>(sums + channels + c, v, count);
+        Vec sum{}, product{};
         for (int64_t r = 0; r < kCount; ++r) {
           const uint32_t bits = kGate == Gate::kBits ? mask[(row + r) * words + c / kGroup] >> (v * kLanes) : 0;
           const Vec element = group_load<kWhole>(value + r * channels, v, count);
@@ -128,8 +129,9 @@ void gradient_sums(const T* grad_y, const T* x, const uint16_t* mask, const Batc
           sum += dz;
           product += dz * (element - mean);
         }
-        group_store<kWhole>(sums + c, sum, v, count);
-        group_store<kWhole>(sums + channels + c, product, v, count);
+        float *to = sums + c, *to_product = sums + channels + c;
+        group_store<kWhole>(to, group_load<kWhole>(to, v, count) + sum, v, count);
+        group_store<kWhole>(to_product, group_load<kWhole>(to_product, v, count) + product, v, count);
       }
     });
   };
@@ -151,9 +153,12 @@ void gradient_rows(const T* grad_y, const T* x, const uint16_t* mask, const Batc
         const Vec element = group_load<kWhole>(x + at, v, count);
         const Vec dz = gated<kGate>(group_load<kWhole>(grad_y + at, v, count), element, mean, scale,
                                     group_load<kWhole>(of.bias + c, v, count), bits);
-        const Vec slope = group_load<kWhole>(slopes.slope + c, v, count);
-        const Vec offset = group_load<kWhole>(slopes.offset + c, v, count);
-        group_store<kWhole>(grad_x + at, scale * dz + (slope * (element - mean) + offset), v, count);
+        Vec grad = scale * dz;
+        if (slopes.slope != nullptr) {
+          grad += group_load<kWhole>(slopes.slope + c, v, count) * (element - mean) +
+                  group_load<kWhole>(slopes.offset + c, v, count);
+        }
+        group_store<kWhole>(grad_x + at, grad, v, count);
         if (grad_residual != nullptr) group_store<kWhole>(grad_residual + at, dz, v, count);
       }
     });

@@ -13,7 +13,8 @@ struct BatchNormChannels {
   const float* bias;
 };
 
-// The gradient of x as a function of an element: scale * dz + slope * (x - mean) + offset.
+// The gradient of x as a function of an element: scale * dz + slope * (x - mean) + offset. Null in evaluation, where it is
+// scale * dz: a zero slope times an infinite x would be NaN.
 struct BatchNormSlopes {
   const float* slope;
   const float* offset;

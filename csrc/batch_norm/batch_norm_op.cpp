@@ -78,6 +78,7 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
     auto [grad_x, grad_residual, grad_weight, grad_bias] = backward_operator().call(
         grad_y, x, saved[1], saved[2], saved[3], saved[4], saved[5], context->saved_data["training"].toBool(),
         context->saved_data["relu"].toBool(), context->saved_data["with_residual"].toBool());
+    if (!context->saved_data["with_residual"].toBool()) grad_residual = at::Tensor();
     variable_list result = once_differentiable({grad_x, grad_residual, grad_weight, grad_bias}, "batch_norm");
     result.resize(10);
     return result;
@@ -128,6 +129,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
                              static_cast<float>(eps),
                              training,
                              relu};
+#ifdef SCAN_FAST_WITH_CUDA
+  if (x.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const at::Tensor workspace = workspace_of(x, batch_norm_cuda_workspace(shape));
+    arguments.workspace = workspace.data_ptr();
+    batch_norm_forward_cuda(dtype, shape, arguments, current_stream());
+    return {y, mean, inv_std, mask};
+  }
+#endif
   const at::Tensor workspace = workspace_of(x, batch_norm_cpu_workspace(shape));
   arguments.workspace = workspace.data_ptr();
   batch_norm_forward_cpu(dtype, shape, arguments);
@@ -144,7 +154,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   TORCH_CHECK_VALUE(!(relu && with_residual) || (mask.numel() == batch_norm_mask_words(shape) && mask.is_contiguous() &&
                                                  mask.scalar_type() == at::kShort),
                     "mask must be what batch_norm_forward returned with keep_mask=True for this input");
-  at::Tensor grad_x = at::empty_like(x), grad_residual = with_residual ? at::empty_like(x) : at::Tensor();
+  at::Tensor grad_x = at::empty_like(x);
+  at::Tensor grad_residual = with_residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({shape.channels}, x.options().dtype(at::kFloat));
   at::Tensor grad_bias = at::empty_like(grad_weight);
   BatchNormBackward arguments{grad_y.const_data_ptr(),
@@ -161,6 +172,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
                               nullptr,
                               training,
                               relu};
+#ifdef SCAN_FAST_WITH_CUDA
+  if (x.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const at::Tensor workspace = workspace_of(x, batch_norm_cuda_workspace(shape));
+    arguments.workspace = workspace.data_ptr();
+    batch_norm_backward_cuda(dtype, shape, arguments, current_stream());
+    return {grad_x, grad_residual, grad_weight, grad_bias};
+  }
+#endif
   const at::Tensor workspace = workspace_of(x, batch_norm_cpu_workspace(shape));
   arguments.workspace = workspace.data_ptr();
   batch_norm_backward_cpu(dtype, shape, arguments);
@@ -185,5 +205,12 @@ TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
   m.impl("batch_norm_backward", &batch_norm_backward);
 }
+
+#ifdef SCAN_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(scan_fast, CUDA, m) {
+  m.impl("batch_norm_forward", &batch_norm_forward);
+  m.impl("batch_norm_backward", &batch_norm_backward);
+}
+#endif
 
 }  // namespace scan_fast

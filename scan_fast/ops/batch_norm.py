@@ -62,7 +62,8 @@ def _takes_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor
         return native.use_native(impl, x, "batch_norm_forward")
     # A compiler fuses the plain operators by itself. A kernel takes its operands as they are.
     return (
-        not torch.compiler.is_compiling()
+        native.use_native(impl, x, "batch_norm_forward")
+        and not torch.compiler.is_compiling()
         and native.batch_norm_pays(x.device.type)
         and x.ndim == 4
         and x.numel() > 0
@@ -72,7 +73,6 @@ def _takes_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor
             for t in (x, residual)
             if t is not None
         )
-        and native.use_native(impl, x, "batch_norm_forward")
     )
 
 
@@ -105,8 +105,10 @@ def _fake_backward(
     mask: Tensor,
     training: bool,
     relu: bool,
+    with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    grad_residual = torch.empty_like(x) if with_residual else x.new_empty(0)
+    return torch.empty_like(x), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
 if native.is_available():

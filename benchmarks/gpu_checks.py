@@ -23,10 +23,11 @@ from torch import Tensor
 import scan_fast
 from scan_fast.ops import native, reference
 from scan_fast.ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
+from scan_fast.ops.batch_norm import batch_norm
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
-FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors", "augment")
+FAMILIES = ("nt_xent", "scan_loss", "self_label", "batch_norm", "neighbors", "augment")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -85,7 +86,26 @@ def _self_label(shape: tuple[int, ...], balance: bool, impl: str) -> Call:
     return call
 
 
-def _loss_cases(tiny: bool) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...], Callable[[str], Call]]]:
+def _batch_norm(on: tuple[bool, bool, bool], impl: str) -> Call:
+    residual, relu, training = on
+
+    def call(x: Tensor, other: Tensor, upstream: Tensor) -> Tensors:
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        channels = torch.linspace(0.5, 1.5, x.shape[1], dtype=kind, device=x.device)
+        weight, bias, mean, var = channels, (channels - 1) / 10, (channels - 1) / 5, 2 * channels
+
+        def y(*leaves: Tensor) -> Tensor:
+            a, w, b, *more = leaves
+            options = {"residual": more[0] if more else None, "relu": relu, "training": training, "impl": impl}
+            return batch_norm(a, w, b, mean, var, **options)  # type: ignore[arg-type]
+
+        results = _with_gradients(y, (x, weight, bias, *((other,) if residual else ())), upstream)
+        return (*results, mean, var)
+
+    return call
+
+
+def _gradient_cases(tiny: bool) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...], Callable[[str], Call]]]:
     """Yield family, label, input shape, upstream shape, and the maker of a call by implementation."""
     shapes = [(3, 5), (37, 40)] if tiny else [(1, 3), (65, 33), (130, 128), (517, 128), (200, 200), (300, 260)]
     for shape in shapes:
@@ -104,9 +124,16 @@ def _loss_cases(tiny: bool) -> Iterator[tuple[str, str, tuple[int, ...], tuple[i
         for balance in (True, False):
             label = f"{shape[0]}x{shape[1]} {'balanced' if balance else 'plain'}"
             yield "self_label", label, shape, (), lambda impl, s=shape, b=balance: _self_label(s, b, impl)  # type: ignore[misc]
+    shapes4 = [(3, 8, 2, 3), (2, 5, 3, 3)] if tiny else [(2, 3, 5, 7), (64, 64, 16, 16), (33, 40, 5, 5), (8, 512, 4, 4)]
+    for shape4 in shapes4 if tiny else [*shapes4, (5, 130, 9, 9), (256, 16, 20, 20)]:
+        # Residual, ReLU, training.
+        for on in ((False, True, True), (True, True, True), (False, False, True), (True, True, False)):
+            words = [name for name, wanted in zip(("residual", "relu", "training"), on, strict=True) if wanted]
+            label = f"{'x'.join(map(str, shape4))} {' '.join(words)}"
+            yield "batch_norm", label, shape4, shape4, lambda impl, o=on: _batch_norm(o, impl)  # type: ignore[misc]
 
 
-def _loss_inputs(family: str, shape: tuple[int, ...], upstream_shape: tuple[int, ...], seed: int) -> Tensors:
+def _gradient_inputs(family: str, shape: tuple[int, ...], upstream_shape: tuple[int, ...], seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(shape, generator=generator)
     second = first + torch.randn(shape, generator=generator)
@@ -115,7 +142,14 @@ def _loss_inputs(family: str, shape: tuple[int, ...], upstream_shape: tuple[int,
         rows, classes = shape
         label = torch.randint(0, classes, (rows,), generator=generator)
         first[torch.arange(rows), label] += 20.0 * (torch.rand(rows, generator=generator) < 0.7)
-    return first, second, 1 + torch.rand(upstream_shape, generator=generator)
+    upstream = 1 + torch.rand(upstream_shape, generator=generator)
+    if family == "batch_norm":
+        # Half the values far above zero, half far below: no sign before the ReLU is one that rounding would decide.
+        n, _, h, w = (torch.arange(size) for size in shape)
+        side = 1.0 - 2 * ((n[:, None, None, None] + h[:, None] + w) % 2)
+        first, second = side * (1 + first.abs() / 4), side * (second - first).abs()
+        first, second, upstream = (x.contiguous(memory_format=torch.channels_last) for x in (first, second, upstream))
+    return first, second, upstream
 
 
 def _relative(ours: Tensors, exact: Tensors) -> float:
@@ -145,11 +179,11 @@ def _slack(family: str, dtype: torch.dtype, device: str) -> int:
 def accuracy(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES) -> dict[str, list[str]]:
     """Return the failures of each of the families."""
     failures: dict[str, list[str]] = {family: [] for family in families}
-    for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+    for family, label, shape, upstream_shape, call_of in _gradient_cases(tiny):
         if family not in families:
             continue
         for dtype in DTYPES:
-            cpu = _loss_inputs(family, shape, upstream_shape, seed)
+            cpu = _gradient_inputs(family, shape, upstream_shape, seed)
             inputs = (*(x.to(device, dtype) for x in cpu[:2]), cpu[2].to(device))
             exact = call_of("reference")(*(x.double() for x in inputs))
             plain = _relative(call_of("reference")(*inputs), exact)
@@ -184,10 +218,10 @@ def accuracy(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMIL
 def repeat(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES) -> dict[str, list[str]]:
     """Return, per family, what did not repeat in every bit."""
     failures: dict[str, list[str]] = {family: [] for family in families}
-    for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+    for family, label, shape, upstream_shape, call_of in _gradient_cases(tiny):
         if family not in families:
             continue
-        inputs = tuple(x.to(device) for x in _loss_inputs(family, shape, upstream_shape, seed))
+        inputs = tuple(x.to(device) for x in _gradient_inputs(family, shape, upstream_shape, seed))
         first = call_of("native")(*inputs)
         for _ in range(3):
             _poison(device)
@@ -228,10 +262,10 @@ def graph(device: str, seed: int, tiny: bool, families: Sequence[str] = FAMILIES
         if not all(torch.equal(a, b) for a, b in zip(outputs(), expected, strict=True)):
             failures[family].append(label)
 
-    for family, label, shape, upstream_shape, call_of in _loss_cases(tiny):
+    for family, label, shape, upstream_shape, call_of in _gradient_cases(tiny):
         if family not in families:
             continue
-        pair = (_loss_inputs(family, shape, upstream_shape, s) for s in (seed, seed + 1))
+        pair = (_gradient_inputs(family, shape, upstream_shape, s) for s in (seed, seed + 1))
         first, second = (tuple(x.to(device) for x in cpu) for cpu in pair)
         check(family, label, call_of("native"), first, second)
     for rows, dim, k, metric in _neighbor_shapes(tiny) if "neighbors" in families else ():
@@ -272,10 +306,10 @@ def _recorded(call: Call, inputs: Tensors, device: str) -> tuple[Callable[[], No
 
 def run_tiny(device: str, seed: int, family: str) -> None:
     """Run a family's operators once per tiny shape."""
-    for name, _, shape, upstream_shape, call_of in _loss_cases(tiny=True):
+    for name, _, shape, upstream_shape, call_of in _gradient_cases(tiny=True):
         if name == family:
             for dtype in (torch.float32, torch.bfloat16):
-                cpu = _loss_inputs(name, shape, upstream_shape, seed)
+                cpu = _gradient_inputs(name, shape, upstream_shape, seed)
                 call_of("native")(*(x.to(dtype).to(device) for x in cpu[:2]), cpu[2].to(device))
     if family == "neighbors":
         for rows, dim, k, metric in _neighbor_shapes(tiny=True):

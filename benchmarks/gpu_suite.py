@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("nt_xent", "scan_loss", "self_label", "neighbors", "augment")
+FAMILIES = ("nt_xent", "scan_loss", "self_label", "batch_norm", "neighbors", "augment")
 BENCHMARKS = {family: family for family in FAMILIES} | {"augment": "views"}
 # Families with kernels for sm_90a, by the name of what is verified.
 SM90 = {"nt_xent_sm90": "nt_xent", "neighbors_sm90": "neighbors"}

@@ -18,7 +18,7 @@ import torch
 from . import report
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors")
+KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm")
 NAMES = (*KERNELS, "views", "accuracy", "end_to_end", "targets")
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 RECIPES = ROOT / "docs" / "recipes.md"
-ORDER = ("targets", "accuracy", "end_to_end", "nt_xent", "scan_loss", "self_label", "neighbors", "views")
+ORDER = ("targets", "accuracy", "end_to_end", "nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "views")
 INTRODUCTION = """# Benchmarks
 
 This page is written by `python -m benchmarks.report` from the files under `benchmarks/results/`, each of which names

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager, harness, memory, neighbors, nt_xent, report, scan_loss, self_label, targets
+from benchmarks import batch_norm, eager, harness, memory, neighbors, nt_xent, report, scan_loss, self_label, targets
 from benchmarks.ceilings import Work, limit
 from benchmarks.harness import Case, Contender, Effort
 from scan_fast.ops import native, reference
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors)]
+FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors, batch_norm)]
 BRIEF = Effort(rounds=5, sample_seconds=1e-4, case_seconds=5, least_rounds=5)
 CEILINGS = {"gemm_float32": 1e12, "gemm_bfloat16": 4e12, "copy_bytes": 1e10}
 
@@ -240,7 +240,8 @@ class Only:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Only())
 import torch, scan_fast
-from benchmarks import gpu_checks, gpu_status, gpu_suite, neighbors, nt_xent, scan_loss, self_label, targets
+from benchmarks import batch_norm, gpu_checks, gpu_status, gpu_suite
+from benchmarks import neighbors, nt_xent, scan_loss, self_label, targets
 print(scan_fast.scan_loss(torch.zeros(2, 3), torch.zeros(2, 3))[1].item())
 """
 

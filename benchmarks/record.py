@@ -18,7 +18,8 @@ import torch
 from . import report
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm")
+KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "convolution")
+OF_THE_CPU = ("convolution", "targets")
 NAMES = (*KERNELS, "views", "accuracy", "end_to_end", "targets")
 
 
@@ -46,8 +47,8 @@ def main() -> None:
     results, data = options.results.resolve(), options.data.resolve() if options.data else None
     failed = []
     for name in options.only:
-        if name == "targets" and options.device != "cpu":
-            continue  # there are promises for the CPU alone
+        if name in OF_THE_CPU and options.device != "cpu":
+            continue
         print(f"\n==== {name}", flush=True)
         begin = time.monotonic()
         words = command(name, options.device, results, data)

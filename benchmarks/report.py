@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 RECIPES = ROOT / "docs" / "recipes.md"
-ORDER = ("targets", "accuracy", "end_to_end", "nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "views")
+ORDER = (
+    *("targets", "accuracy", "end_to_end"),
+    *("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "convolution", "views"),
+)
 INTRODUCTION = """# Benchmarks
 
 This page is written by `python -m benchmarks.report` from the files under `benchmarks/results/`, each of which names

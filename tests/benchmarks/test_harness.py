@@ -11,13 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import batch_norm, eager, harness, memory, neighbors, nt_xent, report, scan_loss, self_label, targets
+from benchmarks import (
+    batch_norm,
+    convolution,
+    eager,
+    harness,
+    memory,
+    neighbors,
+    nt_xent,
+    report,
+    scan_loss,
+    self_label,
+    targets,
+)
 from benchmarks.ceilings import Work, limit
 from benchmarks.harness import Case, Contender, Effort
 from scan_fast.ops import native, reference
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors, batch_norm)]
+FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors, batch_norm, convolution)]
 BRIEF = Effort(rounds=5, sample_seconds=1e-4, case_seconds=5, least_rounds=5)
 CEILINGS = {"gemm_float32": 1e12, "gemm_bfloat16": 4e12, "copy_bytes": 1e10}
 
@@ -118,8 +130,11 @@ def test_every_family_measures_ours_and_eager(family: harness.Family, tmp_path: 
     assert json.loads(file.read_text()) == result
     ours, plain = result["cases"][0]["contenders"]
     assert (ours["name"], plain["name"]) == ("scan-fast", "eager")
+    if "AMX" in ours.get("skipped", ""):
+        pytest.skip(ours["skipped"])
     assert ours["seconds"] > 0 and plain["seconds"] > 0 and ours["limit_seconds"] > 0
-    assert ours["error"] < 1e-5
+    # Of results in bfloat16, half a unit in the last of eight bits.
+    assert ours["error"] < (0.004 if family is convolution.FAMILY else 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

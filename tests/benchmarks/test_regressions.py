@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import batch_norm, neighbors, nt_xent, scan_loss, self_label
+from benchmarks import batch_norm, convolution, neighbors, nt_xent, scan_loss, self_label
 from scan_fast.ops import native
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -22,6 +22,7 @@ SIZES = [
     (self_label, "1024x1000"),
     (neighbors, "5000x128x20"),
     (batch_norm, "128x64x32x32-bfloat16-residual"),
+    (convolution, "128x128x128x16x3x1"),
 ]
 
 

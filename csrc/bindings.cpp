@@ -80,6 +80,12 @@ void prefer_sm90(const std::string& family, bool on) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of scan-fast.";
   module.def("pooled_bytes", &scan_fast::pooled_bytes, "Bytes of large CPU results that wait for reuse.");
+  module.def(
+      "empty_large",
+      [](const std::vector<int64_t>& sizes, at::ScalarType dtype) {
+        return scan_fast::empty_large(sizes, at::TensorOptions().dtype(dtype));
+      },
+      "As torch.empty on the CPU, see csrc/common/large_buffers.h.", py::arg("sizes"), py::arg("dtype"));
   module.def("release_pooled", &scan_fast::release_pooled, "Gives them back to the system.");
   module.def("amx_peak_rate", &scan_fast::amx_peak_rate, "See csrc/common/amx.h.");
   module.def("gemm", &gemm, "One tile product, in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),

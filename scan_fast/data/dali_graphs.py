@@ -168,12 +168,18 @@ class _Graph:
 
     def hue(self, x: Any, row: Any) -> Any:
         tables = _hue_tables()
-        r, g, b = (x[:, :, :, channel] for channel in range(3))
-        low = math.min(math.min(r, g), b)
-        r, g, b = r - low, g - low, b - low
-        # 16-bit numbers of 256 hue + chroma: the sum goes round the circle by itself.
-        colour = _lookup(_pair(r, g), tables["rg"], types.UINT16) + _lookup(_pair(g, b), tables["gb"], types.UINT16)
-        colour = colour + _lookup(_pair(b, r), tables["br"], types.UINT16)
+        # Two neighbouring channels are the low and the high byte of a 16-bit number.
+        rg, gb = (
+            fn.reinterpret(x[:, :, :, first : first + 2], dtype=types.UINT16, shape=[-1, self.side, self.side])
+            for first in (0, 1)
+        )
+        low = math.min(_lookup(rg, tables["lower"], types.UINT8), _lookup(gb, tables["lower"], types.UINT8))
+        lows = low * _number(257)
+        rg, gb = rg - lows, gb - lows
+        rb = (rg & _number(255)) + (gb & _number(255 << 8))
+        # 256 hue + chroma: in 16 bits the sum goes round the circle by itself.
+        colour = _lookup(rg, tables["rg"], types.UINT16) + _lookup(gb, tables["gb"], types.UINT16)
+        colour = colour + _lookup(rb, tables["rb"], types.UINT16)
         shift = fn.cast(row[:, 0] * 256.0, dtype=types.UINT16)
         colour = colour + self._per_image(shift, dims=2)
         # Three levels in the bytes of one number; they do not carry, because low + chroma is the highest level.
@@ -250,7 +256,11 @@ def _layout(x: Any) -> Any:
 
 def _pair(high: Any, low: Any) -> Any:
     """Return 256 high + low of two uint8."""
-    return high * types.Constant(256, dtype=types.UINT16) + low
+    return high * _number(256) + low
+
+
+def _number(value: int) -> Any:
+    return types.Constant(value, dtype=types.UINT16)
 
 
 def _lookup(x: Any, table: Levels, dtype: Any) -> Any:
@@ -270,13 +280,14 @@ def _autocontrast_table() -> Levels:
 def _hue_tables() -> dict[str, Levels]:
     """Tabulate PIL's 8-bit hue and the colours of a hue, by pairs of levels.
 
-    "rg", "gb" and "br" hold 256 hue + chroma by two channels' levels above the lowest. One of the three is 0 in any
+    A pair is the number first + 256 second. "lower" holds the lower of the two.
+    "rg", "gb" and "rb" hold 256 hue + chroma by two channels' levels above the lowest. One of the three is 0 in any
     colour, so each table knows the colours without its third channel, less what the others say of them; the sum of the
     three, in 16 bits, is that of the colour.
     "colour" holds the three channels above the lowest, one per byte, by hue and chroma. PIL truncates the saturation to
     8 bits, which makes the lowest level rise by less than one; the mean of that is in the table.
     """
-    first, second = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    first, second = np.meshgrid(np.arange(256), np.arange(256))
     none = np.zeros_like(first)
 
     def number(r: Levels, g: Levels, b: Levels) -> Levels:
@@ -284,9 +295,9 @@ def _hue_tables() -> dict[str, Levels]:
 
     rg = number(first, second, none)
     gb = np.where(second > 0, number(none, first, second) - number(none, first, none), 0)
-    # Blue alone comes from "gb", whatever the red; with red, "br" corrects it.
+    # Blue alone comes from "gb", whatever the red; with red, "rb" corrects it.
     both = (first > 0) & (second > 0)
-    br = np.where(both, number(second, none, first) - number(none, none, first) - number(second, none, none), 0)
+    rb = np.where(both, number(first, none, second) - number(none, none, second) - number(first, none, none), 0)
 
     sixths = 6 * np.arange(256)[:, None]
     # How far each channel is below the highest, in 255ths of the chroma: a trapezoid of the hue.
@@ -297,7 +308,8 @@ def _hue_tables() -> dict[str, Levels]:
     for channel, share in enumerate((red, green, blue)):
         drop = np.floor(np.maximum(chroma - 0.3, 0) * np.clip(share, 0, 255) / 255 + 0.5).astype(np.int64)
         colour += (chroma - drop) << (8 * channel)
-    tables = {"rg": rg % 65536, "gb": gb % 65536, "br": br % 65536, "colour": colour}
+    pairs = {"rg": rg % 65536, "gb": gb % 65536, "rb": rb % 65536}
+    tables = {"lower": np.minimum(first, second), **pairs, "colour": colour}
     return {name: table.astype(np.int64).reshape(-1) for name, table in tables.items()}
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ops import native
 from ..ops.augment import Operation
 from . import colour, geometry
 from .decode_dali import DaliDecoder
@@ -32,7 +33,7 @@ INSTALL = "pip install nvidia-dali-cuda130"
 
 # Pixels of one run of the crop, whose samples are images: many small ones, so that DALI's cost per run is shared, few
 # large ones. The operations after it have a run each for as many images.
-_RUN_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
+_RUN_PIXELS = {"cpu": 1 << 23, "cuda": 1 << 24}
 _RUN_IMAGES = 8192
 _GPU_THREADS = 4
 _CACHED_PIXELS = 1 << 16
@@ -116,7 +117,7 @@ class DaliRenderer:
         """
         levels = self.pixels(images, view, params)
         n, side = len(images), view.side
-        out = torch.empty((n, side, side, 3), dtype=self.dtype, device=self.device)
+        out = native.empty_large((n, side, side, 3), self.dtype, self.device)
         # By rows of pixels: torch is many times slower where the innermost dimension is that of three channels.
         scale, shift = self._scale.repeat(side), self._shift.repeat(side)
         # In parts that stay in a CPU's caches.
@@ -138,16 +139,16 @@ class DaliRenderer:
             raise ValueError(f"images must be (n, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
         images = images.to(self.device, non_blocking=True)
         params = {name: value.cpu() for name, value in params.items()}
-        out = torch.empty((len(images), view.side, view.side, 3), dtype=torch.uint8, device=self.device)
         if len(images) == 0:
-            return out
+            return torch.empty((0, view.side, view.side, 3), dtype=torch.uint8, device=self.device)
         pixels = max(view.side**2, images.shape[1] * images.shape[2])
         size = min(_RUN_IMAGES, max(1, _RUN_PIXELS[self.device.type] // pixels))
         with self._lock:
-            for start in range(0, len(images), size):
-                rows = slice(start, start + size)
-                self._run(images[rows], view, {name: value[rows] for name, value in params.items()}, out[rows])
-        return out
+            runs = [
+                self._run(images[rows], view, {name: value[rows] for name, value in params.items()})
+                for rows in (slice(start, start + size) for start in range(0, len(images), size))
+            ]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
 
     def cut(
         self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
@@ -157,9 +158,9 @@ class DaliRenderer:
             return files.cut(indices, frame, boxes, sides)
         return self._decoder.cut(files, indices, frame, boxes, sides)
 
-    def _run(self, images: Tensor, view: View, params: Params, out: Tensor) -> None:
-        """Render these images into `out`."""
-        out.copy_(self._crop(images, view, params))
+    def _run(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render images that one run may hold: (n, S, S, 3) uint8."""
+        out = self._crop(images, view, params)
         operations, arguments = (part.contiguous() for part in operations_of(view, params))
         arguments = _readable(operations, arguments)
         for code, amounts in zip(operations.unbind(1), arguments.unbind(1), strict=True):
@@ -173,14 +174,15 @@ class DaliRenderer:
             for number, (place, block, amount) in enumerate(blocks, start=1):
                 if len(block):
                     _put(out, place, self._through(Operation(number), block, view, amount))
+        return out
 
     def _crop(self, images: Tensor, view: View, params: Params) -> Tensor:
-        """Cut, resize and mirror: (n, S, S, 3) uint8."""
+        """Cut, resize and mirror: (n, S, S, 3) uint8 that may be written to."""
         side = view.side
         box = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1).int()
         resize = bool((box[:, 2:] != side).any())
         if not resize and images.shape[1:3] == (side, side) and not bool(params["flip"].any()):
-            return images
+            return images.clone()
         size = torch.full((len(box), 2), float(side))
         size[params["flip"], 1] *= -1
         key = ("crop", resize)

@@ -106,6 +106,14 @@ def build_info() -> dict[str, Any]:
     return dict(_C.build_info())
 
 
+def empty_large(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what torch.empty does; on the CPU, large memory comes from the pool of freed results, which is faster."""
+    if _C is None or device.type != "cpu":
+        return torch.empty(sizes, dtype=dtype, device=device)
+    out: torch.Tensor = _C.empty_large(sizes, dtype)
+    return out
+
+
 def amx_peak_rate() -> float:
     """Return the flops per second of one thread's AMX tiles out of the first cache, measured now; 0 without AMX."""
     return 0.0 if _C is None else float(_C.amx_peak_rate())

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, gpu_status
 from .data.render import automatic_renderer
-from .ops import native
+from .ops import convolution, native
 
 OPERATIONS = {
     "nt_xent": "nt_xent_forward",
@@ -18,6 +18,11 @@ OPERATIONS = {
     "self_label_loss": "self_label_forward",
     "topk_neighbors": "topk_neighbors",
 }
+LAYERS = {
+    "batch_norm": lambda device: native.has_kernel("batch_norm_forward", device) and native.batch_norm_pays(device),
+    "conv2d, bfloat16": convolution.is_usable,
+}
+"""What networks take for their layers; the reference is PyTorch's own operator."""
 OPTIONAL_PACKAGES = {
     "nvidia.dali": "data.renderer=dali",
     "faiss": "mining.backend=faiss",
@@ -38,6 +43,10 @@ def collect() -> dict[str, Any]:
         "operations": {
             name: {device: runs_on(operator, device) for device in ("cpu", "cuda")}
             for name, operator in OPERATIONS.items()
+        }
+        | {
+            name: {device: "native" if taken(device) else "reference" for device in ("cpu", "cuda")}
+            for name, taken in LAYERS.items()
         },
         "gpu_kernels": gpu_status.records(),
         "sm90_families": sorted(native.SM90_FAMILIES),

@@ -16,6 +16,13 @@ _BLOCK = 32
 """Images that the kernel takes at once; what is missing of the last block is computed for nothing."""
 
 
+def is_usable(device: str) -> bool:
+    """Return whether a device has kernels for :func:`conv2d`: processors with AMX."""
+    return native.has_kernel("conv2d_forward", device) and bool(
+        torch.ops.scan_fast.conv2d_is_usable.default((_BLOCK, 32, 1, 1), (32, 32, 1, 1), 1, 0)
+    )
+
+
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Return whether :func:`conv2d` takes these operands and is faster than PyTorch's convolution.
 

@@ -76,15 +76,17 @@ SM90_FAMILIES = _prefer_sm90(os.environ.get("SCAN_FAST_GPU_KERNELS", "auto"))
 """The families that take their kernels for sm_90a on a GPU of compute capability 9.0."""
 
 
+# Fixed at import, too.
+_CUDA_BATCH_NORM = gpu_status.is_verified("batch_norm/batch_norm_cuda")
+
+
 def batch_norm_pays(device: str) -> bool:
     """Return whether networks take the batch normalisation kernel: on a GPU once it has passed on one.
 
-    PyTorch's own operators, cuDNN's among them, are the alternative; SCAN_FAST_GPU_KERNELS=sm90 does not matter here.
+    Until then they take PyTorch's own operators there.
     """
     return device == "cpu" or _CUDA_BATCH_NORM
 
-
-_CUDA_BATCH_NORM = gpu_status.is_verified("batch_norm/batch_norm_cuda")
 
 _warned = False
 

@@ -168,9 +168,9 @@ class DaliRenderer:
             idle, *counts = code.bincount(minlength=1).tolist()
             rows = code.argsort(stable=True)[idle:]
             where = rows.to(self.device)
-            blocks = zip(
-                where.split(counts), out.index_select(0, where).split(counts), amounts[rows].split(counts), strict=True
-            )
+            some = native.empty_large((len(rows), *out.shape[1:]), torch.uint8, self.device)
+            torch.index_select(out, 0, where, out=some)
+            blocks = zip(where.split(counts), some.split(counts), amounts[rows].split(counts), strict=True)
             for number, (place, block, amount) in enumerate(blocks, start=1):
                 if len(block):
                     _put(out, place, self._through(Operation(number), block, view, amount))

@@ -11,8 +11,12 @@ torchvision v2 on a batched tensor draws one set of parameters for the whole bat
 augmentation, and it is here for its speed alone. For the strong view it stands in with RandAugment of as many
 operations.
 
-DALI renders chunks of several batches, as its cost per run asks for; "DALI's own RandAugment" is its stock
-`auto_augment.rand_augment` of as many operations, with parameters and arithmetic of its own.
+DALI renders chunks of several batches, as its cost per run asks for, and once more a batch at a time, as training does;
+"DALI's own RandAugment" is its stock `auto_augment.rand_augment` of as many operations, with parameters and arithmetic
+of its own.
+
+``--photos FOLDER`` measures instead how fast the boxes of two SimCLR views of 224 pixels are cut out of the JPEG files
+of a folder: by the pool of threads, of which one decodes here, and by DALI.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from scan_fast.data import DaliRenderer, FusedRenderer, SimCLRView, StrongView, TorchRenderer, render_dali
+from scan_fast.data.files import FileSource
+from scan_fast.data.folders import find_images
 from scan_fast.data.random import stream_key
 from scan_fast.data.render import automatic_renderer
 from scan_fast.data.render_fused import recipes
@@ -175,6 +181,8 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
         numbers = torch.arange(len(chunk))
         dali = DaliRenderer(MEAN, STD, device)
         calls["dali"] = (len(chunk), lambda: dali(chunk, view, view.sample(KEY, 0, numbers, 0, height, height)))
+        if repeats > 1:
+            calls["dali, a batch at a time"] = (n, lambda: dali(on_device, view, drawn()))
         if isinstance(view, StrongView):
             calls["DALI's own RandAugment"] = (len(chunk), stock_rand_augment(chunk, view))
     else:
@@ -216,6 +224,36 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
         )
         arrays = images[:few].numpy()
         calls["lightly on PIL"] = (few, lambda: torch.stack([transform(Image.fromarray(a)) for a in arrays]))
+    return calls
+
+
+def photo_contenders(folder: Path, device: str, n: int) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Return by name how many views of photographs a call cuts out of n files, and the call."""
+    names = find_images(folder)[0]
+    view = SimCLRView(size=224)
+    exact, scaled = (
+        FileSource(names, None, view.side, root=folder, workers=1, resident=False, scaled=scaled, on_error="skip").files
+        for scaled in (False, True)
+    )
+    n = min(n, len(exact))
+    indices = torch.arange(n)
+    drawn = [view.sample(KEY, 0, indices, number, view.side, view.side) for number in range(2)]
+    boxes = [torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1) for params in drawn]
+    arguments = (indices, view.side, boxes, [view.side, view.side])
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "pool": (2 * n, lambda: exact.cut(*arguments)),
+        "pool, decode=scaled": (2 * n, lambda: scaled.cut(*arguments)),
+    }
+    if render_dali.is_installed():
+        dali = DaliRenderer(MEAN, STD, device, decodes=True)
+        calls["dali"] = (2 * n, lambda: dali.cut(exact, *arguments))
+        few = slice(0, 64)
+        parts = [several[few] for several in boxes]
+        ours = dali.cut(exact, indices[few], view.side, parts, [view.side] * 2)
+        pools = exact.cut(indices[few], view.side, parts, [view.side] * 2)
+        apart = torch.cat([(a.cpu().int() - b.int()).abs() for a, b in zip(ours, pools, strict=True)])
+        share, worst = float((apart <= 1).float().mean()), int(apart[:, 2:-2, 2:-2].max())
+        print(f"\ndali against the pool: {share:.3%} within one level; at most {worst} apart but for two edge pixels")
     return calls
 
 
@@ -285,11 +323,19 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="few images and one short round: a rehearsal, not a result"
     )
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="only how fast views are cut out of its files")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device: str = arguments.device
     if device == "cpu":
         torch.set_num_threads(1)
+    if arguments.photos:
+        for name, rate in measure(
+            photo_contenders(arguments.photos, device, 64 if device == "cpu" else 512), device, arguments.rounds, 0.1
+        ).items():
+            value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
+            print(f"  {name:<44} {value:>11,.0f} views/s  ({low:,.0f} to {high:,.0f})")
+        return
     results = []
     sizes = ((32, 32, 512), (256, 224, 32)) if device == "cpu" else ((32, 32, 4096), (256, 224, 512))
     rounds, window = arguments.rounds, 0.1

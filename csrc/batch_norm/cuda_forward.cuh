@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
   at.read(p.bias, bias);
   const int64_t step = l.lanes * l.channels;
   for_rows<kAtOnce<T, kAligned, kResidual ? 2 : 4>, true>(me, l.lanes, [&]<int kCount>(int64_t row) {
-    Packed<T, kAligned> packed[kCount], other[kCount];
+    Packed<T, kAligned> packed[kCount];
+    [[maybe_unused]] Packed<T, kAligned> other[kCount];
     const int64_t first = row * l.channels;
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {

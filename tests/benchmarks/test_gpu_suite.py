@@ -146,6 +146,21 @@ def test_the_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, one_thr
 
 
 @pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
+def test_the_checks_find_a_layer_that_forgets_its_statistics(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    right = gpu_checks.batch_norm
+
+    def forgets(x: torch.Tensor, *arguments: Any, impl: str, **options: Any) -> torch.Tensor:
+        if impl == "native":
+            arguments = (*arguments[:3], arguments[3].clone())
+        return right(x, *arguments, impl=impl, **options)
+
+    monkeypatch.setattr(gpu_checks, "batch_norm", forgets)
+    failures = gpu_checks.accuracy("cpu", 6, tiny=True)
+    assert [family for family, found in failures.items() if found] == ["batch_norm"]
+    assert all("training" in line for line in failures["batch_norm"])
+
+
+@pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
 def test_the_checks_find_a_view_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     right = gpu_checks.augment
 

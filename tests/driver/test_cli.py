@@ -171,12 +171,13 @@ def test_info_names_what_each_operation_runs_on() -> None:
     assert (result.code, result.err) == (0, "")
     facts = json.loads(result.out)
     assert facts["scan_fast"] == scan_fast.__version__
-    assert set(facts["operations"]) == {"nt_xent", "scan_loss", "self_label_loss", "topk_neighbors"}
+    losses, layers = {"nt_xent", "scan_loss", "self_label_loss"}, {"batch_norm", "conv2d, bfloat16"}
+    assert set(facts["operations"]) == {*losses, "topk_neighbors", *layers}
     text = run_here("info").out
     for name, on in facts["operations"].items():
         assert set(on.values()) <= {"native", "reference"}
-        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
-        assert line.split()[1:] == ["cpu:", on["cpu"], "cuda:", on["cuda"]]
+        line = next(line for line in text.splitlines() if line.startswith(f"  {name} "))
+        assert line.removeprefix(f"  {name} ").split() == ["cpu:", on["cpu"], "cuda:", on["cuda"]]
 
 
 def test_as_a_program(tmp_path: Path) -> None:

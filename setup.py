@@ -5,6 +5,8 @@ whether CUDA can be built, and runs CMake with ninja. Environment variables:
 
 ``SCAN_FAST_CUDA``        ``auto`` (default), ``on`` or ``off``
 ``SCAN_FAST_CUDA_ARCHS``  semicolon-separated list, default ``80;90a;100``
+``SCAN_FAST_WAIT_LIMIT``  ``1``: kernels that wait for more than about two seconds end with an error instead of hanging
+                          (default ``0``; for debugging and for the GPU suite)
 ``SCAN_FAST_BUILD_TESTS`` ``1`` also builds the C++ tests (default ``0``)
 ``SCAN_FAST_NATIVE``      ``0`` skips the native module: the package then runs on plain PyTorch
 ``MAX_JOBS``              parallel compile jobs (default: all cores)
@@ -12,6 +14,7 @@ whether CUDA can be built, and runs CMake with ninja. Environment variables:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,6 +49,30 @@ def cuda_include_dirs(torch_cuda: str) -> list[str]:
     major = torch_cuda.split(".")[0]
     folder = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / f"cu{major}" / "include"
     return [str(folder)] if folder.is_dir() else []
+
+
+def source_hashes(architectures: str) -> dict[str, str]:
+    """Return the hash of each CUDA source that a build for these architectures compiles, by the kernel's name."""
+    # By its file: the package itself would load the module that is being built.
+    spec = importlib.util.spec_from_file_location("gpu_status", ROOT / "scan_fast" / "gpu_status.py")
+    assert spec is not None and spec.loader is not None
+    gpu_status = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_status)
+    csrc = ROOT / "csrc"
+    hopper = "90a" in architectures.split(";")
+    sources: dict[str, Path] = gpu_status.kernels_of(csrc)
+    return {
+        name: gpu_status.source_hash(csrc, path)
+        for name, path in sources.items()
+        if hopper or not name.endswith("_sm90")
+    }
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a file, but leave one alone that has this text: what includes it need not be compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 class CMakeBuild(build_ext):
@@ -85,6 +112,14 @@ class CMakeBuild(build_ext):
             ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         )
         build_dir.mkdir(parents=True, exist_ok=True)
+        architectures = os.environ.get("SCAN_FAST_CUDA_ARCHS", "80;90a;100")
+        hashes = source_hashes(architectures) if with_cuda else {}
+        pairs = "".join(f'    {{"{name}", "{sha256}"}},\n' for name, sha256 in hashes.items())
+        write_if_changed(
+            build_dir / "generated" / "source_hashes.inc",
+            # The last pair is no source: an array cannot be empty.
+            f'constexpr const char* kSourceHashes[][2] = {{\n{pairs}    {{"", ""}},\n}};\n',
+        )
         arguments = [
             f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -96,7 +131,9 @@ class CMakeBuild(build_ext):
             f"-DSCAN_FAST_OUTPUT_DIR={output.parent}",
             f"-DSCAN_FAST_OUTPUT_NAME={output.name}",
             f"-DSCAN_FAST_WITH_CUDA={'ON' if with_cuda else 'OFF'}",
-            f"-DSCAN_FAST_CUDA_ARCHS={os.environ.get('SCAN_FAST_CUDA_ARCHS', '80;90a;100')}",
+            f"-DSCAN_FAST_CUDA_ARCHS={architectures}",
+            f"-DSCAN_FAST_WAIT_LIMIT={'ON' if os.environ.get('SCAN_FAST_WAIT_LIMIT', '0') == '1' else 'OFF'}",
+            f"-DSCAN_FAST_GENERATED_DIR={build_dir / 'generated'}",
             f"-DSCAN_FAST_BUILD_TESTS={'ON' if os.environ.get('SCAN_FAST_BUILD_TESTS', '0') == '1' else 'OFF'}",
         ]
         if with_cuda:

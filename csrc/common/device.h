@@ -57,6 +57,10 @@
 
 #include "common/types.h"
 
+#if !defined(SCAN_FAST_EMULATE)
+#include "common/launch_trace.h"
+#endif
+
 #if defined(SCAN_FAST_EMULATE)
 #include "common/emulator.h"
 #elif defined(__CUDACC__)
@@ -223,6 +227,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, S
     throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
                    "a kernel's shared memory");
   }
+  if (traces_launches().load(std::memory_order_relaxed)) note_launch(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
   throw_on_error(cudaGetLastError(), "a kernel launch");
 }

@@ -180,10 +180,12 @@ def epoch_seconds(stage: Stage[Any], context: Context, seconds: float) -> float:
         synchronize(context)
         return time.perf_counter() - begin
 
-    steps(WARM_UP_STEPS if context.device.type == "cuda" else 1)
-    first = steps(1)
-    count = min(50, max(1, math.ceil(seconds / max(first, 1e-6))))
-    per_step = steps(count) / count
+    if context.device.type == "cuda":
+        steps(WARM_UP_STEPS)
+    per_step = steps(1)
+    if per_step < seconds:
+        count = min(50, math.ceil(seconds / per_step))
+        per_step = steps(count) / count
     return per_step * steps_per_epoch(stage.n_images, training.batch_size)
 
 

@@ -173,7 +173,7 @@ def take_carried(folder: Path, say: Callable[[str], None]) -> None:
 def _expected(error: Exception) -> bool:
     from scan_fast.runs.folder import RunError
 
-    return isinstance(error, (ValueError, OSError, RunError, carried.CarriedError))
+    return isinstance(error, (ValueError, OSError, ImportError, RunError, carried.CarriedError))
 
 
 def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -> int:
@@ -182,7 +182,8 @@ def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -
 
     from scan_fast.runs.folder import RunError, RunFolder
 
-    from .gpu import archive
+    # All that the run imports, before anything takes time.
+    from .gpu import archive, schedule  # noqa: F401
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU that torch can use; --device cpu rehearses the run on the processor")
@@ -295,7 +296,7 @@ def train(
     """Do the stages that are not finished, and then what a run leaves behind."""
     from scan_fast.stages.context import open_context
     from scan_fast.stages.machine import kept_memory
-    from scan_fast.stages.pipeline import STAGES, run_stages, stages_of
+    from scan_fast.stages.pipeline import STAGES, finish, stages_of
 
     events = watched_events(run, watch, say)
     context = open_context(config, run, events, splits)
@@ -310,8 +311,8 @@ def train(
             report.write("running")
             say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
     report.write("finished")
-    # The last files (assignments.csv, model.pt, report.html), of no weight for the result.
-    run_stages(context, stages_of(context))
+    if not run.has("report.html"):
+        finish(context)  # assignments.csv, model.pt, report.html: of no weight for the result
 
 
 def headline(entry: dict[str, Any]) -> str:

@@ -15,17 +15,16 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 # Standard library only: the driver's own imports have to wait until what was carried along is in place.
 from .gpu import carried
+from .gpu.watch import Stopped, Watch
 
 if TYPE_CHECKING:
     from scan_fast.data.datasets import Splits
@@ -37,77 +36,8 @@ BEGIN = time.monotonic()
 TITLE = "CIFAR-10 (JPEG)"
 RESERVE = 0.08
 """The part of the minutes that no epoch is planned for: writing, and a machine that slows down."""
-STOP_SHARE = 0.02
-"""When so much of the minutes is left, training stops at a checkpoint."""
 CHECKPOINT_SECONDS = 20.0
-EXIT_FAILED, EXIT_USAGE, EXIT_TIME = 1, 2, 3
-
-
-class Stopped(BaseException):
-    """The run ends here, and can go on later; like KeyboardInterrupt, nothing in between should catch it."""
-
-    def __init__(self, status: str, code: int) -> None:
-        super().__init__(status)
-        self.status, self.code = status, code
-
-
-class Watch:
-    """Knows when to stop: when the time is up, or on SIGINT or SIGTERM.
-
-    While a stage trains, the next step writes a checkpoint and the one after it stops; elsewhere it stops at once, and
-    so does a second signal.
-    """
-
-    def __init__(self, minutes: float, begin: float) -> None:
-        self.begin = begin
-        self.seconds = 60 * minutes
-        self.training = False
-        self._wanted: Stopped | None = None
-        self._saving = False
-
-    @property
-    def elapsed(self) -> float:
-        """The seconds since this process began."""
-        return time.monotonic() - self.begin
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals for the time."""
-        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self._wanted is not None
-        self._wanted = Stopped(f"interrupted by {signal.Signals(number).name}", 128 + number)
-        if again or not self.training:
-            raise self._wanted
-
-    def check(self) -> None:
-        """Stop between two stages, where nothing is under way.
-
-        Raises:
-            Stopped: where it is time.
-        """
-        if self._wanted is None and self.elapsed >= (1 - STOP_SHARE) * self.seconds:
-            self._wanted = Stopped(f"time is up after {self.elapsed / 60:.1f} minutes", EXIT_TIME)
-        if self._wanted is not None:
-            raise self._wanted
-
-    def after_step(self, context: Context) -> None:
-        """Stop between two training steps, once a checkpoint holds them all."""
-        try:
-            self.check()
-        except Stopped:
-            if self._saving:
-                raise
-            # The loop asks after every step how old the last checkpoint may be: it writes one now.
-            self._saving = True
-            runtime = context.config.runtime.model_copy(update={"checkpoint_seconds": 0.0})
-            context.config = context.config.model_copy(update={"runtime": runtime})
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None, begin: float = BEGIN) -> int:
@@ -171,9 +101,11 @@ def take_carried(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _expected(error: Exception) -> bool:
-    from scan_fast.runs.folder import RunError
-
-    return isinstance(error, (ValueError, OSError, ImportError, RunError, carried.CarriedError))
+    if isinstance(error, (ValueError, OSError, ImportError, carried.CarriedError)):
+        return True
+    # Where the driver cannot be imported, nothing raises its errors.
+    driver = sys.modules.get("scan_fast.runs.folder")
+    return driver is not None and isinstance(error, driver.RunError)
 
 
 def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -> int:
@@ -248,6 +180,8 @@ def make_plan(options: argparse.Namespace, splits: Splits, watch: Watch, say: Ca
     Raises:
         ValueError: for too little time, or an archive that is not that of the run.
     """
+    from scan_fast.runs.folder import RunFolder
+
     from .gpu import archive, schedule
 
     file: Path = options.run_folder / "plan.json"
@@ -262,6 +196,7 @@ def make_plan(options: argparse.Namespace, splits: Splits, watch: Watch, say: Ca
         say(f"plan: going on with {_spelled(plan['epochs'])}")
         return plan
     config = configuration(options)
+    RunFolder.open(options.run_folder / "run", config)  # refuses a folder of something else before anything takes time
     full = schedule.learned_stages(config)
     begin = watch.elapsed
     speeds = schedule.measure(config, splits, options.run_folder / "measure", min(1.5, 0.01 * watch.seconds))

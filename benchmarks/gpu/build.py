@@ -117,6 +117,9 @@ def prepare(options: argparse.Namespace) -> None:
     """Do all of it, and say what came of it."""
     begin = time.monotonic()
     interpreter = check_interpreter(options.python, options.want_python, options.want_torch)
+    missing = [tool for tool in ("strip", "readelf") if shutil.which(tool) is None]
+    if missing:
+        raise BuildError(f"{' and '.join(missing)} of the binutils are needed and not on the PATH")
     if options.data is not None and not options.data.is_file():
         raise BuildError(f"--data: {options.data} is no file")
     out: Path = options.out

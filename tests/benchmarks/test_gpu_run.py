@@ -21,6 +21,7 @@ from PIL import Image
 
 from benchmarks import gpu_run
 from benchmarks.gpu import archive, schedule
+from benchmarks.gpu.watch import EXIT_TIME
 from scan_fast.data.errors import DataError
 from scan_fast.runs.config import find_config, load_config
 
@@ -179,7 +180,7 @@ SMALL = [
     *("model.width=0.0625", "mining.k=5", "clustering.n_clusters=3", "clustering.heads=2"),
     *("pretext.batch_size=16", "clustering.batch_size=16", "selflabel.batch_size=16", "selflabel.evaluate_every=1"),
 ]
-EPOCHS = ["pretext.epochs=30", "clustering.epochs=3", "selflabel.epochs=3"]
+EPOCHS = ["pretext.epochs=15", "clustering.epochs=3", "selflabel.epochs=3"]
 
 
 def arguments(small: Path, folder: Path, *more: str, minutes: float = 10) -> list[str]:
@@ -234,7 +235,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_result(
     wait_for(cut, second, "clustering")
     second.kill()
     output, _ = second.communicate(timeout=240)
-    assert "pretext: going on after epoch" in output and "plan: going on with pretext 30," in output
+    assert "pretext: going on after epoch" in output and "plan: going on with pretext 15," in output
     killed = result(cut)
     assert killed["status"] == "running" and list(killed["stages"]) == ["pretext", "mining"]
 
@@ -242,7 +243,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_result(
     one, other = result(whole), result(cut)
     assert one["status"] == other["status"] == "finished"
     assert one["environment"]["commit"] == "c0ffee" and one["dataset"] == "CIFAR-10 (JPEG)"
-    assert one["plan"]["epochs"] == {"pretext": 30, "clustering": 3, "selflabel": 3}
+    assert one["plan"]["epochs"] == {"pretext": 15, "clustering": 3, "selflabel": 3}
     for content in (one, other):
         for entry in content["stages"].values():
             assert entry.pop("seconds") >= 0
@@ -271,7 +272,7 @@ def test_time_that_ends_in_the_middle(small: Path, tmp_path: Path, capsys: pytes
 
     capsys.readouterr()
     begin = time.monotonic()
-    assert gpu_run.main(arguments(small, tmp_path, *many, minutes=0.25), begin) == gpu_run.EXIT_TIME
+    assert gpu_run.main(arguments(small, tmp_path, *many, minutes=0.2), begin) == EXIT_TIME
     assert time.monotonic() - begin < 30
     content = result(tmp_path)
     assert content["status"].startswith("time is up after 0.2 minutes")
@@ -316,6 +317,24 @@ def test_other_mistakes_are_one_line(
 ) -> None:
     assert gpu_run.main(arguments(small, tmp_path, *more), time.monotonic()) == gpu_run.EXIT_USAGE
     assert capsys.readouterr().out.splitlines()[-1] == f"gpu_run: {line}"
+
+
+def test_a_folder_of_another_run_is_one_line(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "run").mkdir(parents=True)
+    (tmp_path / "run" / "run" / "notes.txt").write_text("something else")
+    assert gpu_run.main(arguments(small, tmp_path, *EPOCHS), time.monotonic()) == gpu_run.EXIT_USAGE
+    assert "is not empty and is no run folder" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_without_pydantic_and_wheels_it_says_so(small: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['pydantic'] = None; from benchmarks import gpu_run; "
+        "sys.exit(gpu_run.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments(small, tmp_path)]
+    done = subprocess.run(command, cwd=gpu_run.carried.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout == f"gpu_run: no wheels were carried: {tmp_path / 'none' / 'wheels'} holds none\n"
 
 
 def test_importing_it_leaves_the_driver_for_later() -> None:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def test_the_plan_of_a_known_machine() -> None:
     assert schedule.plan_epochs(FULL, measured, 30 + 1250) == FULL
     plan = schedule.plan_epochs(FULL, measured, 30 + 312.5)
     assert plan == {"pretext": 50, "clustering": 7, "selflabel": 25}
+
+
+def test_a_dear_epoch_that_does_not_fit_leaves_no_place_to_cheap_ones() -> None:
+    full = {"dear": 2, "cheap": 10}
+    measured = schedule.Speeds({"dear": 10.0, "cheap": 1.0}, once=0.0)
+    plans = [schedule.plan_epochs(full, measured, available) for available in range(11, 40)]
+    assert all(later[name] >= former[name] for former, later in pairwise(plans) for name in full)
+    assert plans[0] == {"dear": 1, "cheap": 1} and plans[-1] == full
 
 
 def test_the_warm_up_is_scaled_along() -> None:

@@ -8,8 +8,8 @@
 // render_views keeps two images. Sums and histograms are integers, so nothing depends on the order of threads.
 //   up to 32 x 32     a warp per image, eight images a block, and no barrier of the block: images in one block may follow
 //                     quite different recipes. Per image 8 KiB and 4 KiB of tables.
-//   up to 113 x 113   a block of 256 threads per image: 100 KiB, of which two blocks fit where a multiprocessor has 228 KiB.
-//                     Where a block may have 99 KiB, tables included, up to 110 x 110.
+//   up to 113 x 113   a block of 256 threads per image, up to 100 KiB. Where a block may have 99 KiB, tables included, that
+//                     is up to 110 x 110.
 //   above             likewise, but the pair of images lies in global memory, one for each of a limited number of blocks,
 //                     where the second cache holds it.
 // What does not fit into a block of the GPU at hand takes the next form.

@@ -43,9 +43,8 @@
 // cp_async_wait (copies land only at the wait), collectives some lanes never reach, misaligned vectors, and with
 // emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
 // ld_shared/st_shared, cp_async, ldmatrix and atomics), and launches that the emulated GPU (emu::options()) would refuse:
-// too much shared memory, or more than 48 KB that were not asked for; static arrays count once a thread has come to them,
-// whereas nvcc counts those of branches that nobody takes, too. emu::options().seed permutes the order of blocks and
-// threads.
+// too much shared memory, or more than 48 KB that were not asked for. Static arrays count once a thread has come to them;
+// nvcc counts those of branches that nobody takes, too. emu::options().seed permutes the order of blocks and threads.
 // Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
 // summed in float32 in ascending k, which hardware does not promise (emu::options().truncate: as aligned addends, all cut
 // off at 24 bits). Times mean nothing.

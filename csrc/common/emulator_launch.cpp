@@ -1,7 +1,7 @@
 // What a GPU asks of a launch before the first thread runs: its grid, its block, its shared memory.
 //
-// Static arrays make themselves known when a thread comes to them, so shared memory is judged at the launch and again at
-// each new array.
+// Static arrays make themselves known when a thread comes to them, so shared memory is judged at the launch and again
+// at each new array.
 #include <map>
 #include <string>
 #include <utility>

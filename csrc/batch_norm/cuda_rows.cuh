@@ -55,9 +55,17 @@ template <typename T, bool kAligned>
 struct Channels {
   int64_t channels;
   int vectors, vector;
+  int first, next, jump;  // without kAligned: channel 0, from one to the next, from the first four to the others
 
+  __device__ __forceinline__ Channels(int64_t channels_, int vectors_, int vector_)
+      : channels(channels_), vectors(vectors_), vector(vector_) {
+    const bool adjacent = channels % kVector == 0, halves = sizeof(T) == 4;
+    first = !adjacent ? vector : halves ? 4 * vector : kVector * vector;
+    next = adjacent ? 1 : vectors;
+    jump = !adjacent ? 4 * vectors : halves ? static_cast<int>(channels / 2) : 4;
+  }
   __device__ __forceinline__ int64_t of(int i) const {
-    if (!kAligned && channels % kVector != 0) return static_cast<int64_t>(i) * vectors + vector;
+    if constexpr (!kAligned) return first + i / 4 * jump + i % 4 * next;
     if constexpr (sizeof(T) == 4) return (i < 4 ? 0 : channels / 2) + 4 * static_cast<int64_t>(vector) + i % 4;
     return kVector * static_cast<int64_t>(vector) + i;
   }

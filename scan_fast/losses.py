@@ -36,7 +36,7 @@ def nt_xent(
 
     ``torch.set_float32_matmul_precision("medium")`` lets the kernel round the operands of its matrix products to 16
     bits, as it lets ``torch.matmul``: several times as fast where the processor has such products, with gradients good
-    to about a hundredth.
+    to about a hundredth. On a CPU ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does the same.
 
     Returns:
         A float32 scalar, or (2N,) / (N,) losses for ``reduction="none"``.

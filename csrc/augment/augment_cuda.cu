@@ -8,9 +8,11 @@
 // render_views keeps two images. Sums and histograms are integers, so nothing depends on the order of threads.
 //   up to 32 x 32     a warp per image, eight images a block, and no barrier of the block: images in one block may follow
 //                     quite different recipes. Per image 8 KiB and 4 KiB of tables.
-//   up to 113 x 113   a block of 256 threads per image.
+//   up to 113 x 113   a block of 256 threads per image, up to 100 KiB. Where a block may have 99 KiB, tables included, that
+//                     is up to 110 x 110.
 //   above             likewise, but the pair of images lies in global memory, one for each of a limited number of blocks,
 //                     where the second cache holds it.
+// What does not fit into a block of the GPU at hand takes the next form.
 //
 // Limit: memory sees 3 bytes of source and 3, 6 or 12 of view per pixel; the arithmetic, a few hundred instructions per
 // pixel at four or five operations, is the larger part. The levels are those of the CPU, see pixel.h.
@@ -26,7 +28,7 @@ namespace scan_fast {
 namespace {
 
 constexpr int kWarpSide = 32;  // up to here a warp has an image
-constexpr size_t kSharedBytes = 100 * 1024;
+constexpr size_t kSharedBytes = 100 * 1024;  // of a pair of images, at most
 constexpr int kBlocksPerMultiprocessor = 4;  // where images lie in global memory
 
 // Consecutive threads write consecutive values.
@@ -53,14 +55,24 @@ __device__ __forceinline__ void write(const ViewBatch& batch, const Words& image
   }
 }
 
+using Warps = Group<1>;
+using Block = Group<kThreads / 32>;
+
+constexpr int kPartials = 6 * kThreads / 32, kSums = kThreads / 32;
+
+// Bytes of static shared memory in render_views.
+template <typename G>
+constexpr size_t kTableBytes = G::kImages * (3 * kLevels * sizeof(int) + kLevels * sizeof(uint32_t)) +
+                               kPartials * sizeof(int) + kSums * sizeof(long long);
+
 template <typename G, typename T, bool kInShared>
 __global__ void __launch_bounds__(kThreads, G::kWarps == 1 ? 2 : 3) render_views(ViewBatch batch, Workspace work) {
   using Words = std::conditional_t<kInShared, Shared<uint32_t>, uint32_t*>;
   SCAN_FAST_DYNAMIC_SHARED(memory);
   SCAN_FAST_SHARED(int, counts, G::kImages * 3 * kLevels);
   SCAN_FAST_SHARED(uint32_t, levels, G::kImages * kLevels);
-  SCAN_FAST_SHARED(int, partial, 6 * kThreads / 32);
-  SCAN_FAST_SHARED(long long, sums, kThreads / 32);
+  SCAN_FAST_SHARED(int, partial, kPartials);
+  SCAN_FAST_SHARED(long long, sums, kSums);
   const int side = static_cast<int>(batch.side), group = G::number();
   const int64_t pixels = batch.side * batch.side;
   const Tables tables{counts + group * 3 * kLevels, levels + group * kLevels, partial, sums};
@@ -102,8 +114,9 @@ size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 Plan make_plan(const ViewBatch& batch, void* memory) {
   Plan plan{};
   const size_t pair = static_cast<size_t>(batch.side * batch.side) * 2 * sizeof(uint32_t);
-  plan.images = batch.side <= kWarpSide ? kThreads / 32 : 1;
-  plan.in_shared = pair <= kSharedBytes;
+  const size_t limit = shared_memory_limit();
+  plan.images = batch.side <= kWarpSide && pair * Warps::kImages + kTableBytes<Warps> <= limit ? Warps::kImages : 1;
+  plan.in_shared = plan.images > 1 || (pair <= kSharedBytes && pair + kTableBytes<Block> <= limit);
   plan.shared = plan.in_shared ? pair * static_cast<size_t>(plan.images) : 0;
   const int longest = static_cast<int>(batch.height > batch.width ? batch.height : batch.width);
   plan.work.taps = most_taps(longest, static_cast<int>(batch.side));
@@ -121,9 +134,9 @@ Plan make_plan(const ViewBatch& batch, void* memory) {
 
 template <typename T>
 void render(const ViewBatch& batch, const Plan& plan, StreamHandle stream) {
-  const auto kernel = plan.images > 1   ? render_views<Group<1>, T, true>
-                      : plan.in_shared ? render_views<Group<kThreads / 32>, T, true>
-                                       : render_views<Group<kThreads / 32>, T, false>;
+  const auto kernel = plan.images > 1  ? render_views<Warps, T, true>
+                      : plan.in_shared ? render_views<Block, T, true>
+                                       : render_views<Block, T, false>;
   launch(kernel, dim3(static_cast<unsigned>(plan.work.blocks)), dim3(kThreads), plan.shared, stream, batch, plan.work);
 }
 

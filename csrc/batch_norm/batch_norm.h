@@ -23,7 +23,8 @@ struct BatchNormShape {
   int64_t rows, channels;  // both positive; in training at least two rows
 };
 
-// Bytes of the bits: of each row a 16-bit word per 16 channels. Which bit is whose is each device's own affair.
+// The bits: of each row a 16-bit word per 16 channels. Which bit is whose is each device's own affair, but dtype and shape
+// alone decide it: the forward and the backward pass see tensors at different addresses.
 constexpr int64_t batch_norm_mask_words(const BatchNormShape& shape) {
   return shape.rows * ((shape.channels + 15) / 16);
 }

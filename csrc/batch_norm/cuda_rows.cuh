@@ -47,15 +47,25 @@ Layout layout_of(const BatchNormShape& shape) {
 
 // ---- the eight channels of a thread ---------------------------------------------------------------------------------
 
-// With kAligned (channels a multiple of 8, all addresses of 16 bytes): in 16 bits eight adjacent channels, in float32 four
-// and four half a row later, so that neighbours read adjacent 16 bytes. Otherwise every `vectors`-th channel.
+// Where channels are a multiple of 8: in 16 bits eight adjacent channels, in float32 four and four half a row later, so
+// that with kAligned (and all addresses of 16 bytes) neighbours read adjacent 16 bytes. Otherwise every `vectors`-th
+// channel. kAligned has no say in it: bit i of a byte of the mask is channel of(i), and the passes that write and read
+// the mask see other addresses.
 template <typename T, bool kAligned>
 struct Channels {
   int64_t channels;
   int vectors, vector;
+  int first, next, jump;  // without kAligned: channel 0, from one to the next, from the first four to the others
 
+  __device__ __forceinline__ Channels(int64_t channels_, int vectors_, int vector_)
+      : channels(channels_), vectors(vectors_), vector(vector_) {
+    const bool adjacent = channels % kVector == 0, halves = sizeof(T) == 4;
+    first = !adjacent ? vector : halves ? 4 * vector : kVector * vector;
+    next = adjacent ? 1 : vectors;
+    jump = !adjacent ? 4 * vectors : halves ? static_cast<int>(channels / 2) : 4;
+  }
   __device__ __forceinline__ int64_t of(int i) const {
-    if constexpr (!kAligned) return static_cast<int64_t>(i) * vectors + vector;
+    if constexpr (!kAligned) return first + i / 4 * jump + i % 4 * next;
     if constexpr (sizeof(T) == 4) return (i < 4 ? 0 : channels / 2) + 4 * static_cast<int64_t>(vector) + i % 4;
     return kVector * static_cast<int64_t>(vector) + i;
   }

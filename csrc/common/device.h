@@ -42,7 +42,9 @@
 // memory is allocated to its exact size), reading shared memory never written (poisoned with NaN), a missing
 // cp_async_wait (copies land only at the wait), collectives some lanes never reach, misaligned vectors, and with
 // emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
-// ld_shared/st_shared, cp_async, ldmatrix and atomics). emu::options().seed permutes the order of blocks and threads.
+// ld_shared/st_shared, cp_async, ldmatrix and atomics), and launches that the emulated GPU (emu::options()) would refuse:
+// too much shared memory, or more than 48 KB that were not asked for. Static arrays count once a thread has come to them;
+// nvcc counts those of branches that nobody takes, too. emu::options().seed permutes the order of blocks and threads.
 // Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
 // summed in float32 in ascending k, which hardware does not promise (emu::options().truncate: as aligned addends, all cut
 // off at 24 bits). Times mean nothing.
@@ -52,8 +54,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "common/types.h"
 
@@ -216,17 +221,25 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits) {
 }
 
 inline void throw_on_error(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // CUDA keeps the error, and the next launch, perhaps PyTorch's, would report it again
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline int current_device() {
+  int device = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+inline void set_dynamic_shared(const void* kernel, size_t bytes) {
+  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                 "a kernel's shared memory");
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
-            Arguments&&... arguments) {
-  // Above 48 KB (static included, hence the margin) a kernel must ask for its shared memory.
-  if (smem > 32 * 1024) {
-    throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
-                   "a kernel's shared memory");
-  }
+void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+                  Arguments&&... arguments) {
   if (traces_launches().load(std::memory_order_relaxed)) note_launch(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
   throw_on_error(cudaGetLastError(), "a kernel launch");
@@ -238,16 +251,16 @@ inline void zero_async(void* pointer, size_t bytes, StreamHandle stream) {
 
 // The number of multiprocessors of the current device.
 inline int multiprocessors() {
-  int device = 0, count = 0;
-  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
-  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  int count = 0;
+  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
+                 "cudaDeviceGetAttribute");
   return count;
 }
 
 // The current device's compute capability: 90 for 9.0.
 inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  const int device = current_device();
+  int major = 0, minor = 0;
   throw_on_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   throw_on_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   return 10 * major + minor;
@@ -255,9 +268,8 @@ inline int compute_capability() {
 
 // The bytes of shared memory that a block may ask for on the current device, static ones included.
 inline size_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
-  throw_on_error(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+  int bytes = 0;
+  throw_on_error(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()),
                  "cudaDeviceGetAttribute");
   return static_cast<size_t>(bytes);
 }
@@ -265,6 +277,26 @@ inline size_t shared_memory_limit() {
 #endif
 
 // ---- both forms --------------------------------------------------------------------------------------------------
+
+// Lets a kernel have `bytes` of dynamic shared memory. A block has 48 KB unasked, static arrays included; for more the
+// kernel must be allowed its dynamic part, on each device. How large the static arrays are only the compiler knows, so
+// every kernel with a dynamic part asks. What it may have only grows: other threads launch at the same time.
+inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{current_device(), kernel}];
+  if (bytes <= most) return;
+  set_dynamic_shared(kernel, bytes);
+  most = bytes;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+            Arguments&&... arguments) {
+  if (smem > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), smem);
+  start_kernel(kernel, grid, block, smem, stream, arguments...);
+}
 
 template <typename V, typename T>
 __device__ __forceinline__ V ld_shared(const Shared<T>& p) {

@@ -407,6 +407,8 @@ void* static_shared(const void* key, size_t bytes) {
   if (!region) {
     region = make_region("static", bytes);
     std::memset(region->base, 0xff, bytes);
+    machine.static_bytes += (bytes + 15) / 16 * 16;
+    check_shared_memory();
   }
   return region->base;
 }
@@ -454,12 +456,9 @@ void cp_async_wait(int pending) {
   fiber.copies.erase(std::remove_if(fiber.copies.begin(), fiber.copies.end(), lands), fiber.copies.end());
 }
 
-void run(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) {
+void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) {
+  check_grid(grid, block);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads, not " + std::to_string(threads));
-  if (blocks == 0) fail("a grid must have at least one block");
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("a grid dimension is too large");
-  if (smem > 227 * 1024) fail("a block has at most 227 KB of shared memory, not " + std::to_string(smem) + " bytes");
   machine.threads = static_cast<unsigned>(threads);
   machine.body = &body;
   machine.error = nullptr;
@@ -470,6 +469,9 @@ void run(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) 
   }
   machine.dynamic = make_region("dynamic", smem);
   machine.statics.clear();
+  machine.kernel = kernel;
+  machine.static_bytes = 0;
+  check_shared_memory();
   blockDim = block;
   gridDim = grid;
   machine.random = options().seed;

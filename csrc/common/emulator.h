@@ -48,13 +48,19 @@ struct Options {
   bool detect_races = false;  // report unordered accesses to shared memory
   uint64_t seed = 0;          // 0: blocks and threads in natural order, otherwise permuted by this seed
   int multiprocessors = 3;    // what multiprocessors() says; odd and small, so that row loops run several times
-  size_t shared_memory = 227 * 1024;  // what a block may ask for; launches that want more fail
+  int compute_capability = 90;
+  size_t shared_memory = 0;   // what a block may have, static and dynamic; 0: what that compute capability has
+  int device = 0;             // the current one; kernels ask for shared memory on each
   bool truncate = false;      // matrix units cut their sums off, as coarsely as any GPU does, instead of rounding
 };
 Options& options();
 
-// Runs `body` once per thread of the grid; throws std::runtime_error for what the checks find.
-void run(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+// Runs `body`, a call of the kernel, once per thread of the grid; throws std::runtime_error for what the checks find.
+void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+
+// emulator_launch.cpp: what a block may have, and what the kernel may have of it dynamically on the current device.
+size_t shared_memory_limit();
+void set_dynamic_shared(const void* kernel, size_t bytes);
 
 [[noreturn]] void fail(const std::string& message);
 
@@ -360,14 +366,17 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 // ---- launches ----------------------------------------------------------------------------------------------------
 
+inline int current_device() { return emu::options().device; }
+inline void set_dynamic_shared(const void* kernel, size_t bytes) { emu::set_dynamic_shared(kernel, bytes); }
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle, Arguments&&... arguments) {
-  if (smem > emu::options().shared_memory) emu::fail("a block asks for more shared memory than there is");
-  emu::run(grid, block, smem, [&] { kernel(static_cast<Parameters>(arguments)...); });
+void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle,
+                  Arguments&&... arguments) {
+  emu::run(reinterpret_cast<const void*>(kernel), grid, block, smem,
+           [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 inline void zero_async(void* pointer, size_t bytes, StreamHandle) { std::memset(pointer, 0, bytes); }
 inline int multiprocessors() { return emu::options().multiprocessors; }
-inline int compute_capability() { return 90; }
-inline size_t shared_memory_limit() { return emu::options().shared_memory; }
+inline int compute_capability() { return emu::options().compute_capability; }
+inline size_t shared_memory_limit() { return emu::shared_memory_limit(); }
 
 }  // namespace scan_fast

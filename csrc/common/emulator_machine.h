@@ -104,6 +104,8 @@ struct Machine {
   std::exception_ptr error;
   uint64_t epoch = 1;  // grows at every barrier and block, over the life of the process
   uint64_t random = 0;
+  const void* kernel = nullptr;
+  size_t static_bytes = 0;  // of the arrays that threads have come to
   std::unique_ptr<Region> dynamic;
   std::unordered_map<const void*, std::unique_ptr<Region>> statics;
 #if defined(__x86_64__)
@@ -126,6 +128,10 @@ uint64_t next_random(uint64_t& state);
 // emulator.cpp: what a matrix unit makes of 16 products and the sum so far. Units align the 17 to the largest and may cut
 // each off at 24 bits, and the result again.
 float truncated_sum(const float (&addends)[17]);
+
+// emulator_launch.cpp: whether the GPU would launch this grid; whether it has the kernel's shared memory, as far as known.
+void check_grid(dim3 grid, dim3 block);
+void check_shared_memory();
 
 // emulator_races.cpp
 void touch_as(unsigned thread, const void* pointer, size_t bytes, Access access);

@@ -19,8 +19,14 @@ namespace {
 
 using torch::Tensor;
 
-// torch.set_float32_matmul_precision("medium") allows bfloat16 products, here as in torch.matmul.
-bool reduced_precision() { return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM; }
+at::Float32Precision matmul_precision(at::Float32Backend backend) {
+  return at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
+}
+
+// Whether float32 products may be rounded to 16 bits, here as in torch.matmul: set_float32_matmul_precision("medium") and
+// torch.backends.mkldnn.matmul.fp32_precision = "bf16" allow it. Context::float32MatmulPrecision() knows the first only,
+// and throws where the settings that came with fp32_precision are in use, such as cuda.matmul.fp32_precision = "tf32".
+bool reduced_on_cpu() { return matmul_precision(at::Float32Backend::MKLDNN) == at::Float32Precision::BF16; }
 
 NTXentProblem make_problem(int64_t samples, int64_t dim, double temperature, bool both_anchors, int64_t sample_begin,
                            int64_t sample_count) {
@@ -67,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& z0, const T
   Tensor losses = torch::empty({problem.local_anchors()}, options), lse = torch::empty_like(losses);
   nt_xent_normalize_cpu(problem, x0.const_data_ptr<float>(), x1.const_data_ptr<float>(), unit.data_ptr<float>(),
                         inv_norm.data_ptr<float>());
-  nt_xent_forward_cpu(problem, unit.const_data_ptr<float>(), reduced_precision(), losses.data_ptr<float>(),
+  nt_xent_forward_cpu(problem, unit.const_data_ptr<float>(), reduced_on_cpu(), losses.data_ptr<float>(),
                       lse.data_ptr<float>());
   return {losses, lse, unit, inv_norm};
 }
@@ -83,7 +89,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_losses, const Tensor&
   Tensor grad_z1 = empty_large(grad_z0.sizes(), in.unit.options());
   nt_xent_backward_cpu(in.problem, in.unit.const_data_ptr<float>(), in.inv_norm.const_data_ptr<float>(),
                        in.losses.const_data_ptr<float>(), in.lse.const_data_ptr<float>(),
-                       upstream.const_data_ptr<float>(), reduced_precision(), grad_z0.data_ptr<float>(),
+                       upstream.const_data_ptr<float>(), reduced_on_cpu(), grad_z0.data_ptr<float>(),
                        grad_z1.data_ptr<float>());
   return {grad_z0.to(dtype), grad_z1.to(dtype)};
 }
@@ -99,8 +105,12 @@ DType kernel_dtype(torch::ScalarType dtype) {
   }
 }
 
-// 16-bit embeddings carry no more than single 16-bit products keep.
-bool reduced_on_gpu(torch::ScalarType dtype) { return reduced_precision() || dtype != torch::kFloat; }
+// Of CUDA, PyTorch takes "ieee" and "tf32" only: "medium" is known by what it sets for both. 16-bit embeddings carry no
+// more than single 16-bit products keep.
+bool reduced_on_gpu(torch::ScalarType dtype) {
+  if (dtype != torch::kFloat) return true;
+  return reduced_on_cpu() && matmul_precision(at::Float32Backend::CUDA) == at::Float32Precision::TF32;
+}
 
 NTXentGpuKernels gpu_kernels(const NTXentProblem& problem, bool reduced) {
 #if defined(SCAN_FAST_WITH_SM90)

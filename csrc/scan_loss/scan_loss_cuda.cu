@@ -331,8 +331,9 @@ __global__ void __launch_bounds__(kWideThreads)
 
 int64_t rows_at_once(int64_t classes) { return classes > kMostInRegisters ? 1 : classes <= 32 ? 16 : 4; }
 
-// Blocks per head: at least two turns of rows for each, all blocks resident at once (four per multiprocessor), and one
-// block, which needs no ticket, for what one block does in a few turns.
+// Blocks per head: at least two turns of rows for each, four blocks per multiprocessor, and one block, which needs no
+// ticket, for what one block does in a few turns. Four are resident at once but for rows of more than 512 classes: there
+// the compiler's registers for sm_90 leave room for four forward and three backward, unaligned for three and two.
 int blocks_per_head(const ScanLossShape& shape) {
   if (shape.rows * shape.classes <= 2048) return 1;
   const int64_t turn = rows_at_once(shape.classes), wanted = (shape.rows + 2 * turn - 1) / (2 * turn);

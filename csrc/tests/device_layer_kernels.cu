@@ -82,6 +82,22 @@ __global__ void warp_exchange_kernel(float* out, bool sync) {
   out[lane] = values[31 - lane];
 }
 
+// 32 KB of static shared memory and whatever the launch adds.
+__global__ void shared_sizes_kernel(float* out, int dynamic_floats) {
+  SCAN_FAST_SHARED(float, fixed, 8 * 1024);
+  SCAN_FAST_DYNAMIC_SHARED(memory);
+  const Shared<float> dynamic = memory.as<float>();
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < 8 * 1024; i += threads) fixed[i] = 1.0f;
+  for (int i = thread; i < dynamic_floats; i += threads) dynamic[i] = 1.0f;
+  __syncthreads();
+  if (thread > 0) return;
+  float sum = 0;
+  for (int i = 0; i < 8 * 1024; ++i) sum += fixed[i];
+  for (int i = 0; i < dynamic_floats; ++i) sum += dynamic[i];
+  *out = sum;
+}
+
 template <typename T>
 __global__ void round_trip_kernel(const float* x, float* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
@@ -118,6 +134,15 @@ void tickets(int* total, unsigned* ticket, int* last, int blocks, int threads) {
 }
 
 void warp_exchange(float* out, bool sync) { launch(warp_exchange_kernel, dim3(1), dim3(32), 0, nullptr, out, sync); }
+
+void shared_sizes(float* out, size_t dynamic_bytes, bool ask) {
+  const int floats = static_cast<int>(dynamic_bytes / sizeof(float));
+  if (ask) {
+    launch(shared_sizes_kernel, dim3(2), dim3(64), dynamic_bytes, nullptr, out, floats);
+  } else {
+    start_kernel(shared_sizes_kernel, dim3(2), dim3(64), dynamic_bytes, nullptr, out, floats);
+  }
+}
 
 void round_trip(DType dtype, const float* x, float* out, int n) {
   dispatch_dtype(dtype, [&]<typename T>() {

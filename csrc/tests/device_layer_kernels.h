@@ -1,6 +1,7 @@
 // Launchers of the small kernels that exercise common/device.h; each names the property it is for.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/types.h"
@@ -19,6 +20,9 @@ void lanes(int* out);
 void tickets(int* total, unsigned* ticket, int* last, int blocks, int threads);
 // A warp passes values through shared memory with or without __syncwarp.
 void warp_exchange(float* out, bool sync);
+// out = how many floats lie in 32 KB of static and dynamic_bytes of dynamic shared memory. Without `ask` the launch does
+// not see to it that the kernel may have them.
+void shared_sizes(float* out, size_t dynamic_bytes, bool ask);
 // out[i] = x[i] converted to the 16-bit type and back; packed pairs.
 void round_trip(DType dtype, const float* x, float* out, int n);
 

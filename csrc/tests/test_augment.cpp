@@ -147,6 +147,17 @@ void large_images() {
   compare({2, 130, 118, 115, 3, {Operation::kSharpness, Operation::kEqualize, Operation::kContrast}}, 60);
 }
 
+// Sides at which static and dynamic shared memory pass 48 KB, and what a block of the GPU has. Each GPU is another device,
+// so that no kernel has asked for its shared memory yet.
+void sides_at_the_limits_of_shared_memory() {
+  for (const int capability : {86, 80, 90, 120, 75}) {
+    emu::options() = {.compute_capability = capability, .device = capability};
+    for (const int64_t side : {15, 16, 17, 19, 22, 23, 24, 31, 32, 33, 86, 87, 110, 111, 113, 114}) {
+      compare({side > 32 ? 1 : 9, 24, 21, side, 1, {Operation::kContrast}}, 80 + static_cast<uint64_t>(side));
+    }
+  }
+}
+
 void no_images() {
   emu::options() = {};
   compare({0, 4, 4, 4, 1, kAll}, 70);
@@ -161,6 +172,7 @@ int main() {
   RUN(boxes_and_sizes);
   RUN(formats);
   RUN(large_images);
+  RUN(sides_at_the_limits_of_shared_memory);
   RUN(no_images);
   return check::finish();
 }

@@ -14,7 +14,10 @@ struct Case {
   double mean = 0.3, spread = 1.5;  // of x
   size_t shift = 0;                 // elements by which x, y and their gradients miss the start of their memory
   bool running = true;
+  unsigned moved = 0;               // those below that miss it by one element more
 };
+
+constexpr unsigned kX = 1, kResidual = 2, kY = 4, kGradY = 8, kGradX = 16, kGradResidual = 32;
 
 struct Inputs {
   Elements x, residual, grad_y;
@@ -48,30 +51,49 @@ Inputs inputs_of(const Case& c, uint64_t seed) {
   return in;
 }
 
+// A tensor as a kernel gets it: a copy that begins one element further on if its case says so. `back` copies the values
+// into the original.
+struct Argument {
+  Elements memory;
+  size_t start, bytes;
+  Argument(const Case& c, const Elements& values, unsigned which)
+      : memory(c.dtype, values.size() + (c.moved & which ? 1 : 0)) {
+    const size_t element = c.dtype == DType::kFloat32 ? 4 : 2;
+    start = c.moved & which ? element : 0;
+    bytes = element * values.size();
+    std::memcpy(static_cast<char*>(memory.data()) + start, values.data(), bytes);
+  }
+  void* at(size_t offset) { return static_cast<char*>(memory.data()) + start + offset; }
+  void back(Elements& values) { std::memcpy(values.data(), at(0), bytes); }
+};
+
 Results run(const Case& c, const Inputs& in) {
   const size_t n = c.shape.rows * c.shape.channels + c.shift, channels = c.shape.channels;
   const size_t start = c.shift * (c.dtype == DType::kFloat32 ? 4 : 2);
-  auto from = [&](const Elements& e) { return static_cast<const char*>(e.data()) + start; };
-  auto to = [&](Elements& e) { return static_cast<char*>(e.data()) + start; };
   const std::vector<float> nothing(channels, NAN);
   Results r{Elements(c.dtype, n), Elements(c.dtype, n), Elements(c.dtype, n), nothing, nothing, in.running_mean,
             in.running_var,       nothing,              nothing};
+  Argument x(c, in.x, kX), residual(c, in.residual, kResidual), grad_y(c, in.grad_y, kGradY), y(c, r.y, kY),
+      grad_x(c, r.grad_x, kGradX), grad_residual(c, r.grad_residual, kGradResidual);
   const bool keep = c.residual && c.relu;
   std::vector<uint16_t> mask(keep ? batch_norm_mask_words(c.shape) : 0, 0xffff);
   std::vector<unsigned char> workspace(batch_norm_cuda_workspace(c.shape), 0xff);
   batch_norm_forward_cuda(c.dtype, c.shape,
-                          {from(in.x), c.residual ? from(in.residual) : nullptr, in.weight.data(), in.bias.data(),
+                          {x.at(start), c.residual ? residual.at(start) : nullptr, in.weight.data(), in.bias.data(),
                            c.running ? r.running_mean.data() : nullptr, c.running ? r.running_var.data() : nullptr,
-                           to(r.y), r.mean.data(), r.inv_std.data(), keep ? mask.data() : nullptr, workspace.data(),
+                           y.at(start), r.mean.data(), r.inv_std.data(), keep ? mask.data() : nullptr, workspace.data(),
                            kMomentum, kEps, c.training, c.relu},
                           nullptr);
   std::fill(workspace.begin(), workspace.end(), 0xff);
   batch_norm_backward_cuda(c.dtype, c.shape,
-                           {from(in.grad_y), from(in.x), in.weight.data(), in.bias.data(), r.mean.data(),
-                            r.inv_std.data(), keep ? mask.data() : nullptr, to(r.grad_x),
-                            c.residual ? to(r.grad_residual) : nullptr, r.grad_weight.data(), r.grad_bias.data(),
+                           {grad_y.at(start), x.at(start), in.weight.data(), in.bias.data(), r.mean.data(),
+                            r.inv_std.data(), keep ? mask.data() : nullptr, grad_x.at(start),
+                            c.residual ? grad_residual.at(start) : nullptr, r.grad_weight.data(), r.grad_bias.data(),
                             workspace.data(), c.training, c.relu},
                            nullptr);
+  y.back(r.y);
+  grad_x.back(r.grad_x);
+  grad_residual.back(r.grad_residual);
   return r;
 }
 
@@ -154,6 +176,21 @@ void rows_that_start_anywhere() {
   for (const DType dtype : check::kDTypes) {
     emu::options() = {.detect_races = true, .seed = 3};
     check_case({.dtype = dtype, .shape = {50, 16}, .residual = true, .relu = true, .training = true, .shift = 1}, 7);
+  }
+}
+
+// The forward pass may find all addresses of 16 bytes and the backward pass not, or the other way round: they must agree
+// on the bits of the mask.
+void addresses_that_differ_between_passes() {
+  for (const DType dtype : check::kDTypes) {
+    for (const int64_t channels : {8, 16, 64, 136, 264, 20}) {
+      for (const unsigned moved : {0u, kResidual, kY, kGradY, kGradX, kGradResidual, kResidual | kGradY, kX}) {
+        emu::options() = {.detect_races = true, .seed = moved + 1};
+        check_case({.dtype = dtype, .shape = {64, channels}, .residual = true, .relu = true, .training = moved != kY,
+                    .moved = moved},
+                   200 + moved);
+      }
+    }
   }
 }
 
@@ -251,6 +288,7 @@ void same_bits_in_any_order() {
 int main() {
   RUN(matches_the_definition);
   RUN(rows_that_start_anywhere);
+  RUN(addresses_that_differ_between_passes);
   RUN(many_multiprocessors);
   RUN(large_means_cancel_nothing);
   RUN(constant_channels);

@@ -41,6 +41,48 @@ void faults_are_reported() {
   for (int lane = 0; lane < 32; ++lane) CHECK(swapped[lane] == static_cast<float>(31 - lane));
 }
 
+constexpr size_t kKilobyte = 1024, kFixed = 32 * kKilobyte;
+
+// 48 KB, static arrays included, are a kernel's unasked; above, CUDA refuses the launch. Each GPU is asked for itself.
+void shared_memory_is_asked_for() {
+  float floats = 0;
+  for (const int device : {0, 1}) {
+    emu::options() = {.device = device};
+    CHECK_THROWS(shared_sizes(&floats, 16 * kKilobyte + 16, false), "more than the 48 KB");
+    shared_sizes(&floats, 16 * kKilobyte, false);
+    CHECK(floats == 12 * 1024);
+    for (const size_t dynamic : {17 * kKilobyte, 32 * kKilobyte, 33 * kKilobyte, 100 * kKilobyte, 4 * kKilobyte}) {
+      shared_sizes(&floats, dynamic, true);
+      CHECK(floats == static_cast<float>((kFixed + dynamic) / sizeof(float)));
+    }
+    // A smaller launch takes nothing away from a larger one of another thread.
+    shared_sizes(&floats, 100 * kKilobyte, false);
+    CHECK_THROWS(shared_sizes(&floats, 101 * kKilobyte, false), "asked for 102400 bytes");
+  }
+}
+
+void shared_memory_of_a_block_ends() {
+  const struct {
+    int capability;
+    size_t kilobytes;
+  } gpus[] = {{75, 64}, {80, 163}, {86, 99}, {87, 163}, {89, 99}, {90, 227}, {100, 227}, {120, 99}};
+  float floats = 0;
+  for (const auto& gpu : gpus) {
+    emu::options() = {.compute_capability = gpu.capability, .device = gpu.capability};
+    CHECK(compute_capability() == gpu.capability);
+    const size_t limit = gpu.kilobytes * kKilobyte;
+    CHECK(shared_memory_limit() == limit);
+    shared_sizes(&floats, limit - kFixed, true);
+    CHECK(floats == static_cast<float>(limit / sizeof(float)));
+    CHECK_THROWS(shared_sizes(&floats, limit - kFixed + 16, true), "are more than");
+    CHECK_THROWS(shared_sizes(&floats, limit + 16, true), "are asked for");
+  }
+  emu::options() = {.shared_memory = 40 * kKilobyte, .device = 1000};
+  CHECK_THROWS(shared_sizes(&floats, 9 * kKilobyte, true), "are more than");
+  emu::options() = {.compute_capability = 30};
+  CHECK_THROWS(shared_memory_limit(), "compute capability 30");
+}
+
 template <typename T>
 void matrix_products(DType dtype) {
   check::Random random{7};
@@ -131,6 +173,8 @@ void conversions() {
 int main() {
   RUN(block_sums);
   RUN(faults_are_reported);
+  RUN(shared_memory_is_asked_for);
+  RUN(shared_memory_of_a_block_ends);
   RUN(matrix_products_half);
   RUN(matrix_products_bf16);
   RUN(warp_collectives);

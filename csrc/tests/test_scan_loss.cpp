@@ -152,6 +152,23 @@ void same_bits_in_any_order() {
   }
 }
 
+// As many blocks as an H100 gets, and the most classes whose sums a block keeps in shared memory, where it has 99 KB.
+void many_multiprocessors_and_little_shared_memory() {
+  const auto check_shape = [](DType dtype, const ScanLossShape& shape) {
+    const size_t elements = shape.heads * shape.rows * shape.classes;
+    const Elements a = check::normal_logits(dtype, elements, 3, 41), n = check::normal_logits(dtype, elements, 3, 42);
+    const Upstream upstream{std::vector<float>(shape.heads, -1.5f), {}, {}};
+    compare(dtype, shape, a, n, 5.0f, upstream, run(dtype, shape, a, n, 5.0f, upstream));
+  };
+  emu::options() = {.seed = 6, .multiprocessors = 132};
+  check_shape(DType::kBFloat16, {2, 900, 10});
+  check_shape(DType::kFloat32, {10, 300, 40});
+  check_shape(DType::kFloat16, {1, 40, 1500});
+  emu::options() = {.compute_capability = 86, .device = 86};
+  check_shape(DType::kFloat32, {1, 3, 24 * 1024});
+  check_shape(DType::kFloat32, {1, 3, 24 * 1024 + 1});
+}
+
 void nan_and_infinity_stay_visible() {
   emu::options() = {};
   for (const int64_t classes : {6, 40, 1100}) {
@@ -180,6 +197,7 @@ int main() {
   RUN(matches_the_definition);
   RUN(rows_that_disagree_and_masked_classes);
   RUN(same_bits_in_any_order);
+  RUN(many_multiprocessors_and_little_shared_memory);
   RUN(nan_and_infinity_stay_visible);
   return check::finish();
 }

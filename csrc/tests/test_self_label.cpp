@@ -93,6 +93,17 @@ void matches_the_definition() {
   }
 }
 
+// As many blocks as an H100 gets.
+void many_multiprocessors() {
+  emu::options() = {.seed = 8, .multiprocessors = 132};
+  for (const SelfLabelShape& shape : {SelfLabelShape{3000, 10}, SelfLabelShape{200, 1500}}) {
+    const Elements weak = weak_logits(DType::kBFloat16, shape, 31);
+    const Elements strong = check::normal_logits(DType::kBFloat16, weak.size(), 3, 32);
+    const Results r = run(DType::kBFloat16, shape, weak, strong, 0.9f, true, -1.5f);
+    compare(DType::kBFloat16, shape, weak, strong, 0.9f, true, -1.5f, r);
+  }
+}
+
 void masked_classes_and_ties() {
   emu::options() = {};
   for (const int64_t classes : {10, 36, 300}) {
@@ -146,6 +157,7 @@ void same_bits_in_any_order() {
 
 int main() {
   RUN(matches_the_definition);
+  RUN(many_multiprocessors);
   RUN(masked_classes_and_ties);
   RUN(rows_that_cannot_be_confident);
   RUN(same_bits_in_any_order);

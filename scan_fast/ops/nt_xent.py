@@ -1,7 +1,8 @@
 """NT-Xent: argument checks, the compiled operators' fakes and autograd, and the form for several processes.
 
 Under ``torch.set_float32_matmul_precision("medium")`` the kernels round the operands of their matrix products to 16
-bits, where the processor has fast products for them; sums and exponentials stay in float32. On a GPU that is also so
+bits, where the processor has fast products for them; sums and exponentials stay in float32. Of the newer settings,
+``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` means that on a CPU; for CUDA there is none. On a GPU it is so
 for 16-bit embeddings, which carry no more; float32 embeddings are otherwise split into two 16-bit parts.
 """
 

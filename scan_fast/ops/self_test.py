@@ -177,7 +177,8 @@ def _poison(device: torch.device, *like: Tensor) -> None:
 def _with_gradients(function: Callable[..., Tensor], inputs: Tensors, upstream: Tensor) -> Tensors:
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
     result = function(*leaves)
-    return (result.detach(), *torch.autograd.grad(result, leaves, upstream.to(result)))
+    # Without grad_outputs, which would import the compiler's symbolic shapes at first.
+    return (result.detach(), *torch.autograd.grad((result * upstream.to(result)).sum(), leaves))
 
 
 def _error(found: Tensors, exact: Tensors) -> float:
@@ -256,10 +257,10 @@ def _nt_xent(device: torch.device) -> Iterator[Finding]:
     cases = (
         (3, 5, 0.1, True, (0, 3), FLOATS),
         (65, 33, 0.02, True, (0, 65), FLOATS[:2]),
-        (130, 128, 0.1, True, (0, 130), FLOATS),
-        (150, 64, 0.1, False, (40, 70), FLOATS[:2]),
+        (130, 128, 0.1, True, (0, 130), FLOATS[:2]),
+        (100, 64, 0.1, False, (40, 50), FLOATS[:2]),
         (70, 200, 0.1, True, (0, 70), FLOATS[1:2]),
-        (67, 260, 0.1, True, (0, 67), FLOATS[:2]),
+        (67, 260, 0.1, True, (0, 67), FLOATS[::2]),
     )
     for rows, dim, temperature, both, (begin, count), dtypes in cases:
         generator = _generator()

@@ -132,12 +132,14 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
     if impl == "reference":
         return False
-    reason = _why_not(tensor, operator)
+    device = tensor.device
+    kind = device.type
+    reason = _why_not(tensor.dtype, kind, operator)
     if reason is None:
-        device = tensor.device
-        if device.type not in trust.DEVICE_TYPES or impl == "native":
+        # A processor's kernels are not asked about: this is all that they pay.
+        if kind not in trust.DEVICE_TYPES or impl == "native":
             return True
-        return trust.takes_kernel(FAMILY_OF[operator], device.type, device.index or 0)
+        return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)
     if impl == "native":
         raise ValueError(f'impl="native" is not possible for {operator}: {reason}')
     if _C is None:
@@ -145,14 +147,17 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
     return False
 
 
-def _why_not(tensor: torch.Tensor, operator: str) -> str | None:
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not(dtype: torch.dtype, kind: str, operator: str) -> str | None:
+    if (operator, kind) in _KERNELS and dtype in _DTYPES:
+        return None
     if _C is None:
         return f"the compiled module scan_fast._C could not be loaded ({load_error})"
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"there is no kernel for {tensor.dtype}; use float32, bfloat16 or float16"
-    if not has_kernel(operator, tensor.device.type):
-        return f"there is no kernel for device {tensor.device.type!r} in this build"
-    return None
+    if dtype not in _DTYPES:
+        return f"there is no kernel for {dtype}; use float32, bfloat16 or float16"
+    return f"there is no kernel for device {kind!r} in this build"
 
 
 def _warn_once() -> None:

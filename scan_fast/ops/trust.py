@@ -321,8 +321,8 @@ def _capturing(device: torch.device) -> bool:
 @functools.cache
 def _driver() -> str:
     """Return the version of NVIDIA's driver: what the kernel module says, else what its management library says."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
         if found:
             return found[1]
     import ctypes

@@ -643,3 +643,46 @@ def test_check_fails_where_a_kernel_is_wrong(
     monkeypatch.setattr(check, "_command", lambda device: lambda *_: [sys.executable, "-S", "-c", f"print({wrong!r})"])
     assert main(["info", "--check", "--device", "cpu"]) == 1
     assert capsys.readouterr().out.count("5x7: error 1") == len(GPU_FAMILIES)
+
+
+# ---- scan-fast info, and what is asked of a GPU ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:10:15 UTC 2025\nGCC version: 12.2.0",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs)\nGCC version: 12.2.0",
+    ],
+)
+def test_the_drivers_version(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    trust._driver.cache_clear()
+    try:
+        assert trust._driver() == "580.65.06"
+    finally:
+        trust._driver.cache_clear()
+
+
+@pytest.mark.skipif(not native.has_kernel("nt_xent_forward", "cuda"), reason="no CUDA kernels in this build")
+def test_info_says_what_is_known_about_this_gpu(
+    tests: SelfTests, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_name", "Some GPU"),
+        ("get_device_capability", (9, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    gpu = torch.device("cuda", 0)
+    trust.keep(trust.key_of("nt_xent", "portable", gpu), trust.verdict_of(FAILED))
+    trust.keep(trust.key_of("scan_loss", "portable", gpu), trust.Verdict(True, "self-test passed"))
+    assert main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["scan_loss", "portable", "self-test", "passed"] in lines
+    assert ["nt_xent", "portable", "self-test", "failed:", *FAILED.reason.split()] in lines
+    assert ["self_label", "portable", "not", "tested", "yet"] in lines
+    sm90 = [line for line in lines if line[1:] == ["sm90", "not", "tested", "yet"]]
+    assert len(sm90) == (len(native.GPU_KERNELS) if native.build_info()["sm90_kernels"] else 0)
+    assert tests == []

@@ -96,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("info", _info, "what was built, and what each operation runs on")
     sub.add_argument("--json", action="store_true", help="print as JSON")
+    sub.add_argument(
+        "--check",
+        action="store_true",
+        help="test all kernels on the GPU now; exit code 1 if one is wrong, 2 without GPU",
+    )
+    sub.add_argument("--device", help="with --check: cuda (the default), cuda:N, or cpu for the CPU kernels")
     return parser
 
 
@@ -368,11 +374,30 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if options.device is not None and not options.check:
+        raise ValueError("--device goes with --check")
+    if options.check:
+        return _check_kernels(options)
     from .info import collect, render
 
     facts = collect()
     print(json.dumps(facts, indent=2) if options.json else render(facts))
     return 0
+
+
+def _check_kernels(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .ops.check import check, device_of, table
+
+    device = device_of(options.device or "cuda")
+    rows = list(check(device))
+    if options.json:
+        found = [{"family": family, "kernels": kernels, **asdict(verdict)} for family, kernels, verdict in rows]
+        print(json.dumps(found, indent=2))
+    else:
+        print(table(rows, device))
+    return 0 if all(verdict.passed for _, _, verdict in rows) else 1
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
 ``"unverified"`` (an earlier form of it passed; that record stays) or ``"never run"``.
-``python -m benchmarks.gpu_status`` maintains it. Where an operation has several kernels, its dispatcher takes what
-:func:`preferred` says (``ops/native.py``).
+``python -m benchmarks.gpu_status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
+without a self-test (``ops/trust.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,14 @@ def records() -> dict[str, dict[str, Any]]:
     return kernels
 
 
-def is_verified(kernel: str) -> bool:
-    """Return whether this very source has passed on a GPU."""
-    return records().get(kernel, {}).get("status") == "verified"
-
-
-def preferred(kernels: Sequence[str]) -> str:
-    """Return the first verified kernel of a sequence, fastest first and most portable last; the last if none is."""
-    return next((name for name in kernels if is_verified(name)), kernels[-1])
+def passed_on(kernel: str, digest: str, gpu: str) -> bool:
+    """Return whether a source of this hash has passed on this model of GPU."""
+    try:
+        record = records().get(kernel, {})
+    except (OSError, ValueError, LookupError):
+        return False
+    passed = record.get("passed") or {}
+    return record.get("status") == "verified" and passed.get("sha256") == digest and passed.get("device") == gpu
 
 
 def summary(name: str, record: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from . import __version__, gpu_status
-from .data.render import automatic_renderer
-from .ops import convolution, native
+from .ops import convolution, native, trust
+from .ops.families import GPU_FAMILIES
 
 OPERATIONS = {
     "nt_xent": "nt_xent_forward",
@@ -19,7 +19,7 @@ OPERATIONS = {
     "topk_neighbors": "topk_neighbors",
 }
 LAYERS = {
-    "batch_norm": lambda device: native.has_kernel("batch_norm_forward", device) and native.batch_norm_pays(device),
+    "batch_norm": lambda device: native.has_kernel("batch_norm_forward", device),
     "conv2d, bfloat16": convolution.is_usable,
 }
 """What networks take for their layers; the reference is PyTorch's own operator."""
@@ -49,14 +49,29 @@ def collect() -> dict[str, Any]:
             for name, taken in LAYERS.items()
         },
         "gpu_kernels": gpu_status.records(),
-        "sm90_families": sorted(native.SM90_FAMILIES),
-        "renderer": {device: automatic_renderer(device) for device in ("cpu", "cuda")},
+        "gpu_trust": _gpu_trust(),
+        "renderer": {
+            device: "fused" if native.has_kernel("augment", device) else "torch" for device in ("cpu", "cuda")
+        },
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
     }
 
 
+def _gpu_trust() -> dict[str, dict[str, str]]:
+    """Return what is known about each family's kernel sets on this GPU; empty without GPU or CUDA kernels."""
+    if not (torch.cuda.is_available() and native.has_kernel("nt_xent_forward", "cuda")):
+        return {}
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {
+        family.name: {
+            kernels: trust.standing(family.name, kernels, device) for kernels in trust.kernel_sets(family.name, device)
+        }
+        for family in GPU_FAMILIES
+    }
+
+
 def runs_on(operator: str, device: str) -> str:
-    """Return "native" or "reference": what impl="auto" takes for float32 on a device."""
+    """Return "native" or "reference": what impl="auto" takes for float32 on a device, on a GPU if it is trusted."""
     return "native" if native.has_kernel(operator, device) else "reference"
 
 
@@ -75,17 +90,19 @@ def render(facts: dict[str, Any]) -> str:
         lines += [
             f"  {key}: {value}" for key, value in build.items() if key not in ("cuda", "cuda_architectures", "torch")
         ]
-    lines.append("operations (impl=auto, float32):")
+    lines.append("operations (impl=auto, float32; on a GPU where its kernels are trusted, see below):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
     renderer = facts["renderer"]
     lines.append(
         f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}"
-        "  (data.renderer=auto: fused where its kernel is compiled, else torch)"
+        "  (data.renderer=auto: fused where its kernel is compiled and trusted, else torch)"
     )
     lines.append("CUDA kernels:")
     lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
-    hopper = ", ".join(facts["sm90_families"]) or "no operation"
-    lines.append(f"  kernels for sm_90a are taken on a GPU that has it by: {hopper} (SCAN_FAST_GPU_KERNELS)")
+    if facts["gpu_trust"]:
+        lines.append("on this GPU (a first use tests what was not; --check tests all now):")
+    for name, sets in facts["gpu_trust"].items():
+        lines += [f"  {name:<12} {kernels:<9} {standing}" for kernels, standing in sets.items()]
     lines.append("optional packages:")
     lines += [
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..ops import native
+from ..ops import native, trust
 from .datasets import DataConfig, Splits
 from .loader import Renderer
 from .render_dali import DaliRenderer
@@ -17,9 +17,14 @@ from .render_torch import TorchRenderer
 RendererName = Literal["torch", "dali", "fused"]
 
 
-def automatic_renderer(device_type: str) -> RendererName:
-    """Return what ``data.renderer=auto`` takes on a device type: fused where its kernel is compiled, else torch."""
-    return "fused" if native.has_kernel("augment", device_type) else "torch"
+def automatic_renderer(device: torch.device | str) -> RendererName:
+    """Return what ``data.renderer=auto`` takes on a device: fused where its kernel is compiled and trusted, else torch.
+
+    The first call on a GPU may test the kernel (:mod:`scan_fast.ops.trust`).
+    """
+    device = torch.device(device)
+    trusted = native.has_kernel("augment", device.type) and trust.takes_kernel_on("augment", device)
+    return "fused" if trusted else "torch"
 
 
 def renderer_for(
@@ -30,7 +35,7 @@ def renderer_for(
     Raises:
         DataError: where the one that is asked for is not possible on the device.
     """
-    chosen = automatic_renderer(device.type) if name == "auto" else name
+    chosen = automatic_renderer(device) if name == "auto" else name
     if chosen == "dali":
         return DaliRenderer(mean, std, device)
     return FusedRenderer(mean, std, device) if chosen == "fused" else TorchRenderer(mean, std, device)

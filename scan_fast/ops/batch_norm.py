@@ -60,11 +60,10 @@ def batch_norm(
 def _takes_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
     if impl == "native":
         return native.use_native(impl, x, "batch_norm_forward")
-    # A compiler fuses the plain operators by itself. A kernel takes its operands as they are.
+    # A compiler fuses the plain operators by itself. A kernel takes its operands as they are. Whether it is trusted is
+    # asked last: that may run its self-test.
     return (
-        native.use_native(impl, x, "batch_norm_forward")
-        and not torch.compiler.is_compiling()
-        and native.batch_norm_pays(x.device.type)
+        not torch.compiler.is_compiling()
         and x.ndim == 4
         and x.numel() > 0
         and weight.dtype == torch.float32
@@ -73,6 +72,7 @@ def _takes_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor
             for t in (x, residual)
             if t is not None
         )
+        and native.use_native(impl, x, "batch_norm_forward")
     )
 
 

@@ -8,26 +8,16 @@ from typing import Any, Literal
 
 import torch  # torch must be loaded before the compiled module: it brings the libraries that the module links to
 
-from scan_fast import gpu_status
+from . import trust
+from .families import FAMILIES, FAMILY_OF
 
 Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
-OPERATORS = (
-    "augment",
-    "batch_norm_forward",
-    "conv2d_forward",
-    "nt_xent_forward",
-    "scan_loss_forward",
-    "self_label_forward",
-    "topk_neighbors",
-)
+OPERATORS = tuple(FAMILY_OF)
 """The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
 
-GPU_KERNELS = {
-    "nt_xent": ("nt_xent/nt_xent_sm90", "nt_xent/nt_xent_cuda"),
-    "neighbors": ("neighbors/neighbors_sm90", "neighbors/neighbors_cuda"),
-}
+GPU_KERNELS = {family.name: (family.sm90, family.portable) for family in FAMILIES.values() if family.sm90 is not None}
 """The families with kernels for sm_90a, and their sources: those, then the portable ones."""
 
 _C: Any = None
@@ -52,41 +42,42 @@ _KERNELS = frozenset(
 )
 
 
-def _prefer_sm90(mode: str) -> frozenset[str]:
-    """Tell the compiled module which families take their kernels for sm_90a on a GPU that has it; return them.
+def kernel_choice() -> str:
+    """Return what the environment variable SCAN_FAST_GPU_KERNELS asks for.
 
-    ``"auto"``: those whose kernels for sm_90a have passed on a GPU (docs/gpu-status.md); ``"sm90"``: all that have such
-    kernels; ``"portable"``: none. In any case the portable kernels do what those for sm_90a do not cover.
+    ``"auto"``: the kernels for sm_90a of a family once :mod:`scan_fast.ops.trust` trusts them; ``"sm90"``: those,
+    without a test; ``"portable"``: never. In any case the portable kernels do what those for sm_90a do not cover.
     """
+    mode = os.environ.get("SCAN_FAST_GPU_KERNELS", "auto")
     if mode not in ("auto", "portable", "sm90"):
         raise ValueError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
-    if _C is None or not _C.build_info().get("sm90_kernels"):
-        return frozenset()
-    chosen = set()
-    for family, sources in GPU_KERNELS.items():
-        on = mode == "sm90" or (mode == "auto" and gpu_status.preferred(sources) == sources[0])
+    return mode
+
+
+SM90_FAMILIES: set[str] = set()
+"""The families that take their kernels for sm_90a on a GPU of compute capability 9.0, as of now."""
+
+
+def has_sm90(family: str) -> bool:
+    """Return whether this build has kernels for sm_90a of a family."""
+    return family in GPU_KERNELS and _C is not None and bool(_C.build_info().get("sm90_kernels"))
+
+
+def takes_sm90(family: str) -> bool:
+    """Return whether a family takes its kernels for sm_90a on a GPU that has it."""
+    return family in SM90_FAMILIES
+
+
+def take_sm90(family: str, on: bool) -> None:
+    """Have a family take its kernels for sm_90a on a GPU that has it, or not; nothing where it has none."""
+    if has_sm90(family):
         _C.prefer_sm90(family, on)
-        if on:
-            chosen.add(family)
-    return frozenset(chosen)
+        (SM90_FAMILIES.add if on else SM90_FAMILIES.discard)(family)
 
 
-# Fixed at import, as the kernels are.
-SM90_FAMILIES = _prefer_sm90(os.environ.get("SCAN_FAST_GPU_KERNELS", "auto"))
-"""The families that take their kernels for sm_90a on a GPU of compute capability 9.0."""
-
-
-# Fixed at import, too.
-_CUDA_BATCH_NORM = gpu_status.is_verified("batch_norm/batch_norm_cuda")
-
-
-def batch_norm_pays(device: str) -> bool:
-    """Return whether networks take the batch normalisation kernel: on a GPU once it has passed on one.
-
-    Until then they take PyTorch's own operators there.
-    """
-    return device == "cpu" or _CUDA_BATCH_NORM
-
+KERNEL_CHOICE = kernel_choice()
+for _family in GPU_KERNELS:
+    take_sm90(_family, KERNEL_CHOICE == "sm90")
 
 _warned = False
 
@@ -131,7 +122,8 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
 
     Returns:
         True for the compiled kernel. ``"auto"`` falls back to the reference where there is no compiled module (with
-        one warning per process), no kernel for the device, or for float64.
+        one warning per process), no kernel for the device, for float64, and on a GPU where the kernel is not trusted
+        (:mod:`scan_fast.ops.trust`).
 
     Raises:
         ValueError: for an unknown ``impl``, or ``"native"`` with an input no kernel takes.
@@ -140,9 +132,14 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
     if impl == "reference":
         return False
-    reason = _why_not(tensor, operator)
+    device = tensor.device
+    kind = device.type
+    reason = _why_not(tensor.dtype, kind, operator)
     if reason is None:
-        return True
+        # A processor's kernels are not asked about: this is all that they pay.
+        if kind not in trust.DEVICE_TYPES or impl == "native":
+            return True
+        return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)
     if impl == "native":
         raise ValueError(f'impl="native" is not possible for {operator}: {reason}')
     if _C is None:
@@ -150,14 +147,17 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
     return False
 
 
-def _why_not(tensor: torch.Tensor, operator: str) -> str | None:
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not(dtype: torch.dtype, kind: str, operator: str) -> str | None:
+    if (operator, kind) in _KERNELS and dtype in _DTYPES:
+        return None
     if _C is None:
         return f"the compiled module scan_fast._C could not be loaded ({load_error})"
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"there is no kernel for {tensor.dtype}; use float32, bfloat16 or float16"
-    if not has_kernel(operator, tensor.device.type):
-        return f"there is no kernel for device {tensor.device.type!r} in this build"
-    return None
+    if dtype not in _DTYPES:
+        return f"there is no kernel for {dtype}; use float32, bfloat16 or float16"
+    return f"there is no kernel for device {kind!r} in this build"
 
 
 def _warn_once() -> None:

@@ -36,20 +36,22 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, reducti
 def nt_xent_distributed(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, impl: str) -> Tensor:
     """The mean loss over this rank's anchors, with all ranks' rows as negatives; see :class:`scan_fast.NTXentLoss`.
 
-    The gradient is that of the sum of all ranks' losses. Communication per step: three integers and the embeddings in
+    The gradient is that of the sum of all ranks' losses. Communication per step: four integers and the embeddings in
     the forward pass and, with the compiled kernels, three numbers per anchor in the backward pass. On a GPU the host
-    waits for none of it, but for the first call with a shape.
+    waits for none of it, but for the first call with a shape. The kernels run where every rank takes them: one whose
+    GPU does not makes all take the reference.
 
     Raises:
         ValueError: as :func:`scan_fast.nt_xent`, and where the ranks' shapes or dtypes differ. On a GPU only the ranks
             whose shape is new to them raise.
     """
     both = _check(z0, z1, temperature, anchors)
-    use_native = native.use_native(impl, z0, "nt_xent_forward")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return nt_xent(z0, z1, temperature, anchors=anchors, reduction="mean", impl=impl)
-    _check_ranks_agree(z0, every_time=not z0.is_cuda)
-    if use_native:
+    with_kernel = native.use_native(impl, z0, "nt_xent_forward")
+    # What a rank tells the others stays as it was the first time: not all read it every time.
+    with_kernel = _offered.setdefault((dist.get_world_size(), impl, z0.dtype, z0.device), with_kernel)
+    if _check_ranks_agree(z0, with_kernel, every_time=not z0.is_cuda):
         return _DistributedNTXent.apply(z0, z1, float(temperature), both).mean()
     n = z0.shape[0]
     views = _Gather.apply(torch.stack([z0, z1]))
@@ -158,28 +160,39 @@ def _all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
-_agreed: dict[tuple[object, ...], Tensor] = {}
-"""What this process has compared with the other ranks: the description that travelled, on the device, by its key."""
+_offered: dict[tuple[object, ...], bool] = {}
+"""Whether this process would take the kernel, by the number of ranks, impl, dtype and device."""
+_agreed: dict[tuple[object, ...], tuple[Tensor, bool]] = {}
+"""What this process has compared with the other ranks: the description that travelled, on the device, and whether all
+take the kernel, by its key."""
 
 
-def _check_ranks_agree(z: Tensor, *, every_time: bool) -> None:
-    """Raise ValueError where the ranks' shapes or dtypes differ: they would hang or exchange garbage in the gather.
+def _check_ranks_agree(z: Tensor, with_kernel: bool, *, every_time: bool) -> bool:
+    """Return whether all ranks take the kernel: its collectives and the reference's are different ones.
 
     A description of fixed length travels first in every call. Reading it makes the host wait for the device, so
     without ``every_time`` a rank reads it only when it comes with a shape for the first time. Where one rank has a new
     shape and another has not, the former raises.
+
+    Raises:
+        ValueError: where the ranks' shapes or dtypes differ: they would hang or exchange garbage in the gather.
     """
-    key = (dist.get_world_size(), z.shape, z.dtype, z.device)
+    key = (dist.get_world_size(), z.shape, z.dtype, z.device, with_kernel)
     known = _agreed.get(key)
-    local = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device) if known is None else known
+    if known is None:
+        local = torch.tensor([*z.shape, _DTYPES.index(z.dtype), int(with_kernel)], device=z.device)
+    else:
+        local = known[0]
     gathered = _all_gather(local)
     if known is not None and not every_time:
-        return
+        return known[1]
     described = gathered.tolist()
-    if any(other != described[0] for other in described):
-        shapes = [f"({rows}, {columns}) {_DTYPES[dtype]}" for rows, columns, dtype in described]
+    if any(other[:3] != described[0][:3] for other in described):
+        shapes = [f"({rows}, {columns}) {_DTYPES[dtype]}" for rows, columns, dtype, _ in described]
         raise ValueError(f"every rank must pass z0 and z1 of one shape and dtype, got by rank: {', '.join(shapes)}")
-    _agreed[key] = local
+    all_take_it = all(other[3] for other in described)
+    _agreed[key] = local, all_take_it
+    return all_take_it
 
 
 def _views_of_all_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:

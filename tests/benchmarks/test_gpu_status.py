@@ -62,10 +62,14 @@ def test_update_takes_over_what_passed_and_nothing_else() -> None:
         tool.updated({}, present, summary | {"rehearsal": True})
 
 
-def test_preferred_takes_the_first_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_status, "records", lambda: {"b": {"status": "verified"}, "a": {"status": "unverified"}})
-    assert gpu_status.preferred(["a", "b", "c"]) == "b"
-    assert gpu_status.preferred(["a", "c"]) == "c"
+def test_only_the_very_source_and_the_very_model_count_as_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = {"a": {"status": "verified", "passed": {"sha256": "1", "device": "GPU"}}, "b": {"status": "never run"}}
+    monkeypatch.setattr(gpu_status, "records", lambda: records)
+    assert gpu_status.passed_on("a", "1", "GPU")
+    assert not any(gpu_status.passed_on(*other) for other in (("a", "2", "GPU"), ("a", "1", "G"), ("b", "1", "GPU")))
+    assert not gpu_status.passed_on("c", "1", "GPU")
+    records["a"]["status"] = "unverified"
+    assert not gpu_status.passed_on("a", "1", "GPU")
 
 
 def test_the_hash_sees_code_and_headers_but_not_comments(tmp_path: Path) -> None:

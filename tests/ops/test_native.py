@@ -1,37 +1,31 @@
-"""Which kernels the operators take on a GPU."""
+"""Which kernels the operators take on a GPU; whether they are trusted there is test_trust.py's."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 
 import pytest
 
 from scan_fast import gpu_status
 from scan_fast.ops import native
+from scan_fast.ops.families import FAMILIES
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    yield
-    native._prefer_sm90("auto")
-
-
-def test_an_unknown_choice_of_gpu_kernels_is_refused() -> None:
+def test_an_unknown_choice_of_gpu_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCAN_FAST_GPU_KERNELS", "fast")
     with pytest.raises(ValueError, match=r'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got \'fast\''):
-        native._prefer_sm90("fast")
+        native.kernel_choice()
 
 
 @pytest.mark.skipif(not native.build_info().get("sm90_kernels"), reason="the module has no kernels for sm_90a")
-def test_kernels_for_sm90_are_taken_where_they_passed_or_are_asked_for(
-    restored: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    families = set(native.GPU_KERNELS)
-    assert native._prefer_sm90("sm90") == families
-    assert native._prefer_sm90("portable") == set()
-    for status, expected in (("never run", set()), ("unverified", set()), ("verified", families)):
-        known = {sources[0]: {"status": status} for sources in native.GPU_KERNELS.values()}
-        monkeypatch.setattr(gpu_status, "records", lambda known=known: known)
-        assert native._prefer_sm90("auto") == expected
+@pytest.mark.parametrize("choice", ["auto", "portable", "sm90"])
+def test_kernels_for_sm90_are_taken_from_the_start_where_they_are_asked_for(choice: str) -> None:
+    script = "from scan_fast.ops import native; print(*sorted(native.SM90_FAMILIES))"
+    environment = {**os.environ, "SCAN_FAST_GPU_KERNELS": choice}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == (sorted(native.GPU_KERNELS) if choice == "sm90" else [])
 
 
-def test_every_source_for_sm90_belongs_to_a_family() -> None:
-    listed = {name for name in gpu_status.records() if name.endswith("_sm90")}
-    assert listed == {sources[0] for sources in native.GPU_KERNELS.values()}
+def test_every_source_on_record_belongs_to_a_family() -> None:
+    table = [source for family in FAMILIES.values() for source in (family.portable, family.sm90) if source is not None]
+    assert sorted(table) == sorted(gpu_status.records())

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scan_fast import NTXentLoss, nt_xent
-from scan_fast.ops import native, reference
-from scan_fast.ops.nt_xent import _check_ranks_agree
+from scan_fast.ops import native, reference, trust
+from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _offered
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMPLS = ["reference", *(["native"] if native.is_available() else [])]
@@ -487,10 +487,29 @@ def _rank(rank, store_path, world, n, results):
     once = []
     for rows in (n, n if rank == 0 else n - 1):
         try:
-            _check_ranks_agree(full[0][:rows], every_time=False)
+            assert _check_ranks_agree(full[0][:rows], True, every_time=False)
             once.append("agreed")
         except ValueError as error:
             once.append(str(error))
+    # As on two GPUs of which one is not trusted: ranks that would take different paths all take the reference.
+    trust.DEVICE_TYPES = frozenset({"cpu"})
+    trust._decided["nt_xent", "cpu", 0] = rank == 0
+    _offered.clear()
+    taken = []
+    forward = _DistributedNTXent.apply
+    _DistributedNTXent.apply = lambda *arguments: (taken.append("kernel"), forward(*arguments))[1]
+    for impl, trusted_by_all in (("auto", False), ("auto", True), ("native", True)):
+        # A decision that comes later, as after a CUDA graph, changes nothing: the ranks would hear of it too late.
+        trust._decided["nt_xent", "cpu", 0] = trusted_by_all or rank == 0
+        z0, z1 = (z[rank * n : (rank + 1) * n].clone().requires_grad_() for z in full)
+        loss = NTXentLoss(0.1, gather_distributed=True, impl=impl if native.is_available() else "auto")(z0, z1)
+        loss.backward()
+        before = answers["reference", "both"]
+        off = max(
+            (now - torch.tensor(then)).abs().max().item()
+            for now, then in zip((loss.detach(), z0.grad, z1.grad), before, strict=True)
+        )
+        answers.setdefault("mixed", []).append((len(taken), off))
     results.put((rank, answers, refusal, once))
     dist.destroy_process_group()
 
@@ -521,6 +540,10 @@ def test_two_processes(tmp_path):
             for view, exact in enumerate(torch.autograd.grad(expected.mean(), inputs)):
                 ours = torch.cat([torch.tensor(case[1 + view]) for case in cases]) / world
                 torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+    for _, answers, _, _ in by_rank:
+        assert [kernels for kernels, _ in answers["mixed"]] == [0, 0, 1 if native.is_available() else 0]
+        assert [off for _, off in answers["mixed"][:2]] == [0, 0]
+        assert answers["mixed"][2][1] < 1e-5
     for _, _, refusal, _ in by_rank:
         assert "every rank must pass" in refusal and "(8, 19)" in refusal and "(5, 19)" in refusal
     assert by_rank[0][3] == ["agreed", "agreed"]

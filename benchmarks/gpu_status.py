@@ -2,18 +2,21 @@
 
 ``--check`` fails where a kernel is called verified but its source is not the one that passed, or where
 docs/gpu-status.md is not what the record says. ``--refresh`` after a change of a kernel writes down that it is now
-unverified. ``--update SUMMARY`` takes over what ``benchmarks/gpu_suite`` found: a kernel is verified if the suite ran
-its present source and everything that gates it passed.
+unverified. ``--update SUMMARY ...`` takes over what one or several runs of ``benchmarks/gpu_suite`` on one model of GPU
+found: a kernel is verified if its present source ran and passed everything that gates it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scan_fast import gpu_status
+
+from .gpu.conclusions import NEVER, VERIFIED, merge
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -25,25 +28,53 @@ Every CUDA kernel is compiled for all supported architectures in the test suite 
 `scan_fast/gpu_status.json`, says which kernels have passed `benchmarks/gpu_suite` on one, and in which form:
 
 - **verified**: this very source (comments aside) passed;
+- **failed**: this very source ran, and something was wrong: the last column says what;
+- **partly run**: this very source ran without a failure, but not everything that it has to pass came to an end;
 - **unverified**: an earlier form passed, the source has changed since;
 - **never run**: compiled, and run on the host only. A kernel that is not listed has never run, either.
 
-| kernel | status | passed on | date | commit | source hash |
-|---|---|---|---|---|---|
+| kernel | status | on | date | commit | source hash | what failed, or is missing |
+|---|---|---|---|---|---|---|
 """
 ENDING = """
-To verify on a machine with an NVIDIA GPU and nvcc:
+## To verify on a machine with an NVIDIA GPU
+
+With nvcc, CMake, ninja and pybind11 beside torch, in one command:
 
     benchmarks/gpu_suite gpu_suite_out
     python -m benchmarks.gpu_status --update gpu_suite_out/summary.json
 
-The suite builds for that GPU, runs the CUDA tests, compares with float64 on fresh inputs and poisoned outputs, checks
-that results repeat in every bit, runs compute-sanitizer, and measures. After a change of a verified kernel,
-`python -m benchmarks.gpu_status --refresh` records that it is unverified; the tests fail until one of the two is done.
-Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On such a
-GPU they are taken once they are verified; until then, and for what they do not cover, the portable ones run.
-`SCAN_FAST_GPU_KERNELS=sm90` takes them in any case, `SCAN_FAST_GPU_KERNELS=portable` never; the suite runs both.
-Networks on a GPU take `batch_norm_cuda` once it is verified; until then they use PyTorch's batch normalisation.
+On a machine that is rented by the minute, with torch 2.11 for CUDA 13 and Python 3.12, bring the compiled module along;
+PYTHON is an interpreter of that version with that torch, pybind11, ninja and CMake. Here:
+
+    benchmarks/gpu_build --python PYTHON --peers --data cifar10-jpeg.tar.xz
+
+There, with the working tree and `build/gpu_carry` (results go to `$OUT` if it is set):
+
+    SCAN_FAST_COMMIT=COMMIT benchmarks/gpu_suite --carried build/gpu_carry --budget 270
+
+After reading what failed, there again, and here:
+
+    SCAN_FAST_COMMIT=COMMIT benchmarks/gpu_suite --carried build/gpu_carry --budget 120 --only accuracy,memcheck,nt_xent:sm90
+    python -m benchmarks.gpu_status --update first/summary.json second/summary.json
+
+The rest of the time may go to the `fast` CIFAR-10 preset ([recipes.md](recipes.md)):
+
+    SCAN_FAST_COMMIT=COMMIT python -m benchmarks.gpu_run --minutes MINUTES
+
+The suite needs torch alone. Its stages: every kernel once at sizes at which the rings of the `_sm90` kernels go round,
+accuracy against float64 on fresh inputs in poisoned memory, times, repeatability, CUDA graphs, a SimCLR step with its
+profile, and compute-sanitizer. Each runs in processes with limits; a kernel that hangs or crashes is left out from then
+on; `summary.json` is rewritten as results come in, so a run that is cut off leaves what it found. `--rehearse` runs the
+same stages on the CPU. After a change of a verified kernel, `python -m benchmarks.gpu_status --refresh` records that it
+is unverified; the tests fail until one of the two is done.
+
+Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On a GPU
+of a model on which a kernel's very source is verified it is taken as it is; on any other a self-test at its first use
+decides between it and plain PyTorch, warns once where it fails, and keeps its verdict in `~/.cache/scan-fast`
+(`scan-fast info --check` runs all of them again). On GPUs of compute capability 9.0 both sets of a family are judged: the
+`_sm90` kernels run if both are right, the portable ones alone if only they are, and plain PyTorch otherwise.
+`SCAN_FAST_GPU_KERNELS=sm90` takes the `_sm90` kernels without a test, `SCAN_FAST_GPU_KERNELS=portable` never takes them.
 """
 
 
@@ -53,27 +84,49 @@ def hashes() -> dict[str, str]:
 
 
 def refreshed(records: dict[str, dict[str, Any]], present: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the records with present hashes: what passed in another form becomes unverified, new kernels never ran."""
+    """Return the records with present hashes.
+
+    What passed in another form becomes unverified, a failure of another form is forgotten, new kernels never ran.
+    """
     result = {}
     for name, digest in present.items():
-        passed = records.get(name, {}).get("passed")
-        status = "never run" if passed is None else "verified" if passed["sha256"] == digest else "unverified"
-        result[name] = {"status": status, "passed": passed}
+        record = records.get(name, {})
+        passed, latest = record.get("passed"), record.get("latest")
+        if latest is not None and latest["sha256"] != digest:
+            latest = None
+        if latest is not None:
+            status = latest["status"]
+        elif passed is None:
+            status = "never run"
+        else:
+            status = "verified" if passed["sha256"] == digest else "unverified"
+        result[name] = {"status": status, "passed": passed, "latest": latest}
     return result
 
 
 def updated(
-    records: dict[str, dict[str, Any]], present: dict[str, str], summary: dict[str, Any]
+    records: dict[str, dict[str, Any]], present: dict[str, str], summaries: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the records with what a run of the suite adds."""
-    if summary["rehearsal"]:
+    """Return the records with what runs of the suite add, in their order; runs of one model count together."""
+    if any(summary["rehearsal"] for summary in summaries):
         raise SystemExit("this is the summary of a rehearsal: nothing ran on a GPU")
+    try:
+        summary = merge(list(summaries))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     environment = summary["environment"]
+    records = dict(records)
     for name, kernel in summary["kernels"].items():
-        if kernel["passed"]:
-            passed = {"sha256": kernel["sha256"], "date": summary["date"]}
-            passed |= {"commit": environment["commit"], "device": environment["device"]}
-            records = records | {name: {"passed": passed}}
+        if kernel["status"] == NEVER:
+            continue
+        about = {"sha256": kernel["sha256"], "date": summary["date"], "commit": environment.get("commit", "unknown")}
+        about["device"] = environment["device"]
+        before = records.get(name, {}).get("passed")
+        if kernel["status"] == VERIFIED:
+            records[name] = {"passed": about, "latest": None}
+        else:
+            latest = about | {"status": kernel["status"], "reason": kernel["reason"]}
+            records[name] = {"passed": before, "latest": latest}
     return refreshed(records, present)
 
 
@@ -81,8 +134,9 @@ def problems(records: dict[str, dict[str, Any]], present: dict[str, str], page: 
     """Return what is wrong with the record or the page, each as a sentence."""
     found = [f"{name} has an entry but no source" for name in records if name not in present]
     for name, record in records.items():
-        if name in present and record["status"] == "verified" and record["passed"]["sha256"] != present[name]:
-            found.append(f"{name} is called verified, but its source is not the one that passed")
+        about = record.get("latest") or record["passed"]
+        if name in present and record["status"] not in ("unverified", "never run") and about["sha256"] != present[name]:
+            found.append(f"{name} is called {record['status']}, but its source is not the one that ran")
     if not found and page != render(records):
         found.append("docs/gpu-status.md does not show the record")
     return found
@@ -92,9 +146,10 @@ def render(records: dict[str, dict[str, Any]]) -> str:
     """Return docs/gpu-status.md."""
     rows = []
     for name, record in sorted(records.items()):
-        passed = record["passed"] or {}
-        cells = [passed.get("device", ""), passed.get("date", ""), passed.get("commit", "")[:12]]
-        cells.append(f"`{passed['sha256'][:12]}`" if passed else "")
+        about = record.get("latest") or record["passed"] or {}
+        cells = [about.get("device", ""), about.get("date", ""), about.get("commit", "")[:12]]
+        cells.append(f"`{about['sha256'][:12]}`" if about else "")
+        cells.append(about.get("reason", "").replace("|", "/"))
         rows.append(f"| {name} | {record['status']} | {' | '.join(cells)} |\n")
     return INTRODUCTION + "".join(rows) + ENDING
 
@@ -104,7 +159,7 @@ def main() -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true")
     action.add_argument("--refresh", action="store_true")
-    action.add_argument("--update", type=Path, metavar="SUMMARY")
+    action.add_argument("--update", type=Path, nargs="+", metavar="SUMMARY")
     options = parser.parse_args()
     present, records = hashes(), gpu_status.records()
     if options.check:
@@ -112,7 +167,7 @@ def main() -> None:
         print("\n".join(found) or "the record of what ran on a GPU is right")
         raise SystemExit(1 if found else 0)
     if options.update:
-        records = updated(records, present, json.loads(options.update.read_text()))
+        records = updated(records, present, [json.loads(path.read_text()) for path in options.update])
     else:
         records = refreshed(records, present)
     gpu_status.RECORDS.write_text(json.dumps({"kernels": records}, indent=2) + "\n")

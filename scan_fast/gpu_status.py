@@ -1,7 +1,8 @@
 """Which CUDA kernels have passed on a GPU, and in which form: behind ``scan-fast info`` and docs/gpu-status.md.
 
-gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
-``"unverified"`` (an earlier form of it passed; that record stays) or ``"never run"``.
+gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed), ``"failed"``
+or ``"partly run"`` (it ran; ``"latest"`` has the reason), ``"unverified"`` (an earlier form of it passed; that record
+stays under ``"passed"``) or ``"never run"``.
 ``python -m benchmarks.gpu_status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
 without a self-test (``ops/trust.py``).
 """
@@ -40,6 +41,10 @@ def summary(name: str, record: dict[str, Any]) -> str:
     """Return one line about a kernel."""
     if record["status"] == "never run":
         return f"{name}: compiled, never run on a GPU"
+    latest = record.get("latest")
+    if latest is not None:
+        where = f"on {latest['device']}, {latest['date']}, commit {latest['commit'][:12]}"
+        return f"{name}: {record['status']} {where}: {latest['reason']}"
     passed = record["passed"]
     where = f"on {passed['device']}, {passed['date']}, commit {passed['commit'][:12]}"
     if record["status"] == "verified":

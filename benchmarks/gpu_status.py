@@ -55,7 +55,7 @@ There, with the working tree and `build/gpu_carry` (results go to `$OUT` if it i
 
 After reading what failed, there again, and here:
 
-    SCAN_FAST_COMMIT=COMMIT benchmarks/gpu_suite --carried build/gpu_carry --budget 120 --only accuracy,memcheck,nt_xent:sm90
+    SCAN_FAST_COMMIT=COMMIT benchmarks/gpu_suite --carried build/gpu_carry --budget 120 --only accuracy,nt_xent:sm90
     python -m benchmarks.gpu_status --update first/summary.json second/summary.json
 
 The rest of the time may go to the `fast` CIFAR-10 preset ([recipes.md](recipes.md)):
@@ -72,9 +72,9 @@ is unverified; the tests fail until one of the two is done.
 Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On a GPU
 of a model on which a kernel's very source is verified it is taken as it is; on any other a self-test at its first use
 decides between it and plain PyTorch, warns once where it fails, and keeps its verdict in `~/.cache/scan-fast`
-(`scan-fast info --check` runs all of them again). On GPUs of compute capability 9.0 both sets of a family are judged: the
-`_sm90` kernels run if both are right, the portable ones alone if only they are, and plain PyTorch otherwise.
-`SCAN_FAST_GPU_KERNELS=sm90` takes the `_sm90` kernels without a test, `SCAN_FAST_GPU_KERNELS=portable` never takes them.
+(`scan-fast info --check` runs all of them again). On GPUs of compute capability 9.0 both sets of a family are judged:
+the `_sm90` kernels run if both are right, the portable ones alone if only they are, and plain PyTorch otherwise.
+`SCAN_FAST_GPU_KERNELS=sm90` takes the `_sm90` kernels without a test, `SCAN_FAST_GPU_KERNELS=portable` never does.
 """
 
 

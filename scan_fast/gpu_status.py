@@ -1,8 +1,8 @@
 """Which CUDA kernels have passed on a GPU, and in which form: behind ``scan-fast info`` and docs/gpu-status.md.
 
-gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed), ``"failed"``
-or ``"partly run"`` (it ran; ``"latest"`` has the reason), ``"unverified"`` (an earlier form of it passed; that record
-stays under ``"passed"``) or ``"never run"``.
+gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
+``"failed"`` or ``"partly run"`` (it ran; ``"latest"`` has the reason), ``"unverified"`` (an earlier form of it passed;
+that record stays under ``"passed"``) or ``"never run"``.
 ``python -m benchmarks.gpu_status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
 without a self-test (``ops/trust.py``).
 """

@@ -95,7 +95,7 @@ class Step:
     def __init__(self, device: str, batch: int, width: int, ours: bool, compiled: bool, captured: bool) -> None:
         torch.manual_seed(0)
         self.device, self.batch, self.ours = device, batch, ours
-        self.network = Network(width).to(device, memory_format=torch.channels_last)
+        self.network = Network(width).to(device).to(memory_format=torch.channels_last)
         for module in self.network.modules():
             if isinstance(module, Norm):
                 module.ours = ours

@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu_status as tool
+from benchmarks.gpu import conclusions
 from scan_fast import gpu_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +30,8 @@ def test_a_changed_kernel_may_not_stay_verified() -> None:
     (problem,) = tool.problems(records, {"f/k": "b" * 64}, tool.render(records))
     assert "f/k" in problem and "verified" in problem
     again = tool.refreshed(records, {"f/k": "b" * 64, "f/new": "d" * 64})
-    assert again["f/k"] == {"status": "unverified", "passed": PASSED}
-    assert again["f/new"] == {"status": "never run", "passed": None}
+    assert again["f/k"] == {"status": "unverified", "passed": PASSED, "latest": None}
+    assert again["f/new"] == {"status": "never run", "passed": None, "latest": None}
     assert tool.problems(again, {"f/k": "b" * 64, "f/new": "d" * 64}, tool.render(again)) == []
 
 
@@ -39,27 +41,55 @@ def test_a_stale_page_and_a_lost_source_are_found() -> None:
     assert tool.problems(records, {}, tool.render(records)) == ["f/k has an entry but no source"]
 
 
-def test_update_takes_over_what_passed_and_nothing_else() -> None:
-    present = {"f/good": "a" * 64, "f/bad": "b" * 64, "f/edited": "e" * 64}
-    summary = {
-        "rehearsal": False,
-        "date": "2030-01-02",
-        "environment": {"commit": "c" * 40, "device": "a GPU"},
-        "kernels": {
-            "f/good": {"passed": True, "sha256": "a" * 64},
-            "f/bad": {"passed": False, "sha256": "b" * 64},
-            "f/edited": {"passed": True, "sha256": "0" * 64},
-        },
-    }
-    records = tool.updated({}, present, summary)
+def summary_of(**sets: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
+    """A summary of a run: by set its source, hash and what is known of its stages, beside all gating ones passed."""
+    found: dict[str, Any] = {"rehearsal": False, "date": "2030-01-02", "stages": {}, "timings": [], "step": []}
+    found |= {"environment": {"commit": "c" * 40, "device": "a GPU"}, "notes": [], "sets": {}}
+    for name, (source, digest, stages) in sets.items():
+        passed = {stage: conclusions.empty() | {"cases": 1, "done": True} for stage in conclusions.GATING}
+        found["sets"][f"{name}:portable"] = {"source": source, "sha256": digest * 64, "stages": passed | stages}
+    return found
+
+
+def test_update_takes_over_what_ran_and_nothing_else() -> None:
+    wrong, nothing = conclusions.empty() | {"cases": 1, "done": True, "failed": ["5x7: nan | inf"]}, conclusions.empty()
+    never = dict.fromkeys(conclusions.GATING, nothing)
+    summary = summary_of(
+        good=("f/good", "a", {}),
+        bad=("f/bad", "b", {"accuracy": wrong}),
+        edited=("f/edited", "0", {}),
+        late=("f/late", "1", {"memcheck": nothing}),
+        never=("f/never", "2", never),
+    )
+    present = {"f/good": "a" * 64, "f/bad": "b" * 64, "f/edited": "e" * 64, "f/late": "1" * 64, "f/never": "2" * 64}
+    records = tool.updated({"f/bad": {"passed": PASSED | {"sha256": "9" * 64}}}, present, [summary])
     assert {name: record["status"] for name, record in records.items()} == {
         "f/good": "verified",
-        "f/bad": "never run",
+        "f/bad": "failed",
         "f/edited": "unverified",
+        "f/late": "partly run",
+        "f/never": "never run",
     }
     assert records["f/good"]["passed"] == PASSED
+    assert records["f/bad"]["passed"]["sha256"] == "9" * 64, "what passed before is kept"
+    assert records["f/bad"]["latest"]["reason"] == "accuracy: 5x7: nan | inf"
+    page = tool.render(records)
+    assert "accuracy: 5x7: nan / inf |" in page and "not finished: memcheck |" in page
+    assert tool.problems(records, present, page) == []
+    assert "failed on a GPU" in gpu_status.summary("f/bad", records["f/bad"])
     with pytest.raises(SystemExit, match="rehearsal"):
-        tool.updated({}, present, summary | {"rehearsal": True})
+        tool.updated({}, present, [summary | {"rehearsal": True}])
+
+    # A changed source is another kernel: its failure is forgotten, and may not stay.
+    changed = present | {"f/bad": "8" * 64}
+    assert any("f/bad is called failed" in text for text in tool.problems(records, changed, page))
+    assert tool.refreshed(records, changed)["f/bad"]["status"] == "unverified"
+
+    # A second run of what failed clears it, together with what the first run passed.
+    again = summary_of(bad=("f/bad", "b", {}))
+    again["sets"]["bad:portable"]["stages"] = {"accuracy": conclusions.empty() | {"cases": 1, "done": True}}
+    assert tool.updated(records, present, [summary, again])["f/bad"]["status"] == "verified"
+    assert tool.updated(records, present, [again])["f/bad"]["status"] == "partly run"
 
 
 def test_only_the_very_source_and_the_very_model_count_as_verified(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,8 @@ class Only:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Only())
 import torch, scan_fast
-from benchmarks import batch_norm, gpu_checks, gpu_status, gpu_suite
+from benchmarks import batch_norm, gpu_status
+from benchmarks.gpu import about, checks, step, suite, timings
 from benchmarks import neighbors, nt_xent, scan_loss, self_label, targets
 print(scan_fast.scan_loss(torch.zeros(2, 3), torch.zeros(2, 3))[1].item())
 """

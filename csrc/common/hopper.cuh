@@ -23,6 +23,7 @@
 //   mbarrier_init, mbarrier_init_fence, mbarrier_arrive, mbarrier_expect (arrive and expect bytes), mbarrier_wait
 //   bulk_copy(dst, src, bytes, barrier)    global -> shared, multiples of 16 bytes; lands at the barrier
 //   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)    ids 1..15; 0 is __syncthreads
+//   elect_one()                            one thread of a whole warp; warp_in_block(), warpgroup_index(): see below
 //   give_registers<N>(), take_registers<N>()    setmaxnreg; whole warpgroups, kernel bound by __launch_bounds__(t, 1)
 //   async_proxy_fence()                    between ordinary stores to shared memory and wgmma or copies that read them
 //
@@ -61,7 +62,34 @@ __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
                : "memory");
 }
 // Returns once the phase of the given parity is complete; a new barrier is in phase 0, and passes for parity 1.
+//
+// With SCAN_FAST_WAIT_LIMIT a wait of two seconds traps, so that an error in a protocol ends as a launch failure and does
+// not hang; the process can then launch nothing more. The clock is read only after a first attempt has failed. No message:
+// with a printf here the compiler serialises all products (C7510) and spills. This is the only loop of our GPU code that
+// waits for another thread. What the hardware waits for cannot time out: named barriers, __syncthreads, setmaxnreg,
+// wgmma's wait. But a thread that fails to come there is as a rule held up by a memory barrier, and traps.
 __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, unsigned parity) {
+#if defined(SCAN_FAST_WAIT_LIMIT)
+  asm volatile(
+      "{\n"
+      ".reg .pred complete, late;\n"
+      ".reg .u64 begin, now;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "mov.u64 begin, %%globaltimer;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "mov.u64 now, %%globaltimer;\n"
+      "sub.u64 now, now, begin;\n"
+      "setp.gt.u64 late, now, 2000000000;\n"  // nanoseconds
+      "@!late bra again;\n"
+      "trap;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#else
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
@@ -71,6 +99,7 @@ __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, unsigned parity
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 __device__ __forceinline__ void bulk_copy(void* dst, const void* src, int bytes, MBarrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -93,6 +122,17 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected)::"memory");
+  return elected != 0;
+}
 
 // ---- matrix units ----------------------------------------------------------------------------------------------------
 
@@ -215,6 +255,14 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4]
 #endif
 
 // ---- both forms ------------------------------------------------------------------------------------------------------
+
+// By whole warps. Of threadIdx.x / 128 the compiler cannot see that it is one number for a warp; it then forms descriptors
+// per thread and moves them into the uniform registers that the matrix units read, and puts a loop around every copy. Of
+// a shuffle from one lane, and of an elected thread, it can: in the forward kernel of NT-Xent that made 66 moves 10.
+__device__ __forceinline__ int warp_in_block() { return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 32, 0); }
+__device__ __forceinline__ int warpgroup_index() {
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 128, 0);
+}
 
 // PTX ISA, "Matrix descriptor": address, leading and stride offsets in units of 16 bytes, layout 1 (128-byte swizzle).
 __device__ __forceinline__ uint64_t operand_descriptor(const void* p, uint32_t leading, uint32_t stride) {

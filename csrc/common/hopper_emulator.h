@@ -56,6 +56,11 @@ void take_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
 }
 inline void async_proxy_fence() {}
+// Which lane it is must not matter: another one with every seed. All lanes must come.
+inline bool elect_one() {
+  __ballot_sync(0xffffffffu, 1);
+  return emu::lane() == static_cast<unsigned>(emu::options().seed * 7 % 32);
+}
 
 template <typename... Registers>
 void wgmma_fence(Registers&...) {

@@ -223,7 +223,7 @@ template <typename P, typename Schedule, typename Epilogue>
 __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBuffers>& fixed_ring,
                                         const Ring<P::kStages>& ring, int panels, Schedule schedule,
                                         Epilogue& epilogue) {
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
+  const int group = warpgroup_index() - 1;
   constexpr int kHalf = 64 * 128;  // bytes of 64 rows of a panel
   unsigned char* const stages = memory + P::kBuffers * P::kFixedBytes;
   const Turns<P::kTurns> turns(group);
@@ -266,10 +266,15 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
         last_stage = at.stage;
         at.advance();
       };
+      // Not unrolled: a panel's products take longer than the instructions between them, and copies of this code make the
+      // compiler move stages and descriptors out of uniform registers.
       if constexpr (P::kSplit) {
+#pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(panel == 0, panel, panels + panel);
+#pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(false, panel, NoPanel{});
       } else {
+#pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(panel == 0, panel, NoPanel{});
       }
       turns.pass();
@@ -302,9 +307,9 @@ __device__ __forceinline__ void multiply_tiles(const Shared<unsigned char>& memo
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
+  if (warpgroup_index() == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) {
+    if (warp_in_block() == 0 && elect_one()) {
       tile_products_detail::produce<P>(memory.get(), fixed_ring, ring, rows, columns, schedule);
     }
   } else {

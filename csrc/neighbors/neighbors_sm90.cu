@@ -16,32 +16,11 @@
 // padding by column < n.
 //
 // Limit: 2 Q N D flops at the float16 rate. 128 accumulators a thread, 240 registers.
-#include "common/tile_products.cuh"
 #include "neighbors/cuda_lists.cuh"
+#include "neighbors/sm90_schedule.cuh"
 
 namespace scan_fast {
 namespace {
-
-using NarrowProducts = Products<half_t, 2 * kPanelRows, Resident::kRows, 2, 4>;
-using WideProducts = Products<half_t, 2 * kPanelRows, Resident::kNone, 0, 4>;
-
-// Items (128 queries, share of the columns), dealt out in turns.
-struct SearchSchedule {
-  struct Run {
-    int fixed, begin, end, split;
-  };
-  int row_tiles, splits, tiles, item;
-
-  __device__ __forceinline__ bool next(Run& run) {
-    if (item >= row_tiles * splits) return false;
-    run.fixed = item / splits;
-    run.split = item % splits;
-    run.begin = static_cast<int>(static_cast<int64_t>(tiles) * run.split / splits);
-    run.end = static_cast<int>(static_cast<int64_t>(tiles) * (run.split + 1) / splits);
-    item += static_cast<int>(gridDim.x);
-    return true;
-  }
-};
 
 template <typename P>
 struct Filter {
@@ -98,9 +77,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   SCAN_FAST_SHARED(float, threshold, kPanelRows);
   SCAN_FAST_SHARED(int, count, kPanelRows);
   SCAN_FAST_SHARED(int, limit, kPanelRows);
-  const int64_t columns = (problem.n_database + P::kColumns - 1) / P::kColumns;
-  const SearchSchedule schedule{static_cast<int>((batch.queries + kPanelRows - 1) / kPanelRows), batch.splits,
-                                static_cast<int>(columns), static_cast<int>(blockIdx.x)};
+  const SearchSchedule schedule = SearchSchedule::of_block<P::kColumns>(problem, batch);
   Filter<P> filter{problem, work, batch, {threshold, count, limit, static_cast<int>(problem.k), batch.capacity},
                    static_cast<int>(threadIdx.x) / 32 * 16 - 64};
   const half_t* const queries = work.query_rounded + batch.first_query / kPanelRows * batch.panels * kPanelElements;
@@ -110,9 +87,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 
 template <typename P>
 void search_with(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch, StreamHandle stream) {
-  const int64_t items = (batch.queries + kPanelRows - 1) / kPanelRows * batch.splits;
-  const int64_t blocks = items < multiprocessors() ? items : multiprocessors();
-  launch(search_tiles_sm90_kernel<P>, dim3(static_cast<unsigned>(blocks)), dim3(kProductThreads),
+  launch(search_tiles_sm90_kernel<P>, dim3(static_cast<unsigned>(search_blocks(batch))), dim3(kProductThreads),
          P::kSharedBytes + 1024, stream, problem, work, batch);
 }
 
@@ -122,8 +97,7 @@ bool search_tiles_sm90_runs_here() { return compute_capability() == 90; }
 
 void search_tiles_sm90(const TopkProblem& problem, const TopkWorkspace& work, const TileBatch& batch,
                        StreamHandle stream) {
-  (batch.panels <= NarrowProducts::kMaxPanels ? search_with<NarrowProducts> : search_with<WideProducts>)(
-      problem, work, batch, stream);
+  with_products(batch, [&]<typename P>() { search_with<P>(problem, work, batch, stream); });
 }
 
 }  // namespace scan_fast

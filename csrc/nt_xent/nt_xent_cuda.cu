@@ -136,7 +136,9 @@ struct BackwardPlan {
       chunk = std::min(rows, std::max<int64_t>(1, kMostWeights / row_bytes / kRows) * kRows);
     }
     const int64_t blocks = ceil_div(chunk, kRows) * (narrow ? 1 : ceil_div(problem.dim, kSlice));
-    p = make_params(problem, rows, column_splits(blocks, tiles, 2 * multiprocessors()));
+    const int64_t room = 2 * multiprocessors();
+    p = make_params(problem, rows,
+                    column_splits(blocks, tiles, room, part_price(chunk, room, kRows, kColumns, !reduced)));
   }
   WideRows wide(int64_t begin) const {
     return {begin, std::min(chunk, rows - begin), ceil_div(p.rows(), kColumns) * kColumns};

@@ -6,66 +6,37 @@
 //   sm90_packing.cuh     the operands in swizzled panels of 128 rows x 64 dimensions
 //   sm90_forward.cuh     128 x 128 tiles of the upper triangle, dealt out in equal runs to persistent blocks
 //   sm90_backward.cuh    128 rows and a part of the columns a block: similarities, weights and W Z in one pass
+//   sm90_plan.cuh        which of their forms, how many blocks and parts; how large a problem must be to fill the rings
 // Both are one block of 3 warpgroups a multiprocessor: one thread copies, two warpgroups multiply in turns.
 //
 // Launches: forward prepare, products, collect (one more products and collect for every 16,384 anchors after the first
 // 16,384); backward prepare, products, finish (one more where more than 4,096 anchors have gradients of their own). No
 // host synchronisation, no atomics: the same input gives the same bits.
 //
-// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to 237
+// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to 225
 // of 240 registers. Steady state of a backward tile at D = 128, for a warpgroup: 16 HGMMA back to back, then about 380
 // instructions for 64 elements a thread, of which 64 EX2. Not yet run on a GPU: what follows are predictions.
 //   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 a cycle at 1.8 GHz:
 //     forward   0.70 us of products, 0.57 us of EX2, 32 KB from the second cache: 6.2 TB/s if nothing else limited it,
 //               about what that cache gives, so expect 70 % of the products' limit
 //     backward  1.40 us of products, 0.57 us of EX2, 32 KB: 3.1 TB/s
-//   forward and backward, without preparation and finish (some 2 to 4 us each, and their memory traffic):
-//     8192 x 128     16 tiles a block 16 us, 32 a block 45 us       65536 x 128    1.0 ms, 2.9 ms (4 waves of blocks)
+//   forward and backward of M = 2N rows, without preparation and finish (some 2 to 4 us each, and their memory traffic):
+//     8192 x 128     16 tiles a block 16 us, 32 a block 45 us       65536 x 128    1.0 ms, 2.9 ms
+//   The backward pass of 65536 rows has 512 blocks (column_splits does not divide the columns), 3.9 times 132.
 // Left undone: a cluster that shares the walked tiles by multicast, which would halve what the forward pass asks of the
 // second cache; the normalisation backwards in the products' kernel where the columns are not divided.
 #include <algorithm>
 
 #include "nt_xent/cuda_finish.cuh"
-#include "nt_xent/cuda_plan.cuh"
 #include "nt_xent/cuda_prepare.cuh"
-#include "nt_xent/sm90_backward.cuh"
-#include "nt_xent/sm90_forward.cuh"
+#include "nt_xent/sm90_plan.cuh"
 
 namespace scan_fast {
 namespace {
 
-constexpr int64_t kMostMirrorSlots = 128;  // owners of one launch
-constexpr int64_t kManyGradients = 4096;   // from here on the largest is found by a launch of its own
+constexpr int64_t kManyGradients = 4096;  // from here on the largest is found by a launch of its own
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
-
-// Up to 128 dimensions, up to 256, and up to 128 split: what stays is 32 KB or 64 KB, twice.
-using NarrowProducts = Products<half_t, kPanelRows, Resident::kColumns, 2, 8>;
-using WideProducts = Products<half_t, kPanelRows, Resident::kColumns, 4, 5>;
-using SplitProducts = Products<half_t, kPanelRows, Resident::kColumns, 4, 5, true>;
-
-struct ForwardPlan {
-  Params p;
-  PackedPositions positions;
-  int panels;
-  int64_t owners;
-
-  explicit ForwardPlan(const NTXentProblem& problem)
-      : p(make_params(problem, problem.local_anchors(), 1)),
-        positions{problem.samples, problem.sample_begin, problem.sample_count, problem.both_anchors},
-        panels(static_cast<int>(panels_of(problem.dim))),
-        owners(row_tiles(problem.local_anchors())) {}
-  // Calls body(schedule, is it the first, is it the last) for each launch.
-  template <typename Body>
-  void for_rounds(Body body) const {
-    for (int64_t begin = 0; begin < owners; begin += kMostMirrorSlots) {
-      const int64_t end = std::min(owners, begin + kMostMirrorSlots);
-      body(make_forward_schedule<kPanelRows>(positions.anchors(), positions.others(), kPanelRows, begin, end,
-                                             multiprocessors()),
-           begin == 0, end == owners);
-    }
-  }
-};
 
 struct ForwardWorkspace {
   half_t* packed;
@@ -90,22 +61,6 @@ void forward_products(const ForwardPlan& plan, const ForwardWorkspace& parts, co
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-struct BackwardPlan {
-  PackedPositions positions;
-  int panels, column_tiles;
-  Params p;
-
-  BackwardPlan(const NTXentProblem& problem, bool reduced)
-      : positions{problem.samples, problem.sample_begin, problem.sample_count, true},
-        panels(problem.dim <= 64 ? 1 : problem.dim <= 128 ? 2 : 4) {
-    const int64_t columns = panels > 2 || !reduced ? 64 : 128;  // as BackwardTiles has them
-    const int64_t tiles = positions.total() / columns;
-    column_tiles = static_cast<int>(tiles);
-    const int64_t splits = column_splits(row_tiles(positions.anchors()), tiles, multiprocessors());
-    p = make_params(problem, positions.anchors(), splits);
-  }
-};
-
 struct BackwardWorkspace {
   half_t* packed;
   float *weight, *shift, *unscale, *largest, *partial;
@@ -118,9 +73,8 @@ struct BackwardWorkspace {
         partial(carver.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
 };
 
-template <int kPanels, bool kSplit>
+template <typename B>
 void backward_products(const BackwardPlan& plan, const BackwardWorkspace& parts, StreamHandle stream) {
-  using B = BackwardTiles<kPanels, kSplit>;
   launch(backward_sm90_kernel<B>,
          dim3(static_cast<unsigned>(row_tiles(plan.p.local_rows)), static_cast<unsigned>(plan.p.splits)),
          dim3(kProductThreads), B::kSharedBytes + 1024, stream, parts.packed, parts.weight, parts.partial,
@@ -160,11 +114,8 @@ void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const vo
     };
     reduced ? prepare.template operator()<false>() : prepare.template operator()<true>();
   });
-  const auto products = !reduced           ? forward_products<SplitProducts>
-                        : plan.panels <= 2 ? forward_products<NarrowProducts>
-                                           : forward_products<WideProducts>;
   plan.for_rounds([&](const PanelSchedule& schedule, bool first, bool last) {
-    products(plan, parts, schedule, stream);
+    plan.with_products(reduced, [&]<typename P>() { forward_products<P>(plan, parts, schedule, stream); });
     const Collected out{parts.running, nullptr, losses, shifted_lse, parts.positive, first, last};
     launch(collect_kernel<Pass::kSums, PanelSchedule>, dim3(static_cast<unsigned>(ceil_div(schedule.anchors, kCollectRows))),
            dim3(kCollectRows * kCollectParts), 0, stream, parts.partial, schedule, out, plan.p);
@@ -191,13 +142,7 @@ void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, cons
            parts.unscale, p);
   };
   reduced ? prepare.operator()<false>() : prepare.operator()<true>();
-  if (reduced) {
-    (plan.panels == 1 ? backward_products<1, false> : plan.panels == 2 ? backward_products<2, false>
-                                                                       : backward_products<4, false>)(plan, parts,
-                                                                                                      stream);
-  } else {
-    (plan.panels == 1 ? backward_products<1, true> : backward_products<2, true>)(plan, parts, stream);
-  }
+  plan.with_tiles(reduced, [&]<typename B>() { backward_products<B>(plan, parts, stream); });
   dispatch_dtype(dtype, [&]<typename T>() {
     launch(finish_backward_kernel<T>, grid_of_rows(p.local_rows), dim3(kRowThreads), 0, stream, parts.partial, unit,
            inv_norm, losses, upstream, parts.unscale, static_cast<T*>(grad_z0), static_cast<T*>(grad_z1), int64_t{0},

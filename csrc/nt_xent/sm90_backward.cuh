@@ -119,12 +119,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const BackwardShare share{static_cast<int>(blockIdx.x),
                             static_cast<int>(int64_t{column_tiles} * blockIdx.y / splits),
                             static_cast<int>(int64_t{column_tiles} * (blockIdx.y + 1) / splits)};
-  if (threadIdx.x < 128) {
+  const int warpgroup = warpgroup_index();
+  if (warpgroup == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) produce_columns<B>(memory.get(), ring, rows_full, packed, weight, share);
+    if (warp_in_block() == 0 && elect_one()) produce_columns<B>(memory.get(), ring, rows_full, packed, weight, share);
   } else {
     take_registers<240>();
-    const int group = static_cast<int>(threadIdx.x) / 128 - 1, first_row = share.row_tile * kPanelRows;
+    const int group = warpgroup - 1, first_row = share.row_tile * kPanelRows;
     const float limit = kOperandScale * kOperandScale * p.scale;
     float row_weight[2];
 #pragma unroll

@@ -19,9 +19,17 @@ using namespace scan_fast;
 inline TileSearch* tile_search = search_tiles_portable;
 
 // The sum of neighbors.h.
-inline double lane_sum(const float* a, const float* b, int64_t dim) {
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("O3")))
+#endif
+__attribute__((no_sanitize("address", "undefined"))) inline double
+lane_sum(const float* a, const float* b, int64_t dim) {
   double lane[32] = {};
-  for (int64_t d = 0; d < dim; ++d) lane[d % 32] += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  int64_t first = 0;
+  for (; first + 32 <= dim; first += 32) {
+    for (int64_t l = 0; l < 32; ++l) lane[l] += static_cast<double>(a[first + l]) * static_cast<double>(b[first + l]);
+  }
+  for (int64_t d = first; d < dim; ++d) lane[d % 32] += static_cast<double>(a[d]) * static_cast<double>(b[d]);
   for (int half = 16; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   }
@@ -67,7 +75,7 @@ inline Found search(const Case& c) {
       if (c.normalize) sum /= std::max(query_length[i], 1e-12) * std::max(length[j], 1e-12);
       if (static_cast<float>(sum) > -INFINITY) all.emplace_back(-static_cast<float>(sum), j);
     }
-    std::sort(all.begin(), all.end());
+    std::partial_sort(all.begin(), all.begin() + std::min<int64_t>(c.k, all.size()), all.end());
     all.resize(c.k, {INFINITY, -1});
     for (int64_t rank = 0; rank < c.k; ++rank) {
       CHECK(found.similarity[i * c.k + rank] == -all[rank].first);

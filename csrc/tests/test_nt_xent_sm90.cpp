@@ -1,5 +1,6 @@
 // NT-Xent on sm_90a, run on the host: against the double oracle, and with the portable kernels' results.
 #include "nt_xent_cases.h"
+#include "nt_xent_rings.h"
 
 namespace {
 
@@ -59,6 +60,105 @@ void repeated_runs_give_the_same_bits() {
   }
 }
 
+// One problem large enough for every ring to wrap twice in every block, on a machine of so many multiprocessors; checked,
+// so that it stays so whatever the tiles and stages become.
+struct Wrapping {
+  int multiprocessors;
+  int64_t n, d;
+  bool both, reduced;
+  std::vector<int64_t> cuts;
+  int64_t every = 1;  // see compare
+  int64_t runs = 2 * NarrowProducts::kBuffers + 1;  // operands that stay one after the other in one block: three rounds
+  int64_t splits = 1;                               // of the backward pass, at least
+};
+
+void wrap(const Wrapping& c, uint64_t seed, bool detect_races = false) {
+  emu::options() = {.detect_races = detect_races, .seed = seed, .multiprocessors = c.multiprocessors};
+  for (size_t part = 0; part + 1 < c.cuts.size(); ++part) {
+    const NTXentProblem problem{c.n, c.d, 0.1, c.both, c.cuts[part], c.cuts[part + 1] - c.cuts[part]};
+    const Rings forward = forward_rings(problem, c.reduced), backward = backward_rings(problem, c.reduced);
+    CHECK(forward.wrap_twice() && forward.least_tiles >= 2 && forward.blocks == c.multiprocessors);
+    CHECK(forward.most_runs >= c.runs);
+    CHECK(backward.wrap_twice() && backward.splits >= c.splits);
+  }
+  compare(kNTXentSM90, c.n, c.d, 0.1, c.both, c.reduced, c.cuts, c.reduced ? 2e-3 : 3e-6, c.every);
+}
+
+void rings_wrap_on_one_multiprocessor() {
+  wrap({1, 576, 64, true, true, {0, 576}}, 0);
+  wrap({1, 640, 100, false, true, {0, 640}}, 1);
+  wrap({1, 576, 256, true, true, {0, 576}, 3}, 11);
+  wrap({1, 576, 64, true, false, {0, 576}}, 2);
+  wrap({1, 620, 20, true, true, {0, 300, 620}}, 10);
+}
+
+void rings_wrap_on_two_multiprocessors() {
+  wrap({2, 704, 128, true, true, {0, 704}}, 3);
+  wrap({2, 1000, 33, false, false, {0, 1000}, 3}, 4);
+}
+
+void rings_wrap_on_seven_multiprocessors() {
+  wrap({7, 520, 130, true, true, {0, 520}, 3, 3}, 5);  // 3 panels forward, 4 backward
+  wrap({7, 520, 100, true, false, {0, 520}, 3, 3}, 6);
+}
+
+// The columns divided, and the rings wrap in every part.
+void rings_wrap_in_parts_of_the_columns() {
+  wrap({10, 620, 128, true, false, {0, 310, 620}, 1, 2, 2}, 7);
+}
+
+// As on an H100. The operand that stays changes once in a block: more would take 4,000 rows.
+void rings_wrap_on_a_whole_gpu() { wrap({132, 1736, 200, true, true, {0, 1736}, 13, 2, 4}, 8); }
+
+void rings_wrap_without_races() { wrap({1, 576, 20, true, true, {0, 576}, 5}, 9, true); }
+
+// More owners than one launch has slots for: the sums so far are kept between launches.
+void several_launches() {
+  emu::options() = {.seed = 3, .multiprocessors = 2};
+  most_mirror_slots = 2;
+  for (const bool both : {true, false}) {
+    const NTXentProblem problem{330, 40, 0.1, both, 0, 330};
+    CHECK(forward_rings(problem, true).launches == (both ? 3 : 2));
+    compare(kNTXentSM90, 330, 40, 0.1, both, true, {0, 330}, 2e-3);
+    compare(kNTXentSM90, 330, 40, 0.1, both, false, {0, 130, 330}, 3e-6);
+  }
+  most_mirror_slots = 128;
+}
+
+// What sm90_plan.cuh says of 132 multiprocessors; benchmarks use these sizes on a GPU.
+void sizes_that_wrap_on_a_gpu() {
+  emu::options() = {.multiprocessors = 132};
+  struct Size {
+    int64_t dim, forward, backward, example;
+    bool reduced;
+  };
+  const Size sizes[] = {{64, 4225, 2113, 4352, true},    {128, 3073, 2113, 4096, true},  {192, 1985, 1409, 2048, true},
+                        {256, 1729, 1409, 2048, true},   {64, 2497, 1409, 2560, false}, {128, 1729, 1409, 2048, false}};
+  for (const Size& size : sizes) {
+    const auto problem = [&](int64_t n) { return NTXentProblem{n, size.dim, 0.1, true, 0, n}; };
+    CHECK(forward_rings(problem(size.forward), size.reduced).wrap_twice());
+    CHECK(!forward_rings(problem(size.forward - 1), size.reduced).wrap_twice());
+    CHECK(backward_rings(problem(size.backward), size.reduced).wrap_twice());
+    CHECK(!backward_rings(problem(size.backward - 1), size.reduced).wrap_twice());
+    const Rings forward = forward_rings(problem(size.example), size.reduced);
+    CHECK(forward.wrap_twice() && forward.most_runs >= 3 && forward.launches == 1);
+    CHECK(backward_rings(problem(size.example), size.reduced).wrap_twice());
+  }
+  CHECK(forward_rings({9000, 128, 0.1, true, 0, 9000}, true).launches == 2);
+}
+
+// A part of the columns is a part of dZ to write and to read: worth it only where multiprocessors would be idle.
+void columns_are_divided_where_it_pays() {
+  emu::options() = {.multiprocessors = 132};
+  const auto splits = [](int64_t samples, int64_t handled) {
+    return BackwardPlan({samples, 128, 0.1, true, 0, handled}, true).p.splits;
+  };
+  for (const int64_t samples : {8192, 32768, 65536}) CHECK(splits(samples, samples) == 1);
+  CHECK(splits(4096, 4096) == 2 && splits(1024, 1024) >= 4);
+  CHECK(splits(32768, 128) == 16);  // a rank of many
+  CHECK(splits(32, 32) == 1);       // one tile
+}
+
 void covers_what_fits() {
   const auto covers = [](int64_t dim, double temperature, bool reduced) {
     return nt_xent_sm90_covers({10, dim, temperature, true, 0, 10}, reduced);
@@ -76,5 +176,14 @@ int main() {
   RUN(parts_of_the_samples);
   RUN(repeated_runs_give_the_same_bits);
   RUN(covers_what_fits);
+  RUN(columns_are_divided_where_it_pays);
+  RUN(sizes_that_wrap_on_a_gpu);
+  RUN(several_launches);
+  RUN(rings_wrap_on_one_multiprocessor);
+  RUN(rings_wrap_on_two_multiprocessors);
+  RUN(rings_wrap_on_seven_multiprocessors);
+  RUN(rings_wrap_in_parts_of_the_columns);
+  RUN(rings_wrap_on_a_whole_gpu);
+  RUN(rings_wrap_without_races);
   return check::finish();
 }

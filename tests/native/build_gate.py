@@ -28,6 +28,7 @@ BUDGETS = Path(__file__).with_name("build_budgets.json")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
 SM90 = "_sm90.cu"  # sources that end so are for sm_90a alone
+INTERESTING = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "UBLKCP", "ELECT", "MUFU", "LDL", "STL")  # see instructions()
 # What a kernel may use without an entry: registers with which a multiprocessor still holds 1,024 threads, static shared
 # memory, no stack frame and no spills.
 DEFAULT = {"registers": 64, "smem": 20 << 10, "stack": 0, "spills": 0}
@@ -80,8 +81,14 @@ def short_name(signature: str) -> str:
     return re.sub(r"\(.*", "", re.sub(r"\([\w ]+\)(?=-?\d)", "", name)).strip()
 
 
-def compile_kernel(source: str, architecture: str, nvcc: Path) -> dict[str, Any]:
+def compile_kernel(source: str, architecture: str, nvcc: Path, defines: tuple[str, ...] = ()) -> dict[str, Any]:
     """Compile one source for one architecture.
+
+    Args:
+        source: Path relative to csrc/.
+        architecture: As in ``ARCHITECTURES``.
+        nvcc: The compiler.
+        defines: Names of macros to define.
 
     Returns:
         ``{"kernels": {name: {"registers", "smem", "stack", "spills"}}, "warnings": [line], "object": path}``, bytes.
@@ -89,18 +96,20 @@ def compile_kernel(source: str, architecture: str, nvcc: Path) -> dict[str, Any]
     from scan_fast.gpu_status import source_hash
 
     version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (source, source_hash(CSRC, CSRC / source), architecture, *FLAGS, version)
+    flags = (*FLAGS, *(f"-D{name}" for name in defines))
+    parts = (source, source_hash(CSRC, CSRC / source), architecture, *flags, version)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    name = f"{Path(source).stem}-{architecture}-{key}"
+    prefix = "-".join((Path(source).stem, architecture, *defines))
+    name = f"{prefix}-{key}"
     record, binary = CACHE / f"{name}.json", CACHE / f"{name}.o"
     if record.exists() and binary.exists():
         cached: dict[str, Any] = json.loads(record.read_text())
         return cached | {"object": str(binary)}
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.glob(f"{Path(source).stem}-{architecture}-*"):
+    for old in CACHE.glob(f"{prefix}-{'[0-9a-f]' * len(key)}.*"):
         old.unlink()
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [str(nvcc), *FLAGS, target, f"-I{CSRC}", "-c", str(CSRC / source), "-o", str(binary)]
+    command = [str(nvcc), *flags, target, f"-I{CSRC}", "-c", str(CSRC / source), "-o", str(binary)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     if finished.returncode != 0:
         raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{finished.stderr[-4000:]}")
@@ -129,14 +138,18 @@ def parse(log: str) -> dict[str, Any]:
     return {"kernels": found, "warnings": sorted(set(SERIALIZED.findall(log)))}
 
 
+def sass(binary: str, cuobjdump: Path) -> str:
+    """Return the machine code of an object, as text."""
+    return subprocess.run([str(cuobjdump), "--dump-sass", binary], capture_output=True, text=True, check=True).stdout
+
+
 def instructions(binary: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
-    """Return, per kernel, how often each instruction of interest occurs in the machine code."""
-    sass = subprocess.run([str(cuobjdump), "--dump-sass", binary], capture_output=True, text=True, check=True).stdout
+    """Return, per kernel, how often each of ``INTERESTING`` occurs in the machine code."""
     counts: dict[str, dict[str, int]] = {}
-    for block in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^\s*Function : ", sass(binary, cuobjdump), flags=re.MULTILINE)[1:]:
         name, _, code = block.partition("\n")
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
-        wanted = {op: names.count(op) for op in ("HMMA", "HGMMA", "LDGSTS", "LDSM", "UBLKCP", "MUFU", "LDL", "STL")}
+        wanted = {op: names.count(op) for op in INTERESTING}
         counts[short_name(demangled(name.strip()).strip())] = wanted
     return counts
 

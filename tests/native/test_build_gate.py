@@ -92,6 +92,25 @@ def test_registers_shared_memory_and_spills(source: str, architecture: str) -> N
 
 
 @needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [source for source in build_gate.kernels() if source.endswith(build_gate.SM90)])
+def test_a_limit_to_waiting_costs_no_spills(source: str) -> None:
+    """Debug builds and the GPU suite's module give up a wait after two seconds; they must be the same kernels."""
+    assert NVCC is not None
+    limited = build_gate.compile_kernel(source, "90a", NVCC, ("SCAN_FAST_WAIT_LIMIT",))
+    assert limited["warnings"] == []
+    assert set(limited["kernels"]) == set(build(source, "90a")["kernels"])
+    budgets = BUDGETS.get(source, {})
+    for name, measured in limited["kernels"].items():
+        assert build_gate.over_budget(measured, budgets.get(name, {}), "90a") == [], name
+    if CUOBJDUMP is not None:
+        plain = build_gate.sass(build(source, "90a")["object"], CUOBJDUMP)
+        assert "GLOBALTIMER" not in plain and "BPT.TRAP" not in plain, "a wait has a limit that was not asked for"
+        with_limit = build_gate.sass(limited["object"], CUOBJDUMP)
+        assert "GLOBALTIMER" in with_limit and "BPT.TRAP" in with_limit, "no wait has a limit"
+
+
+@needs_nvcc
 @needs_cuobjdump
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "architecture"), BUILDS)
@@ -108,6 +127,9 @@ def test_machine_code(source: str, architecture: str) -> None:
             multiplies, copies = ("HGMMA", "UBLKCP") if source.endswith(build_gate.SM90) else ("HMMA", "LDGSTS")
             assert ops[multiplies] > 0, f"{name} multiplies without {multiplies}"
             assert ops[copies] > 0, f"{name} lost its asynchronous copies"
+            # One election names the thread that copies; one for each copy would be a loop around it, which the compiler
+            # writes where it does not see that its operands are the same in the whole warp.
+            assert ops["ELECT"] == (1 if source.endswith(build_gate.SM90) else 0), f"{name} copies in loops"
             assert ops["LDSM"] > 0 or source.endswith(build_gate.SM90), f"{name} lost its matrix loads"
 
 

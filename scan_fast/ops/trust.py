@@ -130,6 +130,8 @@ def _decide(family: str, device_type: str, index: int) -> bool:
         try:
             if os.environ.get("SCAN_FAST_SELF_TEST") == "off":
                 answer: bool | None = True
+                if native.KERNEL_CHOICE == "auto" and "sm90" in kernel_sets(family, device):
+                    native.take_sm90(family, True)
             elif native.KERNEL_CHOICE == "sm90" and "sm90" in kernel_sets(family, device):
                 answer = True
             else:

@@ -492,6 +492,14 @@ def test_the_environment_picks_the_kernel_set(hopper: SelfTests, monkeypatch: py
     refuse("failed")
 
 
+def test_trusting_everything_takes_the_kernels_for_sm90(hopper: SelfTests, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCAN_FAST_SELF_TEST", "off")
+    assert decide("neighbors") and native.takes_sm90("neighbors") and hopper == []
+    monkeypatch.setattr(native, "KERNEL_CHOICE", "portable")
+    native.take_sm90("nt_xent", False)
+    assert decide("nt_xent") and not native.takes_sm90("nt_xent")
+
+
 def test_other_gpus_take_no_kernels_for_sm90(hopper: SelfTests, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_capability", lambda device: (10, 0))
     assert decide("neighbors") and hopper == [("neighbors", "portable")] and not native.takes_sm90("neighbors")

@@ -5,6 +5,7 @@ A size is 2N x D: 2N anchors, the rows of both views, of D dimensions. All conte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,9 @@ from .harness import Case, Contender, Family, Tensors, main
 
 TEMPERATURE = 0.1
 INF_CL = "Inf-CL (no self mask, TF32)"
+MEMEFF = "memeff CLIP loss (no self mask)"
+SIGLIP = "siglip-kernel (sigmoid, bfloat16)"
+SIGLIP_BIAS = -10.0
 
 
 def _training_step(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
@@ -88,6 +92,32 @@ def _inf_cl(z0: Tensor, z1: Tensor) -> Tensor:
     positive = (torch.arange(2 * n, device=u.device) + n) % (2 * n)
     loss: Tensor = cal_flash_loss(u, u, positive, 1 / TEMPERATURE, head_dim=u.shape[1]).mean()
     return loss
+
+
+def _memeff(z0: Tensor, z1: Tensor) -> Tensor:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # With the views exchanged as the other tower, its two softmaxes are both ours, but for the diagonal.
+    loss: Tensor = MemoryEfficientCLIPLoss(TEMPERATURE, stable=False)(torch.cat([z0, z1]), torch.cat([z1, z0]))
+    return loss
+
+
+def _siglip(z0: Tensor, z1: Tensor) -> Tensor:
+    from siglip_kernel import fused_siglip_loss
+
+    first, second = (F.normalize(torch.cat(pair), dim=1).bfloat16() for pair in ((z0, z1), (z1, z0)))
+    log_scale, bias = (torch.tensor(value, device=z0.device) for value in (-math.log(TEMPERATURE), SIGLIP_BIAS))
+    loss: Tensor = fused_siglip_loss(first, second, log_scale, bias)
+    return loss.float()
+
+
+def _sigmoid_loss(z0: Tensor, z1: Tensor) -> Tensors:
+    """What siglip-kernel computes: each of the (2N)^2 pairs is judged by itself."""
+    z0, z1 = (z.detach().double().requires_grad_() for z in (z0, z1))
+    first, second = (F.normalize(torch.cat(pair), dim=1) for pair in ((z0, z1), (z1, z0)))
+    logits = first @ second.T / TEMPERATURE + SIGLIP_BIAS
+    loss = (F.softplus(logits).sum() - logits.diagonal().sum()) / len(first)
+    return (loss.detach(), *torch.autograd.grad(loss, (z0, z1)))
 
 
 def work(rows: int, dim: int, device: str, unit: str) -> Work:
@@ -173,15 +203,13 @@ def case(size: str, device: str) -> Case:
     ]
     if cuda:
         contenders.insert(3, Contender("eager TF32", _training_step(_eager), 5e-2, precision="high", skipped=too_large))
-        contenders.append(
-            Contender(
-                INF_CL,
-                _training_step(_inf_cl),
-                5e-2,
-                reference=_with_self_pairs,
-                skipped=too_large or peers.missing("inf_cl"),
-            )
-        )
+        for name, loss, package, exact in (
+            (INF_CL, _inf_cl, "inf_cl", _with_self_pairs),
+            (MEMEFF, _memeff, "memeff", _with_self_pairs),
+            (SIGLIP, _siglip, "siglip_kernel", _sigmoid_loss),
+        ):
+            skipped = too_large or peers.missing(package)
+            contenders.append(Contender(name, _training_step(loss), 5e-2, reference=exact, skipped=skipped))
     return Case(size, inputs, _exact, contenders)
 
 

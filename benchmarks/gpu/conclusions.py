@@ -5,6 +5,7 @@ A set is a family and its kernels, "nt_xent:sm90". Standard library only: the su
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 GATING = ("smoke", "accuracy", "repeat", "graph", "memcheck")
 """The stages that a set must pass; the timings only fail a set that computes something wrong while it is timed."""
+SANITIZERS = ("memcheck", "initcheck", "racecheck")
+"""The stages under compute-sanitizer. What goes wrong there without a complaint of its own is the tool's affair."""
+COUNTING = (*GATING, "timings", "peers", "more")
+"""The stages in which a failure of ours is a failure of the kernel; the others inform."""
 VERIFIED, FAILED, PARTLY, NEVER = "verified", "failed", "partly run", "never run"
 
 
@@ -50,23 +55,42 @@ def gating(kernel_set: str) -> tuple[str, ...]:
 
 
 def empty() -> dict[str, Any]:
-    """Return what is known of one stage of one set before it has run."""
-    return {"cases": 0, "failed": [], "ran": [], "done": False, "lost": ""}
+    """Return what is known of one stage of one set before it has run.
+
+    ``cases`` by label: ``problem``, ``ran`` and ``seconds``; ``lost``: why a process ended within this set;
+    ``complaints``: of compute-sanitizer; ``done``: whether all of the cases came to an end.
+    """
+    return {"cases": {}, "complaints": [], "lost": "", "done": False}
 
 
 def note(sets: dict[str, Any], line: dict[str, Any]) -> None:
     """Take one line of a stage into what is known of the sets."""
-    if not line.get("family") or "kernels" not in line:
+    known = sets.get(f"{line.get('family')}:{line.get('kernels')}")
+    if known is None:
         return
-    stages = sets[f"{line['family']}:{line['kernels']}"]["stages"]
-    stage = stages.setdefault(line["stage"], empty())
-    if "passed" in line:
-        stage["cases"] += 1
-        stage["ran"] = sorted({*stage["ran"], *line.get("ran", [])})
-        if not line["passed"]:
-            stage["failed"].append(f"{line['case']}: {line['problem']}")
+    stage = known["stages"].setdefault(line["stage"], empty())
+    if "complaint" in line:
+        stage["complaints"].append(f"{line['begin']}: {line['complaint']}")
+    elif "passed" in line:
+        case = {"problem": "" if line["passed"] else line.get("problem") or "failed"}
+        stage["cases"][line["case"]] = case | {key: line[key] for key in ("ran", "seconds") if key in line}
     elif line.get("done"):
         stage["done"] = True
+
+
+def failures(name: str, stage: dict[str, Any]) -> list[str]:
+    """Return what shows, in a stage's record of a set, that the kernels are wrong."""
+    if name not in COUNTING:
+        return []
+    found = [f"{label}: {case['problem']}" for label, case in stage["cases"].items() if case["problem"]]
+    if name in SANITIZERS:
+        return list(stage["complaints"])
+    return ([stage["lost"]] if stage["lost"] else []) + found
+
+
+def is_through(stage: dict[str, Any] | None) -> bool:
+    """Return whether all cases of a stage came to an end, and there were some."""
+    return stage is not None and stage["done"] and bool(stage["cases"]) and not stage["lost"]
 
 
 def verdict(kernel_set: str, stages: dict[str, Any], waived: Iterable[str] = ()) -> tuple[str, str]:
@@ -77,16 +101,20 @@ def verdict(kernel_set: str, stages: dict[str, Any], waived: Iterable[str] = ())
         stages: what is known by stage, as :func:`note` fills it.
         waived: gating stages that this machine cannot run.
     """
-    for name, stage in stages.items():
-        if stage["lost"]:
-            return FAILED, f"{name}: {stage['lost']}"
-        if stage["failed"]:
-            more = f" and {len(stage['failed']) - 1} more" if len(stage["failed"]) > 1 else ""
-            return FAILED, f"{name}: {stage['failed'][0]}{more}"
+    wrong = [f"{name}: {text}" for name, stage in stages.items() for text in failures(name, stage)]
+    if wrong:
+        return FAILED, wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
     if not any(stage["cases"] for stage in stages.values()):
         return NEVER, ""
-    wanted = [name for name in gating(kernel_set) if name not in tuple(waived)]
-    missing = [name for name in wanted if not (stages.get(name, empty())["done"] and stages[name]["cases"])]
+    missing = []
+    for name in gating(kernel_set):
+        stage = stages.get(name)
+        if name in tuple(waived):
+            continue
+        if not is_through(stage):
+            missing.append(name + (f" ({stage['lost']})" if stage and stage["lost"] else ""))
+        elif problems := [case["problem"] for case in stage["cases"].values() if case["problem"]]:  # type: ignore[index]
+            missing.append(f"{name} ({problems[0]})")
     return (PARTLY, f"not finished: {', '.join(missing)}") if missing else (VERIFIED, "")
 
 
@@ -96,13 +124,12 @@ def conclude(summary: dict[str, Any]) -> None:
     kernels = {}
     for kernel_set, known in summary["sets"].items():
         status, reason = verdict(kernel_set, known["stages"], waived)
-        cases = sum(stage["cases"] for stage in known["stages"].values())
         kernels[known["source"]] = {
             "sha256": known["sha256"],
             "status": status,
             "reason": reason,
-            "cases": cases,
-            "waived": waived,
+            "cases": sum(len(stage["cases"]) for stage in known["stages"].values()),
+            "waived": [name for name in waived if name in GATING],
         }
     summary["kernels"] = kernels
 
@@ -110,16 +137,16 @@ def conclude(summary: dict[str, Any]) -> None:
 def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one summary of several runs of the same kind on the same model of GPU, in their order.
 
-    A stage that ran again replaces what it said before about a set; a set whose source has changed starts anew.
+    Of a set whose source is the same, the later result of a case wins; one whose source has changed starts anew.
 
     Raises:
         ValueError: for rehearsals among results, or different devices.
     """
     kinds = {(summary["rehearsal"], summary["environment"].get("device")) for summary in summaries}
     if len(kinds) != 1:
-        names = ", ".join(sorted(f"{'a rehearsal on ' if r else ''}{device}" for r, device in kinds))
+        names = ", ".join(sorted(f"{'a rehearsal on ' if r else ''}{device or 'no device'}" for r, device in kinds))
         raise ValueError(f"the summaries are of different machines: {names}")
-    merged: dict[str, Any] = {**summaries[-1], "stages": {}, "sets": {}, "timings": [], "notes": []}
+    merged: dict[str, Any] = {**summaries[-1], "stages": {}, "sets": {}, "timings": [], "step": [], "notes": []}
     for summary in summaries:
         for name, stage in summary["stages"].items():
             if name not in merged["stages"] or stage["seconds"] > 0:
@@ -127,12 +154,28 @@ def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         for kernel_set, known in summary["sets"].items():
             before = merged["sets"].get(kernel_set)
             if before is None or before["sha256"] != known["sha256"]:
-                merged["sets"][kernel_set] = {**known, "stages": dict(known["stages"])}
-            else:
-                before["stages"].update(known["stages"])
-        times = {(t["stage"], t["family"], t["timing"]): t for t in (*merged["timings"], *summary["timings"])}
+                merged["sets"][kernel_set] = copy.deepcopy(known)
+                continue
+            for name, stage in known["stages"].items():
+                before["stages"][name] = _both(before["stages"].get(name, empty()), stage)
+        times = {_which(timing): timing for timing in (*merged["timings"], *summary["timings"])}
         merged["timings"] = list(times.values())
         merged["step"] = summary["step"] or merged["step"]
         merged["notes"] += [text for text in summary["notes"] if text not in merged["notes"]]
+    merged["finished"] = all(summary["finished"] for summary in summaries)
     conclude(merged)
     return merged
+
+
+def _which(timing: dict[str, Any]) -> tuple[Any, ...]:
+    return timing["stage"], timing["family"], timing["timing"], tuple(c["name"] for c in timing["contenders"])
+
+
+def _both(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's record after it ran twice. What ended a process counts until the stage came to its end."""
+    if later["done"] and not later["lost"]:
+        complaints, lost = later["complaints"], ""
+    else:
+        complaints, lost = earlier["complaints"] + later["complaints"], later["lost"] or earlier["lost"]
+    cases = {**earlier["cases"], **copy.deepcopy(later["cases"])}
+    return {"cases": cases, "complaints": complaints, "lost": lost, "done": earlier["done"] or later["done"]}

@@ -1,4 +1,4 @@
-"""Runs the suite's processes, each in a group of its own and with a limit; standard library only."""
+"""Runs the suite's processes, each in a group of its own and with limits; standard library only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import threading
@@ -29,12 +30,16 @@ class Job:
         sets: the kernel sets it is about, in its order.
         environment: what it gets besides ours.
         patience: seconds without a line after which it hangs.
+        startup: the same before its first line: PyTorch has to be loaded.
+        complaints: lines that match say that something is wrong with the last case that began; "" for none.
     """
 
     command: Sequence[str]
     sets: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     patience: float = 60.0
+    startup: float = 60.0
+    complaints: str = ""
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Outcome:
 
     Attributes:
         status: "passed", "failed (code)", "hung after N s", or "cut off" when the stage's time was up.
-        begun: the last line that began a case which has no result.
+        begun: the last line that began something which has no result.
         tail: the last lines that were no JSON.
     """
 
@@ -52,76 +57,107 @@ class Outcome:
     tail: list[str]
 
 
-running: set[subprocess.Popen[str]] = set()
+_running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
 
 
-def end_all() -> None:
-    """End every job that runs, with its children."""
-    for process in list(running):
+def stop() -> None:
+    """End every job that runs, with its children, and start no other."""
+    _stopped.set()
+    for process in list(_running):
         _end(process)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(job: Job, seconds: float, log: TextIO, take: Callable[[dict[str, Any]], None]) -> Outcome:
     """Run a job for at most ``seconds`` and hand its JSON lines to ``take``."""
+    if _stopped.is_set() or seconds <= 0:
+        return Outcome("cut off", None, [])
     process = subprocess.Popen(
         job.command,
         cwd=ROOT,
-        env={**os.environ, **UNJUDGED, "PYTHONUNBUFFERED": "1", **job.environment},
+        env={**os.environ, **UNJUDGED, "PYTHONUNBUFFERED": "1", **_environment(job)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
     )
-    running.add(process)
+    _running.add(process)
+    try:
+        return _followed(process, job, seconds, log, take)
+    finally:
+        _end(process)  # what it left behind, too
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)  # a process that waits for its GPU may outlive its end
+        _running.discard(process)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Return a job's environment; a path of modules of its own comes before ours."""
+    path = os.pathsep.join(part for part in (job.environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")) if part)
+    return {**job.environment, **({"PYTHONPATH": path} if path else {})}
+
+
+def _followed(
+    process: subprocess.Popen[str], job: Job, seconds: float, log: TextIO, take: Callable[[dict[str, Any]], None]
+) -> Outcome:
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        with contextlib.suppress(ValueError, OSError):
+            for line in process.stdout:
+                lines.put(line)
         lines.put(None)
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    end, heard = time.monotonic() + seconds, time.monotonic()
+    threading.Thread(target=read, daemon=True).start()
+    heard = time.monotonic()
+    end, patience = heard + seconds, job.startup
     begun: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
     tail: list[str] = []
-    status = ""
     while True:
         now = time.monotonic()
-        if now > end or now - heard > job.patience:
-            status = "cut off" if now > end else f"hung after {job.patience:.0f} s"
-            _end(process)
-            break
+        if now > end:
+            return Outcome("cut off", begun, tail)
+        if now - heard > patience:
+            return Outcome(f"hung after {patience:.0f} s", begun, tail)
         try:
-            line = lines.get(timeout=max(0.05, min(end - now, heard + job.patience - now)))
+            line = lines.get(timeout=max(0.02, min(1.0, end - now, heard + patience - now)))
         except queue.Empty:
+            if process.poll() is not None and time.monotonic() - heard > 3:
+                break  # it has ended, and a child of its own holds its output
             continue
         if line is None:
             break
-        heard = time.monotonic()
+        heard, patience = time.monotonic(), job.patience
         log.write(line)
         entry = _parsed(line)
         if entry is None:
-            tail = [*tail[-11:], line.rstrip()[:300]]
-        elif "begin" in entry:
-            begun = entry
-        else:
-            if "passed" in entry or "done" in entry or "way" in entry:
-                begun = None
-            take(entry)
+            text = line.strip("= \r\n")[:300]
+            tail = [*tail[-11:], text] if text else tail
+            if job.complaints and last is not None and re.search(job.complaints, line):
+                take({**last, "complaint": text})
+            continue
+        if "begin" in entry:
+            begun = last = entry
+            continue
+        if not begun or "passed" in entry or "done" in entry or "way" in entry or "timing" in entry:
+            begun = None
+        take(entry)
     log.flush()
-    process.wait()
-    running.discard(process)
-    if not status:
-        status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
-    return Outcome(status, begun, tail)
+    try:
+        code = process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        return Outcome("hung as it ended", begun, tail)
+    if _stopped.is_set():
+        return Outcome("cut off", begun, tail)
+    return Outcome("passed" if code == 0 else f"failed ({code})", begun, tail)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ For a machine that is rented by the minute: it needs torch alone, and nvcc only 
     memcheck  compute-sanitizer on our kernels; then, if time is left, initcheck, racecheck, peers and more sizes
 
 Every stage runs in processes of their own with limits. A kernel set that crashes or hangs is left out from then on, and
-the others go on. FOLDER gets log.txt and summary.json, which is written anew as results come in: a run that is cut off
+the others go on. FOLDER gets log.txt and summary.json, which is written anew with every result: a run that is cut off
 leaves what it found. ``python -m benchmarks.gpu_status --update SUMMARY ...`` takes summaries into docs/gpu-status.md.
+Exit codes: 0 nothing failed, 1 something failed or was not finished, 2 cannot start, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -22,45 +23,36 @@ import argparse
 import datetime
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from . import carried, conclusions, jobs
 from .jobs import Job, Outcome
+from .report import report
+from .stages import NAMES, REFUSALS, STAGES, Stage, Where, kept_for_later
 
-PYTHON = sys.executable
 DEFAULT_BUDGET = 240.0
 RESERVE = 3.0  # seconds kept for writing
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: its limit, how many of its processes run at a time, and what to run for some kernel sets."""
-
-    name: str
-    seconds: float
-    at_a_time: int
-    jobs: Callable[[Suite, tuple[str, ...], float], list[Job]]
+LEAST = 5.0  # with fewer seconds nothing is begun: PyTorch has to be loaded
+SLOWER = 4.0  # a rehearsal may be on a slow machine; what it shows is that the stages work
 
 
 class Suite:
     """A run of the suite: where it writes, what it knows, when it ends."""
 
     def __init__(self, out: Path, rehearse: bool, budget: float, log: TextIO) -> None:
-        self.out, self.rehearse, self.log = out, rehearse, log
-        self.device = "cpu" if rehearse else "cuda"
+        self.out, self.log = out, log
+        self.device, self.pace = ("cpu", SLOWER) if rehearse else ("cuda", 1.0)
+        self.folder: Path | None = None
         self.begin = time.monotonic()
         self.end = self.begin + budget
-        self.lock = threading.Lock()
-        self.written = 0.0
+        self.lock = threading.RLock()
         hashes = conclusions.source_hashes()
         self.summary: dict[str, Any] = {
             "rehearsal": rehearse,
@@ -82,15 +74,11 @@ class Suite:
         """Return the seconds that are left."""
         return self.end - RESERVE - time.monotonic()
 
-    def write(self, least_seconds: float = 0.0) -> None:
-        """Write the summary in one step, unless that was done less than ``least_seconds`` ago."""
-        if time.monotonic() - self.written < least_seconds:
-            return
-        conclusions.conclude(self.summary)
-        temporary = self.out / ".summary.json"
-        temporary.write_text(json.dumps(self.summary, indent=1) + "\n")
-        os.replace(temporary, self.out / "summary.json")
-        self.written = time.monotonic()
+    def write(self, indent: int | None = None) -> None:
+        """Write the summary in one step."""
+        with self.lock:
+            conclusions.conclude(self.summary)
+            write_json(self.out / "summary.json", self.summary, indent)
 
     def take(self, line: dict[str, Any]) -> None:
         """Take a stage's line into the summary."""
@@ -99,13 +87,15 @@ class Suite:
                 self.summary["timings"].append(line)
             elif "way" in line or "profile" in line:
                 self.summary["step"].append(line)
+            elif "note" in line:
+                self.note(f"{line['stage']}: {line['note']}")
             elif "ceilings" in line:
                 self.summary["environment"]["ceilings"] = line["ceilings"]
             else:
                 conclusions.note(self.summary["sets"], line)
                 if line.get("passed") is False:
                     self.say(f"    FAILED {line['family']} {line['kernels']}, {line['case']}: {line['problem']}")
-            self.write(0.2)
+            self.write()
 
     def say(self, text: str) -> None:
         """Print a line, into the log as well."""
@@ -115,203 +105,191 @@ class Suite:
 
     def note(self, text: str) -> None:
         """Keep a line in the summary, and print it."""
-        self.summary["notes"].append(text)
-        self.say(f"    {text}")
+        with self.lock:
+            self.summary["notes"].append(text)
+            self.say(f"    {text}")
+
+    def ended(self, name: str, record: dict[str, Any], status: str, seconds: float = 0.0) -> None:
+        """Note how a stage ended."""
+        record |= {"status": status, "seconds": round(seconds, 1)}
+        self.say(f"{status:<14} {seconds:7.1f} s  {name}")
+        self.write()
 
     def alive(self, sets: Sequence[str]) -> tuple[str, ...]:
         """Return the sets that have neither crashed nor hung."""
         known = self.summary["sets"]
-        return tuple(s for s in sets if not any(stage["lost"] for stage in known[s]["stages"].values()))
+        return tuple(
+            s
+            for s in sets
+            if not any(stage["lost"] for name, stage in known[s]["stages"].items() if name in conclusions.COUNTING)
+        )
 
 
-# ---- stages --------------------------------------------------------------------------------------------------------
+def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Write a file that is whole at any moment."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
+    os.replace(temporary, path)
 
 
-def _python(suite: Suite, module: str, *words: str) -> tuple[str, ...]:
-    return (PYTHON, "-m", f"benchmarks.gpu.{module}", *words, "--device", suite.device)
+# ---- a stage -------------------------------------------------------------------------------------------------------
 
 
-def _checks(check: str, size: str, stage: str = "", patience: float = 60.0) -> Callable[..., list[Job]]:
-    def of(suite: Suite, sets: tuple[str, ...], seconds: float) -> list[Job]:
-        words = (check, "--stage", stage or check, "--size", "tiny" if suite.rehearse else size, "--sets")
-        # On a processor the kernels run one after the other: processes would only load torch again and again.
-        groups = [sets] if suite.rehearse else [(s,) for s in sets]
-        return [Job(_python(suite, "checks", *words, *group), group, patience=patience) for group in groups if group]
-
-    return of
-
-
-def _timings(stage: str, *options: str) -> Callable[..., list[Job]]:
-    def of(suite: Suite, sets: tuple[str, ...], seconds: float) -> list[Job]:
-        words = ["--stage", stage, *options, "--seconds", f"{0.8 * seconds:.0f}"]
-        words += ["--quick"] if suite.rehearse else []
-        command = _python(suite, "timings", *words, "--sets", *sets)
-        return [Job(command, sets, patience=90.0)] if sets else []
-
-    return of
-
-
-def _step(suite: Suite, sets: tuple[str, ...], seconds: float) -> list[Job]:
-    kernels = "sm90" if "nt_xent:sm90" in sets else "portable"
-    words = ["--kernels", kernels, "--seconds", f"{0.7 * seconds:.0f}", *(["--quick"] if suite.rehearse else [])]
-    return [Job(_python(suite, "step", *words), patience=120.0)]
-
-
-def _sanitizer(tool: str) -> Callable[..., list[Job]]:
-    def of(suite: Suite, sets: tuple[str, ...], seconds: float) -> list[Job]:
-        command = _python(suite, "checks", "call", "--stage", tool, "--size", "tiny", "--sets", *sets)
-        if suite.rehearse:
-            return [Job(command, sets)] if tool == "memcheck" and sets else []
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-        if sanitizer is None or not sets:
-            return []
-        # Ours alone: PyTorch's own kernels are not in question. Without its cache each tensor is an allocation of its
-        # own, and the bounds of each are seen.
-        prefix = [sanitizer, "--tool", tool, "--kernel-regex", "kns=scan_fast", "--error-exitcode", "9"]
-        prefix += ["--target-processes", "all"]
-        return [Job((*prefix, *command), sets, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, patience=60.0)]
-
-    return of
-
-
-STAGES = (
-    Stage("smoke", 30, 4, _checks("accuracy", "smoke", "smoke", patience=25)),
-    Stage("accuracy", 60, 4, _checks("accuracy", "full")),
-    Stage("timings", 70, 1, _timings("timings")),
-    Stage("repeat", 30, 4, _checks("repeat", "smoke")),
-    Stage("graph", 30, 4, _checks("graph", "smoke")),
-    Stage("step", 60, 1, _step),
-    Stage("memcheck", 60, 1, _sanitizer("memcheck")),
-    Stage("initcheck", 40, 1, _sanitizer("initcheck")),
-    Stage("racecheck", 40, 1, _sanitizer("racecheck")),
-    Stage("peers", 40, 1, _timings("peers", "--peers")),
-    Stage("more", 60, 1, _timings("more", "--more")),
-)
-INFORMING = ("timings", "step", "initcheck", "racecheck", "peers", "more")
-"""Stages whose own failure says nothing about a kernel."""
-
-
-def run_stage(suite: Suite, stage: Stage, sets: Sequence[str]) -> None:
+def run_stage(suite: Suite, stage: Stage, sets: Sequence[str], wanted: tuple[str, ...]) -> None:
     """Run one stage on the sets that still run, and note how it went."""
     begin = time.monotonic()
-    seconds = min(stage.seconds * (4 if suite.rehearse else 1), suite.left())
-    record = {"status": "passed", "seconds": 0.0, "jobs": []}
+    record: dict[str, Any] = {"status": "running", "seconds": 0.0, "jobs": []}
     suite.summary["stages"][stage.name] = record
-    if seconds < 5:
-        record["status"] = "no time left"
-        suite.say(f"{record['status']:<14} {0.0:7.1f} s  {stage.name}")
-        return suite.write()
-    waiting = stage.jobs(suite, suite.alive(sets), seconds)
-    if not waiting:
-        record["status"] = "not here" + ("" if suite.rehearse else ": compute-sanitizer is missing")
-        suite.say(f"{record['status']:<14} {0.0:7.1f} s  {stage.name}")
-        return suite.write()
+    seconds = min(stage.seconds * suite.pace, suite.left() - kept_for_later(stage.name, wanted))
+    if seconds < LEAST:
+        return suite.ended(stage.name, record, "no time left")
     end = begin + seconds
-    for kernel_set in {name for job in waiting for name in job.sets}:
-        # What an earlier call said of this stage is replaced.
-        suite.summary["sets"][kernel_set]["stages"].pop(stage.name, None)
+    left_over: list[str] = []
 
-    def run(job: Job) -> list[Job]:
-        outcome = jobs.run(job, max(1.0, end - time.monotonic()), suite.log, suite.take)
+    def make(names: tuple[str, ...]) -> list[Job]:
+        return stage.jobs(Where(suite.device, end - time.monotonic(), suite.folder, suite.pace), names)
+
+    def run(job: Job) -> list[str]:
+        outcome = jobs.run(job, end - time.monotonic(), suite.log, suite.take)
         with suite.lock:
-            return _after(suite, stage, job, outcome, end)
+            rest = _after(suite, stage.name, job, outcome)
+            suite.write()
+        return rest
 
+    waiting = make(suite.alive(sets))
+    if not waiting:
+        none = "nothing to run" if suite.alive(sets) == () else "not here"
+        return suite.ended(stage.name, record, none)
     while waiting:
         with ThreadPoolExecutor(stage.at_a_time) as pool:
-            waiting = [again for found in pool.map(run, waiting) for again in found]
-    record["seconds"] = round(time.monotonic() - begin, 1)
-    record["status"] = _stage_status(suite, stage.name, record)
-    suite.say(f"{record['status']:<14} {record['seconds']:7.1f} s  {stage.name}")
-    return suite.write()
+            left_over = [name for rest in pool.map(run, waiting) for name in rest]
+        waiting = make(tuple(left_over)) if left_over and end - time.monotonic() > LEAST else []
+    if left_over:
+        record["jobs"].append({"sets": left_over, "status": "cut off"})
+    return suite.ended(stage.name, record, _status(suite, stage.name, record), time.monotonic() - begin)
 
 
-def _after(suite: Suite, stage: Stage, job: Job, outcome: Outcome, end: float) -> list[Job]:
-    """Note how a job ended; return the jobs for those of its sets that it left undone after one that crashed."""
-    record = suite.summary["stages"][stage.name]
+def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
+    """Note how a job ended; return the sets that it left undone after one that crashed or hung."""
+    record, known = suite.summary["stages"][name], suite.summary["sets"]
+    under_tool = bool(job.complaints)
+    refusal = next((text for text in outcome.tail if any(words in text for words in REFUSALS)), "")
+    if under_tool and (refusal or (outcome.begun is None and not _any_line(known, job, name) and _ended(outcome))):
+        for kernel_set in job.sets:
+            known[kernel_set]["stages"].pop(name, None)
+        reason = refusal or (outcome.tail[-1] if outcome.tail else outcome.status)
+        record["jobs"].append({"sets": list(job.sets), "status": "not here"})
+        suite.note(f"{name}: compute-sanitizer does not work here: {reason}")
+        return []
     record["jobs"].append({"sets": list(job.sets), "status": outcome.status})
+    if under_tool and outcome.status == "failed (9)":
+        _errors_of_tool(suite, name, job, outcome)
+        return []
     if outcome.status == "passed":
         return []
     begun = outcome.begun or {}
-    lost = f"{begun.get('family', '')}:{begun.get('kernels', '')}"
-    where = f"{begun.get('family', '')} {begun.get('kernels', '')}, {begun['begin']}" if begun else "no case"
+    where = f"{begun['begin']}" if begun else "no case"
     last = outcome.tail[-1] if outcome.tail else ""
-    suite.note(f"{stage.name}: {outcome.status} in {where}" + (f": {last}" if last else ""))
+    lost = [s for s in begun.get("sets", [f"{begun.get('family')}:{begun.get('kernels')}"]) if s in known]
+    who = ", ".join(s.replace(":", " ") for s in lost) or "none of our kernels"
+    suite.note(f"{name}: {outcome.status} in {who}, {where}" + (f": {last}" if last else ""))
     for text in outcome.tail[:-1]:
         suite.say(f"        {text}")
     if outcome.status == "cut off":
         return []
+    if not begun and len(job.sets) == 1:
+        lost = list(job.sets)  # it did not come to its first case
+    reason = f"{outcome.status} in {where}" + (f": {last}" if last else "")
+    for kernel_set in lost:
+        known[kernel_set]["stages"].setdefault(name, conclusions.empty())["lost"] = reason
+    through = {s for s in job.sets if known[s]["stages"].get(name, {}).get("done")}
+    # Without progress the next would end like this one.
+    return [s for s in job.sets if s not in lost and s not in through] if lost else []
+
+
+def _ended(outcome: Outcome) -> bool:
+    return outcome.status.startswith(("failed", "hung"))
+
+
+def _any_line(known: dict[str, Any], job: Job, name: str) -> bool:
+    return any(known[s]["stages"].get(name, {}).get("cases") for s in job.sets)
+
+
+def _errors_of_tool(suite: Suite, name: str, job: Job, outcome: Outcome) -> None:
+    """See to it that errors which compute-sanitizer counted are somebody's."""
     known = suite.summary["sets"]
-    if lost not in known and len(job.sets) == 1:
-        lost = job.sets[0]
-    if lost not in known or (stage.name in INFORMING and not outcome.status.startswith("hung")):
-        return []
-    stages = known[lost]["stages"]
-    entry = stages.setdefault(stage.name, conclusions.empty())
-    if stage.name in ("memcheck", "initcheck", "racecheck"):
-        errors = [text for text in outcome.tail if "ERROR SUMMARY" in text and " 0 errors" not in text]
-        if not errors:
-            return []  # the tool itself did not work: the set is not finished, and nobody has said that it is wrong
-        entry["failed"].append(errors[-1].strip("= "))
-        return []
-    entry["lost"] = f"{outcome.status} in {begun.get('begin', 'no case')}" + (f": {last}" if last else "")
-    rest = tuple(s for s in job.sets if s != lost and not known[s]["stages"].get(stage.name, {}).get("done"))
-    return stage.jobs(suite, rest, end - time.monotonic()) if rest and end - time.monotonic() > 5 else []
+    blamed = [s for s in job.sets if known[s]["stages"].get(name, {}).get("complaints")]
+    total = next((text for text in outcome.tail if "SUMMARY" in text), "errors were counted")
+    suite.note(f"{name}: {total}; in {', '.join(blamed) or 'no case: counted against all'}")
+    for kernel_set in job.sets if not blamed else ():
+        known[kernel_set]["stages"].setdefault(name, conclusions.empty())["complaints"].append(total)
 
 
-def _stage_status(suite: Suite, name: str, record: dict[str, Any]) -> str:
-    failed = any(s["stages"].get(name, {}).get("failed") for s in suite.summary["sets"].values())
+def _status(suite: Suite, name: str, record: dict[str, Any]) -> str:
     ends = [job["status"] for job in record["jobs"]]
-    if failed or any(end.startswith(("failed", "hung")) for end in ends):
+    if ends and all(end == "not here" for end in ends):
+        return "not here"
+    wrong = any(conclusions.failures(name, s["stages"].get(name, conclusions.empty())) for s in _sets(suite))
+    if wrong or any(end.startswith(("failed", "hung")) for end in ends):
         return "failed"
     return "cut off" if "cut off" in ends else "passed"
+
+
+def _sets(suite: Suite) -> list[dict[str, Any]]:
+    return list(suite.summary["sets"].values())
 
 
 # ---- the module ----------------------------------------------------------------------------------------------------
 
 
-def provide_module(suite: Suite, folder: Path | None, build: bool) -> str:
-    """Take the carried module or build one; return why there is none, in one line."""
-    if folder is not None:
-        reason = carried.use(folder)
-        if not reason:
-            return ""
-        suite.note(reason)
-    if not build:
-        return ""
-    environment = {"SCAN_FAST_WAIT_LIMIT": "1", "SCAN_FAST_CUDA": "off" if suite.rehearse else "on"}
-    if not suite.rehearse:
-        environment["SCAN_FAST_CUDA_ARCHS"] = _architecture()
-    job = Job((PYTHON, "setup.py", "build_ext", "--inplace"), (), environment, patience=170.0)
+def provide_module(suite: Suite, build: bool) -> str:
+    """Take the carried module, the one that is there, or build one; return why there is none, in one line."""
     begin = time.monotonic()
-    outcome = jobs.run(job, min(200.0, suite.left()), suite.log, suite.take)
-    seconds = round(time.monotonic() - begin, 1)
-    suite.summary["stages"]["build"] = {"status": outcome.status, "seconds": seconds, "jobs": []}
-    suite.say(f"{outcome.status:<14} {seconds:7.1f} s  build")
-    return "" if outcome.status == "passed" else f"the build {outcome.status}: {' | '.join(outcome.tail[-3:])}"
+    record: dict[str, Any] = {"status": "running", "seconds": 0.0, "jobs": []}
+    suite.summary["stages"]["build"] = record
+    refusal = carried.use(suite.folder) if suite.folder is not None else ""
+    if refusal:
+        suite.note(refusal)
+    problem, mendable = look_around(suite)
+    if problem and mendable and build:
+        suite.note(f"{problem}; building")
+        major, _, minor = suite.summary["environment"]["capability"].partition(".")
+        environment = {
+            "SCAN_FAST_WAIT_LIMIT": "1",
+            "SCAN_FAST_CUDA": "on",
+            "SCAN_FAST_CUDA_ARCHS": f"{major}{minor}{'a' if (major, minor) == ('9', '0') else ''}",
+        }
+        job = Job((sys.executable, "setup.py", "build_ext", "--inplace"), (), environment, patience=150.0)
+        outcome = jobs.run(job, min(150.0, suite.left()), suite.log, suite.take)
+        if outcome.status == "passed":
+            problem, _ = look_around(suite)
+        else:
+            wrong = next((text for text in outcome.tail if "error" in text.lower()), " ".join(outcome.tail[-1:]))
+            problem = f"the build {outcome.status}: {wrong}"
+    suite.ended("build", record, "failed" if problem else "passed", time.monotonic() - begin)
+    return problem
 
 
-def _architecture() -> str:
-    """Return this GPU's architecture as the build wants it, e.g. ``90a``."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU; --rehearse runs the same stages on the CPU")
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
-
-
-def look_around(suite: Suite) -> str:
-    """Note what this machine is; return why the suite cannot run on it, in one line."""
+def look_around(suite: Suite) -> tuple[str, bool]:
+    """Note what this machine is; return why the suite cannot run on it, in one line, and whether building may help."""
     found: dict[str, Any] = {}
-    outcome = jobs.run(Job(_python(suite, "about")), min(60.0, suite.left()), suite.log, found.update)
+    command = (sys.executable, "-m", "benchmarks.gpu.about", "--device", suite.device)
+    outcome = jobs.run(Job(command), min(60.0 * suite.pace, suite.left()), suite.log, found.update)
     if "environment" not in found:
-        return f"the package cannot be imported: {' | '.join(outcome.tail[-2:])}"
-    suite.summary["environment"] = found["environment"] | {k: found[k] for k in found if k in ("capability",)}
-    built, tree = found["sources"], {s["source"]: s["sha256"] for s in suite.summary["sets"].values()}
-    differ = sorted(name for name, digest in built.items() if tree.get(name) != digest)
-    if not found["problem"] and differ:
-        return f"the compiled module is of other sources than this tree: {', '.join(differ)}; build it again"
-    return str(found["problem"])
+        return f"the package cannot be imported ({outcome.status}): {' '.join(outcome.tail[-1:])}", False
+    about = {key: found[key] for key in ("capability", "multiprocessors") if key in found}
+    suite.summary["environment"] = found["environment"] | about
+    if found["problem"]:
+        return str(found["problem"]), bool(found["mendable"])
+    built, tree = found["sources"], {known["source"]: known["sha256"] for known in _sets(suite)}
+    differ = sorted(name for name, digest in tree.items() if name in built and built[name] != digest)
+    if suite.device == "cuda" and not built:
+        return "the compiled module does not say which sources it was built from; build it again", True
+    if suite.device == "cuda" and differ:
+        return f"the compiled module is of other sources than this tree: {', '.join(differ)}; build it again", True
+    if suite.device == "cuda" and not found["wait_limit"]:
+        suite.note("the module's kernels wait without a limit (SCAN_FAST_WAIT_LIMIT=1 when it is built gives them one)")
+    return "", False
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -319,16 +297,15 @@ def look_around(suite: Suite) -> str:
 
 def chosen(text: str) -> tuple[list[str], list[str]]:
     """Split ``--only``: names of stages, of families and of kernel sets; what is not named is not restricted."""
-    stages = {stage.name for stage in STAGES}
     sets = conclusions.kernel_sets()
     families = {name.partition(":")[0] for name in sets}
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in stages | families | set(sets)]
+    unknown = [name for name in names if name not in {*NAMES, *families, *sets}]
     if unknown:
-        known = ", ".join((*(stage.name for stage in STAGES), *sorted(families), *sets))
+        known = ", ".join((*NAMES, *sorted(families), *sets))
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is neither a stage nor a family; there are {known}")
     wanted = [s for s in sets if s in names or s.partition(":")[0] in names]
-    return [name for name in names if name in stages], wanted or list(sets)
+    return [name for name in names if name in NAMES] or list(NAMES), wanted or list(sets)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,48 +318,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         type=chosen,
-        default=([], list(conclusions.kernel_sets())),
+        default=(list(NAMES), list(conclusions.kernel_sets())),
         metavar="NAMES",
         help="stages, families or kernel sets, separated by commas, e.g. accuracy,nt_xent:sm90",
     )
     parser.add_argument("--carried", type=Path, metavar="FOLDER", help="with the module that gpu_build made")
-    parser.add_argument("--no-build", action="store_true", help="take the compiled module that is there")
+    parser.add_argument("--no-build", action="store_true", help="never build: take the compiled module that is there")
     parser.add_argument(
-        "--merge",
-        nargs="+",
-        type=Path,
-        metavar="SUMMARY",
-        help="write one summary of several runs into FOLDER, and stop",
+        "--merge", nargs="+", type=Path, metavar="SUMMARY", help="write one summary of several into FOLDER, and stop"
     )
     options = parser.parse_args(arguments)
+    if not options.budget > 0:
+        parser.error(f"--budget must be positive, got {options.budget:g}")
     out = options.folder.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    if options.merge:
-        try:
-            merged = conclusions.merge([json.loads(path.read_text()) for path in options.merge])
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"the summaries cannot be merged: {error}")
-        (out / "summary.json").write_text(json.dumps(merged, indent=1) + "\n")
-        print("\n".join(report(merged)))
-        return 0
-    with (out / "log.txt").open("w") as log:
-        suite = Suite(out, options.rehearse, options.budget * (4 if options.rehearse else 1), log)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            stages, sets = options.only
-            return _run(suite, stages, sets, options.carried, not options.no_build and not options.rehearse)
-        except BaseException as error:
-            if not isinstance(error, SystemExit):
-                suite.summary["notes"].append(f"ended by {type(error).__name__}: {error}")
-            raise
-        finally:
-            jobs.end_all()
-            suite.write()
+    try:
+        # Before anything is written: FOLDER may be where one of them lies.
+        read = [json.loads(path.read_text()) for path in options.merge or ()]
+        merged = conclusions.merge(read) if read else None
+        out.mkdir(parents=True, exist_ok=True)
+        if merged is not None:
+            write_json(out / "summary.json", merged, 1)
+            print("\n".join(report(merged)))
+            return 0
+        log = (out / "log.txt").open("w")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "the summaries cannot be merged" if options.merge else f"{out} cannot be written"
+        parser.error(f"{what}: {type(error).__name__}: {error}")
+    with log:
+        suite = Suite(out, options.rehearse, options.budget * (SLOWER if options.rehearse else 1), log)
+        suite.folder = options.carried
+        stages, sets = options.only
+        return _guarded(suite, stages, sets, not (options.no_build or options.rehearse))
 
 
-def _run(suite: Suite, stages: list[str], sets: list[str], folder: Path | None, build: bool) -> int:
+def _guarded(suite: Suite, stages: list[str], sets: list[str], build: bool) -> int:
+    """Run, and leave a whole summary and no process behind, whatever happens."""
+
+    def interrupted(number: int, frame: object) -> None:
+        jobs.stop()
+        suite.note(f"interrupted by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupted)
+    try:
+        return _run(suite, tuple(stages), sets, build)
+    finally:
+        jobs.stop()
+        suite.write(1)
+
+
+def _run(suite: Suite, stages: tuple[str, ...], sets: list[str], build: bool) -> int:
     suite.write()
-    problem = provide_module(suite, folder, build) or look_around(suite)
+    problem = provide_module(suite, build)
     if problem:
         suite.note(problem)
         return 2
@@ -390,37 +378,20 @@ def _run(suite: Suite, stages: list[str], sets: list[str], folder: Path | None, 
         suite.note(f"no kernels for sm_90a on compute capability {suite.summary['environment']['capability']}")
         sets = [name for name in sets if not name.endswith(":sm90")]
     for stage in STAGES:
-        if not stages or stage.name in stages:
-            run_stage(suite, stage, sets)
+        if stage.name in stages:
+            run_stage(suite, stage, sets, stages)
     suite.summary["finished"] = True
     suite.write()
     for line in report(suite.summary):
         suite.say(line)
     suite.say(f"{time.monotonic() - suite.begin:.0f} s; {suite.out}")
-    states = {suite.summary["kernels"][suite.summary["sets"][name]["source"]]["status"] for name in sets}
-    return 1 if conclusions.FAILED in states else 0
+    known = suite.summary["kernels"]
+    wrong = any(known[suite.summary["sets"][name]["source"]]["status"] == conclusions.FAILED for name in sets)
+    open_ = any(suite.summary["stages"].get(s, {}).get("status") in UNFINISHED for s in conclusions.GATING)
+    return 1 if wrong or open_ else 0
 
 
-def report(summary: dict[str, Any]) -> list[str]:
-    """Return the summary as lines for the terminal: times first, then what is verified."""
-    lines = []
-    for timing in summary["timings"]:
-        eager = next((c["seconds"] for c in timing["contenders"] if c["name"] == "eager" and "seconds" in c), None)
-        for c in timing["contenders"]:
-            if "seconds" in c:
-                faster = f"{eager / c['seconds']:7.2f} x eager" if eager else ""
-                share = f"{c['of_limit']:5.0%} of the limit" if "of_limit" in c else ""
-                lines.append(
-                    f"{timing['family']:<11} {timing['timing']:<30} {c['name']:<28} {1e6 * c['seconds']:11.1f} us "
-                    f"{faster:<15} {share}"
-                )
-    for way in (entry for entry in summary["step"] if "way" in entry):
-        text = f"{1e3 * way['seconds']:.2f} ms" if "seconds" in way else way.get("failed") or way.get("skipped")
-        lines.append(f"step        {way['way']:<30} {text}")
-    for name, kernel in summary["kernels"].items():
-        reason = f": {kernel['reason']}" if kernel["reason"] else ""
-        lines.append(f"{kernel['status']:<11} {name} ({kernel['cases']} cases){reason}")
-    return lines
+UNFINISHED = ("failed", "cut off", "no time left", "nothing to run")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
-"""Times the kernels against PyTorch: ``python -m benchmarks.gpu.timings [--sets ...] [--more] [--seconds S]``.
+"""Times the kernels against PyTorch: ``python -m benchmarks.gpu.timings [--sets ...] [--more | --peers]``.
 
 The cases and contenders are those of ``benchmarks.nt_xent`` and the like; ours are timed once per kernel set, side by
-side with eager PyTorch and torch.compile in one process. The first size of every family comes first, so that time that
-ends leaves something of each. ``--peers`` adds the other libraries that are installed, ``--more`` takes further sizes.
-One JSON object per case; a kernel that computes something wrong has failed. It needs torch alone.
+side with eager PyTorch in one process. The first size of every family comes first, and torch.compile, which takes
+longer than all else, after both sizes of all, so that time that ends leaves something of each. ``--peers`` takes the
+other libraries that are installed instead, ``--more`` further sizes. One JSON object per case; a kernel that computes
+something wrong has failed. It needs torch alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scan_fast.ops import native
 from scan_fast.ops.tracing import trace_launches
 
 from .. import batch_norm, harness, neighbors, nt_xent, scan_loss, self_label
 from ..ceilings import Work, measure_ceilings
-from ..harness import Case, Contender, Effort
+from ..harness import Case, Contender, Effort, Tensors
 from .cases import SETS, ViewCase, view_inputs, views
 from .checks import _sets, emit, prefer
 
@@ -37,48 +39,77 @@ SIZES = {
     "augment": ("1024x32x32", "256x256x224", "1024x96x96"),
 }
 """The first two of each are timed, and the others with ``--more``."""
+OURS, COMPILED = "scan-fast", "torch.compile"
 PLAIN = ("eager", "eager TF32", "eager autocast bfloat16", "eager, static shapes")
-COMPILED = "torch.compile"
-COMPILE_SECONDS = 15.0  # what a case with torch.compile needs more, at a guess
+COMPILE_SECONDS = 15.0  # what a case with torch.compile needs, at a guess
 
 
 def _augment(size: str, device: str) -> Case:
     """Views of random recipes; there is no eager form that needs torch alone."""
     case = ViewCase(*map(int, size.split("x")))
 
-    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+    def inputs(seed: int) -> Tensors:
         images, recipes = view_inputs(case, seed)
         return images.to(device), recipes
 
-    def ours(images: torch.Tensor, recipes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def ours(images: Tensor, recipes: Tensor) -> Tensors:
         return (views(images, recipes, case.side, torch.float32),)
 
-    def exact(images: torch.Tensor, recipes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def exact(images: Tensor, recipes: Tensor) -> Tensors:
         return (views(images.cpu(), recipes, case.side, torch.float32).double(),)
 
     work = Work(flops=0.0, bytes=case.count * (3.0 * case.source**2 + 12.0 * case.side**2))
-    return Case(size, inputs, exact, [Contender("scan-fast", ours, 0.0, work, capturable=False)])
+    return Case(size, inputs, exact, [Contender(OURS, ours, 0.0, work, capturable=False)])
 
 
-def _with(family: str, kernels: str, run: Callable[..., Any], *inputs: torch.Tensor) -> Any:
-    prefer(family, kernels)
-    return run(*inputs)
+def _copies(inputs: Callable[[int], Tensors]) -> Callable[[int], Tensors]:
+    """Draw inputs once and copy them for the other seeds: for a cache they are others, and a processor draws slowly."""
+    first = lru_cache(maxsize=1)(lambda: inputs(0))
+
+    def copy(seed: int) -> Tensors:
+        if seed == 0:
+            return first()
+        return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in first())
+
+    return copy
 
 
-def case_of(family: str, size: str, device: str, sets: list[str], plain: bool, peers: bool, compile_: bool) -> Case:
-    """Return a case whose contenders are ours by kernel set, and who else is asked for."""
+def _announced(about: dict[str, Any], name: str, sets: Sequence[str], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Say before a contender's first call whose kernels run from now on, so that a crash has an owner."""
+    said = False
+
+    def announce(*inputs: Tensor) -> Any:
+        nonlocal said
+        if not said:
+            said = True
+            emit({**about, "begin": f"{about['case']}, {name}", "sets": list(sets)})
+        return run(*inputs)
+
+    return announce
+
+
+def case_of(family: str, size: str, device: str, sets: list[str], names: Callable[[str], bool]) -> Case:
+    """Return a case whose contenders are others that ``names`` takes, then ours by kernel set."""
     case = _augment(size, device) if family == "augment" else FAMILIES[family].case(size, device)
-    contenders = []
+    others, ours = [], []
+    about = {"case": size, "family": family}
     for contender in case.contenders:
-        if contender.name.startswith("scan-fast"):
-            for kernels in sets:
-                run = functools.partial(_with, family, kernels, contender.run)
-                contenders.append(replace(contender, name=f"{contender.name} {kernels}", run=run))
-        elif contender.name == COMPILED:
-            contenders += [contender] if compile_ else []
-        elif plain if contender.name in PLAIN else peers:
-            contenders.append(contender)
-    return replace(case, contenders=contenders)
+        if not contender.name.startswith(OURS):
+            if names(contender.name):
+                run = _announced(about, contender.name, (), contender.run)
+                others.append(replace(contender, run=run))
+            continue
+        for kernels in sets:
+
+            def run_set(*inputs: Tensor, k: str = kernels, run: Callable[..., Any] = contender.run) -> Any:
+                prefer(family, k)
+                return run(*inputs)
+
+            name = f"{contender.name} {kernels}"
+            # The rounds begin after the last contender: from there on a crash may be of any of ours.
+            owners = [f"{family}:{k}" for k in (sets if kernels == sets[-1] else (kernels,))]
+            ours.append(replace(contender, name=name, run=_announced(about, name, owners, run_set)))
+    return replace(case, inputs=_copies(case.inputs), contenders=[*others, *ours])
 
 
 def _kernels_of(case: Case, device: str) -> list[list[str]]:
@@ -87,24 +118,57 @@ def _kernels_of(case: Case, device: str) -> list[list[str]]:
     found = []
     for contender in case.contenders:
         with trace_launches() as ran, contender.settings():
-            if contender.name.startswith("scan-fast") and not contender.skipped:
+            if contender.name.startswith(OURS) and not contender.skipped:
                 with contextlib.suppress(Exception):  # measured before, so that its failure is known
                     contender.run(*inputs)
         found.append(ran or [device])
     return found
 
 
-def _plan(sets: list[tuple[str, str]], more: bool, quick: bool) -> Iterator[tuple[str, str, list[str]]]:
+def _plan(sets: Sequence[tuple[str, str]], places: Sequence[int], quick: bool) -> Iterator[tuple[str, str, list[str]]]:
     """Yield family, size and kernel sets in the order of what matters."""
     chosen: dict[str, list[str]] = {}
     for family, kernels in sets:
         chosen.setdefault(family, []).append(kernels)
-    for place in range(2, 4) if more else range(2):
+    for place in places:
         for family, kernel_sets in chosen.items():
             small = ("20x16x16", "3x20x24") if family == "augment" else FAMILIES[family].quick_sizes
             sizes = small if quick else SIZES[family]
             if place < len(sizes):
                 yield family, sizes[place], kernel_sets
+
+
+def measure(
+    family: str, size: str, kernel_sets: list[str], case: Case, options: argparse.Namespace, against: str
+) -> None:
+    """Time one case, and print what came of it; ``against`` says beside what."""
+    about = {"stage": options.stage, "family": family}
+    ceilings = measure_ceilings(options.device, quick=options.quick)
+    effort = harness.QUICK if options.quick else Effort(rounds=9, case_seconds=1.2, least_rounds=3)
+    results = harness.measure(case, options.device, effort, ceilings)
+    for result, ran in zip(results, _kernels_of(case, options.device), strict=True):
+        if result["name"].startswith(OURS):
+            result["ran"] = ran
+    for kernels in kernel_sets:
+        ours = [r for r in results if r["name"].startswith(OURS) and r["name"].endswith(f" {kernels}")]
+        # Memory that is not enough is no fault of a kernel.
+        wrong = [r for r in ours if "failed" in r and not r["failed"].startswith("OutOfMemory")]
+        problem = "; ".join(f"{r['name']}: {r['failed']}" for r in wrong)
+        ran = sorted({name for r in ours for name in r.get("ran", [])})
+        emit(
+            {
+                **about,
+                "kernels": kernels,
+                "case": f"{size}, {against}",
+                "passed": not problem,
+                "problem": problem,
+                "ran": ran,
+            }
+        )
+    ours_first = sorted(results, key=lambda result: not result["name"].startswith(OURS))
+    emit({**about, "kernels": kernel_sets[-1], "timing": size, "contenders": ours_first})
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -117,34 +181,37 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="other libraries instead of PyTorch")
     parser.add_argument("--seconds", type=float, default=60.0, help="no case begins later than this")
     options = parser.parse_args()
-    begin = time.perf_counter()
+    end = time.perf_counter() + options.seconds
     if not native.is_available():
         raise SystemExit(f"the compiled module cannot be loaded: {native.load_error}")
-    about = {"stage": options.stage, "family": "", "kernels": ""}
-    ceilings = measure_ceilings(options.device, quick=options.quick)
-    emit({"ceilings": ceilings, **about})
-    effort = harness.QUICK if options.quick else Effort(rounds=9, case_seconds=1.5, least_rounds=3)
-    for family, size, kernel_sets in _plan(options.sets, options.more, options.quick):
-        left = options.seconds - (time.perf_counter() - begin)
-        if left < 0:
-            raise SystemExit(f"the time is up before {family} {size}")
-        about = {"stage": options.stage, "family": family, "kernels": kernel_sets[-1]}
-        emit({"begin": size, **about})
-        compile_ = not options.peers and left > (0 if options.quick else COMPILE_SECONDS) and family != "augment"
-        case = case_of(family, size, options.device, kernel_sets, not options.peers, options.peers, compile_)
-        results = harness.measure(case, options.device, effort, ceilings)
-        if not options.peers and not compile_ and family != "augment":
-            results.append({"name": COMPILED, "skipped": "no time left to compile"})
-        for result, ran in zip(results, _kernels_of(case, options.device), strict=False):
-            result["ran"] = ran
-        for kernels in kernel_sets:
-            ours = [r for r in results if r["name"].startswith("scan-fast") and r["name"].endswith(kernels)]
-            problem = "; ".join(f"{r['name']}: {r['failed']}" for r in ours if "failed" in r)
-            ran = sorted({name for r in ours for name in r["ran"]})
-            emit({**about, "kernels": kernels, "case": size, "passed": not problem, "problem": problem, "ran": ran})
-        emit({"timing": size, "contenders": results, **about})
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
+    emit({"started": options.stage})
+    emit({"stage": options.stage, "ceilings": measure_ceilings(options.device, quick=options.quick)})
+
+    def eager(name: str) -> bool:
+        return name in PLAIN
+
+    def compiled(name: str) -> bool:
+        return name in ("eager", COMPILED)
+
+    def peers(name: str) -> bool:
+        return not name.startswith("eager") and name != COMPILED
+
+    places = (2, 3) if options.more else (0, 1)
+    passes = [(peers, 0.0)] if options.peers else [(eager, 0.0), (compiled, 0.0 if options.quick else COMPILE_SECONDS)]
+    for names, needed in passes:
+        for family, size, kernel_sets in _plan(options.sets, places, options.quick):
+            if time.perf_counter() + needed > end:
+                what = COMPILED if names is compiled else "case"
+                emit({"stage": options.stage, "note": f"the time is up before the {what} of {family} {size}"})
+                break
+            if names is not eager and family == "augment":
+                continue
+            case = case_of(family, size, options.device, kernel_sets, names)
+            if names is not eager and all(c.skipped or c.name.startswith(OURS) for c in case.contenders):
+                continue
+            if names is compiled and not any(c.name == COMPILED for c in case.contenders):
+                continue
+            measure(family, size, kernel_sets, case, options, names.__name__)
     for family, kernels in options.sets:
         emit({"done": True, "stage": options.stage, "family": family, "kernels": kernels})
 

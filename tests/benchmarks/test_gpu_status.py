@@ -41,18 +41,23 @@ def test_a_stale_page_and_a_lost_source_are_found() -> None:
     assert tool.problems(records, {}, tool.render(records)) == ["f/k has an entry but no source"]
 
 
+def record(problem: str) -> dict[str, Any]:
+    """What is known of a stage of one case."""
+    return conclusions.empty() | {"cases": {"5x7": {"problem": problem, "ran": [], "seconds": 0.1}}, "done": True}
+
+
 def summary_of(**sets: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     """A summary of a run: by set its source, hash and what is known of its stages, beside all gating ones passed."""
     found: dict[str, Any] = {"rehearsal": False, "date": "2030-01-02", "stages": {}, "timings": [], "step": []}
-    found |= {"environment": {"commit": "c" * 40, "device": "a GPU"}, "notes": [], "sets": {}}
+    found |= {"environment": {"commit": "c" * 40, "device": "a GPU"}, "notes": [], "sets": {}, "finished": True}
     for name, (source, digest, stages) in sets.items():
-        passed = {stage: conclusions.empty() | {"cases": 1, "done": True} for stage in conclusions.GATING}
+        passed = {stage: record("") for stage in conclusions.GATING}
         found["sets"][f"{name}:portable"] = {"source": source, "sha256": digest * 64, "stages": passed | stages}
     return found
 
 
 def test_update_takes_over_what_ran_and_nothing_else() -> None:
-    wrong, nothing = conclusions.empty() | {"cases": 1, "done": True, "failed": ["5x7: nan | inf"]}, conclusions.empty()
+    wrong, nothing = record("nan | inf"), conclusions.empty()
     never = dict.fromkeys(conclusions.GATING, nothing)
     summary = summary_of(
         good=("f/good", "a", {}),
@@ -87,7 +92,7 @@ def test_update_takes_over_what_ran_and_nothing_else() -> None:
 
     # A second run of what failed clears it, together with what the first run passed.
     again = summary_of(bad=("f/bad", "b", {}))
-    again["sets"]["bad:portable"]["stages"] = {"accuracy": conclusions.empty() | {"cases": 1, "done": True}}
+    again["sets"]["bad:portable"]["stages"] = {"accuracy": record("")}
     assert tool.updated(records, present, [summary, again])["f/bad"]["status"] == "verified"
     assert tool.updated(records, present, [again])["f/bad"]["status"] == "partly run"
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, checks, conclusions, jobs, suite
+from benchmarks.gpu import about, cases, checks, conclusions, jobs, stages, suite
 from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.stages import Stage, Where
 from scan_fast.ops import native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,14 +64,15 @@ def test_a_rehearsal_on_a_bare_machine(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["finished"] and summary["rehearsal"]
     assert summary["environment"]["commit"] == "the commit of a tree without git"
-    stages = {name: stage["status"] for name, stage in summary["stages"].items()}
-    assert stages.pop("initcheck") == stages.pop("racecheck") == "not here"
-    assert set(stages) == {stage.name for stage in suite.STAGES} - {"initcheck", "racecheck"}
-    assert set(stages.values()) == {"passed"}, summary["notes"]
+    ends = {name: stage["status"] for name, stage in summary["stages"].items()}
+    assert ends.pop("initcheck") == ends.pop("racecheck") == "not here"
+    assert set(ends) == {"build", *stages.NAMES} - {"initcheck", "racecheck"}
+    assert set(ends.values()) == {"passed"}, summary["notes"]
     for name in SETS:
         known = summary["sets"][name]["stages"]
         for stage in conclusions.gating(name):
-            assert known[stage]["done"] and known[stage]["cases"] and known[stage]["ran"] == ["cpu"], (name, stage)
+            assert conclusions.is_through(known[stage]), (name, stage)
+            assert all(case["ran"] == ["cpu"] for case in known[stage]["cases"].values())
     assert all(kernel["status"] == conclusions.VERIFIED for kernel in summary["kernels"].values())
     assert {timing["family"] for timing in summary["timings"] if timing["stage"] == "timings"} == set(cases.FAMILIES)
     assert {entry["way"] for entry in summary["step"] if "seconds" in entry} >= {"PyTorch", "ours", "ours, compiled"}
@@ -106,7 +108,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(tmp_path: Path, how: signal.
             os.killpg(process.pid, signal.SIGKILL)
     left = json.loads((out / "summary.json").read_text())
     assert not left["finished"]
-    assert left["sets"]["self_label:portable"]["stages"]["smoke"]["cases"] > 0
+    assert left["sets"]["self_label:portable"]["stages"]["smoke"]["cases"]
     assert left["kernels"]["self_label/self_label_cuda"]["status"] == conclusions.PARTLY
     assert left["kernels"]["scan_loss/scan_loss_cuda"]["status"] == conclusions.NEVER
     assert left["environment"]["torch"] == torch.__version__
@@ -128,7 +130,38 @@ def test_what_is_no_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "'nt_xnet' is neither a stage nor a family" in capsys.readouterr().err
     assert suite.chosen("accuracy,nt_xent:sm90,scan_loss") == (["accuracy"], ["scan_loss:portable", "nt_xent:sm90"])
     assert suite.chosen("smoke") == (["smoke"], list(SETS))
-    assert suite.chosen("nt_xent") == ([], ["nt_xent:portable", "nt_xent:sm90"])
+    assert suite.chosen("nt_xent") == (list(stages.NAMES), ["nt_xent:portable", "nt_xent:sm90"])
+
+
+def test_a_module_for_another_gpu_is_known() -> None:
+    assert about.runs_on(9, 0, ["90a"]) and about.runs_on(9, 0, ["80", "90a", "100"])
+    assert about.runs_on(8, 6, ["80"]) and about.runs_on(8, 9, ["80", "90a"])  # machine code of the same generation
+    assert about.runs_on(12, 0, ["80", "90a", "100"]) and about.runs_on(9, 0, ["80"])  # PTX of the newest
+    assert not about.runs_on(8, 0, ["90a"]) and not about.runs_on(10, 0, ["90a"])
+    assert not about.runs_on(7, 5, ["80", "90a", "100"]) and not about.runs_on(8, 0, ["86"])
+
+
+def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: dict[str, Any] = {"problem": "", "mendable": False, "wait_limit": True, "environment": {"device": "a GPU"}}
+    hashes = {known["source"]: known["sha256"] for known in run.summary["sets"].values()}
+
+    def say(job: Job, seconds: float, log: Any, take: Any) -> jobs.Outcome:
+        take(answer)
+        return jobs.Outcome("passed", None, [])
+
+    monkeypatch.setattr(suite.jobs, "run", say)
+    run.device = "cuda"
+    answer["sources"] = hashes
+    assert suite.look_around(run) == ("", False)
+    answer["sources"] = hashes | {"nt_xent/nt_xent_sm90": "0" * 64}
+    problem, mendable = suite.look_around(run)
+    assert "of other sources than this tree: nt_xent/nt_xent_sm90" in problem and mendable
+    answer["sources"] = {name: value for name, value in hashes.items() if not name.endswith("_sm90")}
+    assert suite.look_around(run) == ("", False)  # built for GPUs that have none of those
+    answer["sources"] = {}
+    assert "does not say which sources" in suite.look_around(run)[0]
+    answer["wait_limit"], answer["sources"] = False, hashes
+    assert suite.look_around(run) == ("", False) and "wait without a limit" in run.summary["notes"][-1]
 
 
 # ---- stages of several processes -----------------------------------------------------------------------------------
@@ -152,20 +185,24 @@ for text in sys.argv[2:]:
 """
 
 
-def stage_of(action: str, name: str = "smoke", patience: float = 60.0) -> suite.Stage:
+def stage_of(action: str, name: str = "smoke", patience: float = 60.0, complaints: str = "") -> Stage:
     """A stage whose one process does something in place of the SCAN loss; the neighbours are wrong in it."""
 
-    def jobs_of(_: suite.Suite, sets: tuple[str, ...], seconds: float) -> list[Job]:
+    def jobs_of(_: Where, sets: tuple[str, ...]) -> list[Job]:
         command = (sys.executable, "-c", SCRIPT.replace("ACTION", action), name, *sets)
-        return [Job(command, sets, patience=patience)] if sets else []
+        return [Job(command, sets, patience=patience, complaints=complaints)] if sets else []
 
-    return suite.Stage(name, 60, 1, jobs_of)
+    return Stage(name, 60, 0, 1, jobs_of)
+
+
+def go(run: suite.Suite, stage: Stage, sets: tuple[str, ...] = SETS) -> None:
+    suite.run_stage(run, stage, sets, stages.NAMES)
 
 
 @pytest.mark.parametrize("action, said", [("time.sleep(60)", "hung after 2 s"), ("sys.exit(3)", "failed (3)")])
 def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite, action: str, said: str) -> None:
     begin = time.monotonic()
-    suite.run_stage(run, stage_of(action, patience=2.0), SETS)
+    go(run, stage_of(action, patience=2.0))
     assert time.monotonic() - begin < 30
     kernels = run.summary["kernels"]
     assert kernels["scan_loss/scan_loss_cuda"]["status"] == conclusions.FAILED
@@ -176,7 +213,7 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
     assert any(said in text and "scan_loss portable, 5x7" in text for text in run.summary["notes"])
     # From then on it is left out; what was merely wrong goes on.
     assert set(run.alive(SETS)) == set(SETS) - {"scan_loss:portable"}
-    suite.run_stage(run, stage_of("raise SystemExit('it ran again')", "accuracy"), SETS)
+    go(run, stage_of("raise SystemExit('it ran again')", "accuracy"))
     assert run.summary["stages"]["accuracy"]["status"] == "failed"  # the neighbours
     assert "accuracy" not in run.summary["sets"]["scan_loss:portable"]["stages"]
     assert run.summary["sets"]["neighbors:portable"]["stages"]["accuracy"]["done"]
@@ -184,25 +221,101 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
 
 def test_time_that_ends_is_no_failure(run: suite.Suite) -> None:
     run.end = time.monotonic() + suite.RESERVE + 6
-    suite.run_stage(run, stage_of("time.sleep(60)"), ("self_label:portable", "scan_loss:portable", "nt_xent:sm90"))
+    go(run, stage_of("time.sleep(60)"), ("self_label:portable", "scan_loss:portable", "nt_xent:sm90"))
     assert run.summary["stages"]["smoke"]["status"] == "cut off"
     status = {name: kernel["status"] for name, kernel in run.summary["kernels"].items()}
     assert status["self_label/self_label_cuda"] == conclusions.PARTLY
     assert status["scan_loss/scan_loss_cuda"] == status["nt_xent/nt_xent_sm90"] == conclusions.NEVER
-    suite.run_stage(run, stage_of("pass", "repeat"), SETS)
+    go(run, stage_of("pass", "repeat"))
     assert run.summary["stages"]["repeat"]["status"] == "no time left"
 
 
-def test_a_sanitizer_that_does_not_work_says_nothing_of_the_kernel(run: suite.Suite) -> None:
-    sets = ("self_label:portable", "scan_loss:portable")
-    suite.run_stage(
-        run, stage_of("print('========= Error: the device is not supported'); sys.exit(1)", "memcheck"), sets
-    )
-    assert run.summary["kernels"]["scan_loss/scan_loss_cuda"]["status"] == conclusions.NEVER
-    assert any("the device is not supported" in text for text in run.summary["notes"])
-    suite.run_stage(run, stage_of("print('========= ERROR SUMMARY: 4 errors'); sys.exit(9)", "memcheck"), sets)
+UNDER_TOOL = ("self_label:portable", "scan_loss:portable", "batch_norm:portable")
+
+
+def test_what_a_sanitizer_complains_of_counts_against_the_case_at_hand(run: suite.Suite) -> None:
+    said = "print('========= Invalid __global__ read of size 4 bytes'); print('========= ERROR SUMMARY: 1 error')"
+    code = "import atexit, os; atexit.register(os._exit, 9)"
+    go(run, stage_of(f"{said}; {code}", "memcheck", complaints=stages.COMPLAINTS), UNDER_TOOL)
+    kernels = run.summary["kernels"]
+    assert kernels["scan_loss/scan_loss_cuda"]["status"] == conclusions.FAILED
+    assert kernels["scan_loss/scan_loss_cuda"]["reason"] == "memcheck: 5x7: Invalid __global__ read of size 4 bytes"
+    assert kernels["self_label/self_label_cuda"]["status"] == conclusions.PARTLY
+    assert run.summary["sets"]["batch_norm:portable"]["stages"]["memcheck"]["done"]
+    assert run.summary["stages"]["memcheck"]["status"] == "failed"
+    # What only informs is kept, and fails nothing.
+    run.summary["sets"]["scan_loss:portable"]["stages"] = {}
+    go(run, stage_of(f"{said}; {code}", "racecheck", complaints=stages.COMPLAINTS), UNDER_TOOL)
+    known = run.summary["sets"]["scan_loss:portable"]["stages"]["racecheck"]
+    assert known["complaints"] == ["5x7: Invalid __global__ read of size 4 bytes"]
+    assert run.summary["kernels"]["scan_loss/scan_loss_cuda"]["status"] == conclusions.PARTLY
+
+
+def test_errors_that_a_sanitizer_only_counts_count_against_all(run: suite.Suite) -> None:
+    action = "print('========= ERROR SUMMARY: 4 errors'); import atexit, os; atexit.register(os._exit, 9)"
+    go(run, stage_of(action, "memcheck", complaints=stages.COMPLAINTS), UNDER_TOOL)
+    for name in UNDER_TOOL:
+        kernel = run.summary["kernels"][run.summary["sets"][name]["source"]]
+        assert kernel["status"] == conclusions.FAILED and "4 errors" in kernel["reason"]
+
+
+@pytest.mark.parametrize("action", ["print('========= Error: Device not supported'); sys.exit(1)", "sys.exit(7)"])
+def test_a_sanitizer_that_does_not_work_says_nothing_of_the_kernels(run: suite.Suite, action: str) -> None:
+    refuses = "Device not supported" in action
+    go(run, stage_of(action, "memcheck", complaints=stages.COMPLAINTS), UNDER_TOOL)
     kernel = run.summary["kernels"]["scan_loss/scan_loss_cuda"]
-    assert kernel["status"] == conclusions.FAILED and "4 errors" in kernel["reason"]
+    assert run.summary["stages"]["memcheck"]["status"] == ("not here" if refuses else "failed")
+    assert kernel["status"] == (conclusions.NEVER if refuses else conclusions.PARTLY) or not kernel["cases"]
+    assert kernel["waived"] == (["memcheck"] if refuses else [])
+    if not refuses:  # it ended in the midst of one: that one is not finished, and the others go on
+        assert run.summary["sets"]["batch_norm:portable"]["stages"]["memcheck"]["done"]
+        assert "failed (7)" in run.summary["sets"]["scan_loss:portable"]["stages"]["memcheck"]["lost"]
+
+
+def test_a_process_that_does_not_come_to_its_first_case_fails_its_one_kernel_set(run: suite.Suite) -> None:
+    def jobs_of(_: Where, sets: tuple[str, ...]) -> list[Job]:
+        return [Job((sys.executable, "-c", "import sys; sys.exit('no such symbol')"), (s,)) for s in sets]
+
+    go(run, Stage("smoke", 60, 0, 2, jobs_of), ("self_label:portable", "nt_xent:sm90"))
+    reasons = {name: run.summary["kernels"][name]["reason"] for name in ("self_label/self_label_cuda",)}
+    assert reasons == {"self_label/self_label_cuda": "smoke: failed (1) in no case: no such symbol"}
+
+
+def test_a_crash_among_the_timings_has_an_owner_and_the_rest_goes_on(run: suite.Suite) -> None:
+    script = """
+import json, sys
+for text in sys.argv[1:]:
+    family, kernels = text.split(":")
+    about = {"stage": "timings", "family": family}
+    owners = [text, "nt_xent:sm90"] if family == "nt_xent" else [text]
+    print(json.dumps({**about, "case": "8x8", "begin": "8x8, scan-fast", "sets": owners}), flush=True)
+    if family == "nt_xent":
+        sys.exit("an illegal memory access")
+    timing = {"timing": "8x8", "kernels": kernels, "contenders": [{"name": "scan-fast", "seconds": 1e-5}]}
+    print(json.dumps({**about, "kernels": kernels, "case": "8x8", "passed": True, "problem": ""}))
+    print(json.dumps({**about, **timing}), flush=True)
+"""
+
+    def jobs_of(_: Where, sets: tuple[str, ...]) -> list[Job]:
+        return [Job((sys.executable, "-c", script, *sets), sets)] if sets else []
+
+    go(run, Stage("timings", 60, 0, 1, jobs_of), ("nt_xent:portable", "nt_xent:sm90", "scan_loss:portable"))
+    kernels = run.summary["kernels"]
+    for name in ("nt_xent/nt_xent_cuda", "nt_xent/nt_xent_sm90"):
+        assert kernels[name]["status"] == conclusions.FAILED and "an illegal memory access" in kernels[name]["reason"]
+    assert [timing["family"] for timing in run.summary["timings"]] == ["scan_loss"]
+    assert kernels["scan_loss/scan_loss_cuda"]["status"] == conclusions.PARTLY
+
+
+def test_what_decides_about_a_kernel_keeps_its_time() -> None:
+    """Timings and the step leave to the later checks what those need; with a short budget they are left out first."""
+    later = {stage.name: stage.need for stage in stages.STAGES}
+    assert stages.kept_for_later("timings", stages.NAMES) == sum(later[n] for n in ("repeat", "graph", "memcheck"))
+    assert stages.kept_for_later("step", stages.NAMES) == later["memcheck"] > 30
+    assert stages.kept_for_later("timings", ("timings",)) == 0
+    assert stages.kept_for_later("accuracy", stages.NAMES) == 0
+    first = [stage for stage in stages.STAGES if stage.name in ("smoke", "accuracy")]
+    assert sum(s.seconds for s in first) + stages.kept_for_later("timings", stages.NAMES) < suite.DEFAULT_BUDGET
 
 
 def test_a_process_ends_with_its_children(tmp_path: Path) -> None:
@@ -215,22 +328,43 @@ def test_a_process_ends_with_its_children(tmp_path: Path) -> None:
     assert outcome.status == "failed (3)" and outcome.tail == ["last words"] and "last words" in log.getvalue()
 
 
+def test_a_process_may_take_longer_to_start_than_between_two_lines() -> None:
+    text = "import time; time.sleep(1.5); print('{}', flush=True); time.sleep(60)"
+    job = Job((sys.executable, "-c", text), patience=1.0, startup=20.0)
+    assert jobs.run(job, 60, io.StringIO(), lambda line: None).status == "hung after 1 s"
+    job = Job((sys.executable, "-c", text), patience=20.0, startup=1.0)
+    assert jobs.run(job, 60, io.StringIO(), lambda line: None).status == "hung after 1 s"
+
+
+def test_a_child_that_holds_the_output_does_not_hold_the_suite() -> None:
+    text = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begin = time.monotonic()
+    outcome = jobs.run(Job((sys.executable, "-c", text)), 50, io.StringIO(), lambda line: None)
+    assert outcome.status == "passed" and time.monotonic() - begin < 30
+
+
 # ---- conclusions ---------------------------------------------------------------------------------------------------
 
 
-def passed_all(name: str) -> dict[str, Any]:
-    return {stage: conclusions.empty() | {"cases": 2, "done": True} for stage in conclusions.gating(name)}
+def stage_record(*problems: str, done: bool = True) -> dict[str, Any]:
+    """What is known of a stage whose cases 0, 1, ... had these problems, "" for none."""
+    cases = {str(i): {"problem": text, "ran": [], "seconds": 0.1} for i, text in enumerate(problems)}
+    return conclusions.empty() | {"cases": cases, "done": done}
 
 
-def summary_of(hashes: str = "a", device: str = "a GPU", **stages: dict[str, Any]) -> dict[str, Any]:
+def summary_of(hashes: str = "a", device: str = "a GPU", **of_scan_loss: dict[str, Any]) -> dict[str, Any]:
     """A summary in which every set passed everything, but for what is given of the SCAN loss."""
     sets = {
-        name: {"source": source, "sha256": hashes * 64, "stages": passed_all(name)}
+        name: {
+            "source": source,
+            "sha256": hashes * 64,
+            "stages": {stage: stage_record("", "") for stage in conclusions.gating(name)},
+        }
         for name, source in conclusions.kernel_sets().items()
     }
-    sets["scan_loss:portable"]["stages"] |= stages
+    sets["scan_loss:portable"]["stages"] |= of_scan_loss
     found: dict[str, Any] = {"rehearsal": False, "date": "2030-01-02", "environment": {"device": device, "commit": "c"}}
-    found |= {"stages": {}, "sets": sets, "timings": [], "step": [], "notes": []}
+    found |= {"stages": {}, "sets": sets, "timings": [], "step": [], "notes": [], "finished": True}
     conclusions.conclude(found)
     return found
 
@@ -244,39 +378,47 @@ def test_verified_is_what_passed_everything() -> None:
     assert {kernel["status"] for kernel in summary_of()["kernels"].values()} == {conclusions.VERIFIED}
     assert len(summary_of()["kernels"]) == len(SETS)
     for stage in conclusions.gating("scan_loss:portable"):
-        for gap in ({"done": False}, {"cases": 0}):
-            kernel = scan_loss_of(summary_of(**{stage: conclusions.empty() | {"cases": 2, "done": True} | gap}))
+        for gap in (stage_record("", "", done=False), stage_record()):
+            kernel = scan_loss_of(summary_of(**{stage: gap}))
             assert (kernel["status"], kernel["reason"]) == (conclusions.PARTLY, f"not finished: {stage}")
-    wrong = conclusions.empty() | {"cases": 2, "done": True, "failed": ["5x7: nan", "9x9: nan"]}
-    kernel = scan_loss_of(summary_of(timings=wrong))
-    assert (kernel["status"], kernel["reason"]) == (conclusions.FAILED, "timings: 5x7: nan and 1 more")
+    kernel = scan_loss_of(summary_of(timings=stage_record("", "nan", "inf")))
+    assert (kernel["status"], kernel["reason"]) == (conclusions.FAILED, "timings: 1: nan (and 1 more)")
     assert conclusions.gating("augment:portable") == ("smoke", "accuracy", "repeat", "memcheck")
 
 
 def test_a_stage_that_a_machine_cannot_run_is_waived_and_named() -> None:
-    without = conclusions.empty()
-    summary = summary_of(memcheck=without)
+    summary = summary_of(memcheck=conclusions.empty())
     assert scan_loss_of(summary)["status"] == conclusions.PARTLY
-    summary["stages"]["memcheck"] = {"status": "not here: compute-sanitizer is missing", "seconds": 0.0}
+    summary["stages"]["memcheck"] = {"status": "not here", "seconds": 0.0}
     conclusions.conclude(summary)
     assert scan_loss_of(summary)["status"] == conclusions.VERIFIED and scan_loss_of(summary)["waived"] == ["memcheck"]
 
 
 def test_merging_lets_the_later_run_speak() -> None:
-    wrong = conclusions.empty() | {"cases": 2, "done": True, "failed": ["5x7: nan"]}
-    right = conclusions.empty() | {"cases": 2, "done": True}
-    first, second = summary_of(accuracy=wrong), summary_of(accuracy=right)
-    second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": right}  # only this ran again
+    first, second = summary_of(accuracy=stage_record("", "nan")), summary_of()
+    second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": stage_record("", "")}  # only this ran again
     assert scan_loss_of(first)["status"] == conclusions.FAILED
     merged = conclusions.merge([first, second])
     assert scan_loss_of(merged)["status"] == conclusions.VERIFIED
     assert scan_loss_of(first)["status"] == conclusions.FAILED, "merging changed what it was given"
-    # Another source starts anew: what the former passed does not count.
+    assert scan_loss_of(conclusions.merge([second, first]))["status"] == conclusions.FAILED
+    # A run that was cut off before it came to the failure says nothing about it.
+    second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": stage_record("", done=False)}
+    assert scan_loss_of(conclusions.merge([first, second]))["reason"] == "accuracy: 1: nan"
+    # Another source starts anew: neither what the former passed counts, nor what failed.
     second["sets"]["scan_loss:portable"]["sha256"] = "b" * 64
-    merged = conclusions.merge([summary_of(), second])
+    merged = conclusions.merge([first, second])
     assert scan_loss_of(merged)["status"] == conclusions.PARTLY and scan_loss_of(merged)["sha256"] == "b" * 64
     with pytest.raises(ValueError, match="a GPU, another"):
         conclusions.merge([first, summary_of(device="another")])
+
+
+def test_a_hang_counts_until_the_stage_has_come_to_its_end() -> None:
+    hung = stage_record("", done=False) | {"lost": "hung after 20 s in 1"}
+    first, cut_off, right = (summary_of(smoke=s) for s in (hung, stage_record("", done=False), stage_record("", "")))
+    assert scan_loss_of(first)["reason"] == "smoke: hung after 20 s in 1"
+    assert scan_loss_of(conclusions.merge([first, cut_off]))["status"] == conclusions.FAILED
+    assert scan_loss_of(conclusions.merge([first, cut_off, right]))["status"] == conclusions.VERIFIED
 
 
 def test_merged_summaries_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +469,19 @@ def problems(check: str, family: str, seed: int = 3) -> dict[str, str]:
     results = {label: checks.run_case({}, "portable", "cpu", body) for label, body in found}
     assert results
     return {label: result["problem"] for label, result in results.items() if not result["passed"]}
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_oracle_of_nt_xent_is_the_reference_block_by_block(both: bool) -> None:
+    z0, z1 = (torch.randn(2, 37, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).unbind()
+    z1[3] = 0
+    upstream = torch.linspace(-1, 2, 74 if both else 37, dtype=torch.float64)
+    expected = cases._nt_xent(both, "reference")(z0, z1, upstream)
+    found = cases.exact_nt_xent(z0, z1, upstream, both, rows_per_block=16)
+    # A row of zeros has no direction; the reference differentiates its clamped length, which is of no use to a test.
+    for ours, theirs in zip(found, expected, strict=True):
+        rows = theirs.abs() < 1e6
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-11, atol=1e-12)
 
 
 @needs_module

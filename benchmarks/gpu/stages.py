@@ -1,0 +1,160 @@
+"""The stages of the GPU suite: their order, limits, and the processes that each of them runs. Standard library only."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import carried, conclusions
+from .jobs import Job
+
+PEERS = ("inf_cl", "memeff", "siglip_kernel")
+COMPLAINTS = r"^=+ *(Invalid|Misaligned|Uninitialized|Race reported|Error: |Barrier|Divergent|Out[- ]of|Stack over)"
+REFUSALS = ("Device not supported", "Unable to find", "terminated before first instrumented", "Failed to initialize")
+"""What compute-sanitizer says where it cannot work on a machine."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the processes of a stage are run for.
+
+    Attributes:
+        device: "cuda", or "cpu" for a rehearsal.
+        seconds: how long the stage may take.
+        folder: what was carried along, if anything.
+        patience: multiplies how long a silent process is waited for.
+    """
+
+    device: str
+    seconds: float
+    folder: Path | None = None
+    patience: float = 1.0
+
+    @property
+    def rehearse(self) -> bool:
+        """Whether this is a rehearsal."""
+        return self.device == "cpu"
+
+
+Maker = Callable[[Where, tuple[str, ...]], list[Job]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage.
+
+    Attributes:
+        name: of the stage.
+        seconds: its limit.
+        need: what is kept of the time for it by stages before it that do not decide about a kernel.
+        at_a_time: how many of its processes run at the same time.
+        jobs: what to run for some kernel sets.
+    """
+
+    name: str
+    seconds: float
+    need: float
+    at_a_time: int
+    jobs: Maker
+
+
+def _python(where: Where, module: str, *words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"benchmarks.gpu.{module}", *words, "--device", where.device)
+
+
+def _checks(check: str, size: str, stage: str = "") -> Maker:
+    def make(where: Where, sets: tuple[str, ...]) -> list[Job]:
+        words = (check, "--stage", stage or check, "--size", "tiny" if where.rehearse else size, "--sets")
+        # On a processor the kernels run one after the other: processes would only load torch again and again.
+        groups = [sets] if where.rehearse else [(s,) for s in sets]
+        # Many processes, each of which computes references on the processor.
+        threads = {} if where.rehearse else {"OMP_NUM_THREADS": "4"}
+        return [
+            Job(_python(where, "checks", *words, *group), group, threads, patience=20 * where.patience)
+            for group in groups
+            if group
+        ]
+
+    return make
+
+
+def _timings(stage: str, *options: str) -> Maker:
+    def make(where: Where, sets: tuple[str, ...]) -> list[Job]:
+        if not sets:
+            return []
+        words = ["--stage", stage, *options, "--seconds", f"{0.85 * where.seconds:.0f}"]
+        words += ["--quick"] if where.rehearse else []
+        path = peers_path(where.folder) if stage == "peers" else {}
+        return [Job(_python(where, "timings", *words, "--sets", *sets), sets, path, patience=45 * where.patience)]
+
+    return make
+
+
+def peers_path(folder: Path | None) -> dict[str, str]:
+    """Return the environment in which the peers whose wheels were carried along can be imported."""
+    there = {path.name.split("-")[0] for path in (folder / carried.WHEELS).glob("*.whl")} if folder else set()
+    names = tuple(name for name in PEERS if name in there)
+    if not names:
+        return {}
+    try:
+        return {"PYTHONPATH": str(carried.wheels(folder or "", names))}
+    except carried.CarriedError as error:
+        print(f"    {error}", flush=True)
+        return {}
+
+
+def _step(where: Where, sets: tuple[str, ...]) -> list[Job]:
+    words = ["--kernels", "sm90" if "nt_xent:sm90" in sets else "portable"]
+    words += ["--seconds", f"{0.7 * where.seconds:.0f}", *(["--quick"] if where.rehearse else [])]
+    needed = any(name.startswith(("nt_xent:", "batch_norm:", "augment:")) for name in sets)
+    return [Job(_python(where, "step", *words), patience=60 * where.patience)] if needed else []
+
+
+def sanitizer() -> str | None:
+    """Return the path of compute-sanitizer."""
+    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def _sanitizer(tool: str) -> Maker:
+    def make(where: Where, sets: tuple[str, ...]) -> list[Job]:
+        command = _python(where, "checks", "call", "--stage", tool, "--size", "tiny", "--sets", *sets)
+        if where.rehearse:
+            return [Job(command, sets)] if tool == "memcheck" and sets else []
+        path = sanitizer()
+        if path is None or not sets:
+            return []
+        # Ours alone: PyTorch's own kernels are not in question. Without its cache each tensor is an allocation of its
+        # own, and the bounds of each are seen.
+        prefix = (path, "--tool", tool, "--kernel-regex", "kns=scan_fast", "--error-exitcode", "9")
+        prefix += ("--target-processes", "all", *(("--report-api-errors", "no") if tool == "memcheck" else ()))
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return [Job((*prefix, *command), sets, uncached, patience=45, startup=90, complaints=COMPLAINTS)]
+
+    return make
+
+
+STAGES = (
+    Stage("smoke", 30, 0, 8, _checks("accuracy", "smoke", "smoke")),
+    Stage("accuracy", 60, 30, 8, _checks("accuracy", "full")),
+    Stage("timings", 70, 0, 1, _timings("timings")),
+    Stage("repeat", 30, 15, 8, _checks("repeat", "smoke")),
+    Stage("graph", 30, 15, 8, _checks("graph", "smoke")),
+    Stage("step", 60, 0, 1, _step),
+    Stage("memcheck", 75, 45, 1, _sanitizer("memcheck")),
+    Stage("initcheck", 40, 0, 1, _sanitizer("initcheck")),
+    Stage("racecheck", 40, 0, 1, _sanitizer("racecheck")),
+    Stage("peers", 40, 0, 1, _timings("peers", "--peers")),
+    Stage("more", 90, 0, 1, _timings("more", "--more")),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def kept_for_later(name: str, wanted: tuple[str, ...]) -> float:
+    """Return the seconds that a stage leaves to those after it which decide about a kernel; nothing if it does, too."""
+    if name in conclusions.GATING:
+        return 0.0
+    after = STAGES[NAMES.index(name) + 1 :]
+    return sum(stage.need for stage in after if stage.name in wanted)

@@ -88,7 +88,9 @@ def render(facts: dict[str, Any]) -> str:
         cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "CPU only"
         lines.append(f"compiled kernels: {cuda}, against torch {build['torch']}")
         lines += [
-            f"  {key}: {value}" for key, value in build.items() if key not in ("cuda", "cuda_architectures", "torch")
+            f"  {key}: {value}"
+            for key, value in build.items()
+            if key not in ("cuda", "cuda_architectures", "torch", "sources")
         ]
     lines.append("operations (impl=auto, float32; on a GPU where its kernels are trusted, see below):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]

@@ -58,16 +58,21 @@ After reading what failed, there again, and here:
     SCAN_FAST_COMMIT=COMMIT benchmarks/gpu_suite --carried build/gpu_carry --budget 120 --only accuracy,nt_xent:sm90
     python -m benchmarks.gpu_status --update first/summary.json second/summary.json
 
+Of several summaries the later result of a case wins, as long as the kernel's source is the same (`benchmarks/gpu_suite
+FOLDER --merge SUMMARY ...` writes such a union without touching the record).
+
 The rest of the time may go to the `fast` CIFAR-10 preset ([recipes.md](recipes.md)):
 
     SCAN_FAST_COMMIT=COMMIT python -m benchmarks.gpu_run --minutes MINUTES
 
 The suite needs torch alone. Its stages: every kernel once at sizes at which the rings of the `_sm90` kernels go round,
 accuracy against float64 on fresh inputs in poisoned memory, times, repeatability, CUDA graphs, a SimCLR step with its
-profile, and compute-sanitizer. Each runs in processes with limits; a kernel that hangs or crashes is left out from then
-on; `summary.json` is rewritten as results come in, so a run that is cut off leaves what it found. `--rehearse` runs the
-same stages on the CPU. After a change of a verified kernel, `python -m benchmarks.gpu_status --refresh` records that it
-is unverified; the tests fail until one of the two is done.
+profile, and compute-sanitizer; then, if time is left, its other tools, other libraries and more sizes. Each runs in
+processes with limits; a kernel that hangs or crashes is left out from then on. `summary.json` is rewritten with every
+result, so a run that is cut off leaves what it found; the times and the step leave to what decides about a kernel the
+seconds that it needs. Where compute-sanitizer does not work, a kernel is verified without it, and the summary says so.
+`--rehearse` runs the same stages on the CPU. After a change of a verified kernel, `python -m benchmarks.gpu_status
+--refresh` records that it is unverified; the tests fail until one of the two is done.
 
 Sources that end in `_sm90` hold kernels for compute capability 9.0, beside the portable ones of their family. On a GPU
 of a model on which a kernel's very source is verified it is taken as it is; on any other a self-test at its first use

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_a_module_for_another_gpu_is_known() -> None:
     assert about.runs_on(8, 6, ["80"]) and about.runs_on(8, 9, ["80", "90a"])  # machine code of the same generation
     assert about.runs_on(12, 0, ["80", "90a", "100"]) and about.runs_on(9, 0, ["80"])  # PTX of the newest
     assert not about.runs_on(8, 0, ["90a"]) and not about.runs_on(10, 0, ["90a"])
+    assert not about.runs_on(9, 0, ["80", "100"])
     assert not about.runs_on(7, 5, ["80", "90a", "100"]) and not about.runs_on(8, 0, ["86"])
 
 
@@ -227,6 +229,22 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
     assert run.summary["stages"]["accuracy"]["status"] == "failed"  # the neighbours
     assert "accuracy" not in run.summary["sets"]["scan_loss:portable"]["stages"]
     assert run.summary["sets"]["neighbors:portable"]["stages"]["accuracy"]["done"]
+
+
+def test_every_result_is_written_at_once(run: suite.Suite) -> None:
+    """While a process goes on, the file has what it said before."""
+    thread = threading.Thread(
+        target=go, args=(run, stage_of("time.sleep(60)", patience=5.0), ("self_label:portable", "scan_loss:portable"))
+    )
+    thread.start()
+    end, found = time.monotonic() + 4, {}
+    while time.monotonic() < end and not found.get("cases"):
+        time.sleep(0.05)
+        with contextlib.suppress(FileNotFoundError):
+            known = json.loads((run.out / "summary.json").read_text())
+            found = known["sets"]["self_label:portable"]["stages"].get("smoke", {})
+    thread.join()
+    assert list(found["cases"]) == ["5x7"] and known["stages"]["smoke"]["status"] == "running"
 
 
 def test_time_that_ends_is_no_failure(run: suite.Suite) -> None:
@@ -447,6 +465,21 @@ def test_the_kernels_that_ran_must_be_those_asked_for() -> None:
     assert "sm_90a ran" in checks.wrong_kernels("portable", ["forward_sm90_kernel<8>"], "cuda")
     assert "no kernel" in checks.wrong_kernels("portable", [], "cuda")
     assert checks.wrong_kernels("sm90", [], "cpu") == ""
+
+
+def test_the_kernels_for_sm90_are_asked_only_for_what_they_cover() -> None:
+    """csrc/nt_xent/nt_xent_sm90.cu: 128 dimensions in float32 accuracy, 256 else; csrc/neighbors: not most rows."""
+    for size in cases.SIZES:
+        for case in (case for case in cases.gradient_cases(size) if case.family == "nt_xent"):
+            dim = case.shape[1]
+            assert case.runs_on("sm90", torch.float32) == (dim <= 128)
+            assert case.runs_on("sm90", torch.bfloat16) == (dim <= 256)
+            assert case.runs_on("portable", torch.float32)
+        wide = [case.runs_on("sm90") for case in cases.neighbor_cases(size) if 2 * case.k >= case.rows]
+        assert not any(wide)
+        assert any(case.runs_on("sm90") for case in cases.neighbor_cases(size))
+    labels = [label for label, _ in checks.accuracy("neighbors", "sm90", "cpu", 1, "tiny")]
+    assert labels == ["70x9 k=3 cosine", "70x9 k=3 cosine, queries"]
 
 
 def test_sizes_go_round_on_a_large_gpu() -> None:

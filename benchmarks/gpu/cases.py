@@ -66,10 +66,6 @@ class NeighborCase:
     metric: str
     compared: int
 
-    def runs_on(self, kernels: str) -> bool:
-        """Return whether a kernel set is meant to take the case: with most rows being neighbours, all are compared."""
-        return kernels == "portable" or 2 * self.k < self.rows
-
     @property
     def label(self) -> str:
         """The case in words."""

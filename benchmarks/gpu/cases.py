@@ -66,14 +66,14 @@ class NeighborCase:
     metric: str
     compared: int
 
-    def runs_on(self, kernels: str) -> bool:
-        """Return whether a kernel set is meant to take the case: with most rows being neighbours, all are compared."""
-        return kernels == "portable" or 2 * self.k < self.rows
-
     @property
     def label(self) -> str:
         """The case in words."""
         return f"{self.rows}x{self.dim} k={self.k} {self.metric}"
+
+    def runs_on(self, kernels: str) -> bool:
+        """Return whether a kernel set is meant to take the case: without a fast search there is nothing for sm_90a."""
+        return kernels == "portable" or (self.k <= 1024 and 2 * self.k < self.rows)
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,16 @@ _BATCH_NORM = {
 }
 _NEIGHBORS = {
     "tiny": [NeighborCase(70, 9, 3, "cosine", 70), NeighborCase(40, 33, 39, "dot", 40)],
-    "smoke": [NeighborCase(1000, 128, 20, "cosine", 1000), NeighborCase(40000, 128, 20, "cosine", 500)],
+    "smoke": [NeighborCase(1000, 128, 20, "cosine", 1000), NeighborCase(20000, 128, 20, "cosine", 500)],
+    # csrc/neighbors/sm90_schedule.cuh has the sizes at which rings go round: the last four.
     "full": [
         NeighborCase(70, 9, 3, "cosine", 70),
         NeighborCase(1000, 128, 20, "cosine", 1000),
         NeighborCase(3001, 70, 50, "dot", 3001),
         NeighborCase(5000, 512, 20, "cosine", 1000),
+        NeighborCase(20000, 64, 20, "cosine", 500),
+        NeighborCase(20000, 256, 20, "dot", 500),
+        NeighborCase(20000, 128, 20, "cosine", 500),
         NeighborCase(40000, 128, 20, "cosine", 1000),
     ],
 }
@@ -284,9 +288,9 @@ def gradient_cases(size: str) -> Iterator[GradientCase]:
             yield GradientCase("batch_norm", label, shape4, shape4, partial(_batch_norm, (True, True, True), True))
 
 
-def neighbor_cases(size: str) -> list[NeighborCase]:
-    """Return the searches."""
-    return _NEIGHBORS[size]
+def neighbor_cases(size: str, kernels: str = "portable") -> list[NeighborCase]:
+    """Return the searches that a kernel set is meant to take."""
+    return [case for case in _NEIGHBORS[size] if case.runs_on(kernels)]
 
 
 def view_cases(size: str) -> list[ViewCase]:

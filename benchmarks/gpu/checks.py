@@ -157,7 +157,7 @@ def accuracy(family: str, kernels: str, device: str, seed: int, size: str) -> It
             if case.family == family and case.runs_on(kernels, dtype):
                 yield f"{case.label} {_name(dtype)}", lambda c=case, d=dtype: gradient(c, d)  # type: ignore[misc]
     if family == "neighbors":
-        for search_case in (case for case in neighbor_cases(size) if case.runs_on(kernels)):
+        for search_case in neighbor_cases(size, kernels):
             yield search_case.label, lambda c=search_case: search(c, False)  # type: ignore[misc]
             if search_case.rows <= 5000:
                 yield f"{search_case.label}, queries", lambda c=search_case: search(c, True)  # type: ignore[misc]
@@ -178,8 +178,7 @@ def _calls(family: str, kernels: str, device: str, size: str) -> Iterator[tuple[
                     return first.to(device, d), second.to(device, d), upstream.to(device)
 
                 yield f"{case.label} {_name(dtype)}", case.call_of("native"), inputs
-    searches = [case for case in neighbor_cases(size) if case.runs_on(kernels)]
-    for search_case in searches if family == "neighbors" else ():
+    for search_case in neighbor_cases(size, kernels) if family == "neighbors" else ():
 
         def search(x: torch.Tensor, c: NeighborCase = search_case) -> Tensors:
             return scan_fast.topk_neighbors(x, c.k, metric=c.metric, impl="native")

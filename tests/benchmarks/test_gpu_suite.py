@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,56 @@ def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pyt
     assert "does not say which sources" in suite.look_around(run)[0]
     answer["wait_limit"], answer["sources"] = False, hashes
     assert suite.look_around(run) == ("", False) and "wait without a limit" in run.summary["notes"][-1]
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_where_no_module_fits_one_is_built(run: suite.Suite, monkeypatch: pytest.MonkeyPatch, builds: bool) -> None:
+    """For this GPU alone, and with limited waits; a build that fails is one line."""
+    hashes = {known["source"]: known["sha256"] for known in run.summary["sets"].values()}
+    answer: dict[str, Any] = {"problem": "no module", "mendable": True, "wait_limit": True, "sources": hashes}
+    answer |= {"environment": {"device": "a GPU"}, "capability": "9.0"}
+    built: list[Job] = []
+
+    def say(job: Job, seconds: float, log: Any, take: Any) -> jobs.Outcome:
+        if "setup.py" not in job.command:
+            take(answer)
+            return jobs.Outcome("passed", None, [])
+        built.append(job)
+        assert seconds <= 150
+        if not builds:
+            return jobs.Outcome("failed (1)", None, ["nvcc", "k.cu(7): error: expected a ;", "ninja: build stopped"])
+        answer["problem"] = ""
+        return jobs.Outcome("passed", None, [])
+
+    monkeypatch.setattr(suite.jobs, "run", say)
+    run.device, run.folder = "cuda", run.out / "nothing was carried"
+    assert suite.provide_module(run, build=False) == "no module" and not built
+    problem = suite.provide_module(run, build=True)
+    assert problem == ("" if builds else "the build failed (1): k.cu(7): error: expected a ;")
+    assert [job.environment for job in built] == [
+        {"SCAN_FAST_WAIT_LIMIT": "1", "SCAN_FAST_CUDA": "on", "SCAN_FAST_CUDA_ARCHS": "90a"}
+    ]
+    assert any("no module was carried" in text for text in run.summary["notes"])
+    assert run.summary["stages"]["build"]["status"] == ("passed" if builds else "failed")
+
+
+def test_peers_that_were_carried_along_can_be_imported(tmp_path: Path) -> None:
+    assert stages.peers_path(None) == stages.peers_path(tmp_path) == {}
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "memeff-0.1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("memeff/__init__.py", "here = True\n")
+        wheel.writestr("memeff-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: memeff\nVersion: 0.1\n")
+        wheel.writestr("memeff-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("memeff-0.1.dist-info/RECORD", "")
+    where = Where("cuda", 40.0, tmp_path)
+    (job,) = next(stage for stage in stages.STAGES if stage.name == "peers").jobs(where, ("nt_xent:portable",))
+    assert "--peers" in job.command
+    lines: list[dict[str, Any]] = []
+    text = "import json, memeff, benchmarks; print(json.dumps({'here': memeff.here}))"
+    outcome = jobs.run(Job((sys.executable, "-c", text), (), job.environment), 60, io.StringIO(), lines.append)
+    assert outcome.status == "passed" and lines == [{"here": True}], outcome
+    (other,) = next(stage for stage in stages.STAGES if stage.name == "more").jobs(where, ("nt_xent:portable",))
+    assert "PYTHONPATH" not in other.environment
 
 
 # ---- stages of several processes -----------------------------------------------------------------------------------

@@ -71,7 +71,16 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
                            const float* shifted_lse, const NTXentUpstream& grad_losses, DType dtype, bool reduced,
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream);
 
-// The same on a GPU of compute capability 9.0, for the problems that nt_xent_sm90_covers: nt_xent_sm90.cu.
+// The same on a GPU of compute capability 9.0, for the problems that nt_xent_sm90_covers: nt_xent_sm90.cu. These are
+//   temperature >= 0.03, and
+//   D <= 256 with `reduced`, for 16-bit embeddings (bfloat16, float16) and with "medium" float32 precision; or
+//   D <= 128 without, for float32 embeddings.
+// N, sample_begin and sample_count, and both_anchors do not matter. What each launches, by the names of the kernels:
+//              sm_90a                                     portable
+//   forward    forward_sm90_kernel<Products<...>>         forward_kernel<...>, once more for temperatures below 0.03
+//   backward   backward_sm90_kernel<BackwardTiles<...>>   backward_kernel<...>; D > 128: weights_kernel, gather_kernel
+//   both       prepare_forward_kernel, collect_kernel, prepare_backward_kernel, largest_gradient_kernel (not always),
+//              finish_backward_kernel
 bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced);
 int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced);
 int64_t nt_xent_backward_sm90_workspace(const NTXentProblem& problem, bool reduced);

@@ -60,8 +60,8 @@ void repeated_runs_give_the_same_bits() {
   }
 }
 
-// One problem large enough for every ring to wrap twice in every block, on a machine of so many multiprocessors; checked,
-// so that it stays so whatever the tiles and stages become.
+// One problem large enough for every ring to wrap twice in every block, on a machine of so many multiprocessors;
+// checked, so that it stays so whatever the tiles and stages become.
 struct Wrapping {
   int multiprocessors;
   int64_t n, d;
@@ -115,6 +115,10 @@ void rings_wrap_without_races() { wrap({1, 576, 20, true, true, {0, 576}, 5}, 9,
 // More owners than one launch has slots for: the sums so far are kept between launches.
 void several_launches() {
   emu::options() = {.seed = 3, .multiprocessors = 2};
+  const struct Restored {
+    int64_t usual = most_mirror_slots;
+    ~Restored() { most_mirror_slots = usual; }
+  } restored;
   most_mirror_slots = 2;
   for (const bool both : {true, false}) {
     const NTXentProblem problem{330, 40, 0.1, both, 0, 330};
@@ -122,7 +126,6 @@ void several_launches() {
     compare(kNTXentSM90, 330, 40, 0.1, both, true, {0, 330}, 2e-3);
     compare(kNTXentSM90, 330, 40, 0.1, both, false, {0, 130, 330}, 3e-6);
   }
-  most_mirror_slots = 128;
 }
 
 // What sm90_plan.cuh says of 132 multiprocessors; benchmarks use these sizes on a GPU.

@@ -63,11 +63,11 @@ __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
 }
 // Returns once the phase of the given parity is complete; a new barrier is in phase 0, and passes for parity 1.
 //
-// With SCAN_FAST_WAIT_LIMIT a wait of two seconds traps, so that an error in a protocol ends as a launch failure and does
-// not hang; the process can then launch nothing more. The clock is read only after a first attempt has failed. No message:
-// with a printf here the compiler serialises all products (C7510) and spills. This is the only loop of our GPU code that
-// waits for another thread. What the hardware waits for cannot time out: named barriers, __syncthreads, setmaxnreg,
-// wgmma's wait. But a thread that fails to come there is as a rule held up by a memory barrier, and traps.
+// With SCAN_FAST_WAIT_LIMIT a wait of two seconds traps, so that an error in a protocol ends as a launch failure and
+// does not hang; the process can then launch nothing more. The clock is read only after a first attempt has failed. No
+// message: with a printf here the compiler serialises all products (C7510) and spills. This is the only loop of our GPU
+// code that waits for another thread. What the hardware waits for cannot time out: named barriers, __syncthreads,
+// setmaxnreg, wgmma's wait. But a thread that fails to come there is as a rule held up by a memory barrier, and traps.
 __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, unsigned parity) {
 #if defined(SCAN_FAST_WAIT_LIMIT)
   asm volatile(
@@ -256,9 +256,10 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4]
 
 // ---- both forms ------------------------------------------------------------------------------------------------------
 
-// By whole warps. Of threadIdx.x / 128 the compiler cannot see that it is one number for a warp; it then forms descriptors
-// per thread and moves them into the uniform registers that the matrix units read, and puts a loop around every copy. Of
-// a shuffle from one lane, and of an elected thread, it can: in the forward kernel of NT-Xent that made 66 moves 10.
+// By whole warps. Of threadIdx.x / 128 the compiler cannot see that it is one number for a warp; it then forms
+// descriptors per thread and moves them into the uniform registers that the matrix units read, and puts a loop around
+// every copy. Of a shuffle from one lane, and of an elected thread, it can. NT-Xent's forward kernel had 66 such moves,
+// and has 10.
 __device__ __forceinline__ int warp_in_block() { return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 32, 0); }
 __device__ __forceinline__ int warpgroup_index() {
   return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 128, 0);

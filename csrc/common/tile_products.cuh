@@ -266,8 +266,8 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
         last_stage = at.stage;
         at.advance();
       };
-      // Not unrolled: a panel's products take longer than the instructions between them, and copies of this code make the
-      // compiler move stages and descriptors out of uniform registers.
+      // Not unrolled: a panel's products take longer than the instructions between them, and copies of this code make
+      // the compiler move stages and descriptors out of uniform registers.
       if constexpr (P::kSplit) {
 #pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(panel == 0, panel, panels + panel);

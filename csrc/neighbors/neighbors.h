@@ -64,7 +64,7 @@ struct TileBatch {
 };
 using TileSearch = void(const TopkProblem&, const TopkWorkspace&, const TileBatch&, StreamHandle);
 TileSearch search_tiles_portable;    // sm_80 and up, neighbors_cuda.cu: the kernel search_tiles<stages>
-TileSearch search_tiles_sm90;        // compute capability 9.0, neighbors_sm90.cu: search_tiles_sm90_kernel<Products<...>>
+TileSearch search_tiles_sm90;        // 9.0 alone, neighbors_sm90.cu: the kernel search_tiles_sm90_kernel<Products<...>>
 bool search_tiles_sm90_runs_here();  // on the current device; it takes every problem
 // Either runs only where there is something for a fast search to leave out: k <= 1024 and 2 k < n_database. All other
 // kernels are the same for both: measure_rows, round_rows, open_queries, decide, round_remainders, search_finely,

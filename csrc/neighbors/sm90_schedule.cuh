@@ -1,15 +1,15 @@
 // The first neighbour search on Hopper: the forms of its main loop, and which block searches what.
 //
-// How large a search must be for a block to use each of the 4 stages of its ring at least three times, so that what goes
-// wrong where rings wrap shows: its runs, each a share of the columns in tiles of 256, need 9 steps in all, one for each
+// How large a search must be for a block to use a stage of its ring for the third time, so that what goes wrong where
+// rings wrap shows: its runs, each a share of the columns in tiles of 256, need 2 * 4 + 1 steps in all, one for each
 // panel of 64 dimensions. Which shares and batches there are says plan_batches (neighbors_cuda.cu). On 132
 // multiprocessors with k = 20:
 //                                  D <= 64   D <= 128   D <= 256   D <= 512
 //     self-search of N rows from      5633       4225       3329       2817
 //     1,024 queries, N from          36609      20225      12033       7937
-// The queries that stay (up to 128 dimensions) come to their first buffer again with 3 runs, which 20,000 rows give every
-// block, and no search more: the memory for lists (kListBytes) ends a batch there. Good: (20000, 64), (20000, 128),
-// (20000, 256).
+// The queries that stay (up to 128 dimensions) come to their first buffer again with 3 runs, which 20,000 rows give
+// every block, and no search more: the memory for lists (kListBytes) ends a batch there. Good: (20000, 64),
+// (20000, 128), (20000, 256).
 //
 // Part of neighbors_sm90.cu, and read by its test.
 #pragma once

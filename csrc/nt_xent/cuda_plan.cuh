@@ -33,9 +33,10 @@ inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int6
 }
 
 // What one more part of the columns costs in the backward pass, in times that a block needs for a tile of block_rows x
-// tile_columns. A part of dZ is `rows` x D numbers that are written and read, 8 bytes each. A tile is 4 flops for each of
-// its products, three times that when split, and `room` blocks share the GPU. D cancels. 250 flops a byte is what GPUs
-// with matrix units have: 790 TFLOP/s and 3.0 TB/s on an H100. Never less than half a tile, for what waits on memory.
+// tile_columns. A part of dZ is `rows` x D numbers that are written and read, 8 bytes each. A tile is two products of
+// block_rows x tile_columns x D, 2 flops each and three times that when split, and `room` blocks share the GPU. D
+// cancels. 250 flops a byte is what GPUs with matrix units have: 790 TFLOP/s and 3.0 TB/s on an H100. Never less than
+// half a tile, for what waits on memory.
 inline double part_price(int64_t rows, int64_t room, int64_t block_rows, int64_t tile_columns, bool split) {
   constexpr double kFlopsPerByte = 250;
   const double tile = static_cast<double>(room * block_rows * tile_columns * (split ? 3 : 1));

@@ -76,9 +76,9 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
 //   D <= 256 with `reduced`, for 16-bit embeddings (bfloat16, float16) and with "medium" float32 precision; or
 //   D <= 128 without, for float32 embeddings.
 // N, sample_begin and sample_count, and both_anchors do not matter. What each launches, by the names of the kernels:
-//              sm_90a                                        portable
-//   forward    forward_sm90_kernel<Products<...>>            forward_kernel<...>, once more for temperatures below 0.03
-//   backward   backward_sm90_kernel<BackwardTiles<...>>      backward_kernel<...>; D > 128: weights_kernel, gather_kernel
+//              sm_90a                                     portable
+//   forward    forward_sm90_kernel<Products<...>>         forward_kernel<...>, once more for temperatures below 0.03
+//   backward   backward_sm90_kernel<BackwardTiles<...>>   backward_kernel<...>; D > 128: weights_kernel, gather_kernel
 //   both       prepare_forward_kernel, collect_kernel, prepare_backward_kernel, largest_gradient_kernel (not always),
 //              finish_backward_kernel
 bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced);

@@ -13,14 +13,14 @@
 // 16,384); backward prepare, products, finish (one more where more than 4,096 anchors have gradients of their own). No
 // host synchronisation, no atomics: the same input gives the same bits.
 //
-// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to 225
-// of 240 registers. Steady state of a backward tile at D = 128, for a warpgroup: 16 HGMMA back to back, then about 380
-// instructions for 64 elements a thread, of which 64 EX2. Not yet run on a GPU: what follows are predictions.
+// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to
+// 225 of 240 registers. Steady state of a backward tile at D = 128, for a warpgroup: 16 HGMMA back to back, then about
+// 380 instructions for 64 elements a thread, of which 64 EX2. Not yet run on a GPU: what follows are predictions.
 //   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 a cycle at 1.8 GHz:
 //     forward   0.70 us of products, 0.57 us of EX2, 32 KB from the second cache: 6.2 TB/s if nothing else limited it,
 //               about what that cache gives, so expect 70 % of the products' limit
 //     backward  1.40 us of products, 0.57 us of EX2, 32 KB: 3.1 TB/s
-//   forward and backward of M = 2N rows, without preparation and finish (some 2 to 4 us each, and their memory traffic):
+//   forward and backward of 2N = M rows, without preparation and finish (2 to 4 us each, and their memory traffic):
 //     8192 x 128     16 tiles a block 16 us, 32 a block 45 us       65536 x 128    1.0 ms, 2.9 ms
 //   The backward pass of 65536 rows has 512 blocks (column_splits does not divide the columns), 3.9 times 132.
 // Left undone: a cluster that shares the walked tiles by multicast, which would halve what the forward pass asks of the

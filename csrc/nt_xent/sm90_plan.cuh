@@ -7,12 +7,12 @@
 //   backward   R or (D > 128, or split) 2 R tiles, divided by column_splits: one step each, 4 stages
 // On 132 multiprocessors, wrapped twice from this number of samples N on (test_nt_xent_sm90.cpp):
 //                         D <= 64   D <= 128   D <= 192   D <= 256
-//     16-bit  forward       4225       3073       1985       1729      a good set: (4352, 64), (4096, 128), (2048, 192),
-//             backward      2113       2113       1409       1409                  (2048, 256)
-//     float32 forward       2497       1729                                        (2560, 64), (2048, 128)
+//     16-bit  forward       4225       3073       1985       1729      good: (4352, 64), (4096, 128), (2048, 192),
+//             backward      2113       2113       1409       1409            (2048, 256)
+//     float32 forward       2497       1729                                  (2560, 64), (2048, 128)
 //             backward      1409       1409
-// The forward operand that stays comes to its first buffer again from N = 1729 on, for the third time from 3201 on. More
-// than 16,384 anchors need a second launch of the forward pass: (9000, 128).
+// The forward operand that stays comes to its first buffer again from N = 1729 on, for the third time from 3201 on.
+// More than 16,384 anchors need a second launch of the forward pass: (9000, 128).
 #pragma once
 
 #include <algorithm>
@@ -75,11 +75,10 @@ struct BackwardPlan {
       : positions{problem.samples, problem.sample_begin, problem.sample_count, true},
         panels(problem.dim <= 64 ? 1 : problem.dim <= 128 ? 2 : 4) {
     const int64_t columns = panels > 2 || !reduced ? 64 : 128;  // as BackwardTiles has them
-    const int64_t tiles = positions.total() / columns, blocks = row_tiles(positions.anchors()), room = multiprocessors();
+    const int64_t tiles = positions.total() / columns, rows = positions.anchors(), room = multiprocessors();
+    const double price = part_price(rows, room, kPanelRows, columns, !reduced);
     column_tiles = static_cast<int>(tiles);
-    p = make_params(problem, positions.anchors(),
-                    column_splits(blocks, tiles, room,
-                                  part_price(positions.anchors(), room, kPanelRows, columns, !reduced)));
+    p = make_params(problem, rows, column_splits(row_tiles(rows), tiles, room, price));
   }
   // Calls body.operator()<BackwardTiles>() with the form of the kernel.
   template <typename Body>

@@ -85,8 +85,8 @@ struct Buffer {
   }
 };
 
-// Runs both passes over the samples in parts, as ranks would, and compares with the oracle: all losses, and the gradients
-// of every `every`-th row.
+// Runs both passes over the samples in parts, as ranks would, and compares with the oracle: all losses, and the
+// gradients of every `every`-th row.
 inline void compare(const NTXentGpuKernels& kernels, int64_t n, int64_t d, double temperature, bool both, bool reduced,
                     const std::vector<int64_t>& cuts, double tolerance, int64_t every = 1) {
   check::Random random{static_cast<uint64_t>(n * 1000 + d)};

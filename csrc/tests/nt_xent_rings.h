@@ -1,4 +1,4 @@
-// How often the rings of NT-Xent's sm_90a kernels wrap for a problem: from the plan and the schedule that the kernels use.
+// How often the rings of NT-Xent's sm_90a kernels wrap for a problem, from the plan and the schedule that they use.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 namespace scan_fast::nt_xent_test {
 namespace {
 
-// Of the blocks of all launches of a pass: tiles of a block, steps of a block in the ring of `stages`, and for the forward
-// pass how many operands stay in one of the two buffers one after the other (runs).
+// Of the blocks of all launches of a pass: tiles of a block, steps of a block in the ring of `stages`, and for the
+// forward pass how many operands stay in one of the two buffers one after the other (runs).
 struct Rings {
   int64_t stages = 0, blocks = 0, splits = 1, launches = 0;
   int64_t least_tiles = INT64_MAX, least_steps = INT64_MAX, least_runs = INT64_MAX, most_runs = 0;

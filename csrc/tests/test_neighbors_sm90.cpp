@@ -33,20 +33,23 @@ void search_and_record(const TopkProblem& problem, const TopkWorkspace& work, co
 }
 
 // A search in which, in every block of every batch, the ring of the panels that pass by wraps twice, and what stays is
-// followed by `runs` - 1 others in its two buffers. Checked, so that it stays so whatever tiles, stages and plans become.
+// followed by `runs` - 1 others in its two buffers. Checked, so that it stays so whatever tiles, stages and plans
+// become.
 void wrap(int multiprocessors, const Case& c, int64_t runs, int splits, uint64_t seed, bool detect_races = false) {
   emu::options() = {.detect_races = detect_races, .seed = seed, .multiprocessors = multiprocessors};
   batches.clear();
   tile_search = search_and_record;
   CHECK(search(c).searched(0, 0));
   tile_search = search_tiles_sm90;
-  const TopkProblem problem{nullptr, nullptr, 0, static_cast<int64_t>(c.database.size()) / c.dim, c.dim, c.k, false, false};
+  TopkProblem problem{};
+  problem.n_database = static_cast<int64_t>(c.database.size()) / c.dim;
   CHECK(!batches.empty());
   for (const TileBatch& batch : batches) {
     CHECK(batch.splits >= splits);
     with_products(batch, [&]<typename P>() {
       CHECK(search_blocks(batch) >= multiprocessors * 9 / 10);
-      for (gridDim = {static_cast<unsigned>(search_blocks(batch))}, blockIdx = {}; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      gridDim = {static_cast<unsigned>(search_blocks(batch))};
+      for (blockIdx = {}; blockIdx.x < gridDim.x; ++blockIdx.x) {
         auto schedule = SearchSchedule::of_block<P::kColumns>(problem, batch);
         int64_t steps = 0, count = 0;
         for (SearchSchedule::Run run; schedule.next(run); ++count) steps += int64_t{run.end - run.begin} * batch.panels;

@@ -60,8 +60,8 @@ void repeated_runs_give_the_same_bits() {
   }
 }
 
-// One problem large enough for every ring to wrap twice in every block, on a machine of so many multiprocessors; checked,
-// so that it stays so whatever the tiles and stages become.
+// One problem large enough for every ring to wrap twice in every block, on a machine of so many multiprocessors;
+// checked, so that it stays so whatever the tiles and stages become.
 struct Wrapping {
   int multiprocessors;
   int64_t n, d;

@@ -32,6 +32,7 @@ class Job:
         patience: seconds without a line after which it hangs.
         startup: the same before its first line: PyTorch has to be loaded.
         complaints: lines that match say that something is wrong with the last case that began; "" for none.
+        prepares: it only prepares a later stage: what becomes of it counts for nothing.
     """
 
     command: Sequence[str]
@@ -40,6 +41,7 @@ class Job:
     patience: float = 60.0
     startup: float = 60.0
     complaints: str = ""
+    prepares: bool = False
 
 
 @dataclass

@@ -13,6 +13,7 @@ from .jobs import Job
 
 PEERS = ("inf_cl", "memeff", "siglip_kernel")
 COMPLAINTS = r"^=+ *(Invalid|Misaligned|Uninitialized|Race reported|Error: |Barrier|Divergent|Out[- ]of|Stack over)"
+REHEARSED = ("scan_loss:portable",)
 REFUSALS = ("Device not supported", "Unable to find", "terminated before first instrumented", "Failed to initialize")
 """What compute-sanitizer says where it cannot work on a machine."""
 
@@ -26,12 +27,14 @@ class Where:
         seconds: how long the stage may take.
         folder: what was carried along, if anything.
         patience: multiplies how long a silent process is waited for.
+        wanted: the stages that are to run.
     """
 
     device: str
     seconds: float
     folder: Path | None = None
     patience: float = 1.0
+    wanted: tuple[str, ...] = ()
 
     @property
     def rehearse(self) -> bool:
@@ -52,6 +55,7 @@ class Stage:
         need: what is kept of the time for it by stages before it that do not decide about a kernel.
         at_a_time: how many of its processes run at the same time.
         jobs: what to run for some kernel sets.
+        beside: what to run at the same time, for a later stage.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Stage:
     need: float
     at_a_time: int
     jobs: Maker
+    beside: Maker = lambda where, sets: []
 
 
 def _python(where: Where, module: str, *words: str) -> tuple[str, ...]:
@@ -113,6 +118,24 @@ def _step(where: Where, sets: tuple[str, ...]) -> list[Job]:
     return [Job(_python(where, "step", *words), patience=60 * where.patience)] if needed else []
 
 
+def _compiling(where: Where, sets: tuple[str, ...]) -> list[Job]:
+    """Have torch.compile fill its cache on all cores, so that the timings need not wait for it.
+
+    In a rehearsal only one family does, because that takes as long as it saves on two cores.
+    """
+    found = []
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    compiled = tuple(s for s in sets if not s.startswith(("augment:", "neighbors:")))
+    if "timings" in where.wanted and compiled:
+        groups = [(s,) for s in compiled if s.endswith(":portable") and (s in REHEARSED or not where.rehearse)]
+        quick = ("--quick",) if where.rehearse else ()
+        commands = [_python(where, "timings", "--compile", *quick, "--sets", *group) for group in groups]
+        found += [Job(command, (), threads, prepares=True) for command in commands]
+    if "step" in where.wanted and not where.rehearse:
+        found += [Job((*job.command, "--compile"), (), threads, prepares=True) for job in _step(where, sets)]
+    return found
+
+
 def sanitizer() -> str | None:
     """Return the path of compute-sanitizer."""
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -138,7 +161,7 @@ def _sanitizer(tool: str) -> Maker:
 
 STAGES = (
     Stage("smoke", 30, 0, 8, _checks("accuracy", "smoke", "smoke")),
-    Stage("accuracy", 60, 30, 8, _checks("accuracy", "full")),
+    Stage("accuracy", 60, 30, 8, _checks("accuracy", "full"), _compiling),
     Stage("timings", 70, 0, 1, _timings("timings")),
     Stage("repeat", 30, 15, 8, _checks("repeat", "smoke")),
     Stage("graph", 30, 15, 8, _checks("graph", "smoke")),

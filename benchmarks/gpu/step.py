@@ -12,7 +12,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,19 +70,26 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """ResNet-18 for small images, and a projection to 128 dimensions."""
+    """A ResNet for small images, and a projection to 128 dimensions.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        channels: of the blocks at each resolution, the first at full; ResNet-18 has (64, 128, 256, 512).
+        blocks: at each resolution; ResNet-18 has 2.
+    """
+
+    def __init__(self, channels: Sequence[int], blocks: int) -> None:
         super().__init__()
+        width, last = channels[0], channels[-1]
         self.stem, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), Norm(width)
-        sizes = [width, width, 2 * width, 4 * width, 8 * width]
+        pairs = itertools.pairwise((width, *channels))
         self.blocks = nn.Sequential(
             *(
-                nn.Sequential(Block(a, b, 1 if i == 0 else 2), Block(b, b, 1))
-                for i, (a, b) in enumerate(itertools.pairwise(sizes))
+                Block(inputs if j == 0 else outputs, outputs, 2 if i > 0 and j == 0 else 1)
+                for i, (inputs, outputs) in enumerate(pairs)
+                for j in range(blocks)
             )
         )
-        self.head = nn.Sequential(nn.Linear(8 * width, 8 * width), nn.ReLU(), nn.Linear(8 * width, 128))
+        self.head = nn.Sequential(nn.Linear(last, last), nn.ReLU(), nn.Linear(last, 128))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.norm(self.stem(x)))
@@ -92,10 +99,20 @@ class Network(nn.Module):
 class Step:
     """One way of making a step."""
 
-    def __init__(self, device: str, batch: int, width: int, ours: bool, compiled: bool, captured: bool) -> None:
+    def __init__(
+        self,
+        device: str,
+        batch: int,
+        channels: Sequence[int],
+        blocks: int,
+        *,
+        ours: bool,
+        compiled: bool,
+        captured: bool,
+    ) -> None:
         torch.manual_seed(0)
         self.device, self.batch, self.ours = device, batch, ours
-        self.network = Network(width).to(device).to(memory_format=torch.channels_last)
+        self.network = Network(channels, blocks).to(device).to(memory_format=torch.channels_last)
         for module in self.network.modules():
             if isinstance(module, Norm):
                 module.ours = ours
@@ -189,14 +206,21 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("portable", "sm90"), default="sm90")
     parser.add_argument("--quick", action="store_true", help="a rehearsal, not a result")
     parser.add_argument("--seconds", type=float, default=45.0, help="no way begins later than this")
+    parser.add_argument("--compile", action="store_true", help="only compile what torch.compile keeps for later")
     options = parser.parse_args()
     begin = time.perf_counter()
-    batch, width, steps = (8, 4, 2) if options.quick else (512, 64, 20)
+    steps = 2 if options.quick else 20
+    batch, channels, blocks = (8, (4, 8), 1) if options.quick else (512, (64, 128, 256, 512), 2)
     prefer("nt_xent", options.kernels)
     about = {"stage": options.stage}
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
     for name, way in WAYS.items():
+        if options.compile:
+            if way["compiled"]:
+                Step(options.device, batch, channels, blocks, **way).make(1)
+                emit({"compiled": name, **about})
+            continue
         if time.perf_counter() - begin > options.seconds:
             raise SystemExit(f"the time is up before {name!r}")
         if way["captured"] and options.device == "cpu":
@@ -205,7 +229,7 @@ def main() -> None:
         emit({"begin": name, **about})
         try:
             first = time.perf_counter()
-            step = Step(options.device, batch, width, **way)
+            step = Step(options.device, batch, channels, blocks, **way)
             step.make(1)
             first = time.perf_counter() - first
             step.make(3)
@@ -216,7 +240,8 @@ def main() -> None:
         except Exception as error:  # a missing compiler, memory: the other ways are still worth measuring
             message = (str(error).splitlines() or [""])[0][:200]
             emit({"way": name, "failed": f"{type(error).__name__}: {message}", **about})
-    emit({"done": True, **about})
+    if not options.compile:
+        emit({"done": True, **about})
 
 
 if __name__ == "__main__":

@@ -147,12 +147,15 @@ def run_stage(suite: Suite, stage: Stage, sets: Sequence[str], wanted: tuple[str
     left_over: list[str] = []
 
     def make(names: tuple[str, ...]) -> list[Job]:
-        return stage.jobs(Where(suite.device, end - time.monotonic(), suite.folder, suite.pace), names)
+        return stage.jobs(where(), names)
+
+    def where() -> Where:
+        return Where(suite.device, end - time.monotonic(), suite.folder, suite.pace, wanted)
 
     def run(job: Job) -> list[str]:
         outcome = jobs.run(job, end - time.monotonic(), suite.log, suite.take)
         with suite.lock:
-            rest = _after(suite, stage.name, job, outcome)
+            rest = [] if job.prepares else _after(suite, stage.name, job, outcome)
             suite.write()
         return rest
 
@@ -160,9 +163,11 @@ def run_stage(suite: Suite, stage: Stage, sets: Sequence[str], wanted: tuple[str
     if not waiting:
         none = "nothing to run" if suite.alive(sets) == () else "not here"
         return suite.ended(stage.name, record, none)
+    beside = stage.beside(where(), suite.alive(sets))
     while waiting:
-        with ThreadPoolExecutor(stage.at_a_time) as pool:
-            left_over = [name for rest in pool.map(run, waiting) for name in rest]
+        with ThreadPoolExecutor(stage.at_a_time + len(beside)) as pool:
+            left_over = [name for rest in pool.map(run, beside + waiting) for name in rest]
+        beside = []
         waiting = make(tuple(left_over)) if left_over and end - time.monotonic() > LEAST else []
     if left_over:
         record["jobs"].append({"sets": left_over, "status": "cut off"})
@@ -174,7 +179,8 @@ def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
     record, known = suite.summary["stages"][name], suite.summary["sets"]
     under_tool = bool(job.complaints)
     refusal = next((text for text in outcome.tail if any(words in text for words in REFUSALS)), "")
-    if under_tool and (refusal or (outcome.begun is None and not _any_line(known, job, name) and _ended(outcome))):
+    silent = outcome.begun is None and not any(known[s]["stages"].get(name, {}).get("cases") for s in job.sets)
+    if under_tool and (refusal or (silent and outcome.status.startswith(("failed", "hung")))):
         for kernel_set in job.sets:
             known[kernel_set]["stages"].pop(name, None)
         reason = refusal or (outcome.tail[-1] if outcome.tail else outcome.status)
@@ -205,14 +211,6 @@ def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
     through = {s for s in job.sets if known[s]["stages"].get(name, {}).get("done")}
     # Without progress the next would end like this one.
     return [s for s in job.sets if s not in lost and s not in through] if lost else []
-
-
-def _ended(outcome: Outcome) -> bool:
-    return outcome.status.startswith(("failed", "hung"))
-
-
-def _any_line(known: dict[str, Any], job: Job, name: str) -> bool:
-    return any(known[s]["stages"].get(name, {}).get("cases") for s in job.sets)
 
 
 def _errors_of_tool(suite: Suite, name: str, job: Job, outcome: Outcome) -> None:

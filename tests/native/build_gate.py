@@ -76,9 +76,10 @@ def demangled(text: str) -> str:
 
 
 def short_name(signature: str) -> str:
-    """``void scan_fast::(anonymous namespace)::k<true>(float*)`` becomes ``k<true>``."""
-    name = signature.replace("(anonymous namespace)::", "").removeprefix("void ").replace("scan_fast::", "")
-    return re.sub(r"\(.*", "", re.sub(r"\([\w ]+\)(?=-?\d)", "", name)).strip()
+    """``void scan_fast::(anonymous namespace)::k<true>(float*)`` becomes ``k<true>``, as in a trace of launches."""
+    from scan_fast.ops import tracing
+
+    return tracing.short_name(signature)
 
 
 def compile_kernel(source: str, architecture: str, nvcc: Path, defines: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from scan_fast.data.datasets import Triple
-from scan_fast.data.views import STRONG_OPERATIONS, AffineView, PlainView, SimCLRView, StrongView, View
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.runs.config import ClusteringConfig, PretextConfig, SelfLabelConfig, TrainingConfig
-from scan_fast.stages.loop import learning_rate_factor
+from scan_fast.training.loop import learning_rate_factor
+from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, PlainView, SimCLRView, StrongView, View
 
 from . import eager
 from .views import STRONG

@@ -37,13 +37,13 @@ import torch
 from torch import nn
 
 from scan_fast.runs.config import Config, find_config, load_config
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.tracker import Tracker
 from scan_fast.stages import pretext
-from scan_fast.stages.context import Context, open_context
-from scan_fast.stages.loop import steps_per_epoch, train
-from scan_fast.stages.machine import kept_memory
 from scan_fast.stages.mining import run_mining
+from scan_fast.training.context import Context, open_context
+from scan_fast.training.loop import steps_per_epoch, train
+from scan_fast.training.process import kept_memory
 
 from . import baseline, neighbors
 from .ceilings import measure_ceilings, measure_convolution
@@ -232,7 +232,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         run = RunFolder.open(Path(temporary) / "run", config)
         with run:
-            context = open_context(config, run, Events(run, quiet=True), images.splits)
+            context = open_context(config, run, Tracker(run, quiet=True), images.splits)
             result["environment"] = describe(device)
             result["ceilings"] = measure_ceilings(device, quick=effort is QUICK)
             model: nn.Module | None = None

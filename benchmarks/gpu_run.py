@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scan_fast.data.datasets import Splits
     from scan_fast.runs.config import Config
     from scan_fast.runs.folder import RunFolder
-    from scan_fast.stages.context import Context
+    from scan_fast.training.context import Context
 
 BEGIN = time.monotonic()
 TITLE = "CIFAR-10 (JPEG)"
@@ -229,9 +229,9 @@ def train(
     config: Config, run: RunFolder, splits: Splits, watch: Watch, report: Report, say: Callable[[str], None]
 ) -> None:
     """Do the stages that are not finished, and then what a run leaves behind."""
-    from scan_fast.stages.context import open_context
-    from scan_fast.stages.machine import kept_memory
     from scan_fast.stages.pipeline import STAGES, finish, stages_of
+    from scan_fast.training.context import open_context
+    from scan_fast.training.process import kept_memory
 
     events = watched_events(run, watch, say)
     context = open_context(config, run, events, splits)
@@ -279,14 +279,14 @@ def progress_of(run: RunFolder, config: Config) -> str:
 
 def watched_events(run: RunFolder, watch: Watch, say: Callable[[str], None]) -> Any:
     """Return the events of a run that are printed and logged, and stop it after a step where the watch says so."""
-    from scan_fast.runs.events import Events, Ticker
+    from scan_fast.runs.tracker import Ticker, Tracker
 
     class WatchedTicker(Ticker):
         def step(self, images: int) -> None:
             super().step(images)
             watch.after_step(self._events.context)  # type: ignore[attr-defined]
 
-    class WatchedEvents(Events):
+    class WatchedEvents(Tracker):
         context: Context
 
         def say(self, text: str) -> None:

@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scan_fast.data.datasets import STATISTICS, Splits, open_splits, source_from
 from scan_fast.data.loader import epoch_batches
-from scan_fast.data.random import permutation, stream_key
 from scan_fast.data.sources import Source, SubsetSource
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.random import permutation, stream_key
 from scan_fast.runs.config import Config
-from scan_fast.stages import clustering, pretext, self_labelling
-from scan_fast.stages.context import Context, seeded
-from scan_fast.stages.loop import Stage, steps_per_epoch
+from scan_fast.stages import clustering, pretext, selflabel
 from scan_fast.stages.mining import load_neighbors
-from scan_fast.stages.step import build_optimizer, write_learning_rate
+from scan_fast.training.context import Context, seeded
+from scan_fast.training.loop import Stage, steps_per_epoch
+from scan_fast.training.step import build_optimizer, write_learning_rate
 
 from . import baseline
 from .views import pictures
@@ -150,7 +150,7 @@ def make_pair(
     single.load_state_dict(model.head(0).state_dict())
     plain_single = _same_weights(baseline.ClusteringModel(network, context.n_clusters, 1), single)
     theirs = baseline.SelfLabel(plain_single, stage, pairs(stage.weak_view, stage.view), context.device, workers)
-    return Pair(self_labelling.SelfLabelling(context, single), theirs)
+    return Pair(selflabel.SelfLabelling(context, single), theirs)
 
 
 def _same_weights(plain: nn.Module, ours: nn.Module) -> Any:

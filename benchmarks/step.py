@@ -25,17 +25,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scan_fast.data.datasets import STATISTICS, Splits
 from scan_fast.data.loader import epoch_batches
-from scan_fast.data.random import stream_key
 from scan_fast.data.sources import TensorSource
 from scan_fast.models.heads import PretextModel
+from scan_fast.random import stream_key
 from scan_fast.runs.config import Config, find_config, load_config
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
-from scan_fast.stages.compilation import compile_networks
-from scan_fast.stages.context import Context, open_context, seeded
-from scan_fast.stages.machine import kept_memory
+from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pretext import Pretext
-from scan_fast.stages.step import WARM_UP_STEPS, TrainingStep, build_optimizer, write_learning_rate
+from scan_fast.training.compilation import compile_networks
+from scan_fast.training.context import Context, open_context, seeded
+from scan_fast.training.process import kept_memory
+from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer, write_learning_rate
 
 from .ceilings import measure_ceilings
 from .environment import describe
@@ -165,7 +165,7 @@ def measure(config: Config, device: str, images: int, steps: int, quick: bool) -
     with tempfile.TemporaryDirectory() as temporary, kept_memory():
         run = RunFolder.open(Path(temporary) / "run", config)
         with run:
-            context = open_context(config, run, Events(run, quiet=True), splits)
+            context = open_context(config, run, Tracker(run, quiet=True), splits)
             precision = str(context.precision).removeprefix("torch.")
             rates = result["ceilings"]
             peak = rates.get(f"tiles_{precision}", rates[f"gemm_{precision}"])

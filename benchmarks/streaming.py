@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scan_fast.data import DataConfig, SimCLRView, ViewMaker, epoch_batches, open_splits, prefetch
+from scan_fast.data import DataConfig, epoch_batches, open_splits, prefetch
 from scan_fast.data.folders import find_images
-from scan_fast.data.random import stream_key
-from scan_fast.data.render import renderer_for
+from scan_fast.random import stream_key
+from scan_fast.views import SimCLRView, ViewMaker
+from scan_fast.views.renderers import renderer_for
 
 from .environment import describe
 from .memory import ROOT, reset_peak, resident_memory
@@ -70,7 +71,7 @@ def measure(
     view = SimCLRView()
 
     def prepare(indices: torch.Tensor) -> int:
-        views.several([(view, 0), (view, 1)], indices, epoch=0)
+        views.render([(view, 0), (view, 1)], indices, epoch=0)
         return len(indices)
 
     images = sum(prefetch(prepare, epoch_batches(stream_key(0, "pretext"), 0, len(source), batch_size)))

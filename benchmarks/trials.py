@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from scan_fast.runs.config import Config, find_config, load_config
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
-from scan_fast.stages.context import open_context
+from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pipeline import STAGES
+from scan_fast.training.context import open_context
 
 from .environment import describe
 
@@ -62,7 +62,7 @@ def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, di
             run = RunFolder(folder)
             with run:
                 run.write_text("config.yaml", config.to_yaml())
-                context = open_context(config, run, Events(run, quiet=True))
+                context = open_context(config, run, Tracker(run, quiet=True))
                 begin = time.process_time()
                 STAGES[stage](context)
                 seconds = time.process_time() - begin

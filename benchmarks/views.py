@@ -37,14 +37,14 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from scan_fast.data import DaliRenderer, FusedRenderer, SimCLRView, StrongView, TorchRenderer, render_dali
 from scan_fast.data.files import FileSource
 from scan_fast.data.folders import find_images
-from scan_fast.data.random import stream_key
-from scan_fast.data.render import automatic_renderer
-from scan_fast.data.render_fused import recipes
-from scan_fast.data.views import STRONG_OPERATIONS, Params
 from scan_fast.ops.augment import augment
+from scan_fast.random import stream_key
+from scan_fast.views import DaliRenderer, FusedRenderer, SimCLRView, StrongView, TorchRenderer, render_dali
+from scan_fast.views.parameters import STRONG_OPERATIONS, Params
+from scan_fast.views.render_fused import recipes
+from scan_fast.views.renderers import automatic_renderer
 
 from .environment import describe
 

@@ -166,10 +166,10 @@ def _explain(error: Exception) -> str | None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .runs.events import Events
     from .runs.folder import RunFolder
-    from .stages.context import open_context
+    from .runs.tracker import Tracker
     from .stages.pipeline import forget, print_summary, run_stages, stages_of
+    from .training.context import open_context
 
     config, folder = _configuration(options)
     if options.again and (folder / "config.yaml").is_file():
@@ -179,20 +179,20 @@ def _train(options: argparse.Namespace) -> int:
     else:
         run = RunFolder.open(folder, config)
     with run:
-        events = Events(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
-        context = open_context(config, run, events)
+        tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
+        context = open_context(config, run, tracker)
         names = list(options.stages) or stages_of(context)
         if names[0] not in stages_of(context):
             raise ValueError(f"this configuration has no {names[0]} stage (selflabel: null)")
         if options.again:
             forget(context, names[0])
             run.write_text("config.yaml", config.to_yaml())
-        events.say(
+        tracker.say(
             f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
             f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
         )
         run_stages(context, names)
-        print_summary(context, events)
+        print_summary(context, tracker)
     return 0
 
 
@@ -246,20 +246,20 @@ def _check_again(old: Any, new: Any, stages: Sequence[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .runs.events import Events
     from .runs.folder import RunFolder
-    from .stages.context import open_context
+    from .runs.tracker import Tracker
     from .stages.pipeline import evaluate, print_summary
+    from .training.context import open_context
 
     run = RunFolder.existing(options.target)
     with run:
-        events = Events(run, quiet=options.json)
-        context = open_context(run.config(), run, events)
+        tracker = Tracker(run, quiet=options.json)
+        context = open_context(run.config(), run, tracker)
         results = evaluate(context)
         if options.json:
             print(json.dumps(results, indent=2))
         else:
-            print_summary(context, events)
+            print_summary(context, tracker)
     return 0
 
 
@@ -267,8 +267,8 @@ def _predict(options: argparse.Namespace) -> int:
     import csv
 
     from .predictor import Predictor
-    from .stages.context import choose_device
     from .stages.results import PREDICTION_COLUMNS, prediction_rows
+    from .training.context import choose_device
 
     predictor = Predictor.load(options.target, choose_device(options.device))
     source = predictor.source(options.data)
@@ -288,7 +288,7 @@ def _embed(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .predictor import Predictor
-    from .stages.context import choose_device
+    from .training.context import choose_device
 
     predictor = Predictor.load(options.target, choose_device(options.device))
     source = predictor.source(options.data)
@@ -306,30 +306,30 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .runs.events import Events
     from .runs.folder import RunFolder
-    from .stages.context import open_context
+    from .runs.tracker import Tracker
     from .stages.pipeline import make_report
+    from .training.context import open_context
 
     run = RunFolder.existing(options.target)
     with run:
-        events = Events(run)
-        make_report(open_context(run.config(), run, events))
-        events.say(str(run.path / "report.html"))
+        tracker = Tracker(run)
+        make_report(open_context(run.config(), run, tracker))
+        tracker.say(str(run.path / "report.html"))
     return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
     from .runs.config import find_config, load_config
-    from .runs.events import Events
     from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
     from .sweep import sweep
 
     seeds = _seeds(options.seeds)
     config = load_config(find_config(options.target), options.overrides)
     parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
     results = sweep(config, seeds, parent, quiet=options.quiet)
-    Events(RunFolder(parent)).table(
+    Tracker(RunFolder(parent)).table(
         f"{config.name}, seeds {options.seeds}",
         ["", "mean", "std", *(f"seed {seed}" for seed in seeds)],
         [

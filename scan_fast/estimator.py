@@ -12,10 +12,10 @@ import numpy as np
 from .data.datasets import source_from, split_source
 from .predictor import Predictor
 from .runs.config import find_config, load_config
-from .runs.events import Events
 from .runs.folder import RunFolder
-from .stages.context import choose_device, open_context
+from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
+from .training.context import choose_device, open_context
 
 
 class ImageClusterer:
@@ -78,8 +78,8 @@ class ImageClusterer:
         with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
             run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
             with run:
-                events = Events(run, quiet=not self.verbose)
-                context = open_context(config, run, events, splits)
+                tracker = Tracker(run, quiet=not self.verbose)
+                context = open_context(config, run, tracker, splits)
                 run_stages(context, stages_of(context))
             self._predictor = Predictor.load(run.path, choose_device(config.runtime.device))
             self.summary_ = run.summary()

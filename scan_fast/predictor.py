@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .data.datasets import DataConfig, source_from
-from .data.loader import ViewMaker
-from .data.render import renderer_for
 from .data.sources import Source
-from .data.views import PlainView
 from .models.backbones import ModelConfig
 from .models.heads import ClusterModel
 from .models.weights import load_strict
-from .stages.inference import forward_views
 from .stages.results import MODEL_FORMAT
+from .training.inference import forward_views
+from .views.maker import ViewMaker
+from .views.parameters import PlainView
+from .views.renderers import renderer_for
 
 
 class Predictor:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .runs.config import Config
-from .runs.events import Events
 from .runs.folder import RunFolder
-from .stages.context import open_context
+from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
+from .training.context import open_context
 
 
 def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
         seeded = config.model_copy(update={"seed": seed})
         run = RunFolder.open(parent / f"seed{seed}", seeded)
         with run:
-            context = open_context(seeded, run, Events(run, quiet=quiet))
+            context = open_context(seeded, run, Tracker(run, quiet=quiet))
             run_stages(context, stages_of(context))
             summaries.append(run.summary())
     results: dict[str, Any] = {"seeds": list(seeds)}

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from scan_fast.data.datasets import Splits
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
-from scan_fast.data.random import stream_key
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.random import stream_key
 from scan_fast.runs.config import Config
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
-from scan_fast.stages import clustering, mining, pretext, self_labelling
-from scan_fast.stages.context import Context, open_context, seeded
-from scan_fast.stages.inference import forward_all
-from scan_fast.stages.loop import Stage
-from scan_fast.stages.machine import kept_memory
-from scan_fast.stages.step import TrainingStep, build_optimizer, write_learning_rate
+from scan_fast.runs.tracker import Tracker
+from scan_fast.stages import clustering, mining, pretext, selflabel
+from scan_fast.training.context import Context, open_context, seeded
+from scan_fast.training.inference import forward_all
+from scan_fast.training.loop import Stage
+from scan_fast.training.process import kept_memory
+from scan_fast.training.step import TrainingStep, build_optimizer, write_learning_rate
 
 WARM_UP_STEPS = 4  # cuDNN chooses its kernels, a captured step records its graph
 # Features that have learned something take k-means some more rounds than those of the measurement.
@@ -92,7 +92,7 @@ def scaled(config: Config, epochs: Mapping[str, int]) -> dict[str, Any]:
 
 def learned_stages(config: Config) -> dict[str, int]:
     """Return the epochs of the stages that train, by name."""
-    names = [pretext.NAME, clustering.NAME, *([self_labelling.NAME] if config.selflabel else [])]
+    names = [pretext.NAME, clustering.NAME, *([selflabel.NAME] if config.selflabel else [])]
     return {name: getattr(config, name).epochs for name in names}
 
 
@@ -108,7 +108,7 @@ def measure(config: Config, splits: Splits, folder: Path, seconds: float = 1.5) 
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with RunFolder.open(folder, config) as run, kept_memory():
-            return _measure(open_context(config, run, Events(run, quiet=True), splits), seconds)
+            return _measure(open_context(config, run, Tracker(run, quiet=True), splits), seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -129,7 +129,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context))
 
     with seeded(config.seed, clustering.NAME):
-        model = context.place(ClusterModel(context.untrained, context.n_clusters, config.clustering.heads))
+        model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.clustering.heads))
     if config.clustering.initialize == "kmeans":
         model.backbone.load_state_dict(network.backbone.state_dict())
         features = forward_all(context, model, model.features, context.splits.train)
@@ -140,8 +140,8 @@ def _measure(context: Context, seconds: float) -> Speeds:
     found[clustering.NAME] = epoch_seconds(clustering.Clustering(context, model), context, seconds)
     found[clustering.NAME] += check / config.clustering.evaluate_every
     if config.selflabel is not None:
-        stage = self_labelling.SelfLabelling(context, model.head(0))
-        found[self_labelling.NAME] = epoch_seconds(stage, context, seconds) + check / config.selflabel.evaluate_every
+        stage = selflabel.SelfLabelling(context, model.head(0))
+        found[selflabel.NAME] = epoch_seconds(stage, context, seconds) + check / config.selflabel.evaluate_every
         once += embedding + check
     return Speeds(found, once)
 

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scan_fast.stages.context import Context
+    from scan_fast.training.context import Context
 
 STOP_SHARE = 0.02
 """When so much of the minutes is left, training stops at a checkpoint."""

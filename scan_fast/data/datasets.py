@@ -14,13 +14,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from ..random import permutation, stream_key
 from ..schema import Settings
-from .checked import CheckedFiles
+from .decode_cache import DecodeCache
 from .errors import DataError
 from .files import FileSource
 from .folders import Listing, check_folder, default_size, find_split, held_out_rows, list_folder, split_folder
-from .random import permutation, stream_key
-from .residency import Resident, image_bytes, kept_on_host
+from .placement import Resident, image_bytes, kept_on_host
 from .sources import Source, SubsetSource, TensorSource, dataset_source
 
 Triple = tuple[float, float, float]
@@ -133,19 +133,19 @@ class Splits:
     std: Triple
 
 
-def open_splits(config: DataConfig, checked: CheckedFiles | None = None) -> Splits:
+def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> Splits:
     """Open the images that a configuration names.
 
     Args:
         config: which images.
-        checked: the files that an earlier start has decoded to see whether they are good; with ``on_error=skip`` and
-            images that stay in their files, they are not decoded again, and the others are entered.
+        decode_cache: the files that an earlier start has decoded and found good. With ``on_error=skip`` and images
+            that stay in their files, they are not decoded again; the others are entered.
 
     Raises:
         DataError: where they are missing, unreadable or inconsistent; the message says what would be right.
     """
     if config.source in _FILE_OPENERS:
-        train, test, pretext = _FILE_OPENERS[config.source](config, checked)
+        train, test, pretext = _FILE_OPENERS[config.source](config, decode_cache)
     else:
         train, test, pretext = _ARRAY_OPENERS[config.source](config)
     if config.labels == "none":
@@ -278,18 +278,18 @@ def _open_stl10(config: DataConfig) -> Opened:
     return train_source, test_source, TensorSource(torch.from_numpy(images), None, paths, None, config.image_size)
 
 
-def _open_folder(config: DataConfig, checked: CheckedFiles | None) -> Opened:
+def _open_folder(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     if config.root is None:
         raise DataError("data.root must name the folder of images when data.source is 'folder'")
     root = config.root.expanduser()
     check_folder(root)
     train, test = split_folder(root, config.test_fraction, _classes(config), labelled=config.labels == "auto")
     size = config.image_size or default_size(train.files, train.folder)
-    train_source, test_source = _files((train, test), root, size, config, checked)
+    train_source, test_source = _files((train, test), root, size, config, decode_cache)
     return train_source, test_source, None
 
 
-def _open_imagenet(config: DataConfig, checked: CheckedFiles | None) -> Opened:
+def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     """ImageNet's training and validation folders, of one sub-folder per class."""
     if config.root is None:
         raise DataError("data.root must name the folder that holds ImageNet's train/ and val/: it is not downloaded")
@@ -303,7 +303,7 @@ def _open_imagenet(config: DataConfig, checked: CheckedFiles | None) -> Opened:
     if classes is None:
         classes = list_folder(train).class_names
     parts = [list_folder(part, classes) for part in (train, test)]
-    train_source, test_source = _files(parts, root, config.image_size or 224, config, checked)
+    train_source, test_source = _files(parts, root, config.image_size or 224, config, decode_cache)
     return train_source, test_source, None
 
 
@@ -325,7 +325,7 @@ def _classes(config: DataConfig) -> list[str] | None:
 
 
 def _files(
-    listings: Sequence[Listing], root: Path, size: int, config: DataConfig, checked: CheckedFiles | None = None
+    listings: Sequence[Listing], root: Path, size: int, config: DataConfig, decode_cache: DecodeCache | None = None
 ) -> list[FileSource]:
     """Open the files of some folders below a root; all of them are kept in memory, or none."""
     resident = config.keeps(sum(len(listing.files) for listing in listings), size)
@@ -345,7 +345,7 @@ def _files(
                 resident=resident,
                 scaled=config.decode == "scaled",
                 problems=[(prefix + path, reason) for path, reason in listing.problems],
-                checked=checked,
+                decode_cache=decode_cache,
             )
         )
     return sources
@@ -357,7 +357,7 @@ _ARRAY_OPENERS: dict[str, Callable[[DataConfig], Opened]] = {
     "cifar20": _open_cifar20,
     "stl10": _open_stl10,
 }
-_FILE_OPENERS: dict[str, Callable[[DataConfig, CheckedFiles | None], Opened]] = {
+_FILE_OPENERS: dict[str, Callable[[DataConfig, DecodeCache | None], Opened]] = {
     "folder": _open_folder,
     "imagenet": _open_imagenet,
 }

@@ -13,8 +13,8 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from .checked import CheckedFiles
 from .decode import Box, Header, cut, decode, read_header, square
+from .decode_cache import DecodeCache
 from .errors import DataError
 from .sources import check_annotations, take_rows
 
@@ -146,8 +146,8 @@ class FileSource:
 
     A resident source decodes every file here and keeps the images. Of another one every file's header and end are read
     here and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image
-    that fails in mid-training can no longer be left out without renumbering the others. Those that `checked` knows are
-    spared that.
+    that fails in mid-training can no longer be left out without renumbering the others.
+    Files in `decode_cache` are not decoded again.
 
     Args:
         files: the image files, relative to `root`.
@@ -160,7 +160,7 @@ class FileSource:
         resident: whether the decoded images are kept: N * size * size * 3 bytes.
         scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
         problems: (path, reason) of what could not even be listed; treated as unreadable files.
-        checked: the files that an earlier start has decoded; those that are decoded here are entered.
+        decode_cache: the files that an earlier start has decoded; those that are decoded here are entered.
 
     Raises:
         DataError: for an unreadable file with ``on_error="raise"``, or where no readable file remains.
@@ -179,7 +179,7 @@ class FileSource:
         resident: bool = True,
         scaled: bool = False,
         problems: Sequence[tuple[str, str]] = (),
-        checked: CheckedFiles | None = None,
+        decode_cache: DecodeCache | None = None,
     ) -> None:
         if not files:
             raise DataError("files must name at least one image, got none")
@@ -195,8 +195,8 @@ class FileSource:
         self.images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if resident else None
 
         # The pixels of images that are kept are wanted, whatever is known of their files.
-        checked = CheckedFiles() if checked is None or resident else checked
-        kept = self._check_all(on_error, checked, decode_all=resident or on_error == "skip")
+        decode_cache = DecodeCache() if decode_cache is None or resident else decode_cache
+        kept = self._check_all(on_error, decode_cache, decode_all=resident or on_error == "skip")
         if len(kept) < len(self.files):
             keep = torch.tensor(kept, dtype=torch.int64)
             self.files = self.files.take(keep)
@@ -208,7 +208,7 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _check_all(self, on_error: str, checked: CheckedFiles, *, decode_all: bool) -> list[int]:
+    def _check_all(self, on_error: str, decode_cache: DecodeCache, *, decode_all: bool) -> list[int]:
         """Decode every file, or only read its header; return the numbers of the good ones."""
         images = None if self.images is None else self.images.numpy()
         smallest = 2 * self.size if self.files.scaled else None
@@ -220,10 +220,10 @@ class FileSource:
                     header = read_header(path)
                 else:
                     status = os.stat(path)
-                    known = checked.recall(path, status)
+                    known = decode_cache.recall(path, status)
                     if known is None:
                         header, image = decode(path, smallest=smallest)
-                        checked.note(path, status, header)
+                        decode_cache.note(path, status, header)
                         if images is not None:
                             images[i] = square(image, self.size).numpy()
                     else:

@@ -240,7 +240,7 @@ def default_size(files: Sequence[str | Path], folder: str | Path = "") -> int:
     for file in files[::step]:
         try:
             header = read_header(os.path.join(folder, file))
-        except Exception:  # An unreadable file is reported, by name, when all files are checked.
+        except Exception:  # An unreadable file is reported, by name, when all files are decode_cache.
             continue
         sides.append(min(header.height, header.width))
     median = sorted(sides)[len(sides) // 2] if sides else 0

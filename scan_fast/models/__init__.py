@@ -2,7 +2,7 @@
 
 from .backbones import ModelConfig, build_backbone
 from .heads import ClusterModel, PretextModel
-from .original_weights import OriginalWeights, read_original
+from .reference_checkpoints import OriginalWeights, read_original
 from .weights import WeightsError, load_strict
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The operator of the views: uint8 images and a recipe per image in, a normalised view out, in one native kernel.
 
-It has no plain PyTorch twin here: the same views come from :class:`scan_fast.data.TorchRenderer`, which the tests hold
+It has no plain PyTorch twin here: the same views come from :class:`scan_fast.views.TorchRenderer`, which the tests hold
 it to. The layout of a recipe is that of ``csrc/augment/augment.h``.
 """
 

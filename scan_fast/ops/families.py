@@ -32,7 +32,7 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("augment", "augment", "augment/augment_cuda", None, "scan_fast.data.TorchRenderer"),
+        Family("augment", "augment", "augment/augment_cuda", None, "scan_fast.views.TorchRenderer"),
         Family("batch_norm", "batch_norm_forward", "batch_norm/batch_norm_cuda", None, "reference.batch_norm"),
         Family("convolution", "conv2d_forward", None, None, "torch.nn.functional.conv2d"),
         Family(

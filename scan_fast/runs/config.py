@@ -21,9 +21,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..data.datasets import DataConfig
-from ..data.views import PlainView, SimCLRView, StrongView, View
 from ..models.backbones import ModelConfig
 from ..schema import Settings
+from ..views.parameters import PlainView, SimCLRView, StrongView, View
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 

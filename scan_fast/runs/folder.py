@@ -8,7 +8,7 @@ Layout::
     assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
     model.pt         the predictor                       report.html      one file, opens from disk
     skipped.csv      images left out as unreadable       precision.json   what precision=auto came to, and why
-    checked-files.json   the files that need not be decoded again to know that they are good
+    decode-cache.json   the files that need not be decoded again to know that they are good
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError:  # Windows: no advisory locks
 
 
 PRECISION_FILE = "precision.json"
-CHECKED_FILE = "checked-files.json"
+DECODE_CACHE_FILE = "decode-cache.json"
 
 _WRITTEN_BY = {
     "checkpoints/pretext-final.pt": "pretext",
@@ -85,7 +85,7 @@ class RunFolder:
             "skipped.csv",
             "tensorboard",
             PRECISION_FILE,
-            CHECKED_FILE,
+            DECODE_CACHE_FILE,
             *(name for name in content if name.startswith(".") and name.endswith(".tmp")),
         }
         if "config.yaml" not in content and content:

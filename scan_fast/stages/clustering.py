@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.random import integers, permutation, stream_key
-from ..evaluation.consistency import selection_loss
+from ..evaluation.model_selection import selection_loss
 from ..losses import scan_loss
 from ..models.heads import ClusterModel
 from ..models.weights import load_strict
+from ..random import integers, permutation, stream_key
 from ..runs.folder import RunError
-from .context import Context, seeded
-from .inference import forward_all, forward_views, splits_of
-from .loop import Stage, train
+from ..training.context import Context, seeded
+from ..training.inference import forward_all, forward_views, splits_of
+from ..training.loop import Stage, train
 from .mining import load_neighbors
 from .pretext import backbone_features, load_pretext
 from .results import assess
@@ -136,7 +136,7 @@ def run_clustering(context: Context) -> None:
     """Train the heads (and, unless told otherwise, the backbone) and keep the best head by its loss."""
     config = context.config.clustering
     with seeded(context.config.seed, NAME):
-        model = context.place(ClusterModel(context.untrained, context.n_clusters, config.heads))
+        model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
     model.backbone.load_state_dict(load_pretext(context).backbone.state_dict())
     if config.initialize == "kmeans" and not context.run.has(f"checkpoints/{NAME}.pt"):
         start_from_kmeans(context, model)
@@ -202,6 +202,6 @@ def load_clustering(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
         raise RunError(f"{run.path} has no finished clustering stage; run `scan-fast cluster {run.path}` first")
     best = run.load(FINAL)
     config = context.config.clustering
-    model = ClusterModel(context.untrained, context.n_clusters, config.heads)
+    model = ClusterModel(context.without_pretrained, context.n_clusters, config.heads)
     load_strict(model, best["model"], what=str(run.path / FINAL))
     return context.place(model.head(best["head"])), best

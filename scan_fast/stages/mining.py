@@ -12,7 +12,7 @@ from torch import Tensor
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
 from ..runs.folder import RunError
-from .context import Context
+from ..training.context import Context
 from .pretext import embed, load_pretext
 
 NAME = "mining"
@@ -41,7 +41,7 @@ def run_mining(context: Context) -> None:
     context.run.write_arrays("neighbors.npz", **found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
-    context.events.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
+    context.tracker.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
     context.run.finish_stage(NAME, seconds, results, context.config.seed)
 
 

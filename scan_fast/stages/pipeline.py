@@ -11,19 +11,19 @@ from PIL import Image
 from ..evaluation.metrics import neighbor_purity
 from ..models.heads import ClusterModel
 from ..report import write_report
-from ..runs.events import Events
+from ..runs.tracker import Tracker
+from ..training.context import Context
+from ..training.inference import forward_all, splits_of
+from ..training.process import kept_memory
 from .clustering import NAME as CLUSTERING
 from .clustering import load_clustering, run_clustering
-from .context import Context
-from .inference import forward_all, splits_of
-from .machine import kept_memory
 from .mining import NAME as MINING
 from .mining import load_neighbors, run_mining
 from .pretext import NAME as PRETEXT
 from .pretext import knn_monitor, load_pretext, run_pretext
 from .results import assess, baselines, write_results, write_skipped
-from .self_labelling import NAME as SELFLABEL
-from .self_labelling import load_self_labelling, run_self_labelling
+from .selflabel import NAME as SELFLABEL
+from .selflabel import load_self_labelling, run_self_labelling
 
 STAGES: dict[str, Callable[[Context], None]] = {
     PRETEXT: run_pretext,
@@ -71,22 +71,22 @@ def run_stages(context: Context, names: Sequence[str]) -> None:
 
 
 def _run_stages(context: Context, names: Sequence[str]) -> None:
-    run, events = context.run, context.events
+    run, tracker = context.run, context.tracker
     skipped = write_skipped(context)
     if skipped:
         path, reason = skipped[0]
-        events.say(f"left out {len(skipped)} unreadable images (skipped.csv), the first is {path}: {reason}")
+        tracker.say(f"left out {len(skipped)} unreadable images (skipped.csv), the first is {path}: {reason}")
     did_something = False
     for name in names:
         if run.finished(name):
-            events.say(f"{name}: finished before, in {run.summary()['stages'][name]['seconds']:.1f} s")
+            tracker.say(f"{name}: finished before, in {run.summary()['stages'][name]['seconds']:.1f} s")
             continue
         STAGES[name](context)
         did_something = True
         entry = run.summary()["stages"][name]
         shown = {**entry, **entry.get("test", {})}
         notes = [f"{key} {shown[key]:.4f}" for key in ("knn_acc", "purity", "acc", "nmi", "ari") if key in shown]
-        events.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
+        tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
     last = stages_of(context)[-1]
     if run.finished(last) and (did_something or not run.has("report.html")):
         finish(context)
@@ -140,7 +140,7 @@ def make_report(context: Context) -> None:
     write_report(context.run.path, images, title=context.config.name)
 
 
-def print_summary(context: Context, events: Events) -> None:
+def print_summary(context: Context, tracker: Tracker) -> None:
     """Print the table that ends a run, and where its folder is."""
     summary = context.run.summary()
     columns = ("acc", "nmi", "ari")
@@ -161,7 +161,7 @@ def print_summary(context: Context, events: Events) -> None:
             [name, *(f"{test[key]:.3f}" if key in test else "" for key in columns), extra, f"{entry['seconds']:.1f}"]
         )
     rows.append(["all stages", "", "", "", "", f"{summary['seconds']:.1f}"])
-    events.table(f"{context.config.name} (test images)", ["stage", "ACC", "NMI", "ARI", "", "seconds"], rows)
-    events.say(f"run folder: {context.run.path}")
+    tracker.table(f"{context.config.name} (test images)", ["stage", "ACC", "NMI", "ARI", "", "seconds"], rows)
+    tracker.say(f"run folder: {context.run.path}")
     if context.run.has("report.html"):
-        events.say(f"report:     {context.run.path / 'report.html'}")
+        tracker.say(f"report:     {context.run.path / 'report.html'}")

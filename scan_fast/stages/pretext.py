@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..data.sources import Source
-from ..data.views import View
 from ..evaluation.probes import knn_accuracy
 from ..losses import nt_xent
 from ..models.heads import ClusterModel, PretextModel
-from ..models.original_weights import read_original
+from ..models.reference_checkpoints import read_original
 from ..models.weights import load_strict
 from ..runs.config import ConfigError
 from ..runs.folder import RunError
-from .context import Context, seeded
-from .inference import forward_all, splits_of
-from .loop import Stage, Training, train
+from ..training.context import Context, seeded
+from ..training.inference import forward_all, splits_of
+from ..training.loop import Stage, Training, train
+from ..views.parameters import View
 
 NAME = "pretext"
 FINAL = f"checkpoints/{NAME}-final.pt"
@@ -47,7 +47,7 @@ class Pretext(Stage[tuple[Tensor, Tensor]]):
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render two views of each image, each (B, 3, S, S)."""
         view = self.view_of(epoch)
-        first, second = self._views.several([(view, 0), (view, 1)], indices, epoch=epoch)
+        first, second = self._views.render([(view, 0), (view, 1)], indices, epoch=epoch)
         return first, second
 
     def view_of(self, epoch: int) -> View:
@@ -171,6 +171,6 @@ def load_pretext(context: Context) -> PretextModel:
         raise RunError(
             f"{context.run.path} has no finished pretext stage; run `scan-fast pretext {context.run.path}` first"
         )
-    model = PretextModel(context.untrained)
+    model = PretextModel(context.without_pretrained)
     load_strict(model, context.run.load(FINAL)["model"], what=str(context.run.path / FINAL))
     return context.place(model)

@@ -15,8 +15,8 @@ from ..data.sources import Source
 from ..evaluation.metrics import clustering_metrics, confusion, match_clusters, save_confusion
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
 from ..models.heads import ClusterModel
-from .context import Context
-from .inference import forward_all, splits_of
+from ..training.context import Context
+from ..training.inference import forward_all, splits_of
 
 MODEL_FORMAT = 1
 #: k-means on pixels is a baseline of sets whose training images take no more bytes than this as float32.
@@ -124,7 +124,7 @@ def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[s
     return {
         "format": MODEL_FORMAT,
         "stage": stage,
-        "model": context.untrained.model_dump(mode="json"),
+        "model": context.without_pretrained.model_dump(mode="json"),
         "n_clusters": context.n_clusters,
         "size": context.splits.train.size,
         "view_size": context.plain_view.size,

@@ -23,12 +23,12 @@ from benchmarks.stage_pairs import (
     training_flops,
     write_images,
 )
-from scan_fast.data.views import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel, PretextModel
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
-from scan_fast.stages.context import Context, open_context
+from scan_fast.runs.tracker import Tracker
+from scan_fast.training.context import Context, open_context
+from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
 
 SMALL = ("model.width=0.125", "pretext.batch_size=16", "clustering.batch_size=16", "selflabel.batch_size=16")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ def opened(
     images = open_images(config, write_images(folder / "images", 64), None)
     run = RunFolder.open(folder / "run", config)
     with run:
-        context = open_context(config, run, Events(run, quiet=True), images.splits)
+        context = open_context(config, run, Tracker(run, quiet=True), images.splits)
         near = (np.arange(64)[:, None] + np.arange(1, 6)) % 64
         run.write_arrays("neighbors.npz", train=near, test=near)
         run.finish_stage("mining", 0.0, {}, 0)

@@ -11,19 +11,9 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import (
-    FileSource,
-    FusedRenderer,
-    PlainView,
-    SimCLRView,
-    TensorSource,
-    TorchRenderer,
-    ViewMaker,
-    epoch_batches,
-    prefetch,
-    steps_per_epoch,
-)
-from scan_fast.data.random import stream_key
+from scan_fast.data import FileSource, TensorSource, epoch_batches, prefetch, steps_per_epoch
+from scan_fast.random import stream_key
+from scan_fast.views import FusedRenderer, PlainView, SimCLRView, TorchRenderer, ViewMaker
 
 KEY = stream_key(0, "pretext")
 
@@ -96,7 +86,7 @@ def test_several_views_are_those_that_are_made_alone() -> None:
     make = ViewMaker(source, TorchRenderer((0.5,) * 3, (0.25,) * 3, "cpu"), seed=1, stage="pretext")
     images, samples = torch.tensor([4, 9, 4]), torch.tensor([7, 8, 9])
     views = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
-    together = make.several(views, images, epoch=3, samples=samples)
+    together = make.render(views, images, epoch=3, samples=samples)
     assert source.reads == 1 and [view.shape[-1] for view in together] == [16, 16, 8]
     for (view, number), got in zip(views, together, strict=True):
         assert torch.equal(got, make(view, images, epoch=3, view_index=number, samples=samples))
@@ -182,7 +172,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
     renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
     make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
     views = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
-    got = make.several(views, images, epoch=3, samples=samples)
+    got = make.render(views, images, epoch=3, samples=samples)
     for (view, number), result in zip(views, got, strict=True):
         params = view.sample(make.key, 3, samples, number, size, size)
         boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1)

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from scan_fast.data.datasets import STATISTICS
-from scan_fast.data.views import STRONG_OPERATIONS
 from scan_fast.runs.config import (
     Config,
     ConfigError,
@@ -21,7 +20,8 @@ from scan_fast.runs.config import (
     load_config,
     parse_override,
 )
-from scan_fast.stages.loop import learning_rate_factor
+from scan_fast.training.loop import learning_rate_factor
+from scan_fast.views.parameters import STRONG_OPERATIONS
 
 SHIPPED = (
     "cifar10", "cifar20", "digits", "folder", "imagenet", "imagenet50", "imagenet100", "imagenet200", "stl10",

@@ -7,10 +7,10 @@ import torch
 
 from scan_fast.cli import main
 from scan_fast.data.datasets import source_from
-from scan_fast.data.views import PlainView
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.predictor import Predictor
+from scan_fast.views.parameters import PlainView
 
 
 @pytest.fixture

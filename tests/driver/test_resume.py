@@ -13,13 +13,13 @@ import pytest
 import torch
 from driving import TINY, Death, Process, contents, metrics, results, run_here, tiny_config
 
-from scan_fast.data import render_dali
 from scan_fast.models.heads import PretextModel
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunFolder
-from scan_fast.stages.context import open_context
-from scan_fast.stages.loop import train
+from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pretext import Pretext
+from scan_fast.training.context import open_context
+from scan_fast.training.loop import train
+from scan_fast.views import render_dali
 
 EVERY_STEP = "runtime.checkpoint_seconds=0"
 KMEANS = "clustering.initialize=kmeans"
@@ -148,7 +148,7 @@ def test_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     def attempt(folder: str, stop_at: int) -> Interrupted:
         run = RunFolder.open(tmp_path / folder, config)
         with run:
-            context = open_context(config, run, Events(run, quiet=True))
+            context = open_context(config, run, Tracker(run, quiet=True))
             torch.manual_seed(0)
             stage = Interrupted(context, PretextModel(context.model_config))
             stage.stop_at = stop_at

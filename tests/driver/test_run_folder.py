@@ -15,10 +15,10 @@ from PIL import Image
 
 from scan_fast.data import files as file_source
 from scan_fast.data.datasets import open_splits
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunError, RunFolder
-from scan_fast.stages.context import open_context
+from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pipeline import run_stages, stages_of
+from scan_fast.training.context import open_context
 
 MODES = ("RGB", "L", "RGBA", "P", "CMYK", "1", "LA")
 SIZES = ((20, 20), (33, 17), (16, 40), (64, 64))
@@ -207,7 +207,7 @@ def test_labels_influence_nothing_that_is_trained_or_selected(finished_run: Path
         change(splits)
         folder = RunFolder.open(tmp_path / name, config)
         with folder:
-            context = open_context(config, folder, Events(folder, quiet=True), splits)
+            context = open_context(config, folder, Tracker(folder, quiet=True), splits)
             run_stages(context, stages_of(context))
         return unlabelled_facts(tmp_path / name)
 
@@ -299,8 +299,8 @@ def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch:
     for start in range(2):
         folder = RunFolder.open(tmp_path / "run", config)
         with folder:
-            open_context(config, folder, Events(folder, quiet=True))
+            open_context(config, folder, Tracker(folder, quiet=True))
         assert len(decoded) == 30, f"start {start}"
     # Nothing has been computed yet, so the folder still takes another configuration.
-    assert folder.has("checked-files.json")
+    assert folder.has("decode-cache.json")
     RunFolder.open(tmp_path / "run", tiny_config("clustering.n_clusters=3"))

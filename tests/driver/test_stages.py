@@ -5,45 +5,33 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from driving import TINY, metrics, run_here, summary, tiny_config
+from driving import TINY, metrics, opened, run_here, summary, tiny_config
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
-from scan_fast.data.random import stream_key
-from scan_fast.evaluation.consistency import selection_loss
+from scan_fast.evaluation.model_selection import selection_loss
 from scan_fast.losses import nt_xent, scan_loss, self_label_loss
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.random import stream_key
 from scan_fast.runs.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainingConfig
-from scan_fast.runs.events import Events
 from scan_fast.runs.folder import RunError, RunFolder
 from scan_fast.stages.clustering import Clustering, load_clustering, start_from_kmeans
-from scan_fast.stages.context import Context, open_context
-from scan_fast.stages.inference import forward_all
-from scan_fast.stages.loop import Stage, learning_rate_factor, set_learning_rate, train
 from scan_fast.stages.mining import search
 from scan_fast.stages.pipeline import STAGES
 from scan_fast.stages.pretext import Pretext, load_pretext
-from scan_fast.stages.self_labelling import SelfLabelling, load_self_labelling
-from scan_fast.stages.step import build_optimizer
-
-
-@contextmanager
-def opened(path: Path, *overrides: str, again: bool = False) -> Iterator[Context]:
-    """Open a tiny run on digits; ``again`` takes another configuration than the folder's."""
-    config = tiny_config(*overrides)
-    run = RunFolder(path) if again else RunFolder.open(path, config)
-    with run:
-        yield open_context(config, run, Events(run, quiet=True))
+from scan_fast.stages.selflabel import SelfLabelling, load_self_labelling
+from scan_fast.training.context import Context
+from scan_fast.training.inference import forward_all
+from scan_fast.training.loop import Stage, learning_rate_factor, set_learning_rate, train
+from scan_fast.training.step import build_optimizer
 
 
 def states(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -401,7 +389,7 @@ def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path) -> Non
 # -- stage three -------------------------------------------------------------------------------------------------------
 
 
-def self_labelling(context: Context) -> SelfLabelling:
+def selflabel(context: Context) -> SelfLabelling:
     return SelfLabelling(context, load_clustering(context)[0])
 
 
@@ -423,7 +411,7 @@ def test_labels_come_from_the_teacher_in_evaluation_or_the_student_in_training_m
 ) -> None:
     overrides = (f"selflabel.ema={'null' if ema is None else ema}", "selflabel.ema_mode=teacher")
     with opened(finished, *overrides, again=True) as context:
-        stage = self_labelling(context)
+        stage = selflabel(context)
         stage.train_mode()
         weak, strong = stage.batch(0, torch.arange(32))
         model = copy.deepcopy(stage.model)
@@ -442,7 +430,7 @@ def test_labels_come_from_the_teacher_in_evaluation_or_the_student_in_training_m
 
 def test_the_teacher_follows_weights_and_statistics(finished: Path) -> None:
     with opened(finished, "selflabel.ema=0.75", "selflabel.ema_mode=teacher", again=True) as context:
-        stage = self_labelling(context)
+        stage = selflabel(context)
         start = states(stage.model)
         generator = torch.Generator().manual_seed(0)
         for value in stage.model.state_dict().values():
@@ -458,7 +446,7 @@ def test_the_teacher_follows_weights_and_statistics(finished: Path) -> None:
 
 def test_write_back_replaces_the_weights_and_keeps_the_first_statistics(finished: Path) -> None:
     with opened(finished, "selflabel.ema=0.75", "selflabel.ema_mode=write_back", again=True) as context:
-        stage = self_labelling(context)
+        stage = selflabel(context)
         start = states(stage.model)
         parameters = {name for name, _ in stage.model.named_parameters()}
         generator = torch.Generator().manual_seed(0)
@@ -479,7 +467,7 @@ def test_write_back_trains_with_a_small_part_of_the_rate(finished: Path) -> None
     def step_of(*changes: str) -> Tensor:
         with opened(finished, *sgd, *changes, again=True) as context:
             context.run.remove("checkpoints/selflabel.pt")
-            stage = self_labelling(context)
+            stage = selflabel(context)
             before = stage.model.state_dict()["cluster_head.0.weight"].clone()
             train(stage, context)
             return stage.result.state_dict()["cluster_head.0.weight"] - before
@@ -508,7 +496,7 @@ def test_averages_survive_an_interruption(mode: str, finished: Path, tmp_path: P
             if stop_at is not None:
                 with pytest.raises(KeyboardInterrupt):
                     train(Interrupted(context, load_clustering(context)[0]), context)
-            stage = self_labelling(context)
+            stage = selflabel(context)
             train(stage, context)
             return states(stage.result)
 

@@ -66,7 +66,7 @@ def dense_selection(p: torch.Tensor, neighbors: torch.Tensor, include_self: bool
 def test_selection_loss_equals_the_dense_form(
     monkeypatch: pytest.MonkeyPatch, include_self: bool, elements: int
 ) -> None:
-    monkeypatch.setattr("scan_fast.evaluation.consistency._ELEMENTS_PER_CHUNK", elements)
+    monkeypatch.setattr("scan_fast.evaluation.model_selection._ELEMENTS_PER_CHUNK", elements)
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(3, 23, 6, generator=generator)
     neighbors = torch.randint(-1, 23, (23, 4), generator=generator)

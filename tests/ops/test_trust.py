@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scan_fast
 from scan_fast import gpu_status
 from scan_fast.cli import main
-from scan_fast.data.render import automatic_renderer, renderer_for
-from scan_fast.data.render_fused import FusedRenderer
-from scan_fast.data.render_torch import TorchRenderer
 from scan_fast.ops import check, native, reference, self_test, trust
 from scan_fast.ops.batch_norm import batch_norm
 from scan_fast.ops.families import FAMILIES, GPU_FAMILIES
+from scan_fast.views.render_fused import FusedRenderer
+from scan_fast.views.render_torch import TorchRenderer
+from scan_fast.views.renderers import automatic_renderer, renderer_for
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no compiled module")
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The training loop, its step, precision and process settings."""

@@ -1,0 +1,204 @@
+"""What every stage is given: the configuration, the run folder, the images and the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.datasets import Splits, open_splits
+from ..data.decode_cache import DecodeCache
+from ..data.placement import move_to_device
+from ..data.sources import Source
+from ..models.backbones import ModelConfig
+from ..random import stream_key
+from ..runs.config import Config, ConfigError
+from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
+from ..runs.tracker import Tracker
+from ..views.maker import Renderer, ViewMaker
+from ..views.parameters import PlainView, View
+from ..views.renderers import make_renderer
+from .precision import Choice, choose_on_cpu
+from .process import set_threads
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class Context:
+    """Everything a stage may use. Built by :func:`open_context`.
+
+    Three attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
+    them empty and computes the same from the run folder.
+
+    Attributes:
+        embeddings: by split, (N, D) projections of the finished pretext model, not normalised: from its last check to
+            mining.
+        features: by split, (N, D) of the finished pretext model's backbone: to mining, to the start of the cluster
+            heads and to heads on a frozen backbone.
+        logits: by stage and split, (N, C) of the stage's finished model: from its metrics to assignments.csv.
+    """
+
+    config: Config
+    run: RunFolder
+    tracker: Tracker
+    splits: Splits
+    device: torch.device
+    renderer: Renderer
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model section with ``backbone: auto`` resolved from the image size."""
+        model = self.config.model
+        if model.backbone != "auto":
+            return model
+        size = self.splits.train.size
+        backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
+        return model.model_copy(update={"backbone": backbone})
+
+    @property
+    def without_pretrained(self) -> ModelConfig:
+        """The model section for a network whose weights are loaded from this run."""
+        return self.model_config.model_copy(update={"pretrained": False})
+
+    @property
+    def n_clusters(self) -> int:
+        """The number of clusters: as configured, or as many as there are classes."""
+        if self.config.clustering.n_clusters is not None:
+            return self.config.clustering.n_clusters
+        names = self.splits.train.class_names
+        if names is None:
+            raise ConfigError("the images have no classes to count: give the number of clusters with --clusters K")
+        if len(names) < 2:
+            raise ConfigError(
+                f"the images have {len(names)} class folder; give --clusters K to say how many groups to look for"
+            )
+        return len(names)
+
+    @property
+    def n_classes(self) -> int | None:
+        """The number of classes, or None where the images have no labels."""
+        names = self.splits.train.class_names
+        return None if names is None or self.splits.train.labels is None else len(names)
+
+    def place(self, model: M) -> M:
+        """Put a model on the device, its convolutions in the channels-last layout of the views."""
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
+    def view(self, view: View) -> View:
+        """Fill in a view's size from the images where the configuration leaves it open."""
+        return view.resolved(self.splits.train.size)
+
+    @property
+    def plain_view(self) -> View:
+        """The view for evaluation."""
+        return self.view(PlainView(kind="plain", size=self.config.clustering.view.size))
+
+    def views_of(self, source: Source, stage: str) -> ViewMaker:
+        """Return what renders views of a source with a stage's random numbers."""
+        return ViewMaker(source, self.renderer, self.config.seed, stage, self.config.data.crop)
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The number format of convolutions and matrix products: as configured, or what ``auto`` comes to.
+
+        On a processor that is tried out (:mod:`.precision`) and noted in precision.json, so that a run that goes on
+        keeps its numbers.
+        """
+        wanted = self.config.precision
+        if wanted != "auto":
+            return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+        if self.device.type == "cuda":
+            return torch.bfloat16
+        model, side = self.model_config, self.view(self.config.pretext.view).side
+        tried = {"model": model.model_dump(mode="json"), "side": side}
+        record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
+        if record.get("tried") == tried:
+            return Choice(record["precision"], record["reason"]).dtype
+        choice = choose_on_cpu(model, side, 2 * min(self.config.pretext.batch_size, len(self.splits.train)))
+        self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
+        self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
+        return choice.dtype
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the mixed-precision context of forward passes."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
+
+    Raises:
+        ConfigError: for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
+    """Open the images, choose the device and check that the numbers fit together.
+
+    Raises:
+        ConfigError: for a device that is not there, or numbers that the images do not allow.
+        DataError: for images that cannot be read, or a renderer that the device does not have.
+    """
+    device = choose_device(config.runtime.device)
+    set_threads(config.runtime.threads)
+    if splits is None:
+        decode_cache = DecodeCache(run.read_bytes(DECODE_CACHE_FILE) if run.has(DECODE_CACHE_FILE) else b"")
+        splits = open_splits(config.data, decode_cache)
+        if decode_cache.changed:
+            run.write_bytes(DECODE_CACHE_FILE, decode_cache.to_bytes())
+    sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
+    if move_to_device(sources, config.data.resident, device):
+        tracker.say(f"images: kept on {device}")
+    elif not all(source.resident for source in sources):
+        tracker.say("images: decoded from their files at each use (data.resident)")
+    context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
+    check_sizes(context)
+    return context
+
+
+def check_sizes(context: Context) -> None:
+    """Refuse numbers of clusters and neighbours that the images cannot fill, before anything is trained."""
+    config = context.config
+    train, test = len(context.splits.train), len(context.splits.test)
+    if train < context.n_clusters:
+        raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
+    if config.mining.k >= train:
+        raise ConfigError(
+            f"mining.k={config.mining.k} must be below the number of training images, {train}; "
+            f"use mining.k={max(1, min(20, train - 1))} or add images"
+        )
+    wanted = config.clustering.neighbors
+    if wanted is not None and wanted > config.mining.k:
+        raise ConfigError(f"clustering.neighbors={wanted} is more than the mining.k={config.mining.k} neighbours mined")
+    if test < 2:
+        raise ConfigError(
+            f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
+        )
+
+
+@contextmanager
+def seeded(seed: int, stage: str) -> Iterator[None]:
+    """Make weight initialisation a function of (seed, stage), and leave torch's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(seed, f"{stage}/initialisation")[0])
+        yield

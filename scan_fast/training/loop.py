@@ -1,0 +1,223 @@
+"""The one training loop.
+
+A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the
+rest: order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a
+function of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the
+very same weights as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import epoch_batches, prefetch, steps_per_epoch
+from ..random import stream_key
+from ..runs.config import ScheduleConfig, TrainingConfig
+from ..runs.folder import RunError
+from ..runs.writer import BackgroundWriter
+from .compilation import compile_networks, timed_first_step
+from .context import Context
+from .step import TrainingStep, build_optimizer, fit_to_device, write_learning_rate
+
+Batch = TypeVar("Batch")
+
+
+class Stage(ABC, Generic[Batch]):
+    """One learned stage: what differs between pretext, clustering and self-labelling.
+
+    Attributes:
+        name: the stage's name in files and on the screen.
+        model: the network; all of it is checkpointed.
+        training: epochs, batch size, optimiser, schedule.
+        n_images: images per epoch.
+        background: whether batches are prepared in background threads (where reading images takes time).
+    """
+
+    name: str
+    model: nn.Module
+    training: TrainingConfig
+    n_images: int
+    background: bool = False
+
+    @abstractmethod
+    def batch(self, epoch: int, indices: Tensor) -> Batch:
+        """Render what a step needs of the images ``indices`` (B,) int64."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar to minimise and the scalars to average over the epoch, all on the device."""
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks whose calls torch.compile takes, where it is asked for."""
+        return [self.model]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimiser updates."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def prepare(self) -> None:
+        """Do what precedes the first step, once the weights are those to start from."""
+
+    def train_mode(self) -> None:
+        """Put the model into the mode in which the stage trains."""
+        self.model.train()
+
+    def after_step(self) -> None:
+        """Do what follows every update, such as moving an average."""
+
+    def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
+        """Evaluate after ``epoch`` (from 1) where it is due, keep the best, and return further metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what the stage keeps besides the model: plain values and tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` returned."""
+
+
+@dataclass
+class Training:
+    """What :func:`train` did.
+
+    Attributes:
+        seconds: the time the stage took, that before an interruption included.
+        notes: what summary.json should say of it besides, such as the time that compiling took.
+    """
+
+    seconds: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def train(stage: Stage[Any], context: Context) -> Training:
+    """Train a stage to its end, from its checkpoint where there is one.
+
+    Raises:
+        RunError: where the loss stops being finite; the last checkpoint stays.
+    """
+    run, tracker, training = context.run, context.tracker, stage.training
+    checkpoint = f"checkpoints/{stage.name}.pt"
+    key = stream_key(context.config.seed, stage.name)
+    steps = steps_per_epoch(stage.n_images, training.batch_size)
+    optimizer = build_optimizer(stage.parameters(), training.optimizer)
+    capture = context.config.runtime.cuda_graphs and context.device.type == "cuda"
+    do_step = TrainingStep(stage, optimizer, context.autocast, capture=capture, say=tracker.say)
+
+    epoch, step, seconds = 0, 0, 0.0
+    if run.has(checkpoint):
+        state = run.load(checkpoint, context.device)
+        if state["n_images"] != stage.n_images:
+            raise RunError(
+                f"{run.path / checkpoint} is of {state['n_images']} images, there are {stage.n_images} now; "
+                "the images have changed since: start again in a new folder"
+            )
+        stage.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        fit_to_device(optimizer)
+        stage.load_state(state["stage"])
+        epoch, step, seconds = state["epoch"], state["step"], state["seconds"]
+        do_step.reset(state["totals"])
+        where = f", step {step}" if step else ""
+        tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
+    run.drop_metrics(stage.name, epoch + 1)
+
+    begin = saved = time.perf_counter()
+    if epoch < training.epochs:
+        stage.prepare()
+
+    notes: dict[str, Any] = {}
+    networks = stage.networks() if context.config.runtime.compile else []
+    compile_networks(networks)
+    compiling = bool(networks)
+
+    def save(writer: BackgroundWriter) -> None:
+        nonlocal saved
+        writer.save(
+            checkpoint,
+            {
+                "model": stage.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "stage": stage.state(),
+                "n_images": stage.n_images,
+                "epoch": epoch,
+                "step": step,
+                "totals": do_step.totals,
+                "seconds": seconds + time.perf_counter() - begin,
+            },
+        )
+        saved = time.perf_counter()
+
+    with (
+        BackgroundWriter(run) as writer,
+        tracker.progress(stage.name, training.epochs * steps, epoch * steps + step) as ticker,
+    ):
+        while epoch < training.epochs:
+            stage.train_mode()
+            for batch, size in _batches(stage, key, epoch, step):
+                set_learning_rate(optimizer, training, epoch, step, steps)
+                if compiling:
+                    compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
+                    tracker.say(
+                        "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
+                    )
+                else:
+                    do_step(batch)
+                step += 1
+                ticker.step(size)
+                if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                    save(writer)
+            averages = do_step.averages(steps)
+            if not math.isfinite(averages.get("loss", 0.0)):
+                raise RunError(
+                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower "
+                    f"{stage.name}.optimizer.lr (now {training.optimizer.lr:g}) and start again in a new folder"
+                )
+            epoch, step = epoch + 1, 0
+            do_step.reset()
+            averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
+            tracker.record(stage.name, epoch, epoch * steps, averages)
+            ticker.epoch(epoch, training.epochs, averages)
+            if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                save(writer)
+    return Training(seconds + time.perf_counter() - begin, notes)
+
+
+def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
+    orders = epoch_batches(key, epoch, stage.n_images, stage.training.batch_size, start_step=start_step)
+
+    def prepare(indices: Tensor) -> tuple[Any, int]:
+        return stage.batch(epoch, indices), len(indices)
+
+    return prefetch(prepare, orders) if stage.background else map(prepare, orders)
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, training: TrainingConfig, epoch: int, step: int, steps: int
+) -> None:
+    """Set the learning rate for a step (from 0) of an epoch (from 0)."""
+    position = epoch + (step / steps if training.schedule.every == "step" else 0.0)
+    factor = learning_rate_factor(training.schedule, position, training.epochs)
+    write_learning_rate(optimizer, training.optimizer.lr * factor)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
+    """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
+    if position < schedule.warmup_epochs:
+        # The first step must not stand still: the ramp starts at 1 / (warmup_epochs + 1).
+        return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
+    if schedule.name == "cosine":
+        progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
+        return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule.name == "step":
+        # Strictly above, as in the original.
+        return schedule.decay_rate ** sum(position > decay for decay in schedule.decay_epochs)
+    return 1.0

@@ -1,0 +1,269 @@
+"""The DALI renderer: the views of the other renderers, made by NVIDIA DALI's operators, on a GPU or the CPU.
+
+It takes the same parameters and makes the same views: each operation is within one grey level of PIL's. The pipelines
+are in :mod:`scan_fast.views.dali_graphs`; `equalize` alone is torch's, because DALI's follows OpenCV's formula, and a
+crop that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. Nothing random is
+left to DALI, so a view depends on its parameters alone, and DALI needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.errors import DataError
+from ..data.files import ImageFiles
+from ..ops import native
+from ..ops.augment import Operation
+from . import color, geometry
+from .decode_dali import DaliDecoder
+from .normalization import scale_and_shift
+from .parameters import STRONG_INDEX, Params, SimCLRView, View
+from .render_fused import operations_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+INSTALL = "pip install nvidia-dali-cuda130"
+
+# Pixels of one run of the crop, whose samples are images: many small ones, so that DALI's cost per run is shared, few
+# large ones. The operations after it have a run each for as many images.
+_RUN_PIXELS = {"cpu": 1 << 23, "cuda": 1 << 24}
+_RUN_IMAGES = 8192
+_GPU_THREADS = 4
+_CACHED_PIXELS = 1 << 16
+
+
+def is_installed() -> bool:
+    """Return whether DALI can be imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _graphs() -> ModuleType:
+    if not is_installed():
+        raise DataError(f"data.renderer=dali needs DALI, which is not installed: {INSTALL}")
+    from . import dali_graphs
+
+    return dali_graphs
+
+
+class DaliRenderer:
+    """Renders views with DALI.
+
+    Args:
+        mean, std: per-channel normalisation in [0, 1].
+        device: where to render; images are moved there.
+        dtype: of the result, float32 or bfloat16.
+        threads: DALI's CPU threads; by default torch's on the CPU, and four beside a GPU.
+        decodes: whether DALI decodes JPEG files too; by default on a GPU. On the CPU its resize makes it slower than
+            the pool of threads that decodes for the other renderers (``python -m benchmarks.views --photos FOLDER``).
+
+    Raises:
+        DataError: where DALI is not installed.
+        ValueError: for a mean, std or dtype that cannot be.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        decodes: bool | None = None,
+    ) -> None:
+        scale, shift = scale_and_shift(mean, std)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+        self._build = _graphs()
+        self.device = torch.device(device)
+        self.dtype = dtype
+        on_cpu = self.device.type == "cpu"
+        self.threads = threads or (torch.get_num_threads() if on_cpu else _GPU_THREADS)
+        self._options = {
+            "device_id": None if on_cpu else self.device.index or 0,
+            "num_threads": self.threads,
+            # Every run is fed by hand and waited for; what works ahead is the loader.
+            "prefetch_queue_depth": 1,
+            "seed": 0,
+        }
+        self._scale, self._shift = (
+            torch.tensor(values, dtype=torch.float32, device=self.device) for values in (scale, shift)
+        )
+        self._pipelines: dict[tuple[Any, ...], Any] = {}
+        self._lock = threading.Lock()
+        decodes = not on_cpu if decodes is None else decodes
+        self._decoder = DaliDecoder(self._build, self.device) if decodes else None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view.
+
+        Args:
+            images: (n, H, W, 3) uint8 on any device.
+            view: what to make; its size must be resolved.
+            params: from ``view.sample`` for these images.
+
+        Returns:
+            (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
+        """
+        levels = self.pixels(images, view, params)
+        n, side = len(images), view.side
+        out = native.empty_large((n, side, side, 3), self.dtype, self.device)
+        # By rows of pixels: torch is many times slower where the innermost dimension is that of three channels.
+        scale, shift = self._scale.repeat(side), self._shift.repeat(side)
+        # In parts that stay in a CPU's caches.
+        part = max(1, _CACHED_PIXELS // side) if self.device.type == "cpu" else max(1, n * side)
+        for some, target in zip(levels.view(-1, 3 * side).split(part), out.view(-1, 3 * side).split(part), strict=True):
+            values = target if self.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            values.copy_(some).mul_(scale).add_(shift)
+            if values is not target:
+                target.copy_(values)
+        view_of = out.permute(0, 3, 1, 2)
+        if "cutout" in params:
+            view_of.masked_fill_(geometry.box_mask(params["cutout"].to(self.device), side), 0)
+        return view_of
+
+    @torch.no_grad()
+    def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render one view before normalisation and cutout: (n, size, size, 3) uint8."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be (n, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
+        images = images.to(self.device, non_blocking=True)
+        params = {name: value.cpu() for name, value in params.items()}
+        if len(images) == 0:
+            return torch.empty((0, view.side, view.side, 3), dtype=torch.uint8, device=self.device)
+        pixels = max(view.side**2, images.shape[1] * images.shape[2])
+        size = min(_RUN_IMAGES, max(1, _RUN_PIXELS[self.device.type] // pixels))
+        with self._lock:
+            runs = [
+                self._run(images[rows], view, {name: value[rows] for name, value in params.items()})
+                for rows in (slice(start, start + size) for start in range(0, len(images), size))
+            ]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+    def cut(
+        self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
+    ) -> list[Tensor]:
+        """Cut boxes out of files, see :meth:`.decode_dali.DaliDecoder.cut`; where DALI does not decode, by the pool."""
+        if self._decoder is None:
+            return files.cut(indices, frame, boxes, sides)
+        return self._decoder.cut(files, indices, frame, boxes, sides)
+
+    def _run(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Render images that one run may hold: (n, S, S, 3) uint8."""
+        out = self._crop(images, view, params)
+        operations, arguments = (part.contiguous() for part in operations_of(view, params))
+        arguments = _readable(operations, arguments)
+        for code, amounts in zip(operations.unbind(1), arguments.unbind(1), strict=True):
+            # IDENTITY is 0: its images come first, and stay.
+            idle, *counts = code.bincount(minlength=1).tolist()
+            rows = code.argsort(stable=True)[idle:]
+            where = rows.to(self.device)
+            some = native.empty_large((len(rows), *out.shape[1:]), torch.uint8, self.device)
+            torch.index_select(out, 0, where, out=some)
+            blocks = zip(where.split(counts), some.split(counts), amounts[rows].split(counts), strict=True)
+            for number, (place, block, amount) in enumerate(blocks, start=1):
+                if len(block):
+                    _put(out, place, self._through(Operation(number), block, view, amount))
+        return out
+
+    def _crop(self, images: Tensor, view: View, params: Params) -> Tensor:
+        """Cut, resize and mirror: (n, S, S, 3) uint8 that may be written to."""
+        side = view.side
+        box = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1).int()
+        resize = bool((box[:, 2:] != side).any())
+        if not resize and images.shape[1:3] == (side, side) and not bool(params["flip"].any()):
+            return images.clone()
+        size = torch.full((len(box), 2), float(side))
+        size[params["flip"], 1] *= -1
+        key = ("crop", resize)
+        if key not in self._pipelines:
+            self._pipelines[key] = self._build.crop_pipeline(resize, batch_size=_RUN_IMAGES, **self._options)
+        feeds = {"images": images, "start": box[:, :2].contiguous(), "shape": box[:, 2:].contiguous(), "size": size}
+        return torch.from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
+
+    def _through(self, operation: Operation, levels: Tensor, view: View, arguments: Tensor) -> Tensor:
+        """Take images through one operation, each with its own argument: (n, S, S, 3) uint8."""
+        if operation == Operation.EQUALIZE:
+            return _equalize(levels)
+        key = (operation, view.side, _largest_factor(view))
+        if key not in self._pipelines:
+            self._pipelines[key] = self._build.block_pipeline(*key, batch_size=self.threads, **self._options)
+        # DALI shares work among its threads by samples.
+        blocks = self.threads if self.device.type == "cpu" else 1
+        feeds = {"block": levels.chunk(blocks), "arguments": arguments.chunk(blocks)}
+        results = [torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _outputs(self, pipeline: Any, feeds: Mapping[str, Tensor | Sequence[Tensor]]) -> Any:
+        for name, value in feeds.items():
+            pipeline.feed_input(name, _array(value) if isinstance(value, Tensor) else [_array(v) for v in value])
+        if self.device.type == "cpu":
+            return pipeline.run()[0]
+        return pipeline.run(cuda_stream=torch.cuda.current_stream(self.device))[0]
+
+
+def _array(value: Tensor) -> Any:
+    """Return what DALI takes without a copy: of a torch tensor it would ask for the CUDA stream, even on the CPU."""
+    return value.numpy() if value.device.type == "cpu" else value
+
+
+def _put(images: Tensor, rows: Tensor, some: Tensor) -> None:
+    """Write images into these rows; on the CPU by NumPy, which copies them 8 times faster than index_copy_."""
+    if images.device.type == "cpu":
+        images.numpy()[rows.numpy()] = some.numpy()
+    else:
+        images.index_copy_(0, rows, some)
+
+
+def _largest_factor(view: View) -> float:
+    return 1 + max(view.saturation, view.contrast) if isinstance(view, SimCLRView) else 1.0
+
+
+def _equalize(levels: Tensor) -> Tensor:
+    """Equalize (n, S, S, 3) uint8 with PIL's formula; that of DALI's operator is OpenCV's, many levels away."""
+    planar = levels.permute(0, 3, 1, 2).float()
+    kind = torch.full((len(levels),), STRONG_INDEX["equalize"], device=levels.device)
+    table = color.tables(planar, kind, kind.float(), STRONG_INDEX)
+    return color.apply_tables(planar, table).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _readable(operations: Tensor, arguments: Tensor) -> Tensor:
+    """Turn the fused kernel's arguments into those of the graphs: (n, steps, 6) float32."""
+    out = torch.zeros((*operations.shape, 6))
+    out[..., : arguments.shape[-1]] = arguments.view(torch.float32)
+    first = out[..., 0]
+
+    def rows(operation: Operation) -> Tensor:
+        return operations == int(operation)
+
+    hue = rows(Operation.HUE)
+    first[hue] = (first[hue].double() * 255).trunc().remainder(256).float()
+    solarize = rows(Operation.SOLARIZE)
+    first[solarize] = first[solarize].ceil()
+    posterize = rows(Operation.POSTERIZE)
+    first[posterize] = 256 - torch.exp2(8 - first[posterize])
+    nearest = rows(Operation.NEAREST)
+    if nearest.any():
+        out[nearest] = _map_of(arguments[nearest])
+    return out
+
+
+def _map_of(fixed: Tensor) -> Tensor:
+    """Turn PIL's steps in 16.16 fixed point back into maps of pixel centres, (n, 6) float32.
+
+    Half a step more, so that a position that is a whole pixel does not fall to the one before it in float32.
+    """
+    start_x, ax, bx, start_y, dy, ey = (fixed.double() / 65536).unbind(1)
+    half_step = 0.5 / 65536
+    x0, y0 = start_x - (ax + bx) / 2 + half_step, start_y - (dy + ey) / 2 + half_step
+    return torch.stack((ax, bx, x0, dy, ey, y0), dim=1).float()

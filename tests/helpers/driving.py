@@ -1,0 +1,288 @@
+"""Runs the command line in this process or in one that can be killed, and compares run folders bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scan_fast
+from scan_fast.cli import main
+from scan_fast.runs.config import Config, find_config, load_config
+from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.tracker import Tracker
+from scan_fast.training.context import Context, open_context
+
+TINY = (
+    "model.width=0.25",
+    "data.limit=160",
+    "pretext.epochs=2",
+    "pretext.batch_size=64",
+    "pretext.temperature=0.2",
+    "pretext.optimizer.lr=0.002",
+    "mining.k=5",
+    "clustering.epochs=2",
+    "clustering.batch_size=64",
+    "clustering.heads=2",
+    "clustering.entropy_weight=5",
+    "clustering.initialize=random",
+    "selflabel.epochs=2",
+    "selflabel.batch_size=64",
+    "selflabel.threshold=0.1",
+    "selflabel.ema=0.9",
+    "evaluation.baselines=false",
+    "precision=float32",
+    "runtime.threads=1",
+)
+"""Digits in a second: 160 images, two steps an epoch, two epochs a stage; and what tests count on."""
+
+TINY_FOLDER = (
+    "model.backbone=resnet_digits",
+    "model.width=0.25",
+    "data.image_size=16",
+    "data.workers=2",
+    "pretext.epochs=1",
+    "pretext.batch_size=16",
+    "mining.k=3",
+    "clustering.epochs=1",
+    "clustering.batch_size=16",
+    "clustering.heads=2",
+    "clustering.view.cutout=4",
+    "selflabel.epochs=1",
+    "selflabel.batch_size=16",
+    "selflabel.view.cutout=4",
+    "precision=float32",
+    "runtime.threads=1",
+)
+"""The same for small folders of images."""
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    def refusal(self) -> str:
+        """Check that the command refused as every command must: code 2 and one line on standard error; return it."""
+        assert self.code == 2, (self.code, self.err)
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("scan-fast: "), self.err
+        return lines[0]
+
+
+def run_here(*words: object) -> Result:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def tiny_config(*overrides: str) -> Config:
+    """Return the tiny digits configuration with changes."""
+    return load_config(find_config("digits"), [*TINY, *overrides])
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+# A server that has imported everything forks the processes, so each starts in a moment; what is killed is real.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["driving", "scan_fast.stages.pipeline", "sklearn.cluster", "sklearn.datasets"])
+
+
+def _start_server() -> None:
+    # It imports by its own search path, whatever folder the tests are in.
+    folders = [str(Path(__file__).parent), str(Path(scan_fast.__file__).parents[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders))
+        forkserver.ensure_running()
+
+
+@dataclass
+class Death:
+    """Kill the process at the ``at``-th renaming of a file (from 1), before or after it; ``name`` counts one only."""
+
+    at: int
+    before: bool = False
+    name: str | None = None
+
+
+def _child(words: Sequence[str], log: str, death: Death | None) -> None:
+    for number, ending in ((1, "out"), (2, "err")):
+        file = os.open(f"{log}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    if death is not None:
+        _arrange(death)
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _arrange(death: Death) -> None:
+    replace, seen = os.replace, 0
+
+    def deadly(source: Any, target: Any) -> None:
+        nonlocal seen
+        seen += death.name is None or Path(target).name == death.name
+        due = seen == death.at
+        if not (due and death.before):
+            replace(source, target)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = deadly  # type: ignore[assignment]
+
+
+class Process:
+    """A command in a process of its own."""
+
+    def __init__(self, *words: object, log: Path, death: Death | None = None) -> None:
+        _start_server()
+        self._log = log
+        self.process = _processes.Process(target=_child, args=([str(word) for word in words], str(log), death))
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        """Send a signal; a command that has just ended by itself gets none."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def result(self, timeout: float = 120) -> Result:
+        """Wait for the end; a negative code is the signal that ended it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the command still runs after {timeout} s")
+        texts = [Path(f"{self._log}.{ending}").read_text() for ending in ("out", "err")]
+        code = self.process.exitcode
+        assert code is not None
+        return Result(code, *texts)
+
+
+# -- what is in a run folder -------------------------------------------------------------------------------------------
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's shape, type and bits."""
+    array = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(f"{array.dtype}{tuple(array.shape)}".encode() + array.numpy().tobytes()).hexdigest()
+
+
+def weights(path: Path) -> dict[str, str]:
+    """Return the hash of each tensor in a file, by its place in it."""
+    found: dict[str, str] = {}
+
+    def visit(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = tensor_hash(value)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                visit(inner, f"{name}.{key}")
+
+    visit(torch.load(path, weights_only=True), path.name)
+    assert found
+    return found
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return all that two equal runs must agree in: weights, embeddings, neighbours, assignments, metrics but times."""
+    facts: dict[str, Any] = {}
+    for path in [folder / "model.pt", *sorted(folder.glob("checkpoints/*-final.pt"))]:
+        facts |= weights(path)
+    for name in ("embeddings.npz", "neighbors.npz"):
+        with np.load(folder / name) as file:
+            facts |= {f"{name}.{key}": tensor_hash(torch.from_numpy(file[key])) for key in file.files}
+    facts["assignments.csv"] = (folder / "assignments.csv").read_text()
+    facts["metrics.jsonl"] = [{k: v for k, v in entry.items() if k != "time"} for entry in metrics(folder)]
+    facts["summary.json"] = without_seconds(summary(folder))
+    return facts
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, each of which must be whole."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return summary.json."""
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def without_seconds(value: Any) -> Any:
+    """Return nested values without the times."""
+    if isinstance(value, dict):
+        return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
+    return value
+
+
+def assignments(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of assignments.csv."""
+    with (folder / "assignments.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return time of change and content of every file but those that each command renews."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "config.yaml")
+    }
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (20, 20)) -> Image.Image:
+    """Return an image of one of three kinds of texture, in any mode."""
+    generator = np.random.default_rng(seed)
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    wave = (np.sin(x / 2), np.sin(y / 2), np.sin((x + y) / 3))[seed % 3]
+    grey = np.clip(128 + 90 * wave + generator.normal(0, 10, wave.shape), 0, 255)
+    colour = np.stack([grey, np.roll(grey, 2, axis=0), 255 - grey], axis=-1).astype(np.uint8)
+    return Image.fromarray(colour).convert(mode)
+
+
+def fill(folder: Path, count: int, first: int = 0, make: Callable[[int], Image.Image] = picture) -> None:
+    """Write images first, first + 1, ... as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        make(number).save(folder / f"{number:03d}.png")
+
+
+@contextmanager
+def opened(path: Path, *overrides: str, again: bool = False) -> Iterator[Context]:
+    """Open a tiny run on digits; ``again`` takes another configuration than the folder's."""
+    config = tiny_config(*overrides)
+    run = RunFolder(path) if again else RunFolder.open(path, config)
+    with run:
+        yield open_context(config, run, Tracker(run, quiet=True))

@@ -1,0 +1,159 @@
+"""What `precision: auto` comes to on a processor: tried out, noted, kept; and what a process asks of its machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driving import opened, summary
+from torch import Tensor
+
+from scan_fast.models import batch_norm
+from scan_fast.models.backbones import ModelConfig
+from scan_fast.training import precision
+from scan_fast.training.precision import choose_on_cpu
+from scan_fast.training.process import core_limit, kept_memory, set_threads
+
+SMALL = ModelConfig(backbone="resnet_digits", width=0.25)
+has_products = pytest.mark.skipif(
+    not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="this processor has no bfloat16 products",
+)
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    precision._try.cache_clear()
+    yield
+    precision._try.cache_clear()
+
+
+def disturbed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let something happen to every activation of one number format."""
+    layer = batch_norm.batch_norm
+    monkeypatch.setattr(batch_norm, "batch_norm", lambda x, *more, **named: layer(change(x), *more, **named))
+
+
+def busy(x: Tensor, slow: torch.dtype) -> Tensor:
+    """Return x, a little later where it has the slow format."""
+    end = time.process_time() + 0.02 * (x.dtype == slow)
+    while time.process_time() < end:
+        pass
+    return x
+
+
+@has_products
+def test_a_right_and_faster_format_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x: Tensor) -> Tensor:
+        return busy(x, torch.float32)
+
+    disturbed(monkeypatch, slow)
+    choice = choose_on_cpu(SMALL, 8, 32)
+    assert choice.dtype == torch.bfloat16, choice.reason
+
+
+@has_products
+def test_a_slower_format_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x: Tensor) -> Tensor:
+        return busy(x, torch.bfloat16)
+
+    disturbed(monkeypatch, slow)
+    choice = choose_on_cpu(SMALL, 8, 32)
+    assert choice.dtype == torch.float32
+    assert "times as fast" in choice.reason
+    monkeypatch.undo()
+    assert choose_on_cpu(SMALL, 8, 32) is choice  # one process, one answer
+
+
+@has_products
+@pytest.mark.parametrize("fault", ["forward", "backward", "nan"])
+def test_a_wrong_format_is_left(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.flip(-1) if fault == "forward" else x * float("nan") if fault == "nan" else x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad.flip(-1)
+
+    # In 2x2 and smaller maps alone, where such faults have been seen.
+    disturbed(
+        monkeypatch,
+        lambda x: Wrong.apply(x) if x.dtype == torch.bfloat16 and x.ndim == 4 and x.shape[-1] == 4 else x,
+    )
+    choice = choose_on_cpu(SMALL, 8, 32)
+    assert choice.dtype == torch.float32
+    assert "wrong" in choice.reason
+
+
+def test_the_choice_is_noted_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path / "run", "precision=auto") as context:
+        first = context.precision
+    note = json.loads((tmp_path / "run" / "precision.json").read_text())
+    assert f"torch.{note['precision']}" == str(first)
+    # Nothing is computed yet, so the folder may still take another configuration: another network is tried anew.
+    with opened(tmp_path / "run", "precision=auto", "model.width=0.5") as context:
+        assert context.precision in (torch.float32, torch.bfloat16)
+        assert json.loads((tmp_path / "run" / "precision.json").read_text())["tried"]["model"]["width"] == 0.5
+    for name in ("bfloat16", "float32"):
+        note["precision"] = name
+        (tmp_path / "run" / "precision.json").write_text(json.dumps(note))
+        with opened(tmp_path / "run", "precision=auto") as context:
+            assert context.precision == getattr(torch, name)
+            assert context.autocast()._enabled == (name == "bfloat16")  # type: ignore[attr-defined]
+    with opened(tmp_path / "run", "precision=float32") as context:
+        assert context.precision == torch.float32
+
+
+def test_a_configured_format_is_not_tried(finished_run: Path) -> None:
+    assert summary(finished_run)["stages"]
+    assert not (finished_run / "precision.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)
+def test_the_share_of_a_container(files: dict[str, str], limit: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert core_limit(tmp_path) == limit
+
+
+def test_threads_are_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_threads(3)
+    assert torch.get_num_threads() == 3
+    set_threads(None)
+    assert torch.get_num_threads() <= 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_memory_stays_while_it_is_asked_for() -> None:
+    import resource
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(1 << 22).zero_()  # 16 MB, 4,096 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    usual = faults()
+    with kept_memory():
+        faults()
+        kept = faults()
+    assert kept < 1000
+    assert usual > 10 * kept or usual < 1000  # another C library, or huge pages

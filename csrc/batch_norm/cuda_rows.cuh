@@ -228,7 +228,7 @@ __device__ __forceinline__ void merge_thread_rows(float (&v)[kValues], const Lay
   }
 }
 
-// ---- channels ---------------------------------------------------------------------------------------------------------
+// ---- channels -------------------------------------------------------------------------------------------------------
 
 // Adds v over the threads of one channel, threadIdx.x % kFinishChannels. The first of them receives the sum.
 __device__ __forceinline__ void add_slices(double (&v)[2], const Shared<double>& scratch) {

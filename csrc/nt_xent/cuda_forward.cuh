@@ -1,8 +1,8 @@
-// NT-Xent on the GPU: sums of exponentials over the columns, portable form.
+// Forward kernel of NT-Xent, portable: sums of exponentials over the columns.
 //
-// The similarities are symmetric: only the tiles on and behind the diagonal of the anchors are formed, and one
-// exponential serves its row and its column (cuda_schedule.cuh). From a temperature of 0.03 on one shift, 1/tau, suits
-// all rows; below, a first pass finds each row's maximum over its negatives and a second sums with it.
+// The similarities are symmetric. Among anchors only tiles on and below the diagonal are formed, and one exponential
+// serves its row and its column (cuda_schedule.cuh). At temperatures of 0.03 and above one shift, 1/tau, suits all
+// rows. Below, a first pass finds each row's maximum over its negatives, and a second pass sums relative to it.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kWalked = 64;  // rows of a walked tile
+constexpr int kWalked = 64;  // rows of an inner tile
 
 enum class Pass { kSums, kMaxima, kShiftedSums };
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float nothing() {
   return kPass == Pass::kMaxima ? -INFINITY : 0.0f;
 }
 
-// Positions (cuda_schedule.cuh) as rows of [z0; z1]. Positions fit in 32 bits.
+// Maps positions (cuda_schedule.cuh) to rows of [z0; z1]. Positions fit in 32 bits.
 struct Positions {
   int samples, begin, count;
   bool both;
@@ -43,7 +43,7 @@ struct Positions {
     i -= first_views;
     return samples + (!both || i < begin ? i : i + count);
   }
-  // From an anchor of a first view to its positive, where positions go on from the anchors to the others.
+  // Distance from the anchor of a first view to its positive. Here the others are numbered after the anchors.
   __device__ int positive_offset() const { return both ? count : samples + begin; }
 };
 
@@ -52,7 +52,7 @@ template <bool kSplit, int kOwner, int kChunk, bool kResident, Pass kPass>
 __global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const half_t* __restrict__ packed, const float* __restrict__ shift, float* __restrict__ partial,
                    ForwardSchedule<kWalked> schedule, Params p) {
-  constexpr int kM = kWalked / 32, kColumns = kOwner / 16;  // 16-row and 8-column products of a warp
+  constexpr int kM = kWalked / 32, kColumns = kOwner / 16;  // 16-row and 8-column products per warp
   SCAN_FAST_SHARED(float, walked_part, 2 * kWalked);
   SCAN_FAST_SHARED(float, owner_part, 2 * kOwner);
   const Positions at(p);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int walked = first_walked + static_cast<int>(tile);
           const bool of_anchors = walked < anchor_tiles, diagonal = tile * kWalked < kOwner && of_anchors;
           const bool mirrored = of_anchors && !diagonal;
-          // Positions go on from the anchors to the others, and end where there are no rows.
+          // The others are numbered after the anchors; `end` is behind the last row.
           const int first = of_anchors ? walked * kWalked : anchors + (walked - anchor_tiles) * kWalked;
           const int end = of_anchors ? anchors : anchors + others;
           const bool positives = first < first_own + kOwner + offset && first_own + offset < first + kWalked;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
           }
           if (!mirrored) return;
-          // Four lanes share a row, and two warps: those of the owner's two halves.
+          // Four lanes and two warps (the two halves of the outer tile) share a row.
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             partial[schedule.mirror_slot(owner) * anchors + first + thread] = combined<kPass>(left, right);
           }
         });
-    // Eight lanes share a column, and two warps: those of the walked tile's two halves.
+    // Eight lanes and two warps (the two halves of the inner tile) share a column.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll

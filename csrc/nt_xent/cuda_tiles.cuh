@@ -1,7 +1,7 @@
-// NT-Xent on the GPU: tiles of operands in shared memory and their products, portable form (mma.sync, cp.async).
+// Tiles of operands in shared memory and their products, portable form (mma.sync, cp.async).
 //
-// A tile holds some rows of kChunk dimensions, hi and then lo. A block has 4 warps. Products of 16 x 8 are held as
-// mma.sync leaves them: element r of lane l is row l/4 + 8 * (r/2), column 2 * (l%4) + r%2.
+// A tile holds kChunk dimensions of some rows, hi and then lo. A block has 4 warps. Products of 16 x 8 are in the
+// fragment layout of mma.sync: element r of lane l is row l/4 + 8 * (r/2), column 2 * (l%4) + r%2.
 #pragma once
 
 #include "nt_xent/cuda_common.cuh"
@@ -11,14 +11,15 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Where a row's 16-byte piece lies in a tile: eight rows that ldmatrix reads together lie in distinct banks.
+// Offset of a vector of 8 values (16 bytes) of a row in a tile. The swizzle puts the eight rows that ldmatrix reads
+// together into distinct banks.
 template <int kChunk>
 __device__ __forceinline__ int tile_at(int row, int piece) {
   return row * kChunk + (piece ^ (row % 8)) * 8;
 }
 
-// Copies kRows rows of one chunk, hi and (kSplit) lo, into a tile, as many dimensions as steps_of says are read; rows
-// and dimensions that do not exist become zeros. row_of(r) gives the row in `packed` of tile row r, or -1.
+// Copies one chunk of kRows rows, hi and (kSplit) lo, into a tile, for the dimensions that steps_of covers. Missing
+// rows and dimensions become zeros. row_of(r) returns the row in `packed` of tile row r, or -1.
 template <bool kSplit, int kRows, int kChunk, typename RowOf>
 __device__ __forceinline__ void load_tile(const Shared<half_t>& tile, const half_t* __restrict__ packed,
                                           const Params& p, int64_t chunk, RowOf row_of) {
@@ -38,14 +39,14 @@ __device__ __forceinline__ void load_tile(const Shared<half_t>& tile, const half
   }
 }
 
-// Steps of 16 dimensions in a chunk.
+// Number of steps of 16 dimensions in a chunk.
 template <int kChunk>
 __device__ __forceinline__ int steps_of(const Params& p, int64_t chunk) {
   const int64_t left = p.padded - chunk * kChunk;
   return static_cast<int>(left < kChunk ? (left + 15) / 16 : kChunk / 16);
 }
 
-// s (16 kM rows from a_row of tile a, by 16 kN rows from b_row of tile b) += A B^T over one chunk, by one warp.
+// s += A B^T over one chunk, by one warp. A is 16 kM rows of a_tile from a_row, B is 16 kN rows of b_tile from b_row.
 template <bool kSplit, int kM, int kN, int kRowsA, int kRowsB, int kChunk>
 __device__ __forceinline__ void add_products(float (&s)[kM][2 * kN][4], const Shared<half_t>& a_tile, int a_row,
                                              const Shared<half_t>& b_tile, int b_row, int steps) {
@@ -83,24 +84,25 @@ __device__ __forceinline__ void add_products(float (&s)[kM][2 * kN][4], const Sh
   }
 }
 
-// Row (half h) and column (element r) of tile t within 16 x 16 kN products of this lane.
+// This lane's row (half h) and column (element r of fragment t) within the products of a warp.
 __device__ __forceinline__ int fragment_row(int half) { return static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half; }
 __device__ __forceinline__ int fragment_column(int t, int r) {
   return 8 * t + 2 * (static_cast<int>(threadIdx.x) % 4) + r % 2;
 }
 
-// ---- one owner tile against a run of walked tiles ----------------------------------------------------------------
+// ---- one outer tile against a run of inner tiles -----------------------------------------------------------------
 
-// Dynamic shared memory of walk_tiles. Up to kChunk dimensions the owner's rows stay; else both sides come in chunks.
+// Dynamic shared memory of for_inner_tiles. With kResident (all dimensions fit into one chunk) the outer tile stays in
+// shared memory; otherwise both tiles are read in chunks.
 template <bool kSplit, int kOwner, int kWalk, int kChunk, bool kResident>
 constexpr size_t walk_bytes() {
   const int stages = kResident ? kOwner + 2 * kWalk : 2 * (kOwner + kWalk);
   return static_cast<size_t>(stages) * kChunk * (kSplit ? 2 : 1) * sizeof(half_t);
 }
 
-// Calls consume(s, tile) for the walked tiles [begin, end), which are not empty: s holds the products of operands, rows
-// of the walked tile by rows of the owner. The warps form a square; a warp has rows warp_row() .. of the walked tile and
-// columns warp_column() .. of the owner's. Every thread takes part; ends with a barrier.
+// Calls consume(s, tile) for the inner tiles [begin, end), which must not be empty. s holds the products of operands:
+// rows of the inner tile by rows of the outer tile. The warps are arranged 2 x 2; a warp has the rows of the inner tile
+// from warp_row() and the rows of the outer tile from warp_column(). All threads must call it; it ends with a barrier.
 template <int kWalk>
 __device__ __forceinline__ int warp_row() {
   return static_cast<int>(threadIdx.x) / 64 * (kWalk / 2);

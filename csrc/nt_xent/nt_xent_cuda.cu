@@ -1,22 +1,26 @@
-// NT-Xent on the GPU, portable form: mma.sync m16n8k16 with cp.async, one source for every architecture from sm_80.
+// NT-Xent on the GPU, portable kernels: mma.sync m16n8k16 with cp.async, one source for all architectures from sm_80.
 //
-// Maths and what is saved: nt_xent.h. As in the CPU kernel the positive pair is left out of every tile and added in
-// float32 at the end, where its terms would nearly cancel. Kernels, in order; no host synchronisation, no atomics:
-//   cuda_prepare.cuh         prepare_forward    warp per sample: unit rows, operands, products of positive pairs
-//   cuda_forward.cuh         forward_kernel     equal runs of tiles of the upper triangle: sums of exponentials
-//   cuda_finish.cuh          collect_kernel     8 threads per row: the sums added in order, the losses
-//   cuda_prepare.cuh         prepare_backward   warp per row: operands, weights
-//   cuda_backward.cuh        backward_kernel    block per 64 rows and part of the columns: dZ = W Z, up to 128 dimensions
+// nt_xent.h has the formulas and what is saved. As in the CPU kernel, positive pairs are excluded from every tile and
+// added in float32 at the end, because their terms nearly cancel. Kernels in launch order; no host synchronisation, no
+// atomics:
+//   cuda_prepare.cuh         prepare_forward    one warp per sample: unit rows, operands, products of positive pairs
+//   cuda_forward.cuh         forward_kernel     equal runs of tiles of one triangle: sums of exponentials
+//   cuda_finish.cuh          collect_kernel     8 threads per row: add the sums in order, compute the losses
+//   cuda_prepare.cuh         prepare_backward   one warp per row: operands, weights
+//   cuda_backward.cuh        backward_kernel    one block per 64 rows and column split: dZ = W Z, up to 128 dimensions
 //   cuda_backward_wide.cuh   weights_kernel, gather_kernel    W for some rows in memory, then W Z
-//   cuda_finish.cuh          finish_backward    warp per row: the parts added in order, the normalisation backwards
+//   cuda_finish.cuh          finish_backward    one warp per row: add the splits in order, backward of the
+//                            normalisation
 //
-// Operands: cuda_common.cuh. The weights W are scaled by a power of two so that the largest upstream gradient is at most
-// 2^14, and split likewise: |W_ij| <= |g_i| + |g_j|, and what falls below float16's range is below 2^-38 of the largest.
+// Operands: see cuda_common.cuh. The weights W are scaled by a power of two so that the largest upstream gradient is at
+// most 2^14, and are split like the operands. |W_ij| <= |g_i| + |g_j|, and values below float16's range are below 2^-38
+// of the largest.
 //
-// Work: M^2 D + 4 M^2 D flops (three times that when split), M^2 / 2 + M^2 exponentials. Shared memory up to 96 KB, which
-// sm_89 has. Memory beyond inputs and results: the operands, 64 sums a row, and 64 MB of W beyond 128 dimensions.
+// Work: M^2 D + 4 M^2 D flops (three times that for split operands), M^2 / 2 + M^2 exponentials. Shared memory: up to
+// 96 KB, which sm_89 has. Memory besides inputs and results: the operands, 64 sums per row, and 64 MB of W beyond 128
+// dimensions.
 //
-// This file chooses tiles, parts and memory, and launches.
+// This file chooses tiles, splits and workspace, and launches the kernels.
 #include <algorithm>
 
 #include "nt_xent/cuda_backward.cuh"
@@ -29,11 +33,11 @@
 namespace scan_fast {
 namespace {
 
-constexpr int64_t kMostMirrorSlots = 64;   // owners of one round
-constexpr int64_t kMostWeights = 64 << 20;  // bytes of W in memory
-constexpr int64_t kManyGradients = 4096;    // from here on the largest is found by a launch of its own
+constexpr int64_t kMostMirrorSlots = 64;   // outer tiles per launch
+constexpr int64_t kMostWeights = 64 << 20;  // bytes of W in the workspace
+constexpr int64_t kManyGradients = 4096;    // with more, a separate launch finds the largest
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 struct ForwardPlan {
   Params p;
@@ -46,7 +50,8 @@ struct ForwardPlan {
         others(problem.rows() - anchors),
         most_blocks(2 * multiprocessors()),
         owner_width(2 * kWalked) {
-    // Wide owners read the walked tiles less often; where they are few, narrow ones give every processor work.
+    // Wide outer tiles read the inner tiles less often. If there are too few of them, narrow ones occupy every
+    // multiprocessor.
     if (!reduced || !p.fixed_shift || schedule(0, ceil_div(anchors, owner_width)).total() < most_blocks) {
       owner_width = kWalked;
     }
@@ -55,7 +60,7 @@ struct ForwardPlan {
   ForwardSchedule<kWalked> schedule(int64_t begin, int64_t end) const {
     return make_forward_schedule<kWalked>(anchors, others, owner_width, begin, end, most_blocks);
   }
-  // Calls body(schedule, is it the first, is it the last) for each launch.
+  // Calls body(schedule, is_first, is_last) for each launch.
   template <typename Body>
   void for_rounds(Body body) const {
     for (int64_t begin = 0; begin < owners; begin += kMostMirrorSlots) {
@@ -120,11 +125,11 @@ void forward_pass(const ForwardPlan& plan, const ForwardWorkspace& parts, bool r
   });
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 struct BackwardPlan {
   Params p;
-  int64_t rows, chunk;  // rows of this call; rows of W in memory at a time
+  int64_t rows, chunk;  // rows of this call; rows of W in the workspace at a time
   bool narrow;
 
   BackwardPlan(const NTXentProblem& problem, bool reduced)

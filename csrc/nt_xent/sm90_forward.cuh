@@ -1,10 +1,10 @@
-// NT-Xent on sm_90a: sums of exponentials over the columns, an epilogue of common/tile_products.cuh.
+// Forward kernel of NT-Xent for sm_90a: sums of exponentials over the columns, an epilogue of common/tile_products.cuh.
 //
-// An owner's 128 columns stay in shared memory while the walked rows pass by (cuda_schedule.cuh). A thread has 2 rows and
-// 32 columns of a tile. It keeps the sums of its columns in registers over a whole run; the sums of its rows are
-// complete within four lanes and leave for memory with each tile. So a tile costs, per element, one FFMA, one
-// exponential and two additions: at 16 exponentials a cycle the exponential unit needs 79 % of the time that the
-// products take at D = 128, which is why the warpgroups take turns.
+// The 128 columns of an outer tile stay in shared memory while the rows of the inner tiles stream through
+// (cuda_schedule.cuh). A thread has 2 rows and 32 columns of a tile. It keeps the sums of its columns in registers over
+// a whole segment. The sums of its rows are completed by four lanes and stored after each tile. So a tile costs, per
+// element, one FFMA, one exponential and two additions. At 16 exponentials per cycle, the exponentials take 79 % of the
+// time of the products at D = 128; hence the ping-pong schedule of the two warpgroups.
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 using PanelSchedule = ForwardSchedule<kPanelRows>;
 
-// A block's share of the schedule, as runs of the main loop. Tiles are numbered by packed position.
+// A block's segments of the schedule, as runs of the main loop. Tiles are numbered by packed position.
 struct ForwardRuns {
   struct Run {
     int fixed, begin, end;
@@ -47,12 +47,12 @@ struct ForwardRuns {
 constexpr int kForwardPartBytes = kMultipliers / 32 * kPanelRows * static_cast<int>(sizeof(float));
 
 struct ForwardSums {
-  static constexpr int kColumnGroups = kPanelRows / 8;  // of 8 columns, 2 of them this thread's
+  static constexpr int kColumnGroups = kPanelRows / 8;  // groups of 8 columns, 2 of which belong to this thread
   float* partial;                                       // (slots, anchors)
   Shared<float> part;                                   // (8 warps, 128 columns)
   const PanelSchedule& schedule;
   float scale, limit;
-  int anchors, anchor_tiles, rows, count, offset;       // positions: `rows` is where they end, see PackedPositions
+  int anchors, anchor_tiles, rows, count, offset;       // positions (see PackedPositions); rows: their end
   float own[kColumnGroups][2];
 
   __device__ __forceinline__ ForwardSums(float* partial_, const Shared<float>& part_, const PanelSchedule& schedule_,
@@ -115,7 +115,7 @@ struct ForwardSums {
     }
   }
 
-  // Eight lanes and eight warps share a column: the lanes by a butterfly, the warps in order.
+  // Eight lanes and eight warps share a column: lanes are added by a butterfly, warps in order.
   __device__ __forceinline__ void end(const ForwardRuns::Run& run) {
     const int thread = static_cast<int>(threadIdx.x) - 128, lane = thread % 32;
 #pragma unroll
@@ -138,11 +138,11 @@ struct ForwardSums {
       sum += other;
     }
     partial[run.piece_slot * anchors + column] = sum;
-    // The second warpgroup writes its part again only after its next turn, which the first passes on after this.
+    // The second warpgroup writes `part` again only after its next turn, which the first grants after this point.
   }
 };
 
-// partial: (slots, anchors) of the schedule, which has owners and walked tiles of 128.
+// partial: (slots, anchors) of the schedule, whose outer and inner tiles are 128 wide.
 template <typename P>
 __global__ void __launch_bounds__(kProductThreads, 1)
     forward_sm90_kernel(const half_t* __restrict__ packed, int panels, float* __restrict__ partial,

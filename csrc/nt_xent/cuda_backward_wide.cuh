@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return i < wide.rows ? p.global_row(wide.begin + i) : static_cast<int64_t>(-1);
   };
   const auto column_of = [&](int r) { return first_column + r < p.rows() ? first_column + r : static_cast<int64_t>(-1); };
-  walk_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
+  for_inner_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
       packed, p, begin, end, column_of, row_of, [&](float(&s)[kRows / 32][kColumns / 16][4], int64_t tile) {
         RowWeight of_row[kRows / 32][2];
 #pragma unroll
@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto load = [&](int64_t chunk) {
     const Shared<half_t> to = memory + (chunk - begin) % 2 * kStage;
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kWideChunk / 8; i += kThreads) {
-      const int r = i / (kWideChunk / 8), piece = i % (kWideChunk / 8);
+      const int r = i / (kWideChunk / 8), vector = i % (kWideChunk / 8);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const half_t* from = weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + piece * 8;
-        cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, piece)).get(), from);
+        const half_t* from = weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + vector * 8;
+        cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, vector)).get(), from);
       }
     }
     load_tile<kSplit, kWideChunk, kSlice>(to + kParts * kWeights, packed, p, slice, [&](int r) {

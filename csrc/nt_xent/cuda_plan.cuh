@@ -37,7 +37,7 @@ inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int6
 // block_rows x tile_columns x D with 2 flops each (three times that for split operands), and `room` blocks share the
 // GPU. D cancels. GPUs with matrix units do about 250 flops per byte: an H100 has 790 TFLOP/s and 3.0 TB/s. At least
 // half a tile, for memory latency.
-inline double part_price(int64_t rows, int64_t room, int64_t block_rows, int64_t tile_columns, bool split) {
+inline double split_cost(int64_t rows, int64_t room, int64_t block_rows, int64_t tile_columns, bool split) {
   constexpr double kFlopsPerByte = 250;
   const double tile = static_cast<double>(room * block_rows * tile_columns * (split ? 3 : 1));
   return std::max(0.5, 2 * kFlopsPerByte * static_cast<double>(rows) / tile);
@@ -60,7 +60,7 @@ inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double
 }
 
 // Allocates parts of the workspace, each aligned to 256 bytes. With a null base it only measures the size.
-struct Carver {
+struct Arena {
   unsigned char* base;
   int64_t used = 0;
   template <typename T>

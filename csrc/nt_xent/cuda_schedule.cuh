@@ -31,34 +31,34 @@
 
 namespace scan_fast {
 
-template <int kWalkedRows>
+template <int kInnerRows>
 struct ForwardSchedule {
-  static constexpr int walked_width = kWalkedRows;
+  static constexpr int inner_width = kInnerRows;
   int64_t anchors, others;         // A and O above
-  int64_t owner_begin, owner_end;  // outer tiles of this launch
+  int64_t outer_begin, outer_end;  // outer tiles of this launch
   int64_t blocks;
-  int64_t piece_slots;  // the transposed slots follow these
-  int owner_width;      // a multiple of the inner width
+  int64_t segment_slots;  // the transposed slots follow these
+  int outer_width;      // a multiple of the inner width
 
-  __host__ __device__ int64_t anchor_tiles() const { return (anchors + walked_width - 1) / walked_width; }
-  __host__ __device__ int64_t other_tiles() const { return (others + walked_width - 1) / walked_width; }
-  __host__ __device__ int64_t owners() const { return (anchors + owner_width - 1) / owner_width; }
+  __host__ __device__ int64_t anchor_tiles() const { return (anchors + inner_width - 1) / inner_width; }
+  __host__ __device__ int64_t other_tiles() const { return (others + inner_width - 1) / inner_width; }
+  __host__ __device__ int64_t outer_tiles() const { return (anchors + outer_width - 1) / outer_width; }
   // First inner tile of an outer tile: its diagonal.
-  __host__ __device__ int64_t first_walked(int64_t owner) const { return owner * (owner_width / walked_width); }
-  __host__ __device__ int64_t length(int64_t owner) const {
-    return anchor_tiles() - first_walked(owner) + other_tiles();
+  __host__ __device__ int64_t first_inner(int64_t outer) const { return outer * (outer_width / inner_width); }
+  __host__ __device__ int64_t length(int64_t outer) const {
+    return anchor_tiles() - first_inner(outer) + other_tiles();
   }
   // Number of tiles of the launch before an outer tile's first.
-  __host__ __device__ int64_t prefix(int64_t owner) const {
-    const int64_t count = owner - owner_begin;
+  __host__ __device__ int64_t prefix(int64_t outer) const {
+    const int64_t count = outer - outer_begin;
     return count * (anchor_tiles() + other_tiles()) -
-           (owner_begin + owner - 1) * count / 2 * (owner_width / walked_width);
+           (outer_begin + outer - 1) * count / 2 * (outer_width / inner_width);
   }
-  __host__ __device__ int64_t total() const { return prefix(owner_end); }
+  __host__ __device__ int64_t total() const { return prefix(outer_end); }
   __host__ __device__ int64_t block_begin(int64_t block) const { return total() * block / blocks; }
   __host__ __device__ int64_t block_of(int64_t tile) const { return ((tile + 1) * blocks - 1) / total(); }
-  __host__ __device__ int64_t owner_of(int64_t tile) const {
-    int64_t low = owner_begin, high = owner_end - 1;
+  __host__ __device__ int64_t outer_of(int64_t tile) const {
+    int64_t low = outer_begin, high = outer_end - 1;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
       if (prefix(middle) <= tile) {
@@ -69,40 +69,40 @@ struct ForwardSchedule {
     }
     return low;
   }
-  __host__ __device__ int64_t pieces(int64_t owner) const {
-    return block_of(prefix(owner + 1) - 1) - block_of(prefix(owner)) + 1;
+  __host__ __device__ int64_t segments(int64_t outer) const {
+    return block_of(prefix(outer + 1) - 1) - block_of(prefix(outer)) + 1;
   }
-  __host__ __device__ int64_t piece_slot(int64_t owner, int64_t block) const {
-    return block - block_of(prefix(owner));
+  __host__ __device__ int64_t segment_slot(int64_t outer, int64_t block) const {
+    return block - block_of(prefix(outer));
   }
-  __host__ __device__ int64_t mirror_slot(int64_t owner) const { return piece_slots + owner - owner_begin; }
-  __host__ __device__ int64_t slots() const { return piece_slots + owner_end - owner_begin; }
+  __host__ __device__ int64_t transposed_slot(int64_t outer) const { return segment_slots + outer - outer_begin; }
+  __host__ __device__ int64_t slots() const { return segment_slots + outer_end - outer_begin; }
 
   // The k-th slot that holds a value for an anchor, k < filled(anchor): the transposed slots, then the segments of its
   // own outer tile.
-  __host__ __device__ int64_t mirrors(int64_t anchor) const {
-    const int64_t owner = anchor / owner_width, end = owner < owner_end ? owner : owner_end;
-    return end > owner_begin ? end - owner_begin : 0;
+  __host__ __device__ int64_t transposed_slots(int64_t anchor) const {
+    const int64_t outer = anchor / outer_width, end = outer < outer_end ? outer : outer_end;
+    return end > outer_begin ? end - outer_begin : 0;
   }
   __host__ __device__ int64_t filled(int64_t anchor) const {
-    const int64_t owner = anchor / owner_width;
-    return mirrors(anchor) + (owner < owner_begin || owner >= owner_end ? 0 : pieces(owner));
+    const int64_t outer = anchor / outer_width;
+    return transposed_slots(anchor) + (outer < outer_begin || outer >= outer_end ? 0 : segments(outer));
   }
   __host__ __device__ int64_t filled_slot(int64_t anchor, int64_t k) const {
-    const int64_t count = mirrors(anchor);
-    return k < count ? piece_slots + k : k - count;
+    const int64_t count = transposed_slots(anchor);
+    return k < count ? segment_slots + k : k - count;
   }
 };
 
-// Schedule of a launch for the outer tiles [begin, end), with at most `most_blocks` blocks.
-template <int kWalkedRows>
-ForwardSchedule<kWalkedRows> make_forward_schedule(int64_t anchors, int64_t others, int owner_width, int64_t begin,
-                                                   int64_t end, int64_t most_blocks) {
-  ForwardSchedule<kWalkedRows> s{anchors, others, begin, end, 1, 0, owner_width};
-  s.blocks = s.total() < most_blocks ? s.total() : most_blocks;
+// Schedule of a launch for the outer tiles [begin, end), with at most `max_blocks` blocks.
+template <int kInnerRows>
+ForwardSchedule<kInnerRows> make_forward_schedule(int64_t anchors, int64_t others, int outer_width, int64_t begin,
+                                                   int64_t end, int64_t max_blocks) {
+  ForwardSchedule<kInnerRows> s{anchors, others, begin, end, 1, 0, outer_width};
+  s.blocks = s.total() < max_blocks ? s.total() : max_blocks;
   // The first outer tile has the most tiles. At most two more blocks than it fills have a segment in it.
   const int64_t longest = s.length(begin), filled = longest * s.blocks / s.total() + 2;
-  s.piece_slots = filled < longest ? filled : longest;
+  s.segment_slots = filled < longest ? filled : longest;
   return s;
 }
 

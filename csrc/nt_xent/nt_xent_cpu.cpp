@@ -32,7 +32,7 @@ namespace {
 constexpr double kMinNorm = 1e-12;
 constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29: room for weights and sums on both sides
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kPieceRows = 128, kPieceColumns = 512;
+constexpr int64_t kTileRows = 128, kTileColumns = 512;
 constexpr int64_t kBackwardBlock = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -114,13 +114,13 @@ class Similarities {
 // Computes log of the sum over the negatives of exp(s_ij - 1/tau) per anchor, with one shift for all rows.
 std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Similarities& similarities) {
   const float scale = static_cast<float>(kLog2E / problem.temperature);
-  const int64_t block = kPieceRows * std::max<int64_t>(1, (problem.rows() + 8191) / 8192);
+  const int64_t block = kTileRows * std::max<int64_t>(1, (problem.rows() + 8191) / 8192);
   const std::vector<RowBlock> blocks = make_row_blocks(problem, block);
-  const int64_t run = std::max(block, kPieceColumns);
+  const int64_t run = std::max(block, kTileColumns);
   const std::vector<ForwardTask> tasks = make_forward_tasks(blocks, run);
   const int64_t anchors = problem.local_anchors(), slots = static_cast<int64_t>(blocks.size());
   std::vector<float> partial(slots * anchors, 0.0f);
-  const int64_t tile_size = kPieceRows * kPieceColumns, scratch_size = tile_size + run + 16;
+  const int64_t tile_size = kTileRows * kTileColumns, scratch_size = tile_size + run + 16;
   std::vector<float> scratch(max_threads() * scratch_size);
 
   parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t index, int thread) {
@@ -131,19 +131,19 @@ std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Simi
     const int64_t column_begin = blocks[task.column_begin].begin;
     const int64_t column_end = blocks[task.column_end - 1].begin + blocks[task.column_end - 1].size;
     float* row_slot = partial.data() + task.column_begin * anchors + rows.anchor;
-    float piece_sum[kPieceRows];
+    float tile_sum[kTileRows];
     std::fill_n(column_sum, run + 16, 0.0f);
-    for (int64_t i = 0; i < rows.size; i += kPieceRows) {
-      const int64_t height = std::min(kPieceRows, rows.size - i);
-      for (int64_t j = column_begin; j < column_end; j += kPieceColumns) {
-        const int64_t width = std::min(kPieceColumns, column_end - j), ld = Similarities::padded(width);
+    for (int64_t i = 0; i < rows.size; i += kTileRows) {
+      const int64_t height = std::min(kTileRows, rows.size - i);
+      for (int64_t j = column_begin; j < column_end; j += kTileColumns) {
+        const int64_t width = std::min(kTileColumns, column_end - j), ld = Similarities::padded(width);
         similarities.make(rows.begin + i, height, j, width, tile);
         SCAN_FAST_BEST_ISA(nt_xent_exp_sums)
-        (tile, height, ld, ld, scale, piece_sum, task.mirrored ? column_sum + (j - column_begin) : nullptr);
-        for (int64_t r = 0; r < height; ++r) row_slot[i + r] += piece_sum[r];
+        (tile, height, ld, ld, scale, tile_sum, task.symmetric ? column_sum + (j - column_begin) : nullptr);
+        for (int64_t r = 0; r < height; ++r) row_slot[i + r] += tile_sum[r];
       }
     }
-    if (task.mirrored) {
+    if (task.symmetric) {
       std::copy_n(column_sum, column_end - column_begin,
                   partial.data() + task.row * anchors + blocks[task.column_begin].anchor);
     }
@@ -161,20 +161,20 @@ std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Simi
 // The same for low temperatures, with a running maximum per row.
 std::vector<double> log_negatives_online(const NTXentProblem& problem, const Similarities& similarities) {
   const float scale = static_cast<float>(kLog2E / problem.temperature);
-  const std::vector<RowBlock> blocks = make_row_blocks(problem, kPieceRows);
+  const std::vector<RowBlock> blocks = make_row_blocks(problem, kTileRows);
   std::vector<RowBlock> anchors;
   std::copy_if(blocks.begin(), blocks.end(), std::back_inserter(anchors), [](auto& b) { return b.anchor >= 0; });
-  std::vector<float> scratch(max_threads() * kPieceRows * kPieceColumns);
+  std::vector<float> scratch(max_threads() * kTileRows * kTileColumns);
   std::vector<double> result(problem.local_anchors());
 
   parallel_for(static_cast<int64_t>(anchors.size()), [&](int64_t index, int thread) {
     const RowBlock& rows = anchors[index];
-    float* tile = scratch.data() + thread * kPieceRows * kPieceColumns;
-    float maximum[kPieceRows];
-    double sum[kPieceRows] = {};
-    std::fill_n(maximum, kPieceRows, -kInfinity);
-    for (int64_t j = 0; j < problem.rows(); j += kPieceColumns) {
-      const int64_t width = std::min(kPieceColumns, problem.rows() - j), ld = Similarities::padded(width);
+    float* tile = scratch.data() + thread * kTileRows * kTileColumns;
+    float maximum[kTileRows];
+    double sum[kTileRows] = {};
+    std::fill_n(maximum, kTileRows, -kInfinity);
+    for (int64_t j = 0; j < problem.rows(); j += kTileColumns) {
+      const int64_t width = std::min(kTileColumns, problem.rows() - j), ld = Similarities::padded(width);
       similarities.make(rows.begin, rows.size, j, width, tile);
       SCAN_FAST_BEST_ISA(nt_xent_online_sums)(tile, rows.size, ld, ld, scale, maximum, sum);
     }

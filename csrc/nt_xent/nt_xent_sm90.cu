@@ -41,13 +41,13 @@ constexpr int64_t kManyGradients = 4096;  // with more, a separate launch finds 
 struct ForwardWorkspace {
   half_t* packed;
   float *positive, *partial, *running;
-  ForwardWorkspace(Carver& carver, const ForwardPlan& plan, bool reduced) {
+  ForwardWorkspace(Arena& arena, const ForwardPlan& plan, bool reduced) {
     int64_t slots = 0;
     plan.for_rounds([&](const PanelSchedule& s, bool, bool) { slots = std::max(slots, s.slots()); });
-    packed = carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)));
-    positive = carver.take<float>(plan.p.samples);
-    partial = carver.take<float>(slots * plan.positions.anchors());
-    running = carver.take<float>(plan.positions.anchors());
+    packed = arena.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)));
+    positive = arena.take<float>(plan.p.samples);
+    partial = arena.take<float>(slots * plan.positions.anchors());
+    running = arena.take<float>(plan.positions.anchors());
   }
 };
 
@@ -64,13 +64,13 @@ void forward_products(const ForwardPlan& plan, const ForwardWorkspace& parts, co
 struct BackwardWorkspace {
   half_t* packed;
   float *weight, *shift, *unscale, *largest, *partial;
-  BackwardWorkspace(Carver& carver, const BackwardPlan& plan, bool reduced)
-      : packed(carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)))),
-        weight(carver.take<float>(plan.positions.total())),
-        shift(carver.take<float>(plan.positions.total())),
-        unscale(carver.take<float>(1)),
-        largest(carver.take<float>(1)),
-        partial(carver.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
+  BackwardWorkspace(Arena& arena, const BackwardPlan& plan, bool reduced)
+      : packed(arena.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)))),
+        weight(arena.take<float>(plan.positions.total())),
+        shift(arena.take<float>(plan.positions.total())),
+        unscale(arena.take<float>(1)),
+        largest(arena.take<float>(1)),
+        partial(arena.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
 };
 
 template <typename B>
@@ -88,23 +88,23 @@ bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced) {
 }
 
 int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
-  Carver carver{nullptr};
-  ForwardWorkspace(carver, ForwardPlan(problem), reduced);
-  return carver.used;
+  Arena arena{nullptr};
+  ForwardWorkspace(arena, ForwardPlan(problem), reduced);
+  return arena.used;
 }
 
 int64_t nt_xent_backward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
-  Carver carver{nullptr};
-  BackwardWorkspace(carver, BackwardPlan(problem, reduced), reduced);
-  return carver.used;
+  Arena arena{nullptr};
+  BackwardWorkspace(arena, BackwardPlan(problem, reduced), reduced);
+  return arena.used;
 }
 
 void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const void* z1, DType dtype, bool reduced,
                           float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
                           StreamHandle stream) {
   const ForwardPlan plan(problem);
-  Carver carver{static_cast<unsigned char*>(workspace)};
-  const ForwardWorkspace parts(carver, plan, reduced);
+  Arena arena{static_cast<unsigned char*>(workspace)};
+  const ForwardWorkspace parts(arena, plan, reduced);
   dispatch_dtype(dtype, [&]<typename T>() {
     const auto prepare = [&]<bool kSplit>() {
       const Panels<kSplit> packing(parts.packed, plan.panels, plan.positions);
@@ -127,8 +127,8 @@ void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, cons
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream) {
   const BackwardPlan plan(problem, reduced);
   const Params& p = plan.p;
-  Carver carver{static_cast<unsigned char*>(workspace)};
-  const BackwardWorkspace parts(carver, plan, reduced);
+  Arena arena{static_cast<unsigned char*>(workspace)};
+  const BackwardWorkspace parts(arena, plan, reduced);
   const Upstream upstream{grad_losses};
   const float* largest = nullptr;
   if (grad_losses.stride != 0 && problem.anchors() > kManyGradients) {

@@ -36,11 +36,11 @@ inline std::vector<RowBlock> make_row_blocks(const NTXentProblem& problem, int64
   return blocks;
 }
 
-// Anchor block `row` against the blocks [column_begin, column_end). With `mirrored` the columns are anchors too, and
+// Anchor block `row` against the blocks [column_begin, column_end). With `symmetric` the columns are anchors too, and
 // each exponential is added to the sum of its row and of its column.
 struct ForwardTask {
   int64_t row, column_begin, column_end;
-  bool mirrored;
+  bool symmetric;
 };
 
 // Covers each pair of an anchor and any row by exactly one task; among anchors, the upper triangle only.

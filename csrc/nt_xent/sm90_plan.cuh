@@ -26,9 +26,9 @@ namespace scan_fast {
 
 // Outer tiles per launch of the forward pass; each has a transposed slot. The tests lower it.
 #if defined(SCAN_FAST_EMULATE)
-inline int64_t most_mirror_slots = 128;
+inline int64_t max_transposed_slots = 128;
 #else
-constexpr int64_t most_mirror_slots = 128;
+constexpr int64_t max_transposed_slots = 128;
 #endif
 
 namespace {
@@ -42,21 +42,21 @@ struct ForwardPlan {
   Params p;
   PackedPositions positions;
   int panels;
-  int64_t owners;
+  int64_t outer_tiles;
 
   explicit ForwardPlan(const NTXentProblem& problem)
       : p(make_params(problem, problem.local_anchors(), 1)),
         positions{problem.samples, problem.sample_begin, problem.sample_count, problem.both_anchors},
         panels(static_cast<int>(panels_of(problem.dim))),
-        owners(row_tiles(problem.local_anchors())) {}
+        outer_tiles(row_tiles(problem.local_anchors())) {}
   // Calls body(schedule, is_first, is_last) for each launch.
   template <typename Body>
   void for_rounds(Body body) const {
-    for (int64_t begin = 0; begin < owners; begin += most_mirror_slots) {
-      const int64_t end = std::min(owners, begin + most_mirror_slots);
+    for (int64_t begin = 0; begin < outer_tiles; begin += max_transposed_slots) {
+      const int64_t end = std::min(outer_tiles, begin + max_transposed_slots);
       body(make_forward_schedule<kPanelRows>(positions.anchors(), positions.others(), kPanelRows, begin, end,
                                              multiprocessors()),
-           begin == 0, end == owners);
+           begin == 0, end == outer_tiles);
     }
   }
   // Calls body.operator()<Products>() with the variant of the main loop.
@@ -77,7 +77,7 @@ struct BackwardPlan {
         panels(problem.dim <= 64 ? 1 : problem.dim <= 128 ? 2 : 4) {
     const int64_t columns = panels > 2 || !reduced ? 64 : 128;  // as in BackwardTiles
     const int64_t tiles = positions.total() / columns, rows = positions.anchors(), room = multiprocessors();
-    const double price = part_price(rows, room, kPanelRows, columns, !reduced);
+    const double price = split_cost(rows, room, kPanelRows, columns, !reduced);
     column_tiles = static_cast<int>(tiles);
     p = make_params(problem, rows, column_splits(row_tiles(rows), tiles, room, price));
   }

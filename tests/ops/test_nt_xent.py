@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scan_fast import NTXentLoss, nt_xent
 from scan_fast.ops import native, reference, trust
-from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _offered
+from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _local_choices
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMPLS = ["reference", *(["native"] if native.is_available() else [])]
@@ -494,7 +494,7 @@ def _rank(rank, store_path, world, n, results):
     # As on two GPUs of which one is not trusted: ranks that would take different paths all take the reference.
     trust.DEVICE_TYPES = frozenset({"cpu"})
     trust._decided["nt_xent", "cpu", 0] = rank == 0
-    _offered.clear()
+    _local_choices.clear()
     taken = []
     forward = _DistributedNTXent.apply
     _DistributedNTXent.apply = lambda *arguments: (taken.append("kernel"), forward(*arguments))[1]

@@ -610,7 +610,7 @@ def test_a_crash_or_a_hang_is_one_line_and_the_next_goes_on(tests: SelfTests) ->
     reasons = [verdict.reason for _, _, verdict in rows]
     assert reasons == [
         "its process ended with signal 11",
-        "no end after 3 s",
+        "no result after 3 s",
         "its process ended with 1: no such thing",
         "its process printed no verdict",
         "",
@@ -621,7 +621,7 @@ def test_a_crash_or_a_hang_is_one_line_and_the_next_goes_on(tests: SelfTests) ->
     assert tests == []
     text = check.table(rows, CPU).splitlines()
     assert len(text) == 2 + len(rows)
-    assert "no end after 3 s" in text[3] and "12.0" in text[-1] and "0.50" in text[-1]
+    assert "no result after 3 s" in text[3] and "12.0" in text[-1] and "0.50" in text[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -45,9 +45,9 @@ Strength = Annotated[float, Field(ge=0)]
 
 CROP_TRIES = 10
 
-# #: Operations of the strong view with the range of their magnitude, as in the SCAN reference code. Enhancement factors
-# are below 1, so they only weaken. Rotate is in degrees, shear a slope, translate a fraction of the side, solarize a
-# pixel value, posterize a number of bits.
+#: Operations of the strong view with the range of their magnitude, as in the SCAN reference code. Enhancement factors
+#: are below 1, so they only weaken. Rotate is in degrees, shear a slope, translate a fraction of the side, solarize a
+#: pixel value, posterize a number of bits.
 STRONG_OPERATIONS: tuple[tuple[str, float, float], ...] = (
     ("identity", 0.0, 1.0),
     ("autocontrast", 0.0, 1.0),

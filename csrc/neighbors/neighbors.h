@@ -14,12 +14,12 @@
 //
 //   |s_ij - s^_ij| <= |u_i| max_j r_j + r_i max_j |u^_j| + gamma |u^_i| max_j |u^_j| =: eps_i
 //
-// where gamma bounds the float32 accumulation of the fast product. eps_i is enlarged by the spacing of float32, so that
-// it also covers ties after the final rounding. Let t be a value that at least k columns reach in the fast search. Then
-// a column with s^ < t - 2 eps_i is not among the k best. A search therefore keeps, per row, a list of every column
-// that reaches t - 2 eps_i while t rises, and the exact similarities of these candidates decide. A row whose list
-// overflows (many duplicates or near ties) is searched again with a finer product and a longer list, and finally by
-// brute force:
+// with gamma a bound on the float32 accumulation of the fast product. eps_i is enlarged by the spacing of float32, so
+// that it also covers ties after the final rounding. Let t be a value that at least k columns reach in the fast search.
+// Then a column with s^ < t - 2 eps_i is not among the k best. A search therefore keeps, per row, a list of every
+// column that reaches t - 2 eps_i while t rises, and the exact similarities of these candidates decide. A row whose
+// list overflows (many duplicates or near ties) is searched again with a finer product and a longer list, and finally
+// by brute force:
 //
 //          first        second, eps about 100 times smaller                           last
 //   CPU    bfloat16     float32                                                       float64 (from float32 rows)

@@ -162,7 +162,7 @@ def _all_gather(local: Tensor) -> Tensor:
 
 
 _local_choices: dict[tuple[object, ...], bool] = {}
-"""Whether this process can use the kernel, by number of ranks, impl, dtype and device."""
+"""The first choice of this process (kernel or reference), by number of ranks, impl, dtype and device."""
 _common_choices: dict[tuple[object, ...], tuple[Tensor, bool]] = {}
 """Results of earlier comparisons between ranks: the description that was sent, on the device, and whether all ranks use
 the kernel, by its key."""

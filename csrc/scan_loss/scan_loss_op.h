@@ -1,4 +1,4 @@
-// The torch-facing functions of the SCAN loss, as bindings.cpp exposes them; the operators call the same.
+// Tensor interface of the SCAN loss. The dispatcher operators call the same functions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +8,7 @@
 
 namespace scan_fast {
 
-// anchors, neighbors (B, C) or (H, B, C). Returns total, consistency, entropy (() or (H)), mean_prob ((H,) C) and
+// anchors, neighbors: (B, C) or (H, B, C). Returns total, consistency and entropy (() or (H)), mean_prob ((H,) C) and
 // row_stats ((H,) B, 6), all float32.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
                                                                                         const at::Tensor& neighbors,

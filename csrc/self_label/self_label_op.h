@@ -1,4 +1,4 @@
-// The torch-facing functions of the self-label loss, as bindings.cpp exposes them; the operators call the same.
+// Tensor interface of the self-label loss. The dispatcher operators call the same functions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,8 +7,8 @@
 
 namespace scan_fast {
 
-// weak, strong (B, C). Returns loss (() float32), n_confident (() int64), target (B int32), row_weight (B float32) and
-// row_stats (B, 2 float32).
+// weak, strong: (B, C). Returns loss (() float32), n_confident (() int64), target (B, int32), row_weight (B, float32)
+// and row_stats (B, 2, float32).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(
     const at::Tensor& weak, const at::Tensor& strong, double threshold, bool balance);
 

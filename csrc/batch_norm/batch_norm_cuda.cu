@@ -12,7 +12,7 @@
 // blocks of 256 threads per multiprocessor with 64 bytes in flight each are 48 KB, where 4.8 TB/s times 0.8 us ask for
 // 29 KB: the aim is 85% of a copy's bandwidth in large layers. Small ones (16 MB) are bound by three launches of some 2 us.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Not run on a GPU yet: it is tested on the host through testing/emulator.h and compiled for every architecture.
 #include "batch_norm/batch_norm.h"
 #include "batch_norm/cuda_backward.cuh"
 #include "batch_norm/cuda_forward.cuh"

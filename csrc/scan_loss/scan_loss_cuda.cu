@@ -10,7 +10,7 @@
 // every run. <p, q> is the sum of products of the two exponentials; a warp with a row where that underflows goes
 // through a + n once more. Beyond 1024 classes a block takes one row at a time, re-reading it from the caches.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Not run on a GPU yet: it is tested on the host through testing/emulator.h and compiled for every architecture.
 #include "common/row_groups.cuh"
 #include "scan_loss/scan_loss.h"
 

@@ -6,7 +6,7 @@
 // adds the weighted losses in a fixed order, so the bits are the same in every run. The limit is memory: 2 B C elements
 // forward at most, 2 B C backward.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Not run on a GPU yet: it is tested on the host through testing/emulator.h and compiled for every architecture.
 #include "common/row_groups.cuh"
 #include "self_label/self_label.h"
 

@@ -19,7 +19,6 @@ from benchmarks import (
     memory,
     neighbors,
     nt_xent,
-    report,
     scan_loss,
     self_label,
     targets,
@@ -27,6 +26,7 @@ from benchmarks import (
 from benchmarks.ceilings import Work, limit
 from benchmarks.harness import Case, Contender, Effort
 from scan_fast.ops import native, reference
+from tools.docs import benchmarks as pages
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors, batch_norm, convolution)]
@@ -225,7 +225,7 @@ def test_the_report_shows_what_the_files_say(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     result_file(tmp_path)
-    report.write(tmp_path, page)
+    pages.write(tmp_path, page)
     text = page.read_text()
     assert "| scan-fast | 1 ms | 1 ms - 3 ms | 2.00 | 50% (memory) |  |" in text
     assert "| eager | 2 ms | 1 ms - 3 ms | 1.00 |  | 3.0 MiB |" in text
@@ -233,17 +233,17 @@ def test_the_report_shows_what_the_files_say(tmp_path: Path) -> None:
     picture = page.parent / "benchmarks" / "cpu-scan_loss.svg"
     assert "(benchmarks/cpu-scan_loss.svg)" in text
     drawn = picture.read_bytes()
-    report.write(tmp_path, page)
+    pages.write(tmp_path, page)
     assert picture.read_bytes() == drawn
     result_file(tmp_path, quick=True)
     with pytest.raises(SystemExit, match="--quick"):
-        report.write(tmp_path, page)
+        pages.write(tmp_path, page)
 
 
 def test_the_committed_page_shows_the_committed_results(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
-    report.write(report.RESULTS, page)
-    assert page.read_text() == report.PAGE.read_text()
+    pages.write(pages.RESULTS, page)
+    assert page.read_text() == pages.PAGE.read_text()
 
 
 BLOCKED = """
@@ -255,8 +255,8 @@ class Only:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Only())
 import torch, scan_fast
-from benchmarks import batch_norm, gpu_status
-from benchmarks.gpu import about, checks, step, suite, timings
+from benchmarks import batch_norm
+from tools.gpu import about, checks, status, step, suite, timings
 from benchmarks import neighbors, nt_xent, scan_loss, self_label, targets
 print(scan_fast.scan_loss(torch.zeros(2, 3), torch.zeros(2, 3))[1].item())
 """

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, trials
+from benchmarks import trials
 from scan_fast.stages import pipeline
+from tools.docs import benchmarks as pages
 
 SHORT = ["pretext.epochs=1", "clustering.epochs=1", "clustering.heads=1", "selflabel.epochs=1", "mining.k=3"]
 
@@ -57,15 +58,15 @@ def test_the_table_has_means_and_deviations(tmp_path: Path) -> None:
         "trials": {"base": {"changes": [], "seeds": seeds}, "more": {"changes": ["a.b=1"], "seeds": {"0": seeds["0"]}}},
     }
     (tmp_path / "t.json").write_text(json.dumps(result))
-    page = report.fill("before\n<!-- trials: t.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    page = pages.fill("before\n<!-- trials: t.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
     assert "| trial | changes | seeds | kNN | pretext, s | purity |" in page
     assert "| base |  | 2 | 91.0 ± 1.4 | 11 | 50.0 ± 0.0 |" in page
     assert "| more | `a.b=1` | 1 | 90.0 | 10 | 50.0 |" in page
     assert "a processor, commit `0123456789ab`; configuration `digits` with `mining.k=3`" in page
     assert "old" not in page and page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n")
-    assert report.fill(page, tmp_path) == page
+    assert pages.fill(page, tmp_path) == page
 
 
 def test_the_committed_tables_show_the_committed_trials() -> None:
-    text = report.RECIPES.read_text()
-    assert report.fill(text, report.RESULTS) == text
+    text = pages.RECIPES.read_text()
+    assert pages.fill(text, pages.RESULTS) == text

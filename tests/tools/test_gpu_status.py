@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_status as tool
-from benchmarks.gpu import conclusions
 from scan_fast import gpu_status
+from tools.gpu import conclusions
+from tools.gpu import status as tool
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = {"sha256": "a" * 64, "date": "2030-01-02", "commit": "c" * 40, "device": "a GPU"}

@@ -1,4 +1,4 @@
-"""Checks of the compiled kernels on a device: ``python -m benchmarks.gpu.checks CHECK --sets FAMILY:KERNELS ...``.
+"""Checks of the compiled kernels on a device: ``python -m tools.gpu.checks CHECK --sets FAMILY:KERNELS ...``.
 
 ``accuracy``: fresh inputs (the seed is printed) and freed memory poisoned with NaN, so that an element nobody writes
 shows; against float64, a kernel may err at most twice as much as plain PyTorch in the same precision, plus a few units
@@ -345,7 +345,7 @@ def _sets(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.checks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.checks", description=__doc__)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--stage", help="what the lines say they belong to; default: the check")
     parser.add_argument("--sets", nargs="+", type=_sets, default=list(SETS), metavar="FAMILY:KERNELS")

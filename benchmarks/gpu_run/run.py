@@ -1,47 +1,56 @@
 """The ``fast`` CIFAR-10 preset on a GPU in the minutes that are left: ``python -m benchmarks.gpu_run --minutes 6``.
 
-It decodes the archive of CIFAR-10 (JPEG) once, measures what an epoch of each stage takes, plans as many epochs as end
-in time, says so in one line and runs the package's own stages. The result folder gets gpu_run.json (after each stage)
-and gpu_run.log. The run folder, with checkpoints of about 100 MB each, is another one: the same command goes on from
-there, with the same plan, as long as that folder exists. ``--device cpu --images 400 --width 0.25`` rehearses it.
+It decodes the archive of CIFAR-10 (JPEG) once, measures an epoch of each stage, plans as many epochs as fit the time,
+and runs the stages of the package. The result folder gets gpu_run.json (after each stage) and gpu_run.log. The run
+folder, with checkpoints of about 100 MB each, is a separate one: as long as it exists, the same command resumes the run
+with the same plan. ``--device cpu --images 400 --width 0.25`` rehearses it. On a machine to which the compiled module
+was carried, ``tools/gpu_run`` puts that in place first and takes the same options.
 
-Exit codes: 0 finished, 1 failed, 2 cannot start, 3 time is up, 130 and 143 interrupted; what was done is kept.
+Exit codes: 0 finished, 1 failed, 2 cannot start, 3 time is up, 130 and 143 interrupted; all that was done is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-# Standard library only: the driver's own imports have to wait until what was carried along is in place.
-from .gpu import carried
-from .gpu.watch import Stopped, Watch
+import torch
 
-if TYPE_CHECKING:
-    from scan_fast.data.datasets import Splits
-    from scan_fast.runs.config import Config
-    from scan_fast.runs.folder import RunFolder
-    from scan_fast.training.context import Context
+from scan_fast.data.datasets import Splits
+from scan_fast.runs.config import Config, find_config, load_config, parse_override
+from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.runs.tracker import Ticker, Tracker
+from scan_fast.stages.pipeline import STAGES, finish, stages_of
+from scan_fast.training.context import Context, open_context
+from scan_fast.training.process import kept_memory
 
-BEGIN = time.monotonic()
+from .. import files
+from ..environment import describe
+from . import BEGIN, archive, schedule
+from .watch import Stopped, Watch
+
+ROOT = Path(__file__).resolve().parents[2]
 TITLE = "CIFAR-10 (JPEG)"
 RESERVE = 0.08
-"""The part of the minutes that no epoch is planned for: writing, and a machine that slows down."""
+"""Part of the minutes for which no epoch is planned: writing, and a machine that slows down."""
 CHECKPOINT_SECONDS = 20.0
 EXIT_FAILED, EXIT_USAGE = 1, 2
+EXPECTED = (ValueError, OSError, ImportError, RunError)
+"""Errors whose message is enough."""
 
 
 def main(arguments: Sequence[str] | None = None, begin: float = BEGIN) -> int:
-    """Run, and turn each expected problem into one line and an exit code."""
+    """Run; each expected problem is one line and an exit code.
+
+    Args:
+        arguments: of the command line; those of the process by default.
+        begin: when the minutes began, by :func:`time.monotonic`.
+    """
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     watch = Watch(options.minutes, begin)
@@ -53,30 +62,30 @@ def main(arguments: Sequence[str] | None = None, begin: float = BEGIN) -> int:
             log.flush()
 
         try:
-            take_carried(options.carry, say)
             return run(options, watch, say)
         except Stopped as stopped:
-            say(f"gpu_run: {stopped.status}; nothing was trained yet, the same command starts anew")
+            say(f"gpu_run: {stopped.status}; nothing was trained yet, give the same command again")
             return stopped.code
-        except Exception as error:
-            if not _expected(error):
-                raise
+        except EXPECTED as error:
             say(f"gpu_run: {' '.join(str(error).split())}")
             return EXIT_USAGE
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, required=True, help="from the start of this process to its end")
-    parser.add_argument("--archive", type=Path, default=carried.FOLDER / carried.ARCHIVE, help="cifar10-jpeg.tar.xz")
-    parser.add_argument("--carry", type=Path, default=carried.FOLDER, help="the folder that gpu_build has filled")
+    parser.add_argument("--archive", type=Path, default=Path("cifar10-jpeg.tar.xz"), help="(default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT") or "gpu_run_out"), help="gets the results"
     )
-    parser.add_argument("--run-folder", type=Path, default=carried.ROOT / "build" / "gpu_run", help="kept for going on")
+    parser.add_argument(
+        "--run-folder", type=Path, default=ROOT / "build" / "gpu_run", help="gets checkpoints; resumes what it holds"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--images", type=int, help="take only so many of the training and of the test images")
+    parser.add_argument("--images", type=int, help="take at most so many training images, and so many test images")
     parser.add_argument("--width", type=float, default=1.0, help="of the network, for a rehearsal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration")
@@ -88,37 +97,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def take_carried(folder: Path, say: Callable[[str], None]) -> None:
-    """Put the carried module and, where pydantic is missing, the carried wheels in place."""
-    if importlib.util.find_spec("pydantic") is None:
-        # Before all else: these versions were chosen together.
-        sys.path.insert(0, str(carried.wheels(folder)))
-        importlib.invalidate_caches()
-    refusal = carried.use(folder)
-    built = any((carried.ROOT / "scan_fast").glob(f"_C.{sys.implementation.cache_tag}*"))
-    if refusal and not built:
-        say(f"module: {refusal}; going on with plain PyTorch")
-
-
-def _expected(error: Exception) -> bool:
-    if isinstance(error, (ValueError, OSError, ImportError, carried.CarriedError)):
-        return True
-    # Where the driver cannot be imported, nothing raises its errors.
-    driver = sys.modules.get("scan_fast.runs.folder")
-    return driver is not None and isinstance(error, driver.RunError)
-
-
 def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -> int:
     """Decode, plan and train; the result folder has what was found whenever this ends."""
-    import torch
-
-    from scan_fast.runs.folder import RunError, RunFolder
-
-    # All that the run imports, before anything takes time.
-    from .gpu import archive, schedule  # noqa: F401
-
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no GPU that torch can use; --device cpu rehearses the run on the processor")
+        raise ValueError("there is no GPU that torch can use; --device cpu rehearses the run on the CPU")
     if not options.archive.is_file():
         raise ValueError(f"there is no archive {options.archive}; name cifar10-jpeg.tar.xz with --archive")
     splits = archive.open_archive(options.archive, options.run_folder, options.images, say)
@@ -133,7 +115,7 @@ def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -
             report.write(stopped.status)
             say(
                 f"gpu_run: {stopped.status}, {progress_of(folder, config)}; all of it is kept in {options.run_folder}, "
-                "and the same command goes on from there"
+                "and the same command resumes it"
             )
             return stopped.code
         except RunError as error:
@@ -148,11 +130,7 @@ def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -
 
 
 def configuration(options: argparse.Namespace, epochs: dict[str, int] | None = None) -> Config:
-    """Return the ``fast`` CIFAR-10 configuration, with so many epochs of each stage; its full ones for None."""
-    from scan_fast.runs.config import find_config, load_config, parse_override
-
-    from .gpu import schedule
-
+    """Return the ``fast`` CIFAR-10 configuration with the given epochs of each stage; with its own if None."""
     changes: dict[str, Any] = {
         "preset": "fast",
         "seed": options.seed,
@@ -160,7 +138,7 @@ def configuration(options: argparse.Namespace, epochs: dict[str, int] | None = N
         "model.width": options.width,
         "runtime.device": options.device,
         "runtime.checkpoint_seconds": CHECKPOINT_SECONDS,
-        # Every stage's end is measured in any case; k-means on pixels would take longer than an epoch.
+        # The end of every stage is measured in any case; k-means on pixels would take longer than an epoch.
         "pretext.monitor_every": 0,
         "evaluation.baselines": False,
     }
@@ -175,15 +153,11 @@ def configuration(options: argparse.Namespace, epochs: dict[str, int] | None = N
 
 
 def make_plan(options: argparse.Namespace, splits: Splits, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the epochs of each stage: those planned before where a run has begun, or new ones by measurement.
+    """Return the epochs of each stage: those of a run that has begun, otherwise planned from a measurement.
 
     Raises:
-        ValueError: for too little time, or an archive that is not that of the run.
+        ValueError: too little time, or an archive other than that of the run.
     """
-    from scan_fast.runs.folder import RunFolder
-
-    from .gpu import archive, schedule
-
     file: Path = options.run_folder / "plan.json"
     checksum = archive.checksum(options.archive)
     begun = (options.run_folder / "run" / "metrics.jsonl").exists() or any(
@@ -215,7 +189,7 @@ def make_plan(options: argparse.Namespace, splits: Splits, watch: Watch, say: Ca
         f"{costs}, everything else {speeds.once:.0f} s (measured in {measured:.0f} s)"
     )
     plan = {"epochs": epochs, "full_epochs": full, "speeds": schedule.to_plain(speeds), "archive": checksum}
-    _write_json(file, plan)
+    files.write_json(file, plan)
     return plan
 
 
@@ -228,14 +202,9 @@ def _spelled(epochs: dict[str, int], full: dict[str, int] | None = None) -> str:
 def train(
     config: Config, run: RunFolder, splits: Splits, watch: Watch, report: Report, say: Callable[[str], None]
 ) -> None:
-    """Do the stages that are not finished, and then what a run leaves behind."""
-    from scan_fast.stages.pipeline import STAGES, finish, stages_of
-    from scan_fast.training.context import open_context
-    from scan_fast.training.process import kept_memory
-
-    events = watched_events(run, watch, say)
-    context = open_context(config, run, events, splits)
-    events.context = context
+    """Run the stages that are not finished, then write the files that a run leaves."""
+    tracker = WatchedTracker(run, watch, say)
+    context = tracker.context = open_context(config, run, tracker, splits)
     report.write("running")
     with kept_memory():
         for name in stages_of(context):
@@ -247,11 +216,11 @@ def train(
             say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
     report.write("finished")
     if not run.has("report.html"):
-        finish(context)  # assignments.csv, model.pt, report.html: of no weight for the result
+        finish(context)  # assignments.csv, model.pt, report.html: the result does not depend on them
 
 
 def headline(entry: dict[str, Any]) -> str:
-    """Return a stage's measures, in percent, as one line."""
+    """Return the metrics of a stage, in percent, as one line."""
     shown = {**entry, **entry.get("test", {})}
     names = {
         "knn_acc": "kNN",
@@ -265,9 +234,7 @@ def headline(entry: dict[str, Any]) -> str:
 
 
 def progress_of(run: RunFolder, config: Config) -> str:
-    """Return in words how far a run has come."""
-    from .gpu import schedule
-
+    """Return how far a run has come, in words."""
     finished = list(run.summary()["stages"])
     text = f"finished are {', '.join(finished)}" if finished else "no stage is finished"
     for name, epochs in schedule.learned_stages(config).items():
@@ -277,74 +244,67 @@ def progress_of(run: RunFolder, config: Config) -> str:
     return text
 
 
-def watched_events(run: RunFolder, watch: Watch, say: Callable[[str], None]) -> Any:
-    """Return the events of a run that are printed and logged, and stop it after a step where the watch says so."""
-    from scan_fast.runs.tracker import Ticker, Tracker
+class WatchedTicker(Ticker):
+    """Counts steps, and stops the run after one if it is time."""
 
-    class WatchedTicker(Ticker):
-        def step(self, images: int) -> None:
-            super().step(images)
-            watch.after_step(self._events.context)  # type: ignore[attr-defined]
+    def __init__(self, tracker: WatchedTracker, stage: str, total_steps: int, done_steps: int) -> None:
+        super().__init__(tracker, stage, total_steps, done_steps)
+        self._watched = tracker
 
-    class WatchedEvents(Tracker):
-        context: Context
+    def step(self, images: int) -> None:
+        super().step(images)
+        self._watched.watch.after_step(self._watched.context)
 
-        def say(self, text: str) -> None:
-            say(text)
 
-        @contextmanager
-        def progress(self, stage: str, total_steps: int, done_steps: int) -> Iterator[Ticker]:
-            watch.training = True
-            try:
-                yield WatchedTicker(self, stage, total_steps, done_steps)
-            finally:
-                watch.training = False
+class WatchedTracker(Tracker):
+    """Prints and logs what a run says, and stops it when its time is up."""
 
-    return WatchedEvents(run, quiet=True)
+    context: Context
+
+    def __init__(self, run: RunFolder, watch: Watch, say: Callable[[str], None]) -> None:
+        super().__init__(run, quiet=True)
+        self.watch, self._say = watch, say
+
+    def say(self, text: str) -> None:
+        self._say(text)
+
+    @contextmanager
+    def progress(self, stage: str, total_steps: int, done_steps: int) -> Iterator[Ticker]:
+        self.watch.training = True
+        try:
+            yield WatchedTicker(self, stage, total_steps, done_steps)
+        finally:
+            self.watch.training = False
 
 
 class Report:
-    """gpu_run.json: what is known so far, written anew after each stage."""
+    """Writes gpu_run.json: what is known so far, after each stage."""
 
     def __init__(
         self, options: argparse.Namespace, plan: dict[str, Any], config: Config, run: RunFolder, watch: Watch
     ) -> None:
-        from .environment import describe
-
         self._file: Path = options.out / "gpu_run.json"
         self._run, self._watch = run, watch
-        environment = describe(options.device)
-        environment["commit"] = os.environ.get("SCAN_FAST_COMMIT") or environment["commit"]
         self._content = {
             "benchmark": "gpu_run",
             "title": f"{TITLE}, fast preset in {options.minutes:g} minutes",
             "dataset": TITLE,
             "device": options.device,
-            "environment": environment,
+            "environment": describe(options.device),
             "minutes": options.minutes,
             "plan": plan,
             "config": config.model_dump(mode="json"),
         }
 
     def write(self, status: str) -> None:
-        """Write the file, beside its name and renamed."""
+        """Write the file."""
         stages = self._run.summary()["stages"]
         latest = {entry["stage"]: entry for entry in self._run.metrics()}
         content = self._content | {
             "status": status,
             "seconds": round(self._watch.elapsed, 1),
             "stages": stages,
-            # Of a stage that is under way, the last epoch that was recorded.
+            # Of a stage that has not finished, the last epoch that was recorded.
             "unfinished": {name: entry for name, entry in latest.items() if name not in stages},
         }
-        _write_json(self._file, content)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        files.write_json(self._file, content)

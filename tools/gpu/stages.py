@@ -67,7 +67,7 @@ class Stage:
 
 
 def _python(where: Where, module: str, *words: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"benchmarks.gpu.{module}", *words, "--device", where.device)
+    return (sys.executable, "-m", f"tools.gpu.{module}", *words, "--device", where.device)
 
 
 def _checks(check: str, size: str, stage: str = "") -> Maker:

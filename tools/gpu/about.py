@@ -1,4 +1,4 @@
-"""Says what the suite runs on, and whether the module can: ``python -m benchmarks.gpu.about``; one JSON object."""
+"""Says what the suite runs on, and whether the module can: ``python -m tools.gpu.about``; one JSON object."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import describe
 from scan_fast.ops import native
-
-from ..environment import describe
 
 
 def problem(device: str) -> tuple[str, bool]:
@@ -44,7 +43,7 @@ def runs_on(major: int, minor: int, built: list[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.about", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.about", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     device = parser.parse_args().device
     what, mendable = problem(device)

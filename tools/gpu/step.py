@@ -1,4 +1,4 @@
-"""A SimCLR step on CIFAR-10's shapes, in each way of carrying it out: ``python -m benchmarks.gpu.step``.
+"""A SimCLR step on CIFAR-10's shapes, in each way of carrying it out: ``python -m tools.gpu.step``.
 
 ResNet-18 for 32-pixel images, bfloat16 autocast, channels last, SGD; views by the augment kernel from images on the
 device. The ways: PyTorch's layers and loss; our batch normalisation and NT-Xent; the same as one CUDA graph; the same
@@ -200,7 +200,7 @@ def profiled(step: Step, count: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.step", description=__doc__)
     parser.add_argument("--stage", default="step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--kernels", choices=("portable", "sm90"), default="sm90")

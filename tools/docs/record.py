@@ -1,7 +1,7 @@
-"""Measures everything that the documentation quotes: ``python -m benchmarks.record --device cpu [--data FOLDER]``.
+"""Measures everything that the documentation quotes: ``python -m tools.docs.record --device cpu [--data FOLDER]``.
 
 One benchmark after the other, each in a process of its own, into ``benchmarks/results/<device>-<name>.json``; then the
-page is written, see :mod:`benchmarks.report`. Have the machine do nothing else meanwhile. A benchmark that fails is
+page is written, see :mod:`tools.docs.benchmarks`. Have the machine do nothing else meanwhile. A benchmark that fails is
 named at the end, and the exit status is 1; the others are still made. ``--only`` repeats some of them.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import benchmarks as pages
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "convolution")
 OF_THE_CPU = ("convolution", "targets")
 NAMES = (*KERNELS, "views", "accuracy", "end_to_end", "targets")
@@ -37,12 +37,12 @@ def command(name: str, device: str, results: Path, data: Path | None) -> list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.record", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images of the end-to-end benchmark")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these alone")
-    parser.add_argument("--results", type=Path, default=report.RESULTS, help="where the files go")
-    parser.add_argument("--page", type=Path, default=report.PAGE, help="the page to write")
+    parser.add_argument("--results", type=Path, default=pages.RESULTS, help="where the files go")
+    parser.add_argument("--page", type=Path, default=pages.PAGE, help="the page to write")
     options = parser.parse_args()
     results, data = options.results.resolve(), options.data.resolve() if options.data else None
     failed = []
@@ -55,7 +55,7 @@ def main() -> None:
         if subprocess.run(words, cwd=ROOT, check=False).returncode:
             failed.append(name)
         print(f"==== {name}: {time.monotonic() - begin:.0f} s", flush=True)
-    report.write(results, options.page)
+    pages.write(results, options.page)
     print(f"\nwrote {options.page}")
     if failed:
         raise SystemExit(f"failed or missed: {', '.join(failed)}")

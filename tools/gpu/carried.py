@@ -36,7 +36,7 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
     """Put the carried module into ``scan_fast/`` if it fits this interpreter, its torch and this tree.
 
     Args:
-        folder: holds the module and module.json, as ``benchmarks/gpu_build`` writes them.
+        folder: holds the module and module.json, as ``tools/gpu_build`` writes them.
         root: the source tree.
 
     Returns:

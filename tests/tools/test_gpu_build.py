@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import build, carried
+from tools.gpu import build, carried
 
 GCC = shutil.which("gcc")
 needs_tools = pytest.mark.skipif(GCC is None or shutil.which("readelf") is None, reason="needs gcc and readelf")
@@ -262,7 +262,7 @@ def test_a_module_comes_too_late_once_another_is_imported(
 
 def test_importing_it_imports_neither_torch_nor_the_package() -> None:
     code = (
-        "import sys; from benchmarks.gpu import carried; carried.use('/nowhere'); carried.sources(); "
+        "import sys; from tools.gpu import carried; carried.use('/nowhere'); carried.sources(); "
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'scan_fast', 'numpy')])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=carried.ROOT, capture_output=True, text=True)

@@ -1,10 +1,10 @@
-"""Prepares what travels to a rented machine with a GPU and without network; run it as ``benchmarks/gpu_build``.
+"""Prepares what travels to a rented machine with a GPU and without network; run it as ``tools/gpu_build``.
 
 It builds the compiled module for that machine's Python and torch (any Linux with nvcc and no newer a C library than the
 target's will do; no GPU is needed), strips it, checks its size, its ABI and the libraries it wants, imports it in a
 copy of the tree and compares each loss with the reference. Then it adds wheels of what the driver needs and such a
 machine lacks, and, where asked for, the peers' wheels and an archive of images. All of it lies in one folder, which git
-ignores; ``benchmarks.gpu.carried`` takes it from there.
+ignores; ``tools.gpu.carried`` takes it from there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ print(json.dumps(found))
 # Runs in a copy of the tree that holds no module yet, as on the other machine.
 _TRIAL = """
 import json, sys
-from benchmarks.gpu import carried
+from tools.gpu import carried
 refusal = carried.use(sys.argv[1])
 if refusal:
     sys.exit(refusal)
@@ -87,7 +87,7 @@ class BuildError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the folder; a problem is one line on standard error and exit code 2."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu_build", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tools/gpu_build", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--python", default=sys.executable, help="an interpreter like that machine's, with its torch")
     parser.add_argument("--want-python", default="3.12", metavar="X.Y", help="its version (default: %(default)s)")
     parser.add_argument("--want-torch", default="2.11.0+cu130", metavar="V", help="its torch (default: %(default)s)")
@@ -270,7 +270,7 @@ def try_module(python: str, out: Path) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="gpu-build-") as folder:
         copy = Path(folder)
-        for name in ("scan_fast", "csrc", "benchmarks"):
+        for name in ("scan_fast", "csrc", "benchmarks", "tools"):
             unneeded = shutil.ignore_patterns("*.so", "__pycache__", "results", "tests")
             shutil.copytree(ROOT / name, copy / name, ignore=unneeded)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

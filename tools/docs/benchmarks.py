@@ -1,7 +1,7 @@
-"""Writes docs/benchmarks.md and its plots from the results under benchmarks/results/: ``python -m benchmarks.report``.
+"""Writes docs/benchmarks.md and its plots from benchmarks/results/: ``python -m tools.docs.benchmarks``.
 
-Only what is in those files is shown. A result made with ``--quick`` is refused: it is a rehearsal. The tables of trials
-in docs/recipes.md are filled in likewise; the rest of that page is written by hand.
+A result made with ``--quick`` is refused: it is a rehearsal. The tables of trials in docs/recipes.md are written too;
+the rest of that page is written by hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import trials
-from .harness import human_seconds
+from benchmarks import trials
+from benchmarks.harness import human_seconds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 RECIPES = ROOT / "docs" / "recipes.md"
@@ -26,18 +26,18 @@ ORDER = (
 )
 INTRODUCTION = """# Benchmarks
 
-This page is written by `python -m benchmarks.report` from the files under `benchmarks/results/`, each of which names
-its hardware, versions and commit. To measure everything on your machine, which should have nothing else to do, and to
-write this page anew:
+`python -m tools.docs.benchmarks` writes this page from the files under `benchmarks/results/`. Each of them names its
+hardware, versions and commit. To measure everything on your machine, which should be idle otherwise, and to rewrite
+this page:
 
-    python -m benchmarks.record --device cpu     # one at a time: python -m benchmarks.NAME --device cpu --json FILE
+    python -m tools.docs.record --device cpu     # one at a time: python -m benchmarks.NAME --device cpu --json FILE
 
-How it is measured: all contenders run in turns in one process, the results of operations are compared with float64
-before they are timed, and times are medians over the rounds (with the 10th and 90th percentile). "Of limit" compares
-with the time the same machine needs for the unavoidable arithmetic or traffic at rates measured in the same process.
-Memory is the peak beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code
-usually writes it, `benchmarks/eager.py`; the baseline of whole stages is `benchmarks/baseline.py`. What has and has not
-run on a GPU is listed in [gpu-status.md](gpu-status.md).
+Method: all contenders run in turns in one process. The results of operations are compared with float64 before they are
+timed. Times are medians over the rounds, with the 10th and 90th percentile. "Of limit" compares with the time that the
+same machine needs for the unavoidable arithmetic or traffic, at rates measured in the same process. Memory is the peak
+beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code usually writes it
+(`benchmarks/eager.py`); the baseline of whole stages is `benchmarks/baseline.py`. The CUDA kernels that have run on a
+GPU are listed in [gpu-status.md](gpu-status.md).
 """
 
 
@@ -259,7 +259,7 @@ def fill(text: str, results_folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.benchmarks", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()

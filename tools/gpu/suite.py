@@ -1,8 +1,8 @@
-"""Everything that a GPU has to say about the kernels, in a few minutes; run it as ``benchmarks/gpu_suite``.
+"""Everything that a GPU has to say about the kernels, in a few minutes; run it as ``tools/gpu_suite``.
 
 For a machine that is rented by the minute: it needs torch alone, and nvcc only if no module was carried along.
 
-    build     takes the carried module (``benchmarks/gpu_build`` makes it), or builds one for this GPU alone
+    build     takes the carried module (``tools/gpu_build`` makes it), or builds one for this GPU alone
     smoke     every kernel set once, at sizes at which the rings of shared memory go round and blocks get several tiles
     accuracy  against float64, in poisoned memory; bit by bit where that is promised
     timings   against eager PyTorch and torch.compile, with the limit of the hardware
@@ -13,7 +13,7 @@ For a machine that is rented by the minute: it needs torch alone, and nvcc only 
 
 Every stage runs in processes of their own with limits. A kernel set that crashes or hangs is left out from then on, and
 the others go on. FOLDER gets log.txt and summary.json, which is written anew with every result: a run that is cut off
-leaves what it found. ``python -m benchmarks.gpu_status --update SUMMARY ...`` takes summaries into docs/gpu-status.md.
+leaves what it found. ``python -m tools.gpu.status --update SUMMARY ...`` takes summaries into docs/gpu-status.md.
 Exit codes: 0 nothing failed, 1 something failed or was not finished, 2 cannot start, 130 and 143 interrupted.
 """
 
@@ -271,7 +271,7 @@ def provide_module(suite: Suite, build: bool) -> str:
 def look_around(suite: Suite) -> tuple[str, bool]:
     """Note what this machine is; return why the suite cannot run on it, in one line, and whether building may help."""
     found: dict[str, Any] = {}
-    command = (sys.executable, "-m", "benchmarks.gpu.about", "--device", suite.device)
+    command = (sys.executable, "-m", "tools.gpu.about", "--device", suite.device)
     outcome = jobs.run(Job(command), min(60.0 * suite.pace, suite.left()), suite.log, found.update)
     if "environment" not in found:
         return f"the package cannot be imported ({outcome.status}): {' '.join(outcome.tail[-1:])}", False
@@ -308,7 +308,7 @@ def chosen(text: str) -> tuple[list[str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path(os.environ.get("OUT") or "gpu_suite_out"))
     parser.add_argument("--rehearse", action="store_true", help="the same stages on the CPU, with tiny sizes")

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import about, cases, checks, conclusions, jobs, stages, suite
-from benchmarks.gpu.jobs import Job
-from benchmarks.gpu.stages import Stage, Where
 from scan_fast.ops import native
+from tools.gpu import about, cases, checks, conclusions, jobs, stages, suite
+from tools.gpu.jobs import Job
+from tools.gpu.stages import Stage, Where
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_module = pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
@@ -45,7 +45,7 @@ def rehearsal(folder: Path, out: Path, *words: str) -> list[str]:
     """The command of a rehearsal without the packages that a bare machine lacks."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(HIDDEN.format(names=LACKING))
-    return [sys.executable, "-m", "benchmarks.gpu.suite", "--rehearse", str(out), *words]
+    return [sys.executable, "-m", "tools.gpu.suite", "--rehearse", str(out), *words]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -129,7 +129,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(tmp_path: Path, how: signal.
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "benchmarks.gpu.suite", str(tmp_path), "--no-build"]
+    command = [sys.executable, "-m", "tools.gpu.suite", str(tmp_path), "--no-build"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 2
     assert "torch sees no GPU; --rehearse" in finished.stdout and "Traceback" not in finished.stdout + finished.stderr

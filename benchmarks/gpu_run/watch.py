@@ -1,4 +1,4 @@
-"""When a run has to stop: its time is up, or a signal came. Standard library only."""
+"""When a run has to stop: its time is up, or a signal came."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from scan_fast.training.context import Context
+from scan_fast.training.context import Context
 
 STOP_SHARE = 0.02
-"""When so much of the minutes is left, training stops at a checkpoint."""
+"""Part of the minutes that is left when training stops at a checkpoint."""
 EXIT_TIME = 3
 
 
 class Stopped(BaseException):
-    """The run ends here, and can go on later; like KeyboardInterrupt, nothing in between should catch it."""
+    """The run ends here and can be resumed; as with KeyboardInterrupt, nothing in between should catch it."""
 
     def __init__(self, status: str, code: int) -> None:
         super().__init__(status)
@@ -28,8 +26,8 @@ class Stopped(BaseException):
 class Watch:
     """Knows when to stop: when the time is up, or on SIGINT or SIGTERM.
 
-    While a stage trains, the next step writes a checkpoint and the one after it stops; elsewhere it stops at once, and
-    so does a second signal.
+    While a stage trains, the next step writes a checkpoint and the one after it stops. Elsewhere the run stops at once,
+    and so it does on a second signal.
     """
 
     def __init__(self, minutes: float, begin: float) -> None:
@@ -41,12 +39,12 @@ class Watch:
 
     @property
     def elapsed(self) -> float:
-        """The seconds since this process began."""
+        """Seconds since this process began."""
         return time.monotonic() - self.begin
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals for the time."""
+        """Handle SIGINT and SIGTERM in the block."""
         former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -61,10 +59,10 @@ class Watch:
             raise self._wanted
 
     def check(self) -> None:
-        """Stop between two stages, where nothing is under way.
+        """Stop between two stages.
 
         Raises:
-            Stopped: where it is time.
+            Stopped: if it is time.
         """
         if self._wanted is None and self.elapsed >= (1 - STOP_SHARE) * self.seconds:
             self._wanted = Stopped(f"time is up after {self.elapsed / 60:.1f} minutes", EXIT_TIME)
@@ -72,13 +70,13 @@ class Watch:
             raise self._wanted
 
     def after_step(self, context: Context) -> None:
-        """Stop between two training steps, once a checkpoint holds them all."""
+        """Stop between two training steps, after a checkpoint that holds them all."""
         try:
             self.check()
         except Stopped:
             if self._saving:
                 raise
-            # The loop asks after every step how old the last checkpoint may be: it writes one now.
+            # After every step the loop asks how old the last checkpoint may be: now it writes one.
             self._saving = True
             runtime = context.config.runtime.model_copy(update={"checkpoint_seconds": 0.0})
             context.config = context.config.model_copy(update={"runtime": runtime})

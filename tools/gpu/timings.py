@@ -1,4 +1,4 @@
-"""Times the kernels against PyTorch: ``python -m benchmarks.gpu.timings [--sets ...] [--more | --peers]``.
+"""Times the kernels against PyTorch: ``python -m tools.gpu.timings [--sets ...] [--more | --peers]``.
 
 The cases and contenders are those of ``benchmarks.nt_xent`` and the like; ours are timed once per kernel set, side by
 side with eager PyTorch in one process. The first size of every family comes first, and torch.compile, which takes
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import batch_norm, harness, neighbors, nt_xent, scan_loss, self_label
+from benchmarks.ceilings import Work, measure_ceilings
+from benchmarks.harness import Case, Contender, Effort, Tensors
 from scan_fast.ops import native
 from scan_fast.ops.tracing import trace_launches
 
-from .. import batch_norm, harness, neighbors, nt_xent, scan_loss, self_label
-from ..ceilings import Work, measure_ceilings
-from ..harness import Case, Contender, Effort, Tensors
 from .cases import SETS, ViewCase, view_inputs, views
 from .checks import _sets, emit, prefer
 
@@ -183,7 +183,7 @@ def compile_only(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.timings", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.timings", description=__doc__)
     parser.add_argument("--stage", default="timings")
     parser.add_argument("--sets", nargs="+", type=_sets, default=list(SETS), metavar="FAMILY:KERNELS")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -31,7 +31,7 @@ bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, o
 	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120
 
 results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
-	$(BIN)/python -m benchmarks.record --device cpu $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tools.docs.record --device cpu $(if $(DATA),--data $(DATA))
 
 install: $(STAMP)
 

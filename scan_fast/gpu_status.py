@@ -3,7 +3,7 @@
 gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
 ``"failed"`` or ``"partly run"`` (it ran; ``"latest"`` has the reason), ``"unverified"`` (an earlier form of it passed;
 that record stays under ``"passed"``) or ``"never run"``.
-``python -m benchmarks.gpu_status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
+``python -m tools.gpu.status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
 without a self-test (``ops/trust.py``).
 """
 

@@ -1,6 +1,5 @@
 """The end-to-end benchmark: both sides compute the same, its counts are right, its result is what it measured."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from scan_fast.runs.tracker import Tracker
 from scan_fast.training.context import Context, open_context
 from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
 from tools.docs import benchmarks as pages
-from tools.docs import record
 
 SMALL = ("model.width=0.125", "pretext.batch_size=16", "clustering.batch_size=16", "selflabel.batch_size=16")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -215,13 +213,3 @@ def test_stage_targets_are_missed_by_less_and_by_nothing() -> None:
         assert not target.is_met(target.value({"stages": []}))
     assert targets.StageTarget("pretext", times=3.9).is_met(3.9)
     assert not targets.StageTarget("search", times=1.0).is_met(targets.StageTarget("search", times=1.0).value(result))
-
-
-def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
-    for name in record.NAMES:
-        assert importlib.util.find_spec(f"benchmarks.{name}") is not None
-        words = record.command(name, "cpu", tmp_path, Path("/images"))
-        assert words[words.index("--json") + 1] == str(tmp_path / f"cpu-{name}.json")
-        assert ("/images" in words) == (name == "end_to_end")
-    assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
-    assert {*record.NAMES} == {*pages.ORDER}

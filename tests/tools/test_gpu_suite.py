@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ import pytest
 import torch
 
 from scan_fast.ops import native
-from tools.gpu import about, cases, checks, conclusions, jobs, stages, suite
+from scan_fast.ops.families import GPU_FAMILIES
+from tools.gpu import about, conclusions, jobs, stages, suite
 from tools.gpu.jobs import Job
 from tools.gpu.stages import Stage, Where
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_module = pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
 SETS = tuple(conclusions.kernel_sets())
-# What a rented machine may lack.
+# Packages that a rented machine may lack are hidden.
 HIDDEN = """
 import sys
 from importlib.machinery import PathFinder
@@ -42,7 +42,7 @@ LACKING |= {"sklearn", "scipy", "faiss", "jinja2", "lightly", "pytorch_metric_le
 
 
 def rehearsal(folder: Path, out: Path, *words: str) -> list[str]:
-    """The command of a rehearsal without the packages that a bare machine lacks."""
+    """Return the command of a rehearsal without the packages that a bare machine lacks."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(HIDDEN.format(names=LACKING))
     return [sys.executable, "-m", "tools.gpu.suite", "--rehearse", str(out), *words]
@@ -82,11 +82,13 @@ def test_a_rehearsal_on_a_bare_machine(tmp_path: Path) -> None:
     assert set(ends.values()) == {"passed"}, summary["notes"]
     for name in SETS:
         known = summary["sets"][name]["stages"]
-        for stage in conclusions.gating(name):
+        for stage in conclusions.GATING:
             assert conclusions.is_through(known[stage]), (name, stage)
             assert all(case["ran"] == ["cpu"] for case in known[stage]["cases"].values())
     assert all(kernel["status"] == conclusions.VERIFIED for kernel in summary["kernels"].values())
-    assert {timing["family"] for timing in summary["timings"] if timing["stage"] == "timings"} == set(cases.FAMILIES)
+    assert {timing["family"] for timing in summary["timings"] if timing["stage"] == "timings"} == {
+        family.name for family in GPU_FAMILIES
+    }
     assert {entry["way"] for entry in summary["step"] if "seconds" in entry} >= {"PyTorch", "ours", "ours, compiled"}
     assert any(entry.get("profile") for entry in summary["step"])
     assert len(list((tmp_path / "out").iterdir())) <= 8
@@ -420,256 +422,3 @@ def test_a_child_that_holds_the_output_does_not_hold_the_suite() -> None:
     begin = time.monotonic()
     outcome = jobs.run(Job((sys.executable, "-c", text)), 50, io.StringIO(), lambda line: None)
     assert outcome.status == "passed" and time.monotonic() - begin < 30
-
-
-# ---- conclusions ---------------------------------------------------------------------------------------------------
-
-
-def stage_record(*problems: str, done: bool = True) -> dict[str, Any]:
-    """What is known of a stage whose cases 0, 1, ... had these problems, "" for none."""
-    cases = {str(i): {"problem": text, "ran": [], "seconds": 0.1} for i, text in enumerate(problems)}
-    return conclusions.empty() | {"cases": cases, "done": done}
-
-
-def summary_of(hashes: str = "a", device: str = "a GPU", **of_scan_loss: dict[str, Any]) -> dict[str, Any]:
-    """A summary in which every set passed everything, but for what is given of the SCAN loss."""
-    sets = {
-        name: {
-            "source": source,
-            "sha256": hashes * 64,
-            "stages": {stage: stage_record("", "") for stage in conclusions.gating(name)},
-        }
-        for name, source in conclusions.kernel_sets().items()
-    }
-    sets["scan_loss:portable"]["stages"] |= of_scan_loss
-    found: dict[str, Any] = {"rehearsal": False, "date": "2030-01-02", "environment": {"device": device, "commit": "c"}}
-    found |= {"stages": {}, "sets": sets, "timings": [], "step": [], "notes": [], "finished": True}
-    conclusions.conclude(found)
-    return found
-
-
-def scan_loss_of(summary: dict[str, Any]) -> dict[str, Any]:
-    kernel: dict[str, Any] = summary["kernels"]["scan_loss/scan_loss_cuda"]
-    return kernel
-
-
-def test_verified_is_what_passed_everything() -> None:
-    assert {kernel["status"] for kernel in summary_of()["kernels"].values()} == {conclusions.VERIFIED}
-    assert len(summary_of()["kernels"]) == len(SETS)
-    for stage in conclusions.gating("scan_loss:portable"):
-        for gap in (stage_record("", "", done=False), stage_record()):
-            kernel = scan_loss_of(summary_of(**{stage: gap}))
-            assert (kernel["status"], kernel["reason"]) == (conclusions.PARTLY, f"not finished: {stage}")
-    kernel = scan_loss_of(summary_of(timings=stage_record("", "nan", "inf")))
-    assert (kernel["status"], kernel["reason"]) == (conclusions.FAILED, "timings: 1: nan (and 1 more)")
-    assert conclusions.gating("augment:portable") == ("smoke", "accuracy", "repeat", "memcheck")
-
-
-def test_a_stage_that_a_machine_cannot_run_is_waived_and_named() -> None:
-    summary = summary_of(memcheck=conclusions.empty())
-    assert scan_loss_of(summary)["status"] == conclusions.PARTLY
-    summary["stages"]["memcheck"] = {"status": "not here", "seconds": 0.0}
-    conclusions.conclude(summary)
-    assert scan_loss_of(summary)["status"] == conclusions.VERIFIED and scan_loss_of(summary)["waived"] == ["memcheck"]
-
-
-def test_merging_lets_the_later_run_speak() -> None:
-    first, second = summary_of(accuracy=stage_record("", "nan")), summary_of()
-    second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": stage_record("", "")}  # only this ran again
-    assert scan_loss_of(first)["status"] == conclusions.FAILED
-    merged = conclusions.merge([first, second])
-    assert scan_loss_of(merged)["status"] == conclusions.VERIFIED
-    assert scan_loss_of(first)["status"] == conclusions.FAILED, "merging changed what it was given"
-    assert scan_loss_of(conclusions.merge([second, first]))["status"] == conclusions.FAILED
-    # A run that was cut off before it came to the failure says nothing about it.
-    second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": stage_record("", done=False)}
-    assert scan_loss_of(conclusions.merge([first, second]))["reason"] == "accuracy: 1: nan"
-    # Another source starts anew: neither what the former passed counts, nor what failed.
-    second["sets"]["scan_loss:portable"]["sha256"] = "b" * 64
-    merged = conclusions.merge([first, second])
-    assert scan_loss_of(merged)["status"] == conclusions.PARTLY and scan_loss_of(merged)["sha256"] == "b" * 64
-    with pytest.raises(ValueError, match="a GPU, another"):
-        conclusions.merge([first, summary_of(device="another")])
-
-
-def test_a_hang_counts_until_the_stage_has_come_to_its_end() -> None:
-    hung = stage_record("", done=False) | {"lost": "hung after 20 s in 1"}
-    first, cut_off, right = (summary_of(smoke=s) for s in (hung, stage_record("", done=False), stage_record("", "")))
-    assert scan_loss_of(first)["reason"] == "smoke: hung after 20 s in 1"
-    assert scan_loss_of(conclusions.merge([first, cut_off]))["status"] == conclusions.FAILED
-    assert scan_loss_of(conclusions.merge([first, cut_off, right]))["status"] == conclusions.VERIFIED
-
-
-def test_merged_summaries_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [tmp_path / name for name in ("one.json", "two.json")]
-    for file in files:
-        file.write_text(json.dumps(summary_of()))
-    assert suite.main([str(tmp_path / "out"), "--merge", *map(str, files)]) == 0
-    assert "verified    scan_loss/scan_loss_cuda" in capsys.readouterr().out
-    merged = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert scan_loss_of(merged)["status"] == conclusions.VERIFIED
-
-
-def test_the_kernels_that_ran_must_be_those_asked_for() -> None:
-    assert checks.wrong_kernels("sm90", ["prepare<float>", "forward_sm90_kernel<8>"], "cuda") == ""
-    assert "portable kernels ran" in checks.wrong_kernels("sm90", ["prepare<float>", "forward_kernel"], "cuda")
-    assert "sm_90a ran" in checks.wrong_kernels("portable", ["forward_sm90_kernel<8>"], "cuda")
-    assert "no kernel" in checks.wrong_kernels("portable", [], "cuda")
-    assert checks.wrong_kernels("sm90", [], "cpu") == ""
-
-
-def test_the_kernels_for_sm90_are_asked_only_for_what_they_cover() -> None:
-    """csrc/nt_xent/nt_xent_sm90.cu: 128 dimensions in float32 accuracy, 256 else; csrc/neighbors: not most rows."""
-    for size in cases.SIZES:
-        for case in (case for case in cases.gradient_cases(size) if case.family == "nt_xent"):
-            dim = case.shape[1]
-            assert case.runs_on("sm90", torch.float32) == (dim <= 128)
-            assert case.runs_on("sm90", torch.bfloat16) == (dim <= 256)
-            assert case.runs_on("portable", torch.float32)
-        wide = [case.runs_on("sm90") for case in cases.neighbor_cases(size) if 2 * case.k >= case.rows]
-        assert not any(wide)
-        assert any(case.runs_on("sm90") for case in cases.neighbor_cases(size))
-    labels = [label for label, _ in checks.accuracy("neighbors", "sm90", "cpu", 1, "tiny")]
-    assert labels == ["70x9 k=3 cosine", "70x9 k=3 cosine, queries"]
-
-
-def test_sizes_go_round_on_a_large_gpu() -> None:
-    """On 132 multiprocessors a block of the kernels for sm_90a has several tiles at the sizes of smoke and accuracy."""
-    for size in ("smoke", "full"):
-        nt_xent = [c.shape for c in cases.gradient_cases(size) if c.family == "nt_xent"]
-        # A triangle of 128 x 128 tiles over 2N rows.
-        tiles = [(2 * n // 128) * (2 * n // 128 + 1) // 2 for n, _ in nt_xent]
-        assert max(tiles) >= 8 * 132
-        assert max((case.rows // 128) ** 2 for case in cases.neighbor_cases(size)) >= 8 * 132
-    # A search of nearly all rows has no fast form, whose kernels alone are different on sm_90a.
-    tiny = {kernels: [c.k for c in cases.neighbor_cases("tiny", kernels)] for kernels in ("portable", "sm90")}
-    assert tiny == {"portable": [3, 39], "sm90": [3]}
-    sides = {case.side for case in cases.view_cases("full")}
-    assert {17, 19, 22, 111, 113} <= sides
-
-
-# ---- the checks themselves -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On shapes this small, threads that wait for each other are all there is to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def problems(check: str, family: str, seed: int = 3) -> dict[str, str]:
-    """What a check finds in a family at tiny sizes, by case."""
-    found = checks.CHECKS[check](family, "portable", "cpu", seed, "tiny")
-    results = {label: checks.run_case({}, "portable", "cpu", body) for label, body in found}
-    assert results
-    return {label: result["problem"] for label, result in results.items() if not result["passed"]}
-
-
-@pytest.mark.parametrize("both", [True, False])
-def test_the_oracle_of_nt_xent_is_the_reference_block_by_block(both: bool) -> None:
-    z0, z1 = (torch.randn(2, 37, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).unbind()
-    z1[3] = 0
-    upstream = torch.linspace(-1, 2, 74 if both else 37, dtype=torch.float64)
-    expected = cases._nt_xent(both, "reference")(z0, z1, upstream)
-    found = cases.exact_nt_xent(z0, z1, upstream, both, rows_per_block=16)
-    # A row of zeros has no direction; the reference differentiates its clamped length, which is of no use to a test.
-    for ours, theirs in zip(found, expected, strict=True):
-        rows = theirs.abs() < 1e6
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-11, atol=1e-12)
-
-
-@needs_module
-def test_the_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    assert problems("accuracy", "scan_loss") == {}
-    right = cases.scan_fast.scan_loss
-
-    def slightly_off(*arguments: Any, **options: Any) -> Any:
-        total, consistency, entropy = right(*arguments, **options)
-        return total * 1.001, consistency, entropy
-
-    monkeypatch.setattr(cases.scan_fast, "scan_loss", slightly_off)
-    assert any("float32" in label and "allowed" in text for label, text in problems("accuracy", "scan_loss").items())
-
-    def broken(*arguments: Any, **options: Any) -> Any:
-        raise RuntimeError("an illegal memory access\nand more")
-
-    monkeypatch.setattr(cases.scan_fast, "scan_loss", broken)
-    assert set(problems("accuracy", "scan_loss").values()) == {"RuntimeError: an illegal memory access"}
-
-
-@needs_module
-def test_the_checks_find_a_layer_that_forgets_its_statistics(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    assert problems("accuracy", "batch_norm", 6) == {}
-    right = cases.batch_norm
-
-    def forgets(x: torch.Tensor, *arguments: Any, impl: str, **options: Any) -> torch.Tensor:
-        if impl == "native":
-            arguments = (*arguments[:3], arguments[3].clone())
-        return right(x, *arguments, impl=impl, **options)
-
-    monkeypatch.setattr(cases, "batch_norm", forgets)
-    found = problems("accuracy", "batch_norm", 6)
-    assert found and all("training" in label for label in found)
-
-
-@needs_module
-def test_the_checks_find_a_view_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    assert problems("accuracy", "augment", 4) == {}
-    right = cases.augment
-
-    def off_in_batches(images: torch.Tensor, recipes: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        views = right(images, recipes, *arguments)
-        if len(views) > 1:
-            views[1, 0, 0, 0] += 1
-        return views
-
-    monkeypatch.setattr(cases, "augment", off_in_batches)
-    assert problems("accuracy", "augment", 4)
-
-
-@needs_module
-def test_a_search_of_many_rows_is_compared_on_some(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    many = cases.NeighborCase(900, 16, 7, "cosine", 90)
-    monkeypatch.setitem(cases._NEIGHBORS, "tiny", [many])
-    assert problems("accuracy", "neighbors") == {}
-    right = cases.scan_fast.topk_neighbors
-
-    def swaps(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        value, index = right(x, *arguments, **options)
-        if options["impl"] == "native":
-            index[450, :2] = index[450, [1, 0]]  # a row among the duplicates, which are always compared
-        return value, index
-
-    monkeypatch.setattr(cases.scan_fast, "topk_neighbors", swaps)
-    assert "2 of" in problems("accuracy", "neighbors")[many.label]
-
-
-@needs_module
-def test_a_replay_must_follow_its_inputs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    assert problems("graph", "neighbors", 5) == {}
-    right = cases.scan_fast.topk_neighbors
-    calls = []
-
-    def remembers(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        calls.append(right(x, *arguments, **options))
-        return calls[0] if len(calls) > 1 else calls[-1]
-
-    monkeypatch.setattr(cases.scan_fast, "topk_neighbors", remembers)
-    assert problems("graph", "neighbors", 5)
-
-
-@needs_module
-def test_the_same_call_must_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    assert problems("repeat", "self_label") == {}
-    right = cases.scan_fast.self_label_loss
-    calls = iter(range(1000))
-
-    def drifts(*arguments: Any, **options: Any) -> Any:
-        loss, count = right(*arguments, **options)
-        return loss * (1 + 1e-6 * (next(calls) % 2)), count
-
-    monkeypatch.setattr(cases.scan_fast, "self_label_loss", drifts)
-    assert "the same call gave other bits" in problems("repeat", "self_label").values()

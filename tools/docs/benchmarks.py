@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import trials
-from benchmarks.harness import human_seconds
+from benchmarks.family import human_seconds
+from scan_fast.ops.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 RECIPES = ROOT / "docs" / "recipes.md"
-ORDER = (
-    *("targets", "accuracy", "end_to_end"),
-    *("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "convolution", "views"),
-)
+ORDER = ("targets", "accuracy", "end_to_end", *FAMILIES, "views")
 INTRODUCTION = """# Benchmarks
 
 `python -m tools.docs.benchmarks` writes this page from the files under `benchmarks/results/`. Each of them names its
@@ -42,7 +40,7 @@ GPU are listed in [gpu-status.md](gpu-status.md).
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Read all results of a folder that this page shows, in its order."""
+    """Read the results of a folder that this page shows, in its order."""
     results = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())

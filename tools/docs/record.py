@@ -1,8 +1,8 @@
 """Measures everything that the documentation quotes: ``python -m tools.docs.record --device cpu [--data FOLDER]``.
 
-One benchmark after the other, each in a process of its own, into ``benchmarks/results/<device>-<name>.json``; then the
-page is written, see :mod:`tools.docs.benchmarks`. Have the machine do nothing else meanwhile. A benchmark that fails is
-named at the end, and the exit status is 1; the others are still made. ``--only`` repeats some of them.
+One benchmark after the other runs in a separate process and writes ``benchmarks/results/<device>-<name>.json``; then
+:mod:`tools.docs.benchmarks` writes the page. The machine should be idle otherwise. If a benchmark fails, the others
+still run; its name is printed at the end, and the exit status is 1. ``--only`` repeats some of them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
+from scan_fast.ops.families import FAMILIES
+
 from . import benchmarks as pages
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("nt_xent", "scan_loss", "self_label", "neighbors", "batch_norm", "convolution")
-OF_THE_CPU = ("convolution", "targets")
-NAMES = (*KERNELS, "views", "accuracy", "end_to_end", "targets")
+NAMES = (*FAMILIES, "views", "accuracy", "end_to_end", "targets")
+CPU_ONLY = ("targets", *(family.name for family in FAMILIES.values() if family.portable is None))
 
 
 def command(name: str, device: str, results: Path, data: Path | None) -> list[str]:
@@ -47,7 +48,7 @@ def main() -> None:
     results, data = options.results.resolve(), options.data.resolve() if options.data else None
     failed = []
     for name in options.only:
-        if name in OF_THE_CPU and options.device != "cpu":
+        if name in CPU_ONLY and options.device != "cpu":
             continue
         print(f"\n==== {name}", flush=True)
         begin = time.monotonic()

@@ -1,6 +1,6 @@
-"""What the lines of the GPU suite's stages mean: per kernel set what ran, what failed, and whether it is verified.
+"""Concludes from the lines of the GPU suite's stages: what ran of each kernel set, what failed, what is verified.
 
-A set is a family and its kernels, "nt_xent:sm90". Standard library only: the suite's own process loads no torch.
+A set is a family and its kernels, "nt_xent:sm90". Standard library only: the process of the suite loads no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 GATING = ("smoke", "accuracy", "repeat", "graph", "memcheck")
-"""The stages that a set must pass; the timings only fail a set that computes something wrong while it is timed."""
+"""Stages that a set must pass. The timings only fail a set that computes something wrong while it is timed."""
 SANITIZERS = ("memcheck", "initcheck", "racecheck")
-"""The stages under compute-sanitizer. What goes wrong there without a complaint of its own is the tool's affair."""
+"""Stages under compute-sanitizer. A failure there without a complaint is one of the tool."""
 COUNTING = (*GATING, "timings", "peers", "more")
-"""The stages in which a failure of ours is a failure of the kernel; the others inform."""
+"""Stages in which a failure is a failure of the kernel; the others inform."""
 VERIFIED, FAILED, PARTLY, NEVER = "verified", "failed", "partly run", "never run"
 
 
 def load(path: str) -> ModuleType:
-    """Return a module of the tree by its file, without its package, which would load torch and the compiled module."""
+    """Import a module of the tree by its file, without its package, which would load torch and the compiled module."""
     name = "gpu_suite_" + Path(path).stem
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / path)
@@ -49,22 +49,18 @@ def source_hashes() -> dict[str, str]:
     return {name: status.source_hash(csrc, path) for name, path in status.kernels_of(csrc).items()}
 
 
-def gating(kernel_set: str) -> tuple[str, ...]:
-    """Return the stages that a set must pass. The host reads the views' recipes: no graph can hold them."""
-    return tuple(stage for stage in GATING if stage != "graph" or not kernel_set.startswith("augment:"))
-
-
 def empty() -> dict[str, Any]:
-    """Return what is known of one stage of one set before it has run.
+    """Return the record of one stage of one set before it has run.
 
     ``cases`` by label: ``problem``, ``ran`` and ``seconds``; ``lost``: why a process ended within this set;
-    ``complaints``: of compute-sanitizer; ``done``: whether all of the cases came to an end.
+    ``complaints``: of compute-sanitizer; ``exempt``: why the stage makes no sense for the set, "" if it does; ``done``:
+    whether all cases have finished.
     """
-    return {"cases": {}, "complaints": [], "lost": "", "done": False}
+    return {"cases": {}, "complaints": [], "lost": "", "exempt": "", "done": False}
 
 
 def note(sets: dict[str, Any], line: dict[str, Any]) -> None:
-    """Take one line of a stage into what is known of the sets."""
+    """Add one line of a stage to the records of the sets."""
     known = sets.get(f"{line.get('family')}:{line.get('kernels')}")
     if known is None:
         return
@@ -74,12 +70,14 @@ def note(sets: dict[str, Any], line: dict[str, Any]) -> None:
     elif "passed" in line:
         case = {"problem": "" if line["passed"] else line.get("problem") or "failed"}
         stage["cases"][line["case"]] = case | {key: line[key] for key in ("ran", "seconds") if key in line}
+    elif "exempt" in line:
+        stage["exempt"] = line["exempt"]
     elif line.get("done"):
         stage["done"] = True
 
 
 def failures(name: str, stage: dict[str, Any]) -> list[str]:
-    """Return what shows, in a stage's record of a set, that the kernels are wrong."""
+    """Return the entries of a stage's record of a set that show that the kernels are wrong."""
     if name not in COUNTING:
         return []
     found = [f"{label}: {case['problem']}" for label, case in stage["cases"].items() if case["problem"]]
@@ -89,16 +87,15 @@ def failures(name: str, stage: dict[str, Any]) -> list[str]:
 
 
 def is_through(stage: dict[str, Any] | None) -> bool:
-    """Return whether all cases of a stage came to an end, and there were some."""
-    return stage is not None and stage["done"] and bool(stage["cases"]) and not stage["lost"]
+    """Return whether all cases of a stage have finished, and there were some or need not be."""
+    return stage is not None and stage["done"] and bool(stage["cases"] or stage["exempt"]) and not stage["lost"]
 
 
-def verdict(kernel_set: str, stages: dict[str, Any], waived: Iterable[str] = ()) -> tuple[str, str]:
+def verdict(stages: dict[str, Any], waived: Iterable[str] = ()) -> tuple[str, str]:
     """Return a set's status and the reason in one line.
 
     Args:
-        kernel_set: such as "nt_xent:sm90".
-        stages: what is known by stage, as :func:`note` fills it.
+        stages: the records by stage, as :func:`note` fills them.
         waived: gating stages that this machine cannot run.
     """
     wrong = [f"{name}: {text}" for name, stage in stages.items() for text in failures(name, stage)]
@@ -107,7 +104,7 @@ def verdict(kernel_set: str, stages: dict[str, Any], waived: Iterable[str] = ())
     if not any(stage["cases"] for stage in stages.values()):
         return NEVER, ""
     missing = []
-    for name in gating(kernel_set):
+    for name in GATING:
         stage = stages.get(name)
         if name in tuple(waived):
             continue
@@ -122,8 +119,8 @@ def conclude(summary: dict[str, Any]) -> None:
     """Write every kernel's status into a summary, from its sets."""
     waived = [name for name, stage in summary["stages"].items() if stage["status"].startswith("not here")]
     kernels = {}
-    for kernel_set, known in summary["sets"].items():
-        status, reason = verdict(kernel_set, known["stages"], waived)
+    for known in summary["sets"].values():
+        status, reason = verdict(known["stages"], waived)
         kernels[known["source"]] = {
             "sha256": known["sha256"],
             "status": status,
@@ -137,10 +134,11 @@ def conclude(summary: dict[str, Any]) -> None:
 def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one summary of several runs of the same kind on the same model of GPU, in their order.
 
-    Of a set whose source is the same, the later result of a case wins; one whose source has changed starts anew.
+    The later result of a case counts, as long as the source of the set is the same; otherwise the earlier ones of the
+    set are dropped.
 
     Raises:
-        ValueError: for rehearsals among results, or different devices.
+        ValueError: rehearsals among results, or different devices.
     """
     kinds = {(summary["rehearsal"], summary["environment"].get("device")) for summary in summaries}
     if len(kinds) != 1:
@@ -172,10 +170,11 @@ def _which(timing: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _both(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Return a stage's record after it ran twice. What ended a process counts until the stage came to its end."""
+    """Return a stage's record after it ran twice. What ended a process counts until the stage has finished once."""
     if later["done"] and not later["lost"]:
         complaints, lost = later["complaints"], ""
     else:
         complaints, lost = earlier["complaints"] + later["complaints"], later["lost"] or earlier["lost"]
     cases = {**earlier["cases"], **copy.deepcopy(later["cases"])}
-    return {"cases": cases, "complaints": complaints, "lost": lost, "done": earlier["done"] or later["done"]}
+    done, exempt = earlier["done"] or later["done"], earlier["exempt"] or later["exempt"]
+    return {"cases": cases, "complaints": complaints, "lost": lost, "exempt": exempt, "done": done}

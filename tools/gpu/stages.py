@@ -13,21 +13,20 @@ from .jobs import Job
 
 PEERS = ("inf_cl", "memeff", "siglip_kernel")
 COMPLAINTS = r"^=+ *(Invalid|Misaligned|Uninitialized|Race reported|Error: |Barrier|Divergent|Out[- ]of|Stack over)"
-REHEARSED = ("scan_loss:portable",)
 REFUSALS = ("Device not supported", "Unable to find", "terminated before first instrumented", "Failed to initialize")
-"""What compute-sanitizer says where it cannot work on a machine."""
+"""Messages of compute-sanitizer on a machine on which it does not work."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """What the processes of a stage are run for.
+    """Circumstances of a stage.
 
     Attributes:
         device: "cuda", or "cpu" for a rehearsal.
-        seconds: how long the stage may take.
-        folder: what was carried along, if anything.
-        patience: multiplies how long a silent process is waited for.
-        wanted: the stages that are to run.
+        seconds: time limit of the stage.
+        folder: the folder that was carried along, if any.
+        patience: factor of the time after which a silent process counts as hung.
+        wanted: the stages of this run.
     """
 
     device: str
@@ -51,11 +50,11 @@ class Stage:
 
     Attributes:
         name: of the stage.
-        seconds: its limit.
-        need: what is kept of the time for it by stages before it that do not decide about a kernel.
-        at_a_time: how many of its processes run at the same time.
-        jobs: what to run for some kernel sets.
-        beside: what to run at the same time, for a later stage.
+        seconds: its time limit.
+        need: seconds that earlier stages leave to it if they do not decide about a kernel.
+        at_a_time: the number of its processes that run at the same time.
+        jobs: makes the processes for some kernel sets.
+        beside: makes processes that run at the same time, for a later stage.
     """
 
     name: str
@@ -73,9 +72,9 @@ def _python(where: Where, module: str, *words: str) -> tuple[str, ...]:
 def _checks(check: str, size: str, stage: str = "") -> Maker:
     def make(where: Where, sets: tuple[str, ...]) -> list[Job]:
         words = (check, "--stage", stage or check, "--size", "tiny" if where.rehearse else size, "--sets")
-        # On a processor the kernels run one after the other: processes would only load torch again and again.
+        # On a CPU the kernels run one after the other: more processes would only load torch again and again.
         groups = [sets] if where.rehearse else [(s,) for s in sets]
-        # Many processes, each of which computes references on the processor.
+        # Many processes, each of which computes references on the CPU.
         threads = {} if where.rehearse else {"OMP_NUM_THREADS": "4"}
         return [
             Job(_python(where, "checks", *words, *group), group, threads, patience=20 * where.patience)
@@ -112,24 +111,24 @@ def peers_path(folder: Path | None) -> dict[str, str]:
 
 
 def _step(where: Where, sets: tuple[str, ...]) -> list[Job]:
-    words = ["--kernels", "sm90" if "nt_xent:sm90" in sets else "portable"]
-    words += ["--seconds", f"{0.7 * where.seconds:.0f}", *(["--quick"] if where.rehearse else [])]
-    needed = any(name.startswith(("nt_xent:", "batch_norm:", "augment:")) for name in sets)
-    return [Job(_python(where, "step", *words), patience=60 * where.patience)] if needed else []
+    words = ["--seconds", f"{0.7 * where.seconds:.0f}", *(["--quick"] if where.rehearse else []), "--sets", *sets]
+    return [Job(_python(where, "step", *words), patience=60 * where.patience)] if sets else []
 
 
 def _compiling(where: Where, sets: tuple[str, ...]) -> list[Job]:
-    """Have torch.compile fill its cache on all cores, so that the timings need not wait for it.
+    """Fill the cache of torch.compile on all cores, so that the timings need not wait for it.
 
-    In a rehearsal only one family does, because that takes as long as it saves on two cores.
+    In a rehearsal only the last family is compiled: on two cores it takes as long as it saves.
     """
     found = []
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}
-    compiled = tuple(s for s in sets if not s.startswith(("augment:", "neighbors:")))
-    if "timings" in where.wanted and compiled:
-        groups = [(s,) for s in compiled if s.endswith(":portable") and (s in REHEARSED or not where.rehearse)]
+    if "timings" in where.wanted:
+        portable = [s for s in sets if s.endswith(":portable")]
         quick = ("--quick",) if where.rehearse else ()
-        commands = [_python(where, "timings", "--compile", *quick, "--sets", *group) for group in groups]
+        commands = [
+            _python(where, "timings", "--compile", *quick, "--sets", name)
+            for name in (portable[-1:] if where.rehearse else portable)
+        ]
         found += [Job(command, (), threads, prepares=True) for command in commands]
     if "step" in where.wanted and not where.rehearse:
         found += [Job((*job.command, "--compile"), (), threads, prepares=True) for job in _step(where, sets)]
@@ -149,8 +148,8 @@ def _sanitizer(tool: str) -> Maker:
         path = sanitizer()
         if path is None or not sets:
             return []
-        # Ours alone: PyTorch's own kernels are not in question. Without its cache each tensor is an allocation of its
-        # own, and the bounds of each are seen.
+        # Our kernels alone, not those of PyTorch. Without PyTorch's cache each tensor is a separate allocation, so that
+        # the tool sees its bounds.
         prefix = (path, "--tool", tool, "--kernel-regex", "kns=scan_fast", "--error-exitcode", "9")
         prefix += ("--target-processes", "all", *(("--report-api-errors", "no") if tool == "memcheck" else ()))
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -176,7 +175,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def kept_for_later(name: str, wanted: tuple[str, ...]) -> float:
-    """Return the seconds that a stage leaves to those after it which decide about a kernel; nothing if it does, too."""
+    """Return the seconds that a stage leaves to later ones that decide about a kernel; none if it decides, too."""
     if name in conclusions.GATING:
         return 0.0
     after = STAGES[NAMES.index(name) + 1 :]

@@ -2,8 +2,8 @@
 
 ResNet-18 for 32-pixel images, bfloat16 autocast, channels last, SGD; views by the augment kernel from images on the
 device. The ways: PyTorch's layers and loss; our batch normalisation and NT-Xent; the same as one CUDA graph; the same
-through torch.compile. The profile lists what the second spends on each kernel. It needs torch alone, where
-``benchmarks.step`` times the driver's own step. One JSON object per way.
+through torch.compile. The profile lists the time that the second way spends in each kernel. It needs torch alone;
+``benchmarks.step`` times the step of the driver. One JSON object per way.
 """
 
 from __future__ import annotations
@@ -20,35 +20,25 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import scan_fast
-from scan_fast.ops import reference
+from benchmarks.augment import draw, views
+from scan_fast.ops import native, reference
 from scan_fast.ops.batch_norm import batch_norm
 
-from .cases import ViewCase, view_inputs, views
-from .checks import emit, prefer
+from .process import SETS, emit, kernel_set, prefer
 
 SIDE, LISTED = 32, 30
+FAMILIES = {"augment", "batch_norm", "nt_xent"}
+"""Families whose kernels the step uses."""
 
 
 class Norm(nn.BatchNorm2d):
     """Batch normalisation, a residual and ReLU: our operator, or PyTorch's three."""
 
-    ours = False
+    impl: native.Impl = "reference"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-        assert self.weight is not None and self.momentum is not None
-        return batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            residual=residual,
-            relu=relu,
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-            impl="native" if self.ours else "reference",
-        )
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return batch_norm(x, *tensors, residual=residual, relu=relu, training=True, impl=self.impl)
 
 
 class Block(nn.Module):
@@ -97,7 +87,7 @@ class Network(nn.Module):
 
 
 class Step:
-    """One way of making a step."""
+    """A network and its optimiser, with one way of making a step."""
 
     def __init__(
         self,
@@ -115,10 +105,10 @@ class Step:
         self.network = Network(channels, blocks).to(device).to(memory_format=torch.channels_last)
         for module in self.network.modules():
             if isinstance(module, Norm):
-                module.ours = ours
+                module.impl = "native" if ours else "reference"
         self.forward = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-4, momentum=0.9, fused=True)
-        images, self.recipes = view_inputs(ViewCase(2 * batch, SIDE, SIDE), 0)
+        images, self.recipes = draw(2 * batch, SIDE, SIDE, 0)
         self.images = images.to(device)
         self.x = self.make_views()
         self.run: Callable[[], Any] = self.update
@@ -127,10 +117,10 @@ class Step:
 
     def make_views(self) -> Tensor:
         """Return the views of a batch, (2 batch, 3, side, side), channels last."""
-        return views(self.images, self.recipes, SIDE, torch.float32).contiguous(memory_format=torch.channels_last)
+        return views(self.images, self.recipes, SIDE).contiguous(memory_format=torch.channels_last)
 
     def update(self) -> Tensor:
-        """Learn from the present views; return the loss."""
+        """Train on the current views; return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device, torch.bfloat16):
             z = self.forward(self.x)
@@ -182,7 +172,7 @@ WAYS: dict[str, dict[str, bool]] = {
 
 
 def profiled(step: Step, count: int) -> list[dict[str, Any]]:
-    """Return what takes a step's time, the longest first, in seconds per step."""
+    """Return the seconds per step of each kernel (on a CPU, of each operator), the longest first."""
     on_gpu = step.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
@@ -203,16 +193,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.step", description=__doc__)
     parser.add_argument("--stage", default="step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--kernels", choices=("portable", "sm90"), default="sm90")
+    parser.add_argument("--sets", nargs="+", type=kernel_set, default=list(SETS), metavar="FAMILY:KERNELS")
     parser.add_argument("--quick", action="store_true", help="a rehearsal, not a result")
     parser.add_argument("--seconds", type=float, default=45.0, help="no way begins later than this")
-    parser.add_argument("--compile", action="store_true", help="only compile what torch.compile keeps for later")
+    parser.add_argument("--compile", action="store_true", help="only fill the cache of torch.compile")
     options = parser.parse_args()
     begin = time.perf_counter()
     steps = 2 if options.quick else 20
     batch, channels, blocks = (8, (4, 8), 1) if options.quick else (512, (64, 128, 256, 512), 2)
-    prefer("nt_xent", options.kernels)
     about = {"stage": options.stage}
+    if FAMILIES.isdisjoint(family for family, _ in options.sets):
+        emit({"note": f"none of the kernels of a step: {', '.join(sorted(FAMILIES))}", **about})
+        return
+    for family, kernels in options.sets:  # those for sm_90a come last
+        prefer(family, kernels)
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
     for name, way in WAYS.items():
@@ -224,7 +218,7 @@ def main() -> None:
         if time.perf_counter() - begin > options.seconds:
             raise SystemExit(f"the time is up before {name!r}")
         if way["captured"] and options.device == "cpu":
-            emit({"way": name, "skipped": "a processor has no graphs", **about})
+            emit({"way": name, "skipped": "a CPU has no graphs", **about})
             continue
         emit({"begin": name, **about})
         try:
@@ -237,7 +231,7 @@ def main() -> None:
             emit({"way": name, "seconds": seconds, "views_per_second": 2 * batch / seconds, "first": first, **about})
             if name == "ours":
                 emit({"profile": profiled(step, steps), **about})
-        except Exception as error:  # a missing compiler, memory: the other ways are still worth measuring
+        except Exception as error:  # no compiler, or no memory: the other ways are still worth measuring
             message = (str(error).splitlines() or [""])[0][:200]
             emit({"way": name, "failed": f"{type(error).__name__}: {message}", **about})
     if not options.compile:

@@ -1,10 +1,10 @@
 """Times the kernels against PyTorch: ``python -m tools.gpu.timings [--sets ...] [--more | --peers]``.
 
-The cases and contenders are those of ``benchmarks.nt_xent`` and the like; ours are timed once per kernel set, side by
-side with eager PyTorch in one process. The first size of every family comes first, and torch.compile, which takes
-longer than all else, after both sizes of all, so that time that ends leaves something of each. ``--peers`` takes the
-other libraries that are installed instead, ``--more`` further sizes. One JSON object per case; a kernel that computes
-something wrong has failed. It needs torch alone.
+Cases and contenders are those of the families' benchmarks, at the sizes that they name for the suite; ours are timed
+once per kernel set, side by side with eager PyTorch in one process. The first size of every family comes first, and
+torch.compile, which takes longest, after both sizes of all, so that a run that is cut off has something of each.
+``--peers`` takes the other libraries that are installed instead, ``--more`` further sizes. One JSON object per case; a
+kernel that computes something wrong has failed. It needs torch alone.
 """
 
 from __future__ import annotations
@@ -20,50 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import batch_norm, harness, neighbors, nt_xent, scan_loss, self_label
-from benchmarks.ceilings import Work, measure_ceilings
-from benchmarks.harness import Case, Contender, Effort, Tensors
+from benchmarks import family as kernel_family
+from benchmarks import harness
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.harness import Case, Effort, Tensors
 from scan_fast.ops import native
 from scan_fast.ops.tracing import trace_launches
 
-from .cases import SETS, ViewCase, view_inputs, views
-from .checks import _sets, emit, prefer
+from .process import SETS, emit, kernel_set, prefer
 
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in (nt_xent, scan_loss, self_label, batch_norm, neighbors)}
-SIZES = {
-    "nt_xent": ("8192x128", "1024x128", "65536x128", "8192x512"),
-    "scan_loss": ("10x1024x1000", "1024x10", "10x4096x1000"),
-    "self_label": ("1024x1000", "1000x10", "4096x1000"),
-    "batch_norm": ("1024x64x32x32-bfloat16", "1024x64x32x32-bfloat16-residual", "1024x512x4x4-bfloat16-residual"),
-    "neighbors": ("50000x512x20", "20000x512x20", "100000x128x50", "1281167x128x50"),
-    "augment": ("1024x32x32", "256x256x224", "1024x96x96"),
-}
-"""The first two of each are timed, and the others with ``--more``."""
 OURS, COMPILED = "scan-fast", "torch.compile"
 PLAIN = ("eager", "eager TF32", "eager autocast bfloat16", "eager, static shapes")
-COMPILE_SECONDS = 6.0  # what a case with torch.compile needs, at a guess, when its cache was filled before
-
-
-def _augment(size: str, device: str) -> Case:
-    """Views of random recipes; there is no eager form that needs torch alone."""
-    case = ViewCase(*map(int, size.split("x")))
-
-    def inputs(seed: int) -> Tensors:
-        images, recipes = view_inputs(case, seed)
-        return images.to(device), recipes
-
-    def ours(images: Tensor, recipes: Tensor) -> Tensors:
-        return (views(images, recipes, case.side, torch.float32),)
-
-    def exact(images: Tensor, recipes: Tensor) -> Tensors:
-        return (views(images.cpu(), recipes, case.side, torch.float32).double(),)
-
-    work = Work(flops=0.0, bytes=case.count * (3.0 * case.source**2 + 12.0 * case.side**2))
-    return Case(size, inputs, exact, [Contender(OURS, ours, 0.0, work, capturable=False)])
+COMPILE_SECONDS = 6.0  # estimate for a case with torch.compile whose cache was filled before
 
 
 def _copies(inputs: Callable[[int], Tensors]) -> Callable[[int], Tensors]:
-    """Draw inputs once and copy them for the other seeds: for a cache they are others, and a processor draws slowly."""
+    """Draw inputs once and copy them for the other seeds: a cache sees new memory, and a CPU draws slowly."""
     first = lru_cache(maxsize=1)(lambda: inputs(0))
 
     def copy(seed: int) -> Tensors:
@@ -75,7 +47,7 @@ def _copies(inputs: Callable[[int], Tensors]) -> Callable[[int], Tensors]:
 
 
 def _announced(about: dict[str, Any], name: str, sets: Sequence[str], run: Callable[..., Any]) -> Callable[..., Any]:
-    """Say before a contender's first call whose kernels run from now on, so that a crash has an owner."""
+    """Print before a contender's first call which sets run from now on, so that a crash is attributed to one."""
     said = False
 
     def announce(*inputs: Tensor) -> Any:
@@ -89,8 +61,8 @@ def _announced(about: dict[str, Any], name: str, sets: Sequence[str], run: Calla
 
 
 def case_of(family: str, size: str, device: str, sets: list[str], names: Callable[[str], bool]) -> Case:
-    """Return a case whose contenders are others that ``names`` takes, then ours by kernel set."""
-    case = _augment(size, device) if family == "augment" else FAMILIES[family].case(size, device)
+    """Return a case whose contenders are the others that ``names`` takes, then ours by kernel set."""
+    case = kernel_family.load(family).case(size, device)
     others, ours = [], []
     about = {"case": size, "family": family}
     for contender in case.contenders:
@@ -106,34 +78,34 @@ def case_of(family: str, size: str, device: str, sets: list[str], names: Callabl
                 return run(*inputs)
 
             name = f"{contender.name} {kernels}"
-            # The rounds begin after the last contender: from there on a crash may be of any of ours.
+            # The rounds begin after the last contender: from then on any of ours may be the cause of a crash.
             owners = [f"{family}:{k}" for k in (sets if kernels == sets[-1] else (kernels,))]
             ours.append(replace(contender, name=name, run=_announced(about, name, owners, run_set)))
     return replace(case, inputs=_copies(case.inputs), contenders=[*others, *ours])
 
 
 def _kernels_of(case: Case, device: str) -> list[list[str]]:
-    """Return, per contender, which of our kernels it runs; a set may leave a size to the portable kernels."""
+    """Return which of our kernels each contender runs; a set may leave a size to the portable kernels."""
     inputs = case.inputs(0)
     found = []
     for contender in case.contenders:
         with trace_launches() as ran, contender.settings():
             if contender.name.startswith(OURS) and not contender.skipped:
-                with contextlib.suppress(Exception):  # measured before, so that its failure is known
+                with contextlib.suppress(Exception):  # it was measured before: its failure is known
                     contender.run(*inputs)
         found.append(ran or [device])
     return found
 
 
 def _plan(sets: Sequence[tuple[str, str]], places: Sequence[int], quick: bool) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield family, size and kernel sets in the order of what matters."""
+    """Yield family, size and kernel sets, the most important first."""
     chosen: dict[str, list[str]] = {}
     for family, kernels in sets:
         chosen.setdefault(family, []).append(kernels)
     for place in places:
         for family, kernel_sets in chosen.items():
-            small = ("20x16x16", "3x20x24") if family == "augment" else FAMILIES[family].quick_sizes
-            sizes = small if quick else SIZES[family]
+            benchmark = kernel_family.load(family)
+            sizes = benchmark.quick_sizes if quick else benchmark.suite_sizes
             if place < len(sizes):
                 yield family, sizes[place], kernel_sets
 
@@ -141,7 +113,7 @@ def _plan(sets: Sequence[tuple[str, str]], places: Sequence[int], quick: bool) -
 def measure(
     family: str, size: str, kernel_sets: list[str], case: Case, options: argparse.Namespace, against: str
 ) -> None:
-    """Time one case, and print what came of it; ``against`` says beside what."""
+    """Time one case and print its results; ``against`` names the kind of the other contenders."""
     about = {"stage": options.stage, "family": family}
     ceilings = measure_ceilings(options.device, quick=options.quick)
     effort = harness.QUICK if options.quick else Effort(rounds=9, case_seconds=1.2, least_rounds=3)
@@ -151,7 +123,7 @@ def measure(
             result["ran"] = ran
     for kernels in kernel_sets:
         ours = [r for r in results if r["name"].startswith(OURS) and r["name"].endswith(f" {kernels}")]
-        # Memory that is not enough is no fault of a kernel.
+        # Too little memory is no failure of a kernel.
         wrong = [r for r in ours if "failed" in r and not r["failed"].startswith("OutOfMemory")]
         problem = "; ".join(f"{r['name']}: {r['failed']}" for r in wrong)
         ran = sorted({name for r in ours for name in r.get("ran", [])})
@@ -172,9 +144,9 @@ def measure(
 
 
 def compile_only(options: argparse.Namespace) -> None:
-    """Call what torch.compile makes of each case once, which fills its cache on disk."""
+    """Call the compiled contender of each case once, which fills torch.compile's cache on disk."""
     for family, size, _ in _plan(options.sets, (0,) if options.quick else (0, 1), options.quick):
-        case = FAMILIES[family].case(size, options.device)
+        case = kernel_family.load(family).case(size, options.device)
         for contender in case.contenders:
             if contender.name == COMPILED and not contender.skipped:
                 with contender.settings():
@@ -185,12 +157,12 @@ def compile_only(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.timings", description=__doc__)
     parser.add_argument("--stage", default="timings")
-    parser.add_argument("--sets", nargs="+", type=_sets, default=list(SETS), metavar="FAMILY:KERNELS")
+    parser.add_argument("--sets", nargs="+", type=kernel_set, default=list(SETS), metavar="FAMILY:KERNELS")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="a rehearsal, not a result")
     parser.add_argument("--more", action="store_true", help="further sizes instead of the first two")
     parser.add_argument("--peers", action="store_true", help="other libraries instead of PyTorch")
-    parser.add_argument("--compile", action="store_true", help="only compile what torch.compile keeps for later")
+    parser.add_argument("--compile", action="store_true", help="only fill the cache of torch.compile")
     parser.add_argument("--seconds", type=float, default=60.0, help="no case begins later than this")
     options = parser.parse_args()
     end = time.perf_counter() + options.seconds
@@ -221,8 +193,6 @@ def main() -> None:
                 what = COMPILED if names is compiled else "case"
                 emit({"stage": options.stage, "note": f"the time is up before the {what} of {family} {size}"})
                 break
-            if names is not eager and family == "augment":
-                continue
             case = case_of(family, size, options.device, kernel_sets, names)
             if names is not eager and all(c.skipped or c.name.startswith(OURS) for c in case.contenders):
                 continue

@@ -25,7 +25,8 @@ from scan_fast.data.datasets import Splits
 from scan_fast.runs.config import Config, find_config, load_config, parse_override
 from scan_fast.runs.folder import RunError, RunFolder
 from scan_fast.runs.tracker import Ticker, Tracker
-from scan_fast.stages.pipeline import STAGES, finish, stages_of
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.pipeline import STAGES, finish, run_stage, stages_of
 from scan_fast.training.context import Context, open_context
 from scan_fast.training.process import kept_memory
 
@@ -206,17 +207,18 @@ def train(
     tracker = WatchedTracker(run, watch, say)
     context = tracker.context = open_context(config, run, tracker, splits)
     report.write("running")
+    handover = Handover()
     with kept_memory():
         for name in stages_of(context):
             if run.finished(name):
                 continue
             watch.check()
-            STAGES[name](context)
+            run_stage(context, STAGES[name], handover)
             report.write("running")
             say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
     report.write("finished")
     if not run.has("report.html"):
-        finish(context)  # assignments.csv, model.pt, report.html: the result does not depend on them
+        finish(context, handover)  # assignments.csv, model.pt, report.html: the result does not depend on them
 
 
 def headline(entry: dict[str, Any]) -> str:

@@ -68,7 +68,8 @@ def pair(name: str, context: Context, images: Images) -> Pair:
 
 
 def doubled(both: Pair) -> Pair:
-    networks = [both.ours.model, getattr(both.ours, "average", None), both.baseline.model]
+    average = getattr(both.ours, "average", None)
+    networks = [both.ours.model, None if average is None else average.model, both.baseline.model]
     networks.append(getattr(both.baseline, "teacher", None))
     for network in networks:
         if network is not None:
@@ -95,7 +96,8 @@ def test_disagreement_is_seen(opened: tuple[Context, Images]) -> None:
 
     def other_temperature(c: Context) -> Pair:
         both = pair("pretext", c, images)
-        both.baseline.config = c.config.pretext.model_copy(update={"temperature": 0.11})
+        method = c.config.pretext.method.model_copy(update={"temperature": 0.11})
+        both.baseline.config = c.config.pretext.model_copy(update={"method": method})
         return both
 
     losses = compare_losses(other_temperature, context, steps=1, batch_size=16)

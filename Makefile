@@ -31,7 +31,7 @@ bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, o
 	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120
 
 results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
-	$(BIN)/python -m benchmarks.record --device cpu $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tools.docs.record --device cpu $(if $(DATA),--data $(DATA))
 
 dist: $(DEV)              ## the sdist and the wheel in dist/, built and used in a fresh environment
 	$(BIN)/python -m tools.check_dist --keep dist

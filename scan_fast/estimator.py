@@ -42,7 +42,8 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     A scikit-learn estimator: a clusterer (``labels_``, ``fit_predict``, ``predict``) and a transformer to features, so
     that it works with ``clone``, in a ``Pipeline``, and with pickle and joblib. Fitting runs the stages of
     ``scan-fast run --data``: representation learning, neighbour mining, clustering and self-labelling. The same
-    parameters and images give the same bits on the same machine.
+    parameters and images give the same bits on the same machine. ``fit_predict``, ``fit_transform`` and
+    ``get_feature_names_out`` are those of scikit-learn.
 
     ``X`` is, in every method, one of:
 

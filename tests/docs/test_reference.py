@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tools.docs import api, configuration, docstrings, reference
 
 import scan_fast
 from scan_fast.runs.config import Config
+from tools.docs import api, configuration, docstrings, reference
 
 
 def test_the_committed_pages_are_current(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,16 +34,16 @@ def forward_views(
     precision: AbstractContextManager[None] | None = None,
     epoch: int = 0,
 ) -> Tensor:
-    """Apply ``function`` to the views of all images of a source; nothing in it waits for the device.
+    """Apply ``function`` to the views of all images of a source, without a host synchronisation.
 
     Args:
-        model: is put into evaluation mode for the time and back afterwards.
+        model: in evaluation mode during the call; its modes are restored.
         function: maps views (B, 3, S, S) to features (B, D), or to the logits of all heads (H, B, C).
         views: the source with its renderer.
         view: the view of each image.
         batch_size: images at a time.
         precision: a context for the forward passes, such as autocast.
-        epoch: draws the views' parameters, where they are random.
+        epoch: selects the views' parameters if they are random.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.

@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.scan-fast-installed
 DEV    := $(VENV)/.scan-fast-dev-installed
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
 
-.PHONY: demo test test-fast test-oldest lint format bench results dist install clean
+.PHONY: demo test test-fast test-oldest lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -22,10 +22,14 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.docs.reference --check
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(DEV)         ## docs/api.md and docs/configuration.md, from docstrings and models
+	$(BIN)/python -m tools.docs.reference
 
 bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, on the CPU
 	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120

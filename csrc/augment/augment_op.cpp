@@ -2,7 +2,8 @@
 //
 // Recipes and indices are on the CPU, where they are drawn. So everything that decides which memory a kernel touches is
 // checked here without a device synchronisation.
-#include "augment/augment_op.h"
+#include <optional>
+#include <vector>
 
 #include "augment/augment.h"
 #include "common/large_buffers.h"
@@ -55,8 +56,9 @@ at::Tensor copy_async(const at::Tensor& tensor, const at::Device& device) {
 }
 #endif
 
-}  // namespace
-
+// images (N, H, W, 3) uint8; indices (n) int64 on the CPU or none; recipes (n, words) int32 on the CPU, see augment.h.
+// Returns (n, size, size, 3) uint8, or (n, 3, size, size) float32 or bfloat16 in channels_last memory, on the images'
+// device.
 at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& indices, const at::Tensor& recipes,
                    int64_t size, std::vector<double> scale, std::vector<double> shift, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(images.dim() == 4 && images.size(3) == 3 && images.scalar_type() == at::kByte,
@@ -126,6 +128,8 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
   }
   return to_output(out, batch.format);
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

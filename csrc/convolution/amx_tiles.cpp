@@ -7,12 +7,7 @@
 
 #if defined(__AMX_BF16__)
 
-// GCC 12 warns about deliberately undefined registers in its headers (GCC bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "common/intrinsics.h"
 
 namespace scan_fast::convolution {
 namespace {

@@ -10,7 +10,7 @@
 #include <limits>
 #include <tuple>
 
-#include "common/variants.h"
+#include "common/sm90_switch.h"
 #include "neighbors/neighbors.h"
 
 namespace scan_fast {
@@ -37,10 +37,14 @@ TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, 
           queries.size(1), k, normalize, exclude_self};
 }
 
+#ifdef SCAN_FAST_WITH_SM90
+Sm90Switch sm90_switch("neighbors");
+#endif
+
 #ifdef SCAN_FAST_WITH_CUDA
 TileSearch* gpu_search() {
 #ifdef SCAN_FAST_WITH_SM90
-  if (prefers_sm90(Family::kNeighbors) && search_tiles_sm90_runs_here()) return search_tiles_sm90;
+  if (sm90_switch.on() && search_tiles_sm90_runs_here()) return search_tiles_sm90;
 #endif
   return search_tiles_portable;
 }

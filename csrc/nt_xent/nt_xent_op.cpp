@@ -11,7 +11,7 @@
 #endif
 
 #include "common/large_buffers.h"
-#include "common/variants.h"
+#include "common/sm90_switch.h"
 #include "nt_xent/nt_xent.h"
 
 namespace scan_fast {
@@ -113,9 +113,13 @@ bool reduced_on_gpu(torch::ScalarType dtype) {
   return reduced_on_cpu() && matmul_precision(at::Float32Backend::CUDA) == at::Float32Precision::TF32;
 }
 
+#if defined(SCAN_FAST_WITH_SM90)
+Sm90Switch sm90_switch("nt_xent");
+#endif
+
 NTXentGpuKernels gpu_kernels(const NTXentProblem& problem, bool reduced) {
 #if defined(SCAN_FAST_WITH_SM90)
-  if (prefers_sm90(Family::kNTXent) && nt_xent_sm90_covers(problem, reduced)) return kNTXentSM90;
+  if (sm90_switch.on() && nt_xent_sm90_covers(problem, reduced)) return kNTXentSM90;
 #else
   static_cast<void>(problem);
   static_cast<void>(reduced);

@@ -31,7 +31,7 @@ __attribute__((noinline)) void joint_sums(const T* a, const T* n, int64_t classe
   Vec sum = {};
   for (int64_t c = 0; c < classes; ++c) sum += exp(x[c] - best);
   shift = lost ? best : shift;
-  sum_joint = lost & (best > kMinusInfinity) ? sum : sum_joint;
+  sum_joint = (lost & (best > kMinusInfinity)) ? sum : sum_joint;
 }
 
 template <typename T>

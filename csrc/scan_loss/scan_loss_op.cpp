@@ -6,9 +6,10 @@
 //
 // Autograd is implemented here and not in Python: at the usual sizes (1024 x 10), the Python autograd layer costs more
 // than both kernels. torch.compile traces through the node, so both kernels appear in the graph.
-#include "scan_loss/scan_loss_op.h"
-
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <optional>
+#include <tuple>
 
 #include "common/large_buffers.h"
 #include "common/op_utils.h"
@@ -16,6 +17,18 @@
 
 namespace scan_fast {
 namespace {
+
+// anchors, neighbors (B, C) or (H, B, C). Returns total, consistency, entropy (() or (H)), mean_prob ((H,) C) and
+// row_stats ((H,) B, 6), all float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
+                                                                                        const at::Tensor& neighbors,
+                                                                                        double entropy_weight);
+
+// Returns the gradients of anchors and neighbors, contiguous, in their dtype.
+std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
+    const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& grad_consistency,
+    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& anchors, const at::Tensor& neighbors,
+    const at::Tensor& mean_prob, const at::Tensor& row_stats, double entropy_weight);
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -77,8 +90,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> scan_loss(const at::Tensor& ancho
       forward_operator().call(anchors, neighbors, entropy_weight);
   return {total, consistency, entropy};
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
                                                                                         const at::Tensor& neighbors,
@@ -158,6 +169,8 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
   scan_loss_backward_cpu(dtype, shape, arguments);
   return {grad_anchors, grad_neighbors};
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

@@ -14,13 +14,14 @@ from dataclasses import asdict
 
 import torch
 
-from . import native, self_test, trust
+from . import native, self_test, trust, verdicts
 from .families import GPU_FAMILIES
+from .verdicts import Verdict
 
 LIMIT_SECONDS = 60.0
 """Time limit of a process. Importing PyTorch takes most of it."""
 
-Row = tuple[str, str, trust.Verdict]
+Row = tuple[str, str, Verdict]
 """Family, kernel set, verdict."""
 
 
@@ -72,14 +73,14 @@ def _command(device: torch.device) -> Callable[[str, str], Sequence[str]]:
     return lambda family, kernels: [sys.executable, "-m", "scan_fast.ops.check", family, kernels, str(device)]
 
 
-def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.device, limit: float) -> trust.Verdict:
+def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.device, limit: float) -> Verdict:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=limit)
         code = process.returncode
         if code == 0:
             # The last line, because libraries may print before it.
-            return trust.Verdict(**json.loads(output.splitlines()[-1]))
+            return Verdict(**json.loads(output.splitlines()[-1]))
         last = (errors.strip().splitlines() or ["nothing on standard error"])[-1]
         reason = f"its process ended with signal {-code}" if code < 0 else f"its process ended with {code}: {last}"
     except subprocess.TimeoutExpired:
@@ -89,9 +90,9 @@ def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.d
             process.communicate(timeout=5)
     except (ValueError, LookupError, TypeError):
         reason = "its process printed no verdict"
-    verdict = trust.Verdict(False, "crashed", reason)
+    verdict = Verdict(False, "crashed", reason)
     if device.type in trust.DEVICE_TYPES:
-        trust.keep(trust.key_of(family, kernels, device), verdict)
+        verdicts.keep(trust.key_of(family, kernels, device), verdict)
     return verdict
 
 

@@ -78,7 +78,11 @@ def _check_range(name: str, value: Range, low: float) -> None:
 
 
 class _View(Settings):
-    """Base of the view specifications: ``size`` is the side of the square view, None for that of the source."""
+    """Base of the views.
+
+    Attributes:
+        size: side of the square image in pixels; None: that of the source.
+    """
 
     size: int | None = Field(default=None, ge=1)
 
@@ -131,7 +135,17 @@ def _factor(uniform: Tensor, strength: float) -> Tensor:
 
 
 class SimCLRView(_View):
-    """SimCLR views: resized crop, flip, colour jitter in random order, grayscale (Chen et al., ICML 2020, app. A)."""
+    """SimCLR's view: resized crop, flip, colour jitter in random order, grayscale (Chen et al., ICML 2020, app. A).
+
+    Attributes:
+        scale: area of the crop, as a fraction of the image's, uniform.
+        ratio: aspect ratio of the crop, log-uniform.
+        flip: probability of mirroring left-right.
+        brightness, contrast, saturation: blend factors uniform in 1 +- strength, not below 0.
+        hue: shift uniform in +-hue, as a fraction of the color circle.
+        jitter: probability of the four color operations.
+        grayscale: probability of replacing colors by their luma.
+    """
 
     kind: Literal["simclr"] = "simclr"
     scale: Range = (0.2, 1.0)
@@ -202,7 +216,13 @@ def _fallback_size(ratio: Range, height: int, width: int) -> tuple[int, int]:
 
 
 class StrongView(_View):
-    """SCAN's strong views: flip, crop, `operations` of STRONG_OPERATIONS drawn with replacement, cutout."""
+    """SCAN's strong view: flip, crop, `operations` of STRONG_OPERATIONS with replacement, cutout.
+
+    Attributes:
+        operations: random operations on each image.
+        cutout: longest side in pixels of the box that is cut out, 0 for none.
+        flip: probability of mirroring left-right.
+    """
 
     kind: Literal["strong"] = "strong"
     operations: int = Field(default=4, ge=0)

@@ -249,3 +249,7 @@ def test_wrong_input_raises():
 def test_module_returns_only_the_loss():
     weak, strong = views((6, 4))
     assert torch.equal(SelfLabelLoss(0.9)(weak, strong), self_label_loss(weak, strong, 0.9)[0])
+    weak = 20 * torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 0, 0, 1]), 4).float()
+    unbalanced = SelfLabelLoss(0.9, balance=False)(weak, strong)
+    assert torch.equal(unbalanced, self_label_loss(weak, strong, 0.9, balance=False)[0])
+    assert not torch.equal(unbalanced, SelfLabelLoss(0.9)(weak, strong))

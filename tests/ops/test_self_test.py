@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_table_covers_every_family_with_gpu_kernels() -> None:
-    assert set(self_test.TESTS) == {family.name for family in GPU_FAMILIES}
+    assert all(callable(self_test.findings_of(family.name)) for family in GPU_FAMILIES)
     assert {family.operator for family in FAMILIES.values()} == set(native.OPERATORS)
 
 
-@pytest.mark.parametrize("family", sorted(self_test.TESTS))
+@pytest.mark.parametrize("family", [family.name for family in GPU_FAMILIES])
 def test_the_cpu_kernels_pass(family: str) -> None:
     result = self_test.run(family, "portable", CPU)
     assert result.passed and result.reason == ""
@@ -216,7 +216,7 @@ def test_float32_is_tested_in_full_precision(monkeypatch: pytest.MonkeyPatch) ->
 def test_generators_and_threads_stay_as_they_are() -> None:
     torch.manual_seed(3)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    for family in self_test.TESTS:
+    for family in (family.name for family in GPU_FAMILIES):
         self_test.run(family, "portable", CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scan_fast
 from scan_fast import gpu_status
 from scan_fast.cli import main
-from scan_fast.ops import check, native, reference, self_test, trust
+from scan_fast.ops import check, dispatch, native, reference, self_test, trust, verdicts
 from scan_fast.ops.batch_norm import batch_norm
 from scan_fast.ops.families import FAMILIES, GPU_FAMILIES
 from scan_fast.views.render_fused import FusedRenderer
@@ -36,7 +36,7 @@ FAMILY = "self_label"  # has the shortest test
 
 def forget_this_process() -> None:
     """Clear the state of this process, so that only what a later process would find remains."""
-    for memory in (trust._decided, trust._known_here, trust._sm90, trust._warned):
+    for memory in (trust._decided, verdicts._of_process, trust._sm90, trust._warned):
         memory.clear()
 
 
@@ -336,8 +336,8 @@ def test_processes_at_once_each_test_by_themselves(tests: SelfTests, tmp_path: P
 def running(**changes: object) -> None:
     """Write a "running" entry of this process, with changes."""
     key = trust.key_of(FAMILY, "portable", CPU)
-    trust.keep_running(key)
-    path = trust._path(key)
+    verdicts.keep_running(key)
+    path = verdicts.path_of(key)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -572,7 +572,7 @@ def test_a_first_use_in_any_state(state: str, tests: SelfTests) -> None:
         warnings.simplefilter("error")
         if state == "grad transform":
             seen = []
-            torch.func.grad(lambda z: (seen.append(native.use_native("auto", z, "scan_loss_forward")), z.sum())[1])(x)
+            torch.func.grad(lambda z: (seen.append(dispatch.use_native("auto", z, "scan_loss_forward")), z.sum())[1])(x)
             assert seen == [True]
         elif state == "fake":
             with FakeTensorMode():
@@ -682,8 +682,8 @@ def test_info_shows_the_record_of_this_gpu(
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     gpu = torch.device("cuda", 0)
-    trust.keep(trust.key_of("nt_xent", "portable", gpu), trust.verdict_of(FAILED))
-    trust.keep(trust.key_of("scan_loss", "portable", gpu), trust.Verdict(True, "self-test passed"))
+    verdicts.keep(trust.key_of("nt_xent", "portable", gpu), trust.verdict_of(FAILED))
+    verdicts.keep(trust.key_of("scan_loss", "portable", gpu), verdicts.Verdict(True, "self-test passed"))
     assert main(["info"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["scan_loss", "portable", "self-test", "passed"] in lines

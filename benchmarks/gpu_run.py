@@ -112,7 +112,8 @@ def run(options: argparse.Namespace, watch: Watch, say: Callable[[str], None]) -
     """Decode, plan and train; the result folder has what was found whenever this ends."""
     import torch
 
-    from scan_fast.runs.folder import RunError, RunFolder
+    from scan_fast.errors import RunError
+    from scan_fast.runs.folder import RunFolder
 
     # All that the run imports, before anything takes time.
     from .gpu import archive, schedule  # noqa: F401

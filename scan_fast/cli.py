@@ -149,7 +149,7 @@ def _explain(error: Exception) -> str | None:
     """Return one line for an error that the user can mend, None for a defect of the program."""
     import errno
 
-    from .runs.folder import RunError
+    from .errors import RunError
 
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
@@ -198,7 +198,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> tuple[Any, Path]:
     """Return the configuration and the run folder that the command line asks for."""
-    from .runs.config import ConfigError, build_config, find_config, load_config, merge, nested, parse_override
+    from .errors import ConfigError
+    from .runs.config import build_config, find_config, load_config, merge, nested, parse_override
     from .runs.folder import RunFolder
 
     target = options.target
@@ -234,8 +235,8 @@ def _run_name(config: Any) -> str:
 
 
 def _check_again(old: Any, new: Any, stages: Sequence[str]) -> None:
+    from .errors import RunError
     from .runs.config import differences
-    from .runs.folder import RunError
     from .stages.pipeline import STAGES
 
     order = list(STAGES)

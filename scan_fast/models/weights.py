@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import WeightsError
+
 _SHOWN = 12
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit a model, or a file that does not hold what it should."""
 
 
 def load_strict(

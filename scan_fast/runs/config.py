@@ -21,15 +21,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..data.datasets import DataConfig
+from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..schema import Settings
 from ..views.parameters import PlainView, SimCLRView, StrongView, View
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says what to change."""
 
 
 class OptimizerConfig(Settings):

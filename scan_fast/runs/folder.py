@@ -26,7 +26,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from .config import Config, ConfigError, build_config, differences
+from ..errors import ConfigError, RunError
+from .config import Config, build_config, differences
 
 try:
     import fcntl
@@ -45,10 +46,6 @@ _WRITTEN_BY = {
     "checkpoints/selflabel-final.pt": "selflabel",
 }
 """The command that makes each finished result."""
-
-
-class RunError(RuntimeError):
-    """A run folder that cannot be used, or a stage that cannot start; the message says what to do."""
 
 
 class RunFolder:

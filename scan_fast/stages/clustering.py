@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import RunError
 from ..evaluation.model_selection import selection_loss
 from ..losses import scan_loss
 from ..models.heads import ClusterModel
 from ..models.weights import load_strict
 from ..random import integers, permutation, stream_key
-from ..runs.folder import RunError
 from ..training.context import Context, seeded
 from ..training.inference import forward_all, forward_views, splits_of
 from ..training.loop import Stage, train

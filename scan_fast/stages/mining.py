@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import RunError
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
-from ..runs.folder import RunError
 from ..training.context import Context
 from .pretext import embed, load_pretext
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..data.sources import Source
+from ..errors import ConfigError, RunError
 from ..evaluation.probes import knn_accuracy
 from ..losses import nt_xent
 from ..models.heads import ClusterModel, PretextModel
 from ..models.reference_checkpoints import read_original
 from ..models.weights import load_strict
-from ..runs.config import ConfigError
-from ..runs.folder import RunError
 from ..training.context import Context, seeded
 from ..training.inference import forward_all, splits_of
 from ..training.loop import Stage, Training, train

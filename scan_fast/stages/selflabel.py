@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import RunError
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
 from ..models.weights import load_strict
-from ..runs.folder import RunError
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train

@@ -15,9 +15,10 @@ from ..data.datasets import Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
+from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..random import stream_key
-from ..runs.config import Config, ConfigError
+from ..runs.config import Config
 from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
 from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
+from ..errors import RunError
 from ..random import stream_key
 from ..runs.config import ScheduleConfig, TrainingConfig
-from ..runs.folder import RunError
 from ..runs.writer import BackgroundWriter
 from .compilation import compile_networks, timed_first_step
 from .context import Context

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.errors import DataError
 from ..data.files import ImageFiles
+from ..errors import DataError
 from ..ops import native
 from ..ops.augment import Operation
 from . import color, geometry

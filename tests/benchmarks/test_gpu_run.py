@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks import gpu_run
 from benchmarks.gpu import archive, schedule
 from benchmarks.gpu.watch import EXIT_TIME
-from scan_fast.data.errors import DataError
+from scan_fast.errors import DataError
 from scan_fast.runs.config import find_config, load_config
 
 FULL = {"pretext": 200, "clustering": 30, "selflabel": 100}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from scan_fast.data import files as file_source
 from scan_fast.data.datasets import open_splits
-from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.errors import RunError
+from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pipeline import run_stages, stages_of
 from scan_fast.training.context import open_context

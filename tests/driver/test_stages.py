@@ -17,12 +17,13 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
+from scan_fast.errors import ConfigError, RunError
 from scan_fast.evaluation.model_selection import selection_loss
 from scan_fast.losses import nt_xent, scan_loss, self_label_loss
 from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.random import stream_key
-from scan_fast.runs.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainingConfig
-from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.runs.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from scan_fast.runs.folder import RunFolder
 from scan_fast.stages.clustering import Clustering, load_clustering, start_from_kmeans
 from scan_fast.stages.mining import search
 from scan_fast.stages.pipeline import STAGES

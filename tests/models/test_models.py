@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from scan_fast.models import ClusterModel, ModelConfig, PretextModel, WeightsError, build_backbone, load_strict
+from scan_fast.errors import WeightsError
+from scan_fast.models import ClusterModel, ModelConfig, PretextModel, build_backbone, load_strict
 
 DIGITS = ModelConfig(backbone="resnet_digits", projection_dim=16)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torchvision
 
-from scan_fast.models import ClusterModel, ModelConfig, PretextModel, WeightsError, load_strict, read_original
+from scan_fast.errors import WeightsError
+from scan_fast.models import ClusterModel, ModelConfig, PretextModel, load_strict, read_original
 
 SMALL = ModelConfig(width=0.125)  # the published names with an eighth of the channels
 

@@ -13,7 +13,8 @@ from pil_views import KEY, MEAN, STD, view_by_pil
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataConfig, DataError, open_splits
+from scan_fast.data import DataConfig, open_splits
+from scan_fast.errors import DataError
 from scan_fast.ops.augment import Operation
 from scan_fast.views import (
     AffineView,

@@ -28,7 +28,7 @@ class RunError(ScanFastError, RuntimeError):
 
 
 class UsageError(ScanFastError, ValueError):
-    """A command, an option or an environment variable that cannot be used as given."""
+    """A command, an option or a choice of kernels that is not possible here."""
 
 
 class MissingPackageError(ScanFastError, ImportError):

@@ -1,12 +1,12 @@
-"""What a clustering is worth: metrics against labels, probes of features, and the label-free selection loss."""
+"""Metrics against labels, probes of features, the label-free selection loss, and prototypes of clusters."""
 
-from .metrics import clustering_metrics, confusion, match_clusters, neighbor_purity, row_shares, save_confusion
+from .metrics import clustering_metrics, confusion, match_clusters, neighbor_purity
 from .model_selection import selection_loss
 from .probes import kmeans_baseline, kmeans_metrics, knn_accuracy, linear_probe
-from .prototypes import ClusterPrototypes, prototypes
+from .prototypes import Prototypes, prototypes
 
 __all__ = [
-    "ClusterPrototypes",
+    "Prototypes",
     "clustering_metrics",
     "confusion",
     "kmeans_baseline",
@@ -16,7 +16,5 @@ __all__ = [
     "match_clusters",
     "neighbor_purity",
     "prototypes",
-    "row_shares",
-    "save_confusion",
     "selection_loss",
 ]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 
 from .arrays import as_ids, as_matrix
-
-UNMATCHED = "(unmatched)"
 
 
 def clustering_metrics(
@@ -117,42 +111,6 @@ def confusion(
     return matrix if (classes < 0).any() else matrix[:, :n_classes]
 
 
-def save_confusion(path_stem: str | Path, matrix: ArrayLike, class_names: Sequence[str]) -> tuple[Path, Path]:
-    """Write a confusion matrix as ``STEM.csv`` (counts) and ``STEM.png`` (each row divided by its sum).
-
-    Args:
-        path_stem: the path without its ending.
-        matrix: (n_classes, n_classes) or (n_classes, n_classes + 1) counts, as :func:`confusion` returns.
-        class_names: one name for each class.
-
-    Returns:
-        The paths of the two files.
-
-    Raises:
-        ValueError: where the matrix and the names do not fit.
-    """
-    counts = np.asarray(matrix)
-    n = len(class_names)
-    if counts.shape not in ((n, n), (n, n + 1)):
-        raise ValueError(f"matrix must be ({n}, {n}) or ({n}, {n + 1}) for {n} class names, got {counts.shape}")
-    columns = [*class_names, UNMATCHED][: counts.shape[1]]
-    stem = Path(path_stem)
-    csv_path, png_path = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ assigned", *columns])
-        for name, row in zip(class_names, counts.tolist(), strict=True):
-            writer.writerow([name, *row])
-    _draw_confusion(png_path, row_shares(counts), class_names, columns)
-    return csv_path, png_path
-
-
-def row_shares(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Divide each row by its sum; an empty row stays zero."""
-    counts = np.asarray(matrix, dtype=np.float64)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def neighbor_purity(indices: ArrayLike, labels: ArrayLike, candidate_labels: ArrayLike | None = None) -> float:
     """The share of neighbours that have their query's class.
 
@@ -234,32 +192,3 @@ def _top_accuracy(
     before = np.arange(probabilities.shape[1]) < wanted[:, None]
     rank = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
     return float(((rank < top) & (wanted >= 0)).mean())
-
-
-def _draw_confusion(path: Path, shares: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    n_rows, n_columns = shares.shape
-    side = min(max(4.0, 0.42 * n_columns + 1.6), 24.0)
-    figure = Figure(figsize=(side, side * (n_rows + 1) / (n_columns + 1)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if n_columns <= 30 else 6
-    axes.set_xticks(range(n_columns), [_plain(name) for name in columns], rotation=90, fontsize=size)
-    axes.set_yticks(range(n_rows), [_plain(name) for name in rows], fontsize=size)
-    axes.set_xlabel("class of the cluster")
-    axes.set_ylabel("true class")
-    if n_columns <= 30:
-        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            share = shares[row, column]
-            colour = "white" if share > 0.5 else "black"
-            axes.text(column, row, f"{share * 100:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.savefig(path, dpi=120)
-
-
-def _plain(name: str) -> str:
-    # matplotlib would take a pair of dollar signs for mathematics.
-    short = name if len(name) <= 24 else name[:23] + "…"
-    return short.replace("$", r"\$")

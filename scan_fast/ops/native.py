@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch  # torch must be loaded before the compiled module: it brings the libraries that the module links to
 
+from ..errors import UsageError
 from . import trust
 from .families import FAMILIES, FAMILY_OF
 
@@ -50,7 +51,7 @@ def kernel_choice() -> str:
     """
     mode = os.environ.get("SCAN_FAST_GPU_KERNELS", "auto")
     if mode not in ("auto", "portable", "sm90"):
-        raise ValueError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
+        raise UsageError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
     return mode
 
 
@@ -126,7 +127,8 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
         (:mod:`scan_fast.ops.trust`).
 
     Raises:
-        ValueError: for an unknown ``impl``, or ``"native"`` with an input no kernel takes.
+        ValueError: for an unknown ``impl``.
+        UsageError: for ``"native"`` with an input that no kernel takes.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
@@ -141,7 +143,7 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
             return True
         return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)
     if impl == "native":
-        raise ValueError(f'impl="native" is not possible for {operator}: {reason}')
+        raise UsageError(f'impl="native" is not possible for {operator}: {reason}')
     if _C is None:
         _warn_once()
     return False

@@ -16,17 +16,18 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 
+from ..atomic import remove_leftovers, write_bytes
 from ..errors import ConfigError, RunError
+from . import artifacts
+from .artifacts import Artifact
 from .config import Config, build_config, differences
 
 try:
@@ -34,6 +35,8 @@ try:
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
+
+T = TypeVar("T")
 
 PRECISION_FILE = "precision.json"
 DECODE_CACHE_FILE = "decode-cache.json"
@@ -118,8 +121,8 @@ class RunFolder:
                     raise RunError(f"{self.path} is in use by another scan-fast process") from error
                 raise
             self._lock = handle
-        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
-            leftover.unlink(missing_ok=True)  # a process was killed while it wrote this
+        for folder in (self.path, self.path / artifacts.CHECKPOINTS):
+            remove_leftovers(folder)
         if self._config is not None:
             try:
                 self._check_fits(self._config)  # another process may have come first
@@ -138,9 +141,35 @@ class RunFolder:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def has(self, name: str) -> bool:
+    def path_of(self, artifact: Artifact[Any]) -> Path:
+        """Return the path of an artifact, whether or not it is there."""
+        return self.path / artifact.name
+
+    def has(self, name: str | Artifact[Any]) -> bool:
         """Return whether a file of that name is there."""
-        return (self.path / name).is_file()
+        return (self.path / (name if isinstance(name, str) else name.name)).is_file()
+
+    def read(self, artifact: Artifact[T]) -> T:
+        """Read an artifact.
+
+        Raises:
+            RunError: if it is missing or damaged; the message says what to do.
+            OSError: if it cannot be opened.
+        """
+        if not self.has(artifact):
+            raise RunError(f"{self.path} has no {artifact.name}; run `scan-fast {artifact.command} {self.path}` first")
+        advice = artifact.repair.format(command=artifact.command, folder=self.path)
+        return artifacts.read(artifact, self.path_of(artifact), advice)
+
+    def write(self, artifact: Artifact[T], content: T) -> Path:
+        """Write an artifact atomically and return its path.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        path = self.path_of(artifact)
+        artifacts.write(artifact, content, path)
+        return path
 
     def config(self) -> Config:
         """Read the resolved configuration."""
@@ -226,18 +255,7 @@ class RunFolder:
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file atomically: all of it is on disk under its name, or the former one still is."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_bytes(target, content)
         return target
 
     def write_text(self, name: str, content: str) -> Path:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..errors import MissingPackageError
 from .folder import RunFolder
 
 LINE_SECONDS = 10.0
@@ -70,7 +71,7 @@ class Tracker:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError(
+                raise MissingPackageError(
                     "runtime.tensorboard=true needs the package tensorboard: pip install tensorboard"
                 ) from error
             self._writer = SummaryWriter(str(run.path / "tensorboard"))

@@ -16,8 +16,9 @@ from ..models.heads import ClusterModel
 from ..models.weights import load_strict
 from ..random import integers, permutation, stream_key
 from ..training.context import Context, seeded
-from ..training.inference import forward_all, forward_views, splits_of
+from ..training.inference import forward_all, splits_of
 from ..training.loop import Stage, train
+from ..views.inference import forward_views
 from .mining import load_neighbors
 from .pretext import backbone_features, load_pretext
 from .results import assess

@@ -137,7 +137,7 @@ def make_report(context: Context) -> None:
     def images(split: str, rows: list[int]) -> list[Image.Image]:
         return [Image.fromarray(array.numpy()) for array in splits_of(context)[split].read(torch.tensor(rows)).cpu()]
 
-    write_report(context.run.path, images, title=context.config.name)
+    write_report(context.run, images, title=context.config.name)
 
 
 def print_summary(context: Context, tracker: Tracker) -> None:

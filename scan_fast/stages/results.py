@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..data.sources import Source
-from ..evaluation.metrics import clustering_metrics, confusion, match_clusters, save_confusion
+from ..evaluation.metrics import clustering_metrics, confusion, match_clusters
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
 from ..models.heads import ClusterModel
+from ..report.figures import confusion_png
+from ..runs import artifacts
+from ..runs.tables import Confusion
 from ..training.context import Context
 from ..training.inference import forward_all, splits_of
 
@@ -71,7 +74,9 @@ def write_results(context: Context, model: ClusterModel, stage: str) -> None:
         match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
         matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
         assert context.splits.test.class_names is not None
-        save_confusion(context.run.path / "confusion", matrix, context.splits.test.class_names)
+        table = Confusion.of(matrix, context.splits.test.class_names)
+        context.run.write(artifacts.CONFUSION, table)
+        context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(table))
 
 
 def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:

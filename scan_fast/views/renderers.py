@@ -33,7 +33,8 @@ def renderer_for(
     """Return a renderer by name, for images normalised with `mean` and `std`.
 
     Raises:
-        DataError: where the one that is asked for is not possible on the device.
+        DataError: if the device does not have it.
+        MissingPackageError: if its package is not installed.
     """
     chosen = automatic_renderer(device) if name == "auto" else name
     if chosen == "dali":
@@ -45,6 +46,7 @@ def make_renderer(config: DataConfig, splits: Splits, device: torch.device) -> R
     """Return the renderer that a configuration asks for.
 
     Raises:
-        DataError: where it is not possible on the device.
+        DataError: if the device does not have it.
+        MissingPackageError: if its package is not installed.
     """
     return renderer_for(config.renderer, splits.mean, splits.std, device)

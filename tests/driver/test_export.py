@@ -10,7 +10,6 @@ from scan_fast.data.datasets import source_from
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.predictor import Predictor
-from scan_fast.views.parameters import PlainView
 
 
 @pytest.fixture
@@ -25,7 +24,9 @@ def model_file(tmp_path: Path) -> Path:
         "model": config.model_dump(mode="json"),
         "n_clusters": 4,
         "size": 8,
-        "view_size": PlainView(kind="plain", size=8).size,
+        "view_size": 8,
+        "crop": "image",
+        "decode": "exact",
         "mean": [0.4, 0.5, 0.6],
         "std": [0.2, 0.25, 0.3],
         "state_dict": model.state_dict(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from scan_fast.data import DataConfig, open_splits
-from scan_fast.errors import DataError
+from scan_fast.errors import MissingPackageError
 from scan_fast.ops.augment import Operation
 from scan_fast.views import (
     AffineView,
@@ -253,7 +253,7 @@ def test_without_dali_the_message_says_what_to_install(monkeypatch: Any) -> None
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(render_dali.importlib.util, "find_spec", lambda name: None)
     config = DataConfig(source="digits", renderer="dali")
-    with pytest.raises(DataError, match="pip install nvidia-dali-cuda130"):
+    with pytest.raises(MissingPackageError, match="pip install nvidia-dali-cuda130"):
         make_renderer(config, open_splits(config), torch.device("cpu"))
 
 

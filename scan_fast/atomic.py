@@ -25,16 +25,17 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         path: the file to write. Missing folders are created, and a symbolic link is followed.
 
     Yields:
-        A binary file that can seek.
+        A binary file, which can seek unless it is a device or a pipe.
 
     Raises:
         OSError: if the folder or the file cannot be written.
     """
-    target = Path(os.path.realpath(Path(path).expanduser()))
-    if target.exists() and not target.is_file():
-        with target.open("wb") as file:
+    path = Path(path).expanduser()
+    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+        with path.open("wb") as file:
             yield file
         return
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     # Unlike tempfile, os.open gives the permissions of any new file (those that the umask leaves).

@@ -230,7 +230,8 @@ def train(
     config: Config, run: RunFolder, splits: Splits, watch: Watch, report: Report, say: Callable[[str], None]
 ) -> None:
     """Do the stages that are not finished, and then what a run leaves behind."""
-    from scan_fast.stages.pipeline import STAGES, finish, stages_of
+    from scan_fast.stages.handover import Handover
+    from scan_fast.stages.pipeline import STAGES, finish, run_stage, stages_of
     from scan_fast.training.context import open_context
     from scan_fast.training.process import kept_memory
 
@@ -238,17 +239,18 @@ def train(
     context = open_context(config, run, events, splits)
     events.context = context
     report.write("running")
+    handover = Handover()
     with kept_memory():
         for name in stages_of(context):
             if run.finished(name):
                 continue
             watch.check()
-            STAGES[name](context)
+            run_stage(context, STAGES[name], handover)
             report.write("running")
             say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
     report.write("finished")
     if not run.has("report.html"):
-        finish(context)  # assignments.csv, model.pt, report.html: of no weight for the result
+        finish(context, handover)  # assignments.csv, model.pt, report.html: of no weight for the result
 
 
 def headline(entry: dict[str, Any]) -> str:

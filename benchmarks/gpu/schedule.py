@@ -21,8 +21,10 @@ from scan_fast.runs.config import Config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages import clustering, mining, pretext, selflabel
+from scan_fast.stages.embedding import backbone_features, embed
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.training.context import Context, open_context, seeded
-from scan_fast.training.inference import forward_all
 from scan_fast.training.loop import Stage
 from scan_fast.training.process import kept_memory
 from scan_fast.training.step import TrainingStep, build_optimizer, write_learning_rate
@@ -117,30 +119,31 @@ def _measure(context: Context, seconds: float) -> Speeds:
     config, run = context.config, context.run
     with seeded(config.seed, pretext.NAME):
         network = context.place(PretextModel(context.model_config))
-    found = {pretext.NAME: epoch_seconds(pretext.Pretext(context, network), context, seconds)}
+    method = config.pretext.method.build(network, context.splits.train.size)
+    handover = Handover()
+    found = {pretext.NAME: epoch_seconds(pretext.Pretext(context, network, method, handover), context, seconds)}
 
     # The test images come first and warm up; the training images are then timed.
-    pretext.embed(context, network, "test", final=True)
-    embedding = _timed(context, lambda: pretext.embed(context, network, "train", final=True))
+    embed(context, network, "test", handover)
+    embedding = _timed(context, lambda: embed(context, network, "train", handover))
     per_image = embedding / len(context.splits.train)
     check = per_image * len(context.splits.test)
-    run.save(pretext.FINAL, {"model": network.state_dict()})
+    run.save(PRETEXT_MODEL, {"model": network.state_dict()})
     run.finish_stage(pretext.NAME, 0.0, {}, config.seed)
-    once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context))
+    once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context, handover))
 
     with seeded(config.seed, clustering.NAME):
         model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.clustering.heads))
     if config.clustering.initialize == "kmeans":
         model.backbone.load_state_dict(network.backbone.state_dict())
-        features = forward_all(context, model, model.features, context.splits.train)
-        context.features = {"train": features}
+        backbone_features(context, model, "train", handover)
         one_head = model.head(0)
-        start = _timed(context, lambda: clustering.start_from_kmeans(context, one_head))
+        start = _timed(context, lambda: clustering.start_from_kmeans(context, one_head, handover))
         once += embedding + KMEANS_FACTOR * config.clustering.heads * start
-    found[clustering.NAME] = epoch_seconds(clustering.Clustering(context, model), context, seconds)
+    found[clustering.NAME] = epoch_seconds(clustering.Clustering(context, model, handover), context, seconds)
     found[clustering.NAME] += check / config.clustering.evaluate_every
     if config.selflabel is not None:
-        stage = selflabel.SelfLabelling(context, model.head(0))
+        stage = selflabel.SelfLabel(context, model.head(0), handover)
         found[selflabel.NAME] = epoch_seconds(stage, context, seconds) + check / config.selflabel.evaluate_every
         once += embedding + check
     return Speeds(found, once)

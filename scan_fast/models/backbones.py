@@ -40,6 +40,8 @@ class ModelConfig(Settings):
         projector: ``mlp`` (linear, ReLU, linear) or ``linear``.
         projection_dim: the size of the embedding that the pretext loss sees.
         hidden_dim: the hidden size of the ``mlp`` projector; None takes the backbone's feature size.
+        cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
+        cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
     """
 
     backbone: str = "resnet18_cifar"
@@ -48,6 +50,8 @@ class ModelConfig(Settings):
     projector: Literal["mlp", "linear"] = "mlp"
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
+    cluster_head: Literal["linear", "mlp"] = "linear"
+    cluster_hidden_dim: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -67,6 +71,10 @@ class ModelConfig(Settings):
             raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
         if self.hidden_dim is not None and self.projector == "linear":
             raise ValueError(f"hidden_dim is for projector 'mlp' only, got {self.hidden_dim} with 'linear'")
+        if self.cluster_hidden_dim is not None and self.cluster_head == "linear":
+            raise ValueError(
+                f"cluster_hidden_dim is for cluster_head 'mlp' only, got {self.cluster_hidden_dim} with 'linear'"
+            )
         return self
 
 

@@ -8,6 +8,9 @@ A configuration file holds the values shared by all its presets and, under ``pre
     presets:
       paper: {pretext: {epochs: 500}}
       fast: {pretext: {epochs: 200}}
+
+``base: other.yaml`` takes over the values and presets of another file in the same folder. A section that is chosen by
+``kind`` can be given as the bare name: ``pretext.method=none``.
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from ..data.datasets import DataConfig
 from ..errors import ConfigError
+from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
+from ..objectives import ObjectiveConfig, SCANSettings
 from ..schema import Settings
-from ..views.parameters import PlainView, SimCLRView, StrongView, View
+from ..views.parameters import PlainView, StrongView, View
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
@@ -63,29 +69,15 @@ class TrainingConfig(Settings):
 
 
 class PretextConfig(TrainingConfig):
-    """Stage one: SimCLR, or weights that someone else trained."""
+    """Stage one: a representation without labels."""
 
-    method: Literal["simclr", "weights", "none"] = "simclr"
-    """``weights`` reads ``weights``; ``none`` takes the backbone as it is (use with ``model.pretrained``)."""
-    weights: Path | None = None
-    temperature: float = Field(default=0.1, gt=0)
-    anchors: Literal["both", "first"] = "both"
-    view: View = SimCLRView(kind="simclr", size=None)
-    resolutions: tuple[tuple[float, int], ...] = ()
-    """Smaller views at first: pairs (share, size) mean ``size`` pixels up to that share of the epochs; then the view's
-    own size. ``[[0.4, 16], [0.7, 24]]`` takes 0.6 of the work at 32 pixels."""
+    method: MethodConfig = SimCLRSettings()
+    """How it is learned, by ``kind``: ``simclr``; ``weights`` reads a file; ``none`` takes a pretrained backbone."""
     monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks on the test images (needs labels); 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        shares = [share for share, _ in self.resolutions]
-        if not all(0 < share < 1 for share in shares) or shares != sorted(set(shares)):
-            raise ValueError(f"resolutions must have shares that rise between 0 and 1, got {shares}")
-        if any(size < 1 for _, size in self.resolutions):
-            raise ValueError(f"resolutions must have sizes of at least one pixel, got {list(self.resolutions)}")
-        return self
+    monitor_temperature: float = Field(default=0.1, gt=0)
+    """Temperature of the kNN check's weighted vote."""
 
 
 class MiningConfig(Settings):
@@ -98,12 +90,13 @@ class MiningConfig(Settings):
 
 
 class ClusteringConfig(TrainingConfig):
-    """Stage two: a clustering head under the SCAN loss."""
+    """Stage two: cluster heads on pairs of an image and a neighbour."""
 
     n_clusters: int | None = Field(default=None, ge=2)
     """None: as many as the source has classes."""
+    objective: ObjectiveConfig = SCANSettings()
+    """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)
-    entropy_weight: float = Field(default=5.0, ge=0)
     neighbors: int | None = Field(default=None, ge=1)
     """How many of the mined neighbours are drawn from; None: all."""
     include_self: bool = True
@@ -181,6 +174,15 @@ class Config(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        self.pretext.method.check(self.model, self.mining.features)
+        if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
+            raise ValueError(
+                f"clustering.initialize=kmeans needs model.cluster_head=linear, got {self.model.cluster_head}"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -205,12 +207,7 @@ def find_config(name: str) -> Path:
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
     """Read a file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` words."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
+    values = _read(path)
     assigned = dict(changes or {})
     assigned.update(parse_override(text) for text in overrides)
     presets = values.pop("presets", None) or {}
@@ -227,6 +224,25 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
     for key, value in assigned.items():
         values = merge(values, nested(key, value))
     return build_config(values)
+
+
+def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and, beneath its values, those of the file that ``base`` names (relative to its folder)."""
+    if path in derived:
+        raise ConfigError(f"{path} is its own base: {' -> '.join(file.name for file in (*derived, path))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: base must name a YAML file in or relative to {path.parent}, got {base!r}")
+    inherited: dict[str, Any] = merge(_read(path.parent / base, (*derived, path)), values)
+    return inherited
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
@@ -258,6 +274,10 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 def merge(base: Any, change: Any) -> Any:
     """Merge nested dictionaries; a change of ``kind`` replaces the whole section, since its other keys differ."""
+    if isinstance(base, dict) and "kind" in base and isinstance(change, str):
+        change = {"kind": change}
+    elif isinstance(base, str) and isinstance(change, dict):
+        base = {"kind": base}
     if not isinstance(base, dict) or not isinstance(change, dict):
         return change
     if "kind" in change and change["kind"] != base.get("kind", change["kind"]):
@@ -289,16 +309,16 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    key = ".".join(_without_kinds(location))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
-        section = ".".join(location[:-1])
+        section = ".".join(_without_kinds(location[:-1]))
         if near:
             hint = f"did you mean {'.'.join([*_without_kinds(location[:-1]), near[0]])}?"
         else:
             hint = f"{section or 'the top level'} has {', '.join(known)}"
-        return f"unknown key {'.'.join([*_without_kinds(location[:-1]), location[-1]])}: {hint}"
+        return f"unknown key {key}: {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":  # raised by our own validators, which say what was given
@@ -308,14 +328,16 @@ def _explain(problem: Any) -> str:
 
 
 def _without_kinds(location: list[str]) -> list[str]:
-    """Drop the union tags that pydantic inserts into locations (``pretext.view.simclr`` -> ``pretext.view``)."""
+    """Drop the union tags that pydantic inserts into locations (``pretext.method.simclr`` -> ``pretext.method``)."""
     kept: list[str] = []
-    model: type[BaseModel] | None = Config
+    models: list[type[BaseModel]] = [Config]
     for part in location:
-        if model is not None and part in model.model_fields:
+        tagged = [model for model in models if "kind" in model.model_fields and _kind(model) == part]
+        if tagged and not any(part in model.model_fields for model in models):
+            models = tagged
+        else:
             kept.append(part)
-            models = _models_of(model.model_fields[part].annotation)
-            model = models[0] if len(models) == 1 else None
+            models = [inside for model in models for inside in _models_at(model, part)]
     return kept
 
 

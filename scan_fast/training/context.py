@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.datasets import Splits, open_splits
 from ..data.decode_cache import DecodeCache
@@ -32,18 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Context:
-    """Everything a stage may use. Built by :func:`open_context`.
-
-    Three attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
-    them empty and computes the same from the run folder.
-
-    Attributes:
-        embeddings: by split, (N, D) projections of the finished pretext model, not normalised: from its last check to
-            mining.
-        features: by split, (N, D) of the finished pretext model's backbone: to mining, to the start of the cluster
-            heads and to heads on a frozen backbone.
-        logits: by stage and split, (N, C) of the stage's finished model: from its metrics to assignments.csv.
-    """
+    """Everything that a stage may use. Built by :func:`open_context`."""
 
     config: Config
     run: RunFolder
@@ -51,9 +40,11 @@ class Context:
     splits: Splits
     device: torch.device
     renderer: Renderer
-    embeddings: dict[str, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
-    logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def clustered(self) -> dict[str, Source]:
+        """The splits that are clustered, by name, in the order of assignments.csv."""
+        return {"train": self.splits.train, "test": self.splits.test}
 
     @property
     def model_config(self) -> ModelConfig:
@@ -119,12 +110,12 @@ class Context:
             return torch.bfloat16 if wanted == "bfloat16" else torch.float32
         if self.device.type == "cuda":
             return torch.bfloat16
-        model, side = self.model_config, self.view(self.config.pretext.view).side
+        model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
         tried = {"model": model.model_dump(mode="json"), "side": side}
         record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
         if record.get("tried") == tried:
             return Choice(record["precision"], record["reason"]).dtype
-        choice = choose_on_cpu(model, side, 2 * min(self.config.pretext.batch_size, len(self.splits.train)))
+        choice = choose_on_cpu(model, side)
         self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype

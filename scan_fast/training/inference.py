@@ -12,11 +12,6 @@ from .compilation import uncompiled
 from .context import Context
 
 
-def splits_of(context: Context) -> dict[str, Source]:
-    """Return the splits that are clustered, by name, in the order of assignments.csv."""
-    return {"train": context.splits.train, "test": context.splits.test}
-
-
 def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
     """Apply a part of a run's model to all images of a source; see :func:`.views.inference.forward_views`."""
     views = context.views_of(source, "evaluation")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -56,7 +56,7 @@ class Stage(ABC, Generic[Batch]):
         """Return the scalar to minimise and the scalars to average over the epoch, all on the device."""
 
     def networks(self) -> list[nn.Module]:
-        """Return the networks whose calls torch.compile takes, where it is asked for."""
+        """Return the modules to compile if ``runtime.compile`` is set."""
         return [self.model]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -102,7 +102,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
     """Train a stage to its end, from its checkpoint where there is one.
 
     Raises:
-        RunError: where the loss stops being finite; the last checkpoint stays.
+        RunError: if the loss or a weight stops being finite; the last checkpoint, which is finite, stays.
     """
     run, tracker, training = context.run, context.tracker, stage.training
     checkpoint = f"checkpoints/{stage.name}.pt"
@@ -141,6 +141,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
 
     def save(writer: BackgroundWriter) -> None:
         nonlocal saved
+        check_finite(stage, do_step.totals, epoch)
         writer.save(
             checkpoint,
             {
@@ -176,11 +177,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                     save(writer)
             averages = do_step.averages(steps)
-            if not math.isfinite(averages.get("loss", 0.0)):
-                raise RunError(
-                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower "
-                    f"{stage.name}.optimizer.lr (now {training.optimizer.lr:g}) and start again in a new folder"
-                )
+            check_finite(stage, do_step.totals, epoch)
             epoch, step = epoch + 1, 0
             do_step.reset()
             averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
@@ -189,6 +186,34 @@ def train(stage: Stage[Any], context: Context) -> Training:
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                 save(writer)
     return Training(seconds + time.perf_counter() - begin, notes)
+
+
+def check_finite(stage: Stage[Any], totals: Mapping[str, Tensor], epoch: int) -> None:
+    """Refuse to go on, and to write a checkpoint, if the loss or a weight is not finite; the host waits for the device.
+
+    Args:
+        stage: its model is checked.
+        totals: the sums of the epoch so far.
+        epoch: from 0, for the message.
+
+    Raises:
+        RunError: names the learning rate to lower.
+    """
+    loss = totals.get("loss")
+    problem = None
+    if loss is not None and not math.isfinite(float(loss)):
+        problem = f"the loss is {float(loss)}"
+    else:
+        weights = [value for value in stage.model.state_dict().values() if value.is_floating_point()]
+        # The norm of any tensor with a NaN or an infinity is not finite, and one launch computes them all.
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))])
+        if not bool(norms.isfinite().all()):
+            problem = "a weight is not finite"
+    if problem is not None:
+        raise RunError(
+            f"{stage.name}: {problem} in epoch {epoch + 1}; lower {stage.name}.optimizer.lr "
+            f"(now {stage.training.optimizer.lr:g}) and start again in a new folder"
+        )
 
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:

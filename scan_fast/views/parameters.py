@@ -35,7 +35,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..random import Key, uniforms
-from ..schema import Settings
+from ..schema import BARE_KIND, Settings
 
 Params = dict[str, Tensor]
 Range = tuple[float, float]
@@ -303,4 +303,4 @@ class AffineView(_View):
         return torch.stack((a, b, centre - a * x - b * y, d, e, centre - d * x - e * y), dim=1).float()
 
 
-View = Annotated[SimCLRView | StrongView | PlainView | AffineView, Field(discriminator="kind")]
+View = Annotated[SimCLRView | StrongView | PlainView | AffineView, Field(discriminator="kind"), BARE_KIND]

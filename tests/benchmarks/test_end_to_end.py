@@ -95,7 +95,8 @@ def test_disagreement_is_seen(opened: tuple[Context, Images]) -> None:
 
     def other_temperature(c: Context) -> Pair:
         both = pair("pretext", c, images)
-        both.baseline.config = c.config.pretext.model_copy(update={"temperature": 0.11})
+        method = c.config.pretext.method.model_copy(update={"temperature": 0.11})
+        both.baseline.config = c.config.pretext.model_copy(update={"method": method})
         return both
 
     losses = compare_losses(other_temperature, context, steps=1, batch_size=16)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report, trials
-from scan_fast.stages import pipeline
+from scan_fast.stages.pipeline import run_stage
 
 SHORT = ["pretext.epochs=1", "clustering.epochs=1", "clustering.heads=1", "selflabel.epochs=1", "mining.k=3"]
 
@@ -21,11 +21,11 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path, *words: str, until: str = "
 def test_shared_stages_are_done_once_and_files_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def counted(stage: str, function: Any) -> Any:
-        return lambda context: (done.append(stage), function(context))
+    def counted(context: Any, stage: Any, handover: Any) -> None:
+        done.append(stage.name)
+        run_stage(context, stage, handover)
 
-    for stage, function in pipeline.STAGES.items():
-        monkeypatch.setitem(trials.STAGES, stage, counted(stage, function))
+    monkeypatch.setattr(trials, "run_stage", counted)
     file = tmp_path / "result.json"
     both = ("--seeds", "0", "--", "base", "random: clustering.initialize=random")
     run(monkeypatch, file, *both)

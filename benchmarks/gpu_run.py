@@ -230,6 +230,7 @@ def train(
     config: Config, run: RunFolder, splits: Splits, watch: Watch, report: Report, say: Callable[[str], None]
 ) -> None:
     """Do the stages that are not finished, and then what a run leaves behind."""
+    from scan_fast.runs.artifacts import REPORT
     from scan_fast.stages.handover import Handover
     from scan_fast.stages.pipeline import STAGES, finish, run_stage, stages_of
     from scan_fast.training.context import open_context
@@ -247,9 +248,9 @@ def train(
             watch.check()
             run_stage(context, STAGES[name], handover)
             report.write("running")
-            say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
+            say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary().stages[name])}")
     report.write("finished")
-    if not run.has("report.html"):
+    if not run.has(REPORT):
         finish(context, handover)  # assignments.csv, model.pt, report.html: of no weight for the result
 
 
@@ -269,14 +270,16 @@ def headline(entry: dict[str, Any]) -> str:
 
 def progress_of(run: RunFolder, config: Config) -> str:
     """Return in words how far a run has come."""
+    from scan_fast.runs.artifacts import checkpoint
+
     from .gpu import schedule
 
-    finished = list(run.summary()["stages"])
+    finished = list(run.summary().stages)
     text = f"finished are {', '.join(finished)}" if finished else "no stage is finished"
     for name, epochs in schedule.learned_stages(config).items():
-        if name not in finished and run.has(f"checkpoints/{name}.pt"):
-            state = run.load(f"checkpoints/{name}.pt")
-            text += f", {name} is in epoch {min(state['epoch'] + 1, epochs)} of {epochs}"
+        if name not in finished and run.has(checkpoint(name)):
+            state = run.read(checkpoint(name))
+            text += f", {name} is in epoch {min(state.epoch + 1, epochs)} of {epochs}"
     return text
 
 
@@ -331,8 +334,8 @@ class Report:
 
     def write(self, status: str) -> None:
         """Write the file, beside its name and renamed."""
-        stages = self._run.summary()["stages"]
-        latest = {entry["stage"]: entry for entry in self._run.metrics()}
+        stages = self._run.summary().stages
+        latest = {entry.stage: entry.to_dict() for entry in self._run.metrics()}
         content = self._content | {
             "status": status,
             "seconds": round(self._watch.elapsed, 1),

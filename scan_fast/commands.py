@@ -112,7 +112,7 @@ def evaluate(options: argparse.Namespace) -> int:
         context = open_context(run.read(CONFIG), run, tracker)
         results = evaluate(context)
         if options.json:
-            print(json.dumps(results, indent=2))
+            print(json.dumps(results.to_dict(), indent=2))
         else:
             print_summary(context, tracker)
     return 0

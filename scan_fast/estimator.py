@@ -82,7 +82,7 @@ class ImageClusterer:
                 context = open_context(config, run, tracker, splits)
                 run_stages(context, stages_of(context))
             self._predictor = Predictor.load(run.path, choose_device(config.runtime.device))
-            self.summary_ = run.summary()
+            self.summary_ = run.summary().to_dict()
         probabilities = self._predictor.probabilities(source)
         self.probabilities_ = probabilities.numpy()
         self.labels_: np.ndarray = probabilities.argmax(dim=1).numpy()

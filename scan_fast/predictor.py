@@ -63,7 +63,11 @@ class Predictor:
         path = path / artifacts.MODEL.name if path.is_dir() else path
         if not path.is_file():
             raise WeightsError(f"there is no model at {path}; give a finished run folder or its model.pt")
-        return cls(artifacts.read(artifacts.MODEL, path), device)
+        saved = artifacts.read(artifacts.MODEL, path)
+        try:
+            return cls(saved, device)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a model.pt.

@@ -26,7 +26,9 @@ from .records import (
     PrecisionRecord,
     StageResult,
     Summary,
+    dump_json,
     dump_metrics,
+    load_json,
     load_metrics,
 )
 from .tables import Assignments, Confusion, Skipped
@@ -72,7 +74,7 @@ class Artifact(Generic[T]):
     @property
     def command(self) -> str:
         """The command that writes the file."""
-        return "run" if self.stage is None else COMMANDS[self.stage]
+        return COMMANDS.get(self.stage or "", "run")
 
 
 def write(artifact: Artifact[T], content: T, path: Path) -> None:
@@ -144,6 +146,10 @@ def _load_page(file: BinaryIO) -> str:
     return file.read().decode()
 
 
+def _stage_result(stage: str) -> Artifact[StageResult]:
+    return Artifact(f"{CHECKPOINTS}/{stage}-final.pt", StageResult.dump, StageResult.load, stage, _REPEAT)
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 CONFIG = Artifact("config.yaml", _dump_config, _load_config, repair="correct it, or start again in a new folder")
@@ -160,10 +166,16 @@ DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_ca
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
 """The images left out as unreadable, with the reason."""
 
+PRETEXT_MODEL = _stage_result("pretext")
+"""The trained backbone and projector."""
 EMBEDDINGS = Artifact("embeddings.npz", Embeddings.dump, Embeddings.load, "mining", _REPEAT)
 """Unit rows, in the order of the images."""
 NEIGHBORS = Artifact("neighbors.npz", Neighbors.dump, Neighbors.load, "mining", _REPEAT)
 """The nearest neighbours of every image."""
+CLUSTER_MODEL = _stage_result("clustering")
+"""The best epoch with all heads, and which head is the best."""
+SELFLABEL_MODEL = _stage_result("selflabel")
+"""The self-labelled model."""
 
 ASSIGNMENTS = Artifact("assignments.csv", Assignments.dump, Assignments.load, repair=_RUN_AGAIN)
 """One row per image: path, cluster, confidence, margin, split and, if known, label."""
@@ -177,24 +189,17 @@ REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
 """One page that opens from disk."""
 
 
-def checkpoint(stage: str) -> Artifact[Checkpoint]:
-    """Return the checkpoint of a learned stage that is training."""
-    return Artifact(f"{CHECKPOINTS}/{stage}.pt", Checkpoint.dump, Checkpoint.load, stage)
-
-
-def stage_result(stage: str) -> Artifact[StageResult]:
-    """Return the result of a learned stage."""
-    return Artifact(f"{CHECKPOINTS}/{stage}-final.pt", StageResult.dump, StageResult.load, stage, _REPEAT)
-
+SWEEP = Artifact("sweep.json", dump_json, load_json)
+"""In the folder that holds the runs of a sweep: mean and deviation of their results."""
 
 AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
+OF_STAGES: tuple[Artifact[Any], ...] = (PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS, CLUSTER_MODEL, SELFLABEL_MODEL)
+"""Written by the stages: repeating a stage removes its own and those of later stages."""
 AT_END: tuple[Artifact[Any], ...] = (ASSIGNMENTS, CONFUSION, CONFUSION_FIGURE, MODEL, REPORT)
 """Written after the last stage: repeating any stage removes them."""
 
 
-def of_stage(stage: str) -> tuple[Artifact[Any], ...]:
-    """Return the artifacts of a stage, its checkpoint first."""
-    if stage == "mining":
-        return (EMBEDDINGS, NEIGHBORS)
-    return (checkpoint(stage), stage_result(stage))
+def checkpoint(stage: str) -> Artifact[Checkpoint]:
+    """Return the checkpoint of a learned stage that is training."""
+    return Artifact(f"{CHECKPOINTS}/{stage}.pt", Checkpoint.dump, Checkpoint.load, stage)

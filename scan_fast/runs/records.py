@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,10 +79,13 @@ class MetricsEntry:
     time: float
     values: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the line."""
+        return {"stage": self.stage, "epoch": self.epoch, "step": self.step, "time": self.time, **self.values}
+
     def to_line(self) -> str:
         """Return the entry as one line of JSON, with its line feed."""
-        entry = {"stage": self.stage, "epoch": self.epoch, "step": self.step, "time": self.time, **self.values}
-        return json.dumps(entry) + "\n"
+        return json.dumps(self.to_dict()) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> MetricsEntry:
@@ -272,6 +277,20 @@ class StageResult:
         if not isinstance(content.get("model"), dict):
             raise ValueError(f"it is no result of a stage, it holds {', '.join(content)}")
         return cls(content.pop("model"), content)
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Return nested dataclasses, dictionaries, lists and tuples with ``function`` applied to every tensor."""
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = function(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        result = replace(value, **{name: map_tensors(inner, function) for name, inner in vars(value).items()})
+    elif isinstance(value, dict):
+        result = {key: map_tensors(inner, function) for key, inner in value.items()}
+    elif isinstance(value, list | tuple):
+        result = type(value)(map_tensors(inner, function) for inner in value)
+    return cast(T, result)
 
 
 def dump_json(content: dict[str, Any], file: BinaryIO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
@@ -76,7 +76,7 @@ class Assignments(Predictions):
     labels: Sequence[str] | None
 
     @classmethod
-    def join(cls, parts: dict[str, Predictions], labels: dict[str, Sequence[str]] | None) -> Assignments:
+    def join(cls, parts: Mapping[str, Predictions], labels: Mapping[str, Sequence[str]] | None) -> Assignments:
         """Join the predictions and the labels of the splits."""
         splits = [split for split, part in parts.items() for _ in part.paths]
         return cls(
@@ -181,7 +181,7 @@ class Confusion:
 
     @classmethod
     def of(cls, counts: ArrayLike, class_names: Sequence[str]) -> Confusion:
-        """Name the rows and columns of what :func:`scan_fast.evaluation.confusion` returns.
+        """Name the rows and columns of what :func:`scan_fast.evaluation.metrics.confusion` returns.
 
         Raises:
             ValueError: if the shape of ``counts`` does not fit the number of names.

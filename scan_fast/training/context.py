@@ -18,8 +18,10 @@ from ..data.sources import Source
 from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..random import stream_key
+from ..runs import artifacts
 from ..runs.config import Config
-from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
+from ..runs.folder import RunFolder
+from ..runs.records import PrecisionRecord
 from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
@@ -112,11 +114,12 @@ class Context:
             return torch.bfloat16
         model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
         tried = {"model": model.model_dump(mode="json"), "side": side}
-        record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
-        if record.get("tried") == tried:
-            return Choice(record["precision"], record["reason"]).dtype
+        if self.run.has(artifacts.PRECISION):
+            record = self.run.read(artifacts.PRECISION)
+            if record.tried == tried:
+                return Choice(record.precision, record.reason).dtype
         choice = choose_on_cpu(model, side)
-        self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
+        self.run.write(artifacts.PRECISION, PrecisionRecord(choice.precision, choice.reason, tried))
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype
 
@@ -154,10 +157,10 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
     if splits is None:
-        decode_cache = DecodeCache(run.read_bytes(DECODE_CACHE_FILE) if run.has(DECODE_CACHE_FILE) else b"")
+        decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
         splits = open_splits(config.data, decode_cache)
         if decode_cache.changed:
-            run.write_bytes(DECODE_CACHE_FILE, decode_cache.to_bytes())
+            run.write(artifacts.DECODE_CACHE, decode_cache)
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
     if move_to_device(sources, config.data.resident, device):
         tracker.say(f"images: kept on {device}")

@@ -24,7 +24,9 @@ from driving import (
     weights,
 )
 
+from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import MetricsEntry
 
 
 def run_folder(images: Path, *words: object, clusters: object = 3) -> Any:
@@ -177,13 +179,13 @@ def test_the_runtime_may_change(finished: Path) -> None:
     before = contents(finished)
     assert run_here("run", finished, "runtime.threads=2", "runtime.checkpoint_seconds=3", "--quiet").code == 0
     assert contents(finished) == before
-    assert RunFolder(finished).config().runtime.threads == 2
+    assert RunFolder(finished).read(CONFIG).runtime.threads == 2
 
 
 def test_a_folder_without_results_takes_another_configuration(tmp_path: Path) -> None:
     assert "fewer than" in run_here("run", "digits", *TINY, "--out", "out", "--clusters", 170).refusal()
     assert run_here("pretext", "digits", *TINY, "--out", "out", "--clusters", 4, "--quiet").code == 0
-    assert RunFolder(tmp_path / "out").config().clustering.n_clusters == 4
+    assert RunFolder(tmp_path / "out").read(CONFIG).clustering.n_clusters == 4
     # Now there is something to lose.
     message = run_here("pretext", "digits", *TINY, "--out", "out", "--clusters", 5, "--quiet").refusal()
     assert "clustering.n_clusters: 4 -> 5" in message
@@ -286,7 +288,7 @@ def test_again_repeats_a_stage_with_a_changed_section(finished: Path) -> None:
     before, old = results(finished), contents(finished)
     words = ["cluster", finished, "--again", "clustering.objective.entropy_weight=3", "--quiet"]
     assert run_here(*words).code == 0
-    assert RunFolder(finished).config().clustering.objective.entropy_weight == 3
+    assert RunFolder(finished).read(CONFIG).clustering.objective.entropy_weight == 3
     assert not (finished / "assignments.csv").exists()
     assert run_here("run", finished, "--quiet").code == 0
     after, new = results(finished), contents(finished)
@@ -318,9 +320,10 @@ def test_again_with_numbers_that_do_not_fit_changes_nothing(finished: Path) -> N
 def test_again_forgets_baselines_of_other_clusters(tmp_path: Path) -> None:
     words = ["digits", *TINY, "evaluation.baselines=true", "evaluation.baseline_seeds=1", "selflabel=null"]
     assert run_here("run", *words, "--out", "out", "--quiet").code == 0
-    old = RunFolder(tmp_path / "out").summary()["baselines"]
+    old = RunFolder(tmp_path / "out").summary().baselines
     assert run_here("cluster", "out", "--again", "--clusters", 4, "--quiet").code == 0
-    new = RunFolder(tmp_path / "out").summary()["baselines"]
+    new = RunFolder(tmp_path / "out").summary().baselines
+    assert old is not None and new is not None
     assert new["kmeans_pixels"]["acc_mean"] < old["kmeans_pixels"]["acc_mean"]
 
 
@@ -370,7 +373,7 @@ def test_a_full_disk_in_the_middle_of_a_line_of_metrics(
 ) -> None:
     append, count = RunFolder.append_metrics, 0
 
-    def half(self: RunFolder, entry: Any) -> None:
+    def half(self: RunFolder, entry: MetricsEntry) -> None:
         nonlocal count
         count += 1
         if count == 4:  # clustering, epoch 1

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 
-from scan_fast.evaluation import (
+from scan_fast.evaluation.metrics import (
     clustering_metrics,
     confusion,
     match_clusters,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from scan_fast.evaluation import prototypes, selection_loss
+from scan_fast.evaluation.model_selection import selection_loss
+from scan_fast.evaluation.prototypes import prototypes
 
 
 @settings(max_examples=40, deadline=None)

@@ -36,7 +36,7 @@ CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[
 
 
 class OptimizerConfig(Settings):
-    """How weights are updated. ``momentum`` and ``nesterov`` apply to SGD."""
+    """The optimiser. ``momentum`` and ``nesterov`` apply to SGD."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
@@ -44,23 +44,23 @@ class OptimizerConfig(Settings):
     nesterov: bool = False
     weight_decay: float = Field(default=1e-4, ge=0)
     decay_all: bool = True
-    """Whether biases and normalisation weights decay too, as in the original."""
+    """Let biases and normalisation weights decay too, as the reference does."""
 
 
 class ScheduleConfig(Settings):
-    """How the learning rate changes: linear warm-up over ``warmup_epochs``, then ``name``."""
+    """The learning rate: linear warm-up over ``warmup_epochs``, then ``name``."""
 
     name: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: int = Field(default=0, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
-    """The cosine's end, as a fraction of the learning rate."""
+    """End of the cosine, as a fraction of the learning rate."""
     decay_rate: float = Field(default=0.1, gt=0, le=1)
     decay_epochs: tuple[int, ...] = ()
     every: Literal["epoch", "step"] = "epoch"
 
 
 class TrainingConfig(Settings):
-    """What all learned stages share."""
+    """Settings that all learned stages share."""
 
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=512, ge=2)
@@ -98,13 +98,13 @@ class ClusteringConfig(TrainingConfig):
     """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)
     neighbors: int | None = Field(default=None, ge=1)
-    """How many of the mined neighbours are drawn from; None: all."""
+    """Number of mined neighbours to draw from; None: all."""
     include_self: bool = True
-    """Whether an image may be drawn as its own neighbour, as in the original."""
+    """Let an image be drawn as its own neighbour, as the reference does."""
     update: Literal["full", "heads"] = "full"
     cached_views: int | None = Field(default=None, ge=1)
-    """With ``update: heads``: the backbone sees so many views of each image, once, and the heads train on its features,
-    which take 4 bytes x images x views x feature size; None: new views in every epoch, as in the original."""
+    """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
+    take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
     initialize: Literal["random", "kmeans"] = "random"
     view: View = StrongView(kind="strong", size=None)
     evaluate_every: int = Field(default=1, ge=1)
@@ -122,10 +122,10 @@ class SelfLabelConfig(TrainingConfig):
     threshold: float = Field(default=0.99, ge=0, le=1)
     balance: bool = True
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights; None: no average."""
+    """Decay of the moving average of the weights; None: no average."""
     ema_mode: Literal["teacher", "write_back"] = "teacher"
-    """``teacher``: the average gives the labels and is the result. ``write_back``: as in the original, the average
-    replaces the trained weights after every step, which divides the learning rate by 1 / (1 - ema) and keeps the batch
+    """``teacher``: the average gives the labels and is the result. ``write_back``: the average replaces the trained
+    weights after every step, as the reference does. This multiplies the learning rate by 1 - ema and keeps the batch
     statistics of the start."""
     weak_view: View = PlainView(kind="plain", size=None)
     view: View = StrongView(kind="strong", size=None)
@@ -133,38 +133,38 @@ class SelfLabelConfig(TrainingConfig):
 
 
 class EvaluationConfig(Settings):
-    """What is measured beside the stages."""
+    """Measurements beside the stages."""
 
     batch_size: int = Field(default=512, ge=1)
     baselines: bool = True
-    """k-means on pixels and on features, where there are labels."""
+    """Compare with k-means on pixels and on features, if there are labels."""
     baseline_seeds: int = Field(default=3, ge=1)
 
 
 class RuntimeConfig(Settings):
-    """How a run is carried out; none of it belongs to the experiment, so it may change when a run is continued."""
+    """How a run is carried out. This is not part of the experiment, so it may change when a run is resumed."""
 
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between checkpoints; 0 writes one after every step."""
     cuda_graphs: bool = False
-    """Replay whole training steps as CUDA graphs; without a GPU it changes nothing."""
+    """Replay whole training steps as CUDA graphs. No effect without a GPU."""
     compile: bool = False
-    """Train through torch.compile: half a minute or more before the first step, less where its cache is warm. The cache
-    is kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""
+    """Train through torch.compile: half a minute or more before the first step, less if its cache is warm. The cache is
+    kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""
     tensorboard: bool = False
 
 
 class Config(Settings):
-    """Everything that defines a run."""
+    """The configuration of a run."""
 
     name: str = "run"
     preset: str | None = None
     seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 on a GPU; on the CPU too where a short trial finds it right and faster, which the run folder
-    then notes. Losses and batch-norm statistics are float32 in any case."""
+    """Compute dtype. ``auto``: bfloat16 on a GPU, and on processors with bfloat16 products if a short trial of the
+    network finds its results right. Losses and batch-norm statistics are float32 in any case."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     pretext: PretextConfig = PretextConfig()
@@ -197,7 +197,7 @@ def find_config(name: str) -> Path:
     shipped = {
         file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
     }
-    # configs/NAME.yaml works from any folder; another folder's missing NAME.yaml is no wish for the shipped one.
+    # configs/NAME.yaml works from any folder. A missing NAME.yaml of another folder does not mean the shipped one.
     if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return shipped[path.stem]
     raise ConfigError(
@@ -246,7 +246,7 @@ def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """Check plain values against the model; every problem is named with its key, and a typo with the nearest key."""
+    """Validate plain values. The error names every problem with its key, and for a typo the nearest key."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -288,7 +288,7 @@ def merge(base: Any, change: Any) -> Any:
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``key: old -> new`` for every difference that would make ``new`` another experiment.
 
-    The machine's part may change: ``runtime.*``, where the images are kept and how many threads decode them.
+    Machine settings may change: ``runtime.*``, the placement of the images and the number of decoding threads.
     """
     free: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
     before, after = (dict(_flatten(c.model_dump(mode="json", exclude=free))) for c in (old, new))

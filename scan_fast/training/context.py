@@ -1,4 +1,4 @@
-"""What every stage is given: the configuration, the run folder, the images and the device."""
+"""The context of a run: configuration, run folder, images and device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Context:
 
     @property
     def without_pretrained(self) -> ModelConfig:
-        """The model section for a network whose weights are loaded from this run."""
+        """The model section without pretrained weights, for a network whose weights come from this run."""
         return self.model_config.model_copy(update={"pretrained": False})
 
     @property
@@ -79,16 +79,16 @@ class Context:
 
     @property
     def n_classes(self) -> int | None:
-        """The number of classes, or None where the images have no labels."""
+        """The number of classes, or None without labels."""
         names = self.splits.train.class_names
         return None if names is None or self.splits.train.labels is None else len(names)
 
     def place(self, model: M) -> M:
-        """Put a model on the device, its convolutions in the channels-last layout of the views."""
+        """Move a model to the device, in the channels-last layout of the views."""
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def view(self, view: View) -> View:
-        """Fill in a view's size from the images where the configuration leaves it open."""
+        """Return the view with an open size set to the images' size."""
         return view.resolved(self.splits.train.size)
 
     @property
@@ -97,15 +97,15 @@ class Context:
         return self.view(PlainView(kind="plain", size=self.config.clustering.view.size))
 
     def views_of(self, source: Source, stage: str) -> ViewMaker:
-        """Return what renders views of a source with a stage's random numbers."""
+        """Return the maker of a source's views with the stage's random numbers."""
         return ViewMaker(source, self.renderer, self.config.seed, stage, self.config.data.crop)
 
     @cached_property
     def precision(self) -> torch.dtype:
-        """The number format of convolutions and matrix products: as configured, or what ``auto`` comes to.
+        """Compute dtype of convolutions and matrix products; resolves ``auto``.
 
-        On a processor that is tried out (:mod:`.precision`) and noted in precision.json, so that a run that goes on
-        keeps its numbers.
+        On a processor the choice (:mod:`.precision`) is noted in precision.json, so that a resumed run computes in the
+        same dtype, on another machine too.
         """
         wanted = self.config.precision
         if wanted != "auto":
@@ -132,7 +132,7 @@ def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
 
     Raises:
-        ConfigError: for a device that is not there.
+        ConfigError: if the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,11 +148,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
-    """Open the images, choose the device and check that the numbers fit together.
+    """Open the images, choose the device and check the configuration against the images.
 
     Raises:
-        ConfigError: for a device that is not there, or numbers that the images do not allow.
-        DataError: for images that cannot be read, or a renderer that the device does not have.
+        ConfigError: if the device does not exist, or the images are too few for the configuration.
+        DataError: if images cannot be read, or the renderer does not run on the device.
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
@@ -172,7 +172,7 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
 
 
 def check_sizes(context: Context) -> None:
-    """Refuse numbers of clusters and neighbours that the images cannot fill, before anything is trained."""
+    """Refuse more clusters or neighbours than the images allow, before anything is trained."""
     config = context.config
     train, test = len(context.splits.train), len(context.splits.test)
     if train < context.n_clusters:
@@ -193,7 +193,7 @@ def check_sizes(context: Context) -> None:
 
 @contextmanager
 def seeded(seed: int, stage: str) -> Iterator[None]:
-    """Make weight initialisation a function of (seed, stage), and leave torch's own generator as it was."""
+    """Make weight initialisation a function of (seed, stage); torch's own generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_key(seed, f"{stage}/initialisation")[0])
         yield

@@ -1,9 +1,9 @@
 """The one training loop.
 
-A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the
-rest: order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a
-function of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the
-very same weights as one that was never interrupted.
+A stage defines its views, its loss, its state and the choice of its best weights. The loop does the rest: order of the
+images, learning rate, updates, averages, checkpoints, resuming. Every random number is a function of (seed, stage,
+epoch, sample, view). So a checkpoint needs no generator state, and a resumed run computes the same bits as one that was
+never interrupted.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Batch = TypeVar("Batch")
 
 
 class Stage(ABC, Generic[Batch]):
-    """One learned stage: what differs between pretext, clustering and self-labelling.
+    """Base of the learned stages: pretext, clustering and self-labelling.
 
     Attributes:
         name: the stage's name in files and on the screen.
         model: the network; all of it is checkpointed.
         training: epochs, batch size, optimiser, schedule.
         n_images: images per epoch.
-        background: whether batches are prepared in background threads (where reading images takes time).
+        background: prepare batches in background threads, because reading the images takes time.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Stage(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch(self, epoch: int, indices: Tensor) -> Batch:
-        """Render what a step needs of the images ``indices`` (B,) int64."""
+        """Return the batch of the images ``indices`` (B,) int64: a tensor or a tuple of tensors."""
 
     @abstractmethod
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,38 +62,38 @@ class Stage(ABC, Generic[Batch]):
         return [self.model]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimiser updates."""
+        """Return the parameters that the optimiser updates."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def prepare(self) -> None:
-        """Do what precedes the first step, once the weights are those to start from."""
+        """Run before the first step, after weights were initialised or loaded from a checkpoint."""
 
     def train_mode(self) -> None:
-        """Put the model into the mode in which the stage trains."""
+        """Set the model's mode for training."""
         self.model.train()
 
     def after_step(self) -> None:
-        """Do what follows every update, such as moving an average."""
+        """Run after every update, for example to move an average."""
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Evaluate after ``epoch`` (from 1) where it is due, keep the best, and return further metrics."""
+        """Evaluate after ``epoch`` (from 1) if it is due, keep the best weights, and return further metrics."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Return what the stage keeps besides the model: plain values and tensors."""
+        """Return what a checkpoint must hold besides the model: plain values and tensors."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
 @dataclass
 class Training:
-    """What :func:`train` did.
+    """Result of :func:`train`.
 
     Attributes:
-        seconds: the time the stage took, that before an interruption included.
-        notes: what summary.json should say of it besides, such as the time that compiling took.
+        seconds: time that the stage took, including the time before an interruption.
+        notes: further entries for summary.json, such as the time of compilation.
     """
 
     seconds: float
@@ -101,7 +101,7 @@ class Training:
 
 
 def train(stage: Stage[Any], context: Context) -> Training:
-    """Train a stage to its end, from its checkpoint where there is one.
+    """Train a stage to its end, from its checkpoint if there is one.
 
     Raises:
         RunError: if the loss or a weight stops being finite; the last checkpoint, which is finite, stays.
@@ -239,12 +239,12 @@ def set_learning_rate(
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
     """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
     if position < schedule.warmup_epochs:
-        # The first step must not stand still: the ramp starts at 1 / (warmup_epochs + 1).
+        # The ramp starts at 1 / (warmup_epochs + 1), so that the first step is not lost.
         return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
     if schedule.name == "cosine":
         progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
         return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule.name == "step":
-        # Strictly above, as in the original.
+        # Strictly above, as in the reference.
         return schedule.decay_rate ** sum(position > decay for decay in schedule.decay_epochs)
     return 1.0

@@ -23,16 +23,16 @@ def forward_views(
     precision: AbstractContextManager[None] | None = None,
     epoch: int = 0,
 ) -> Tensor:
-    """Apply ``function`` to one view of every image of a source, in order. Nothing in it waits for the device.
+    """Apply ``function`` to one view of every image of a source, in order, without a host synchronisation.
 
     Args:
-        model: the network that ``function`` calls; it is in evaluation mode meanwhile.
+        model: the network that ``function`` calls; in evaluation mode during the call, and its modes are restored.
         function: maps views (B, 3, S, S) to features (B, D), or to the logits of all heads (H, B, C).
         views: the source with its renderer.
         view: the view of each image.
         batch_size: images at a time.
         precision: a context for the forward passes, such as autocast.
-        epoch: draws the parameters of the views, if they are random.
+        epoch: selects the views' parameters if they are random.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.

@@ -72,7 +72,8 @@ def pair(name: str, context: Context, images: Images) -> Pair:
 
 
 def doubled(both: Pair) -> Pair:
-    networks = [both.ours.model, getattr(both.ours, "average", None), both.baseline.model]
+    average = getattr(both.ours, "average", None)
+    networks = [both.ours.model, None if average is None else average.model, both.baseline.model]
     networks.append(getattr(both.baseline, "teacher", None))
     for network in networks:
         if network is not None:

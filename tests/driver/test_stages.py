@@ -445,7 +445,7 @@ def selflabel(context: Context) -> SelfLabel:
 
 def test_nothing_confident_costs_nothing(finished: Path) -> None:
     with opened(finished, "selflabel.threshold=1", "selflabel.optimizer.weight_decay=0", again=True) as context:
-        context.run.remove("checkpoints/selflabel.pt")
+        context.run.remove(artifacts.checkpoint("selflabel"))
         do("selflabel", context)
         before, after = cluster_model(context)[0], selflabelled_model(context)
         for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
@@ -516,7 +516,7 @@ def test_write_back_trains_with_a_small_part_of_the_rate(finished: Path) -> None
 
     def step_of(*changes: str) -> Tensor:
         with opened(finished, *sgd, *changes, again=True) as context:
-            context.run.remove("checkpoints/selflabel.pt")
+            context.run.remove(artifacts.checkpoint("selflabel"))
             stage = selflabel(context)
             before = stage.model.state_dict()["cluster_head.0.weight"].clone()
             train(stage, context)
@@ -542,7 +542,7 @@ def test_averages_survive_an_interruption(mode: str, finished: Path, tmp_path: P
                 return super().step(batch)
 
         with opened(finished, *overrides, again=True) as context:
-            context.run.remove("checkpoints/selflabel.pt")
+            context.run.remove(artifacts.checkpoint("selflabel"))
             if stop_at is not None:
                 with pytest.raises(KeyboardInterrupt):
                     train(Interrupted(context, cluster_model(context)[0], Handover()), context)

@@ -18,8 +18,10 @@ from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.models.moving_average import MovingAverage
 from scan_fast.objectives import Heads, Objective, ObjectiveSettings, SCANSettings
-from scan_fast.stages.clustering import Clustering
+from scan_fast.runs.artifacts import checkpoint
+from scan_fast.stages.clustering import Clustering, logits_of
 from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import mined_neighbors
 from scan_fast.training.loop import train
 
 
@@ -87,7 +89,7 @@ def test_another_objective_trains_mlp_heads_and_resumes_in_the_same_bits(update:
 
     def result_of(kinds: list[type[Clustering]]) -> tuple[dict[str, Tensor], Clustering]:
         with opened(finished, *overrides, again=True) as context:
-            context.run.remove("checkpoints/clustering.pt")
+            context.run.remove(checkpoint("clustering"))
             for kind in kinds:
                 torch.manual_seed(0)
                 model = context.place(ClusterModel(context.model_config, 10, 2))
@@ -103,7 +105,13 @@ def test_another_objective_trains_mlp_heads_and_resumes_in_the_same_bits(update:
     parts, _ = result_of([Interrupted, Clustering])
     assert all(value.equal(parts[name]) for name, value in whole.items())
     assert whole["cluster_head.0.0.weight"].shape[0] == 12
-    assert stage.best["loss"] < 0  # minus the SCAN score
+    # The head is the one that this objective's score, minus SCAN's, puts first.
+    model = ClusterModel(stage.context.model_config, 10, 2)
+    model.load_state_dict(stage.best["model"])
+    logits = logits_of(stage.context, model, "test", Handover())
+    scores = SCANSettings().build().score(logits, mined_neighbors(stage.context)["test"])
+    assert stage.best["head"] == int(scores.argmax())
+    assert stage.best["loss"] == pytest.approx(-float(scores.max()), rel=1e-5)
 
 
 def test_mlp_heads_are_what_they_say() -> None:

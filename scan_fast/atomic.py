@@ -54,16 +54,6 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically.
-
-    Raises:
-        OSError: if the folder or the file cannot be written.
-    """
-    with atomic_file(path) as file:
-        file.write(content)
-
-
 def is_leftover(path: Path) -> bool:
     """Return whether ``path`` is named like the temporary file of a process that was killed while it wrote."""
     return path.name.startswith(".") and path.name.endswith(_SUFFIX)

@@ -147,10 +147,10 @@ def embed(options: argparse.Namespace) -> int:
 
 
 def _predictor_and_source(options: argparse.Namespace) -> tuple[Predictor, Source]:
+    from .devices import choose_device
     from .predictor import Predictor
-    from .training.context import choose_device
 
-    predictor = Predictor.load(options.target, choose_device(options.device))
+    predictor = Predictor.load(options.target, choose_device(options.device, "--device"))
     return predictor, predictor.source(options.data)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from .data.datasets import source_from, split_source
+from .devices import choose_device
 from .predictor import Predictor
 from .runs.config import find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
-from .training.context import choose_device, open_context
+from .training.context import open_context
 
 
 class ImageClusterer:

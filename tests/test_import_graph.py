@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema", "errors", "atomic", "gpu_status"),
+    ("devices",),
     ("ops",),
     ("random", "losses", "neighbors", "info"),
     ("data",),

@@ -15,6 +15,7 @@ from ..data.datasets import Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
+from ..devices import choose_device
 from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..random import stream_key
@@ -126,25 +127,6 @@ class Context:
     def autocast(self) -> AbstractContextManager[None]:
         """Return the mixed-precision context of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
 
 
 def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:

@@ -88,6 +88,11 @@ def test_traceback_shows_where_an_error_came_from() -> None:
         (["run", "digits", *TINY, "data.std=[1, 0, 1]"], "mean and std must be 3 numbers each, std above 0"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:resnet"], "torchvision has no"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:squeezenet1_0"], "0 linear classifiers"),
+        (
+            ["predict", "RUN", "--data", ".", "--device", "abacus"],
+            "--device must be auto, cpu, cuda or cuda:N, got 'abacus'",
+        ),
+        (["predict", "RUN", "--data", ".", "--device", "cuda:99"], "--device=cuda:99: this machine has"),
         (["info", "--device", "cpu"], "--device goes with --check"),
         (["info", "--check", "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
     ],

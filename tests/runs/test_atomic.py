@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from scan_fast.atomic import atomic_file, is_leftover, remove_leftovers, write_bytes
+from scan_fast.atomic import atomic_file, is_leftover, remove_leftovers
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def only(folder: Path) -> list[str]:

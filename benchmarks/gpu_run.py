@@ -290,7 +290,7 @@ def watched_events(run: RunFolder, watch: Watch, say: Callable[[str], None]) -> 
     class WatchedTicker(Ticker):
         def step(self, images: int) -> None:
             super().step(images)
-            watch.after_step(self._events.context)  # type: ignore[attr-defined]
+            watch.after_step(self._tracker.context)  # type: ignore[attr-defined]
 
     class WatchedEvents(Tracker):
         context: Context

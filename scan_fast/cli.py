@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=run)
         return sub
 
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--data", type=Path, metavar="FOLDER", help="a folder of images, instead of a configuration")
         sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
-        sub.add_argument("--again", action="store_true", help="repeat: forget this stage and those after it first")
+        sub.add_argument("--again", action="store_true", help="repeat this stage and those after it")
         sub.add_argument("--quiet", action="store_true", help="print errors only")
 
     sub = command("evaluate", commands.evaluate, "measure every finished stage of a run, and k-means for comparison")
@@ -101,8 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("bench", commands.bench, "measure kernels, views or whole runs against their peers (benchmarks.NAME)")
     table = commands.benchmarks()
     width = max(map(len, table), default=0)
-    sub.epilog = "benchmarks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in table.items())
-    sub.add_argument("name", metavar="NAME", help="one of the benchmarks below")
+    if table:
+        sub.epilog = "benchmarks:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in table.items())
+    sub.add_argument("name", metavar="NAME", help="a benchmark of the source repository")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments, such as --device cpu --json FILE")
 
     sub = command("info", commands.info, "what was built, and what each operation runs on")

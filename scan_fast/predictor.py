@@ -24,12 +24,12 @@ class Predictor:
 
     Args:
         saved: the content of a model.pt.
-        device: where the network runs.
+        device: the device of the network.
 
     Attributes:
         saved: the content of the model.pt.
         model: the network, in evaluation mode.
-        device: where it runs.
+        device: its device.
 
     Raises:
         WeightsError: if the weights do not fit the settings of the network.

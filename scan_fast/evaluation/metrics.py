@@ -1,4 +1,4 @@
-"""How well clusters agree with classes. Labels serve to report, never to train or to select."""
+"""Agreement of clusters with classes. Labels serve to report, never to train or to select."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def clustering_metrics(
     n_classes: int,
     probabilities: ArrayLike | None = None,
 ) -> dict[str, float]:
-    """Compare a clustering with true classes, in the way of the SCAN paper (arXiv 2005.12320, section 3.1).
+    """Compare a clustering with true classes as the SCAN paper does (arXiv 2005.12320, section 3.1).
 
     Images with label -1 have no label and are left out.
 
@@ -33,14 +33,14 @@ def clustering_metrics(
 
         - ``acc``: the accuracy under the best one-to-one matching of clusters to classes (Hungarian method). Clusters
           beyond the number of classes have no class, and all their images count as errors.
-        - ``acc_many_to_one``, where n_clusters > n_classes: every cluster takes its most frequent class.
+        - ``acc_many_to_one``, if n_clusters > n_classes: every cluster takes its most frequent class.
         - ``nmi`` (arithmetic mean), ``ami``, ``ari``.
-        - ``acc_top5``, with probabilities and more than five classes and clusters: an image counts where the cluster
-          that is matched to its class (one-to-one) is among its five most probable; equal probabilities are ordered by
-          the smaller cluster. A class without a cluster counts as errors.
+        - ``acc_top5``, with probabilities and more than five classes and clusters: an image counts if the cluster that
+          is matched to its class (one-to-one) is among its five most probable. Equal probabilities are ordered by the
+          smaller cluster. Images of a class without a cluster count as errors.
 
     Raises:
-        ValueError: for wrong shapes or ids, or where no image has a label.
+        ValueError: for wrong shapes or ids, or if no image has a label.
     """
     cluster_ids, class_ids, keep = _labelled(clusters, labels, n_clusters, n_classes)
     counts = _contingency(cluster_ids, class_ids, n_clusters, n_classes)
@@ -95,7 +95,7 @@ def confusion(
         match: (K,) the class of each cluster or -1, as :func:`match_clusters` returns; None matches one to one.
 
     Returns:
-        (n_classes, n_classes) int64, or (n_classes, n_classes + 1) where some cluster has no class: the last column
+        (n_classes, n_classes) int64, or (n_classes, n_classes + 1) if some cluster has no class: the last column
         then counts the images in such clusters.
 
     Raises:
@@ -112,18 +112,18 @@ def confusion(
 
 
 def neighbor_purity(indices: ArrayLike, labels: ArrayLike, candidate_labels: ArrayLike | None = None) -> float:
-    """The share of neighbours that have their query's class.
+    """Return the share of neighbours that have their query's class.
 
     Args:
         indices: (N, k) the neighbours of each query; -1 (no neighbour) is left out.
         labels: (N,) the classes of the queries; those of -1 (no label) are left out.
-        candidate_labels: (M,) the classes of the images that ``indices`` count; None where these are the queries.
+        candidate_labels: (M,) the classes of the images that ``indices`` count; None if these are the queries.
 
     Returns:
         A fraction from 0 to 1: the mean over all pairs of labelled images.
 
     Raises:
-        ValueError: for wrong shapes or indices, or where no pair is labelled.
+        ValueError: for wrong shapes or indices, or if no pair is labelled.
     """
     neighbors = np.asarray(indices)
     own = as_ids(labels, "labels", None, lowest=-1)
@@ -156,7 +156,7 @@ def _labelled(
 def _contingency(
     clusters: NDArray[np.int64], labels: NDArray[np.int64], n_clusters: int, n_classes: int
 ) -> NDArray[np.int64]:
-    """(n_clusters, n_classes) counts."""
+    """Return (n_clusters, n_classes) counts."""
     flat = np.bincount(clusters * n_classes + labels, minlength=n_clusters * n_classes)
     return flat.reshape(n_clusters, n_classes)
 

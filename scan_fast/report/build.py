@@ -197,8 +197,8 @@ def _results(summary: Summary) -> tuple[str, list[tuple[str, str]]] | None:
         if scores:
             split = scores[-1][0].removesuffix("acc")
             wanted = [(n.removeprefix(split), v) for n, v in leaves if n.startswith(split)]
-            where = f"{stage}, {split.strip()}" if split else stage
-            return where, [(_METRIC_NAMES[n], _percent(v)) for n, v in wanted if n in _METRIC_NAMES]
+            heading = f"{stage}, {split.strip()}" if split else stage
+            return heading, [(_METRIC_NAMES[n], _percent(v)) for n, v in wanted if n in _METRIC_NAMES]
     return None
 
 

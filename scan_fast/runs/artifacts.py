@@ -1,4 +1,4 @@
-"""Every file that a run leaves on disk: its name, its content, when it is written, and how it is repaired.
+"""Every file that a run leaves on disk: its name, its content, when it is written, and how to repair it.
 
 An :class:`Artifact` ties a name in the run folder to the two functions that write and read its content. All of them are
 listed here. :meth:`.folder.RunFolder.write` and :meth:`.folder.RunFolder.read` carry them to disk and back.
@@ -46,7 +46,7 @@ COMMANDS: dict[str, str] = {
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints and results of the learned stages."""
 
-_REMOVE = "remove it, and the same command goes on from what else there is"
+_REMOVE = "remove it, and the same command continues with the rest"
 _REPEAT = "repeat what wrote it: scan-fast {command} {folder} --again"
 _RUN_AGAIN = "remove it, and `scan-fast run {folder}` writes it again"
 
@@ -92,7 +92,7 @@ def read(artifact: Artifact[T], path: Path, advice: str = "") -> T:
 
     Args:
         artifact: the kind of file.
-        path: where it is.
+        path: the file.
         advice: the end of the message for a damaged file.
 
     Raises:

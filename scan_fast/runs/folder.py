@@ -131,7 +131,7 @@ class RunFolder:
         return artifacts.read(artifact, self.path_of(artifact), advice)
 
     def require(self, artifact: Artifact[Any]) -> None:
-        """Refuse to go on without an artifact of a finished stage.
+        """Check that an artifact is there and that its stage is finished.
 
         Raises:
             RunError: names what is missing and the command that writes it.

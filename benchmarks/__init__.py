@@ -7,6 +7,7 @@ BENCHMARKS = {
     "neighbors": "exact top-k neighbour search",
     "batch_norm": "batch normalisation, residual and ReLU in training",
     "convolution": "convolution in bfloat16, forward and both gradients",
+    "augment": "the kernel that renders views",
     "views": "augmented views per second, by renderer",
     "streaming": "a folder of images that is decoded at each use",
     "step": "the parts of a SimCLR step's time",
@@ -14,5 +15,6 @@ BENCHMARKS = {
     "accuracy": "accuracy of a configuration over seeds",
     "trials": "quality and cost of changes to a configuration",
     "targets": "the promises of this project, measured",
+    "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",
 }
 """Name and description of each benchmark that ``scan-fast bench`` offers."""

@@ -52,6 +52,10 @@ class Predictor:
         """The side in pixels to which images are brought before anything else."""
         return self.saved.size
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The saved model holds plain values and tensors on the CPU; the network and the renderer are made of it.
+        return _unpickled, (self.saved, str(self.device))
+
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Predictor:
         """Read a model.pt, or that of a run folder.
@@ -100,3 +104,11 @@ class Predictor:
         views = ViewMaker(source, self._renderer, 0, "evaluation", self.saved.crop)
         function = self.model.features if features else lambda images: self.model(images)[0]
         return forward_views(self.model, function, views, self._view, batch_size).cpu()
+
+
+def _unpickled(saved: SavedModel, device: str) -> Predictor:
+    """Return a pickled predictor on its device, or on the CPU if this machine has no such device."""
+    there = torch.device(device)
+    missing = there.type == "cuda" and (there.index or 0) >= torch.cuda.device_count()
+    with torch.random.fork_rng(devices=[]):  # the new network draws weights, which are then replaced
+        return Predictor(saved, "cpu" if missing else there)

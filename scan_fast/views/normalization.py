@@ -1,4 +1,4 @@
-"""The normalisation that every renderer ends with."""
+"""Normalisation of pixel values, the last step of every renderer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..errors import ConfigError
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return what turns levels 0..255 into normalised values: ``level * scale + shift``, per channel.
+    """Return scale and shift per channel: a pixel value 0..255 is normalised as ``value * scale + shift``.
 
     Args:
         mean, std: per-channel normalisation in [0, 1].
 
     Raises:
-        ConfigError: unless there are 3 of each and every std is above 0.
+        ConfigError: unless there are 3 values each and every std is above 0.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ConfigError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from scan_fast.devices import choose_device
 from scan_fast.runs.config import find_config, load_config
 from scan_fast.sweep import sweep
-from scan_fast.training.context import choose_device
 
 from .environment import describe
 

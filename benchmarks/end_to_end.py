@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from scan_fast.runs.artifacts import PRETEXT_MODEL
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import StageResult
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.stages.mining import run_mining
 from scan_fast.training.context import Context, open_context
 from scan_fast.training.loop import steps_per_epoch, train
@@ -241,7 +242,7 @@ def measure(
             for name in stages:
                 if name == "mining":
                     assert model is not None
-                    run.save(PRETEXT_MODEL, {"model": model.state_dict()})
+                    run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
                     run.finish_stage("pretext", 0.0, {}, config.seed)
                     entry = measure_mining(context, images, model, effort)
                 else:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
@@ -62,12 +63,12 @@ def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, di
                 shutil.copytree(former, folder, ignore=shutil.ignore_patterns("results.json", "config.yaml"))
             run = RunFolder(folder)
             with run:
-                run.write_text("config.yaml", config.to_yaml())
+                run.write(CONFIG, config)
                 context = open_context(config, run, Tracker(run, quiet=True))
                 begin = time.process_time()
                 run_stage(context, STAGES[stage], Handover())
                 seconds = time.process_time() - begin
-                entry = run.summary()["stages"][stage]
+                entry = run.summary().stages[stage]
             metrics = {**entry, **entry.get("test", {})}
             wanted = ("knn_acc", "purity", "test_purity", "acc", "nmi")
             results[stage] = {key: float(metrics[key]) for key in wanted if key in metrics}

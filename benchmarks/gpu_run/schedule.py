@@ -17,13 +17,14 @@ from scan_fast.data.datasets import Splits
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
 from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.random import stream_key
+from scan_fast.runs.artifacts import PRETEXT_MODEL
 from scan_fast.runs.config import Config
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import StageResult
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages import clustering, mining, pretext, selflabel
 from scan_fast.stages.embedding import backbone_features, embed
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.loop import Stage
 from scan_fast.training.process import kept_memory
@@ -128,7 +129,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     embedding = _timed(context, lambda: embed(context, network, "train", handover))
     per_image = embedding / len(context.splits.train)
     check = per_image * len(context.splits.test)
-    run.save(PRETEXT_MODEL, {"model": network.state_dict()})
+    run.write(PRETEXT_MODEL, StageResult(network.state_dict()))
     run.finish_stage(pretext.NAME, 0.0, {}, config.seed)
     once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context, handover))
 

@@ -1,14 +1,12 @@
 """Images: which ones (sources), how they are read (files, decoding), in which order (loader)."""
 
 from .datasets import DataConfig, Splits, open_splits, source_from
-from .errors import DataError
 from .files import FileSource, ImageFiles
 from .loader import epoch_batches, prefetch, steps_per_epoch
 from .sources import Source, SubsetSource, TensorSource
 
 __all__ = [
     "DataConfig",
-    "DataError",
     "FileSource",
     "ImageFiles",
     "Source",

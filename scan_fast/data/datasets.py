@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from ..errors import DataError
 from ..random import permutation, stream_key
 from ..schema import Settings
 from .decode_cache import DecodeCache
-from .errors import DataError
 from .files import FileSource
 from .folders import Listing, check_folder, default_size, find_split, held_out_rows, list_folder, split_folder
 from .placement import Resident, image_bytes, kept_on_host

@@ -13,9 +13,9 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import DataError
 from .decode import Box, Header, cut, decode, read_header, square
 from .decode_cache import DecodeCache
-from .errors import DataError
 from .sources import check_annotations, take_rows
 
 _SKIP_ADVICE = "Remove or repair the file, or set data.on_error=skip to leave unreadable images out."

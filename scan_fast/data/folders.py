@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .decode import IMAGE_SUFFIXES, read_header
-from .errors import DataError
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "validation")

@@ -24,7 +24,9 @@ from benchmarks.stage_pairs import (
 )
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.runs.artifacts import NEIGHBORS
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import Neighbors
 from scan_fast.runs.tracker import Tracker
 from scan_fast.training.context import Context, open_context
 from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
@@ -50,7 +52,9 @@ def opened(
     with run:
         context = open_context(config, run, Tracker(run, quiet=True), images.splits)
         near = (np.arange(64)[:, None] + np.arange(1, 6)) % 64
-        run.write_arrays("neighbors.npz", train=near, test=near)
+        similarity = np.ones(near.shape, dtype=np.float32)
+        neighbors = Neighbors({"train": near, "test": near}, {"train": similarity, "test": similarity})
+        run.write(NEIGHBORS, neighbors)
         run.finish_stage("mining", 0.0, {}, 0)
         yield context, images
 

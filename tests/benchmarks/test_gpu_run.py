@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.gpu_run import archive, schedule
 from benchmarks.gpu_run import run as gpu_run
 from benchmarks.gpu_run.watch import EXIT_TIME
-from scan_fast.data.errors import DataError
+from scan_fast.errors import DataError
 from scan_fast.runs.config import find_config, load_config
 
 FULL = {"pretext": 200, "clustering": 30, "selflabel": 100}

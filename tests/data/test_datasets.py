@@ -13,9 +13,10 @@ import torchvision
 from PIL import Image
 from pydantic import ValidationError
 
-from scan_fast.data import DataConfig, DataError, FileSource, open_splits
+from scan_fast.data import DataConfig, FileSource, open_splits
 from scan_fast.data.datasets import CIFAR20_COARSE, CIFAR20_NAMES, STATISTICS
 from scan_fast.data.folders import default_size
+from scan_fast.errors import DataError
 
 
 def images(folder: Path, *names: str, size: int = 8) -> None:

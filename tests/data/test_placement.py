@@ -10,8 +10,9 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import DataConfig, DataError, FileSource, SubsetSource, TensorSource, open_splits, placement
+from scan_fast.data import DataConfig, FileSource, SubsetSource, TensorSource, open_splits, placement
 from scan_fast.data.placement import free_memory, image_bytes, kept_on_host, move_to_device
+from scan_fast.errors import DataError
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from images import varied
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataConfig, DataError, FileSource, Source, SubsetSource, TensorSource, source_from
+from scan_fast.data import DataConfig, FileSource, Source, SubsetSource, TensorSource, source_from
+from scan_fast.errors import DataError
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:

@@ -157,7 +157,12 @@ def test_a_module_for_another_gpu_is_known() -> None:
 
 
 def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer: dict[str, Any] = {"problem": "", "mendable": False, "wait_limit": True, "environment": {"device": "a GPU"}}
+    answer: dict[str, Any] = {
+        "problem": "",
+        "build_helps": False,
+        "wait_limit": True,
+        "environment": {"device": "a GPU"},
+    }
     hashes = {known["source"]: known["sha256"] for known in run.summary["sets"].values()}
 
     def say(job: Job, seconds: float, log: Any, take: Any) -> jobs.Outcome:
@@ -167,23 +172,23 @@ def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pyt
     monkeypatch.setattr(suite.jobs, "run", say)
     run.device = "cuda"
     answer["sources"] = hashes
-    assert suite.look_around(run) == ("", False)
+    assert suite.inspect_machine(run) == ("", False)
     answer["sources"] = hashes | {"nt_xent/nt_xent_sm90": "0" * 64}
-    problem, mendable = suite.look_around(run)
-    assert "of other sources than this tree: nt_xent/nt_xent_sm90" in problem and mendable
+    problem, build_helps = suite.inspect_machine(run)
+    assert "of other sources than this tree: nt_xent/nt_xent_sm90" in problem and build_helps
     answer["sources"] = {name: value for name, value in hashes.items() if not name.endswith("_sm90")}
-    assert suite.look_around(run) == ("", False)  # built for GPUs that have none of those
+    assert suite.inspect_machine(run) == ("", False)  # built for GPUs that have none of those
     answer["sources"] = {}
-    assert "does not say which sources" in suite.look_around(run)[0]
+    assert "does not say which sources" in suite.inspect_machine(run)[0]
     answer["wait_limit"], answer["sources"] = False, hashes
-    assert suite.look_around(run) == ("", False) and "wait without a limit" in run.summary["notes"][-1]
+    assert suite.inspect_machine(run) == ("", False) and "wait without a limit" in run.summary["notes"][-1]
 
 
 @pytest.mark.parametrize("builds", [True, False])
 def test_where_no_module_fits_one_is_built(run: suite.Suite, monkeypatch: pytest.MonkeyPatch, builds: bool) -> None:
     """For this GPU alone, and with limited waits; a build that fails is one line."""
     hashes = {known["source"]: known["sha256"] for known in run.summary["sets"].values()}
-    answer: dict[str, Any] = {"problem": "no module", "mendable": True, "wait_limit": True, "sources": hashes}
+    answer: dict[str, Any] = {"problem": "no module", "build_helps": True, "wait_limit": True, "sources": hashes}
     answer |= {"environment": {"device": "a GPU"}, "capability": "9.0"}
     built: list[Job] = []
 

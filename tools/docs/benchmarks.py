@@ -161,7 +161,7 @@ def _views(result: dict[str, Any]) -> str:
             value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
             parts.append(f"| {name} | {value:,.0f} | {low:,.0f} - {high:,.0f} | {value / base:.1f} |\n")
         equal = ", ".join(f"{pair} {share:.3%}" for pair, share in case["parity"].items())
-        parts.append(f"\nEqual levels: {equal}.\n")
+        parts.append(f"\nEqual pixel values: {equal}.\n")
     return "".join(parts)
 
 

@@ -1,6 +1,6 @@
-"""Runs all self-tests, each in a separate process: behind ``scan-fast info --check``.
+"""Run all self-tests, each in a separate process, for ``scan-fast info --check``.
 
-``python -m scan_fast.ops.check FAMILY KERNELS DEVICE`` is such a process: it prints its verdict as one line of JSON.
+``python -m scan_fast.ops.check FAMILY KERNELS DEVICE`` is such a process. It prints its verdict as one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .families import GPU_FAMILIES
 from .verdicts import Verdict
 
 LIMIT_SECONDS = 60.0
-"""Time limit of a process; importing PyTorch takes most of it."""
+"""Time limit of a process. Importing PyTorch takes most of it."""
 
 Row = tuple[str, str, Verdict]
 """Family, kernel set, verdict."""
@@ -29,7 +29,7 @@ def device_of(text: str) -> torch.device:
     """Return the device to check.
 
     Raises:
-        ValueError: if there is nothing to check on it, in one line.
+        ValueError: if there is nothing to check on it; a one-line message.
     """
     try:
         device = torch.device(text)
@@ -56,12 +56,12 @@ def check(
     limit: float = LIMIT_SECONDS,
     command: Callable[[str, str], Sequence[str]] | None = None,
 ) -> Iterator[Row]:
-    """Test every family and kernel set, whatever is known; verdicts on GPUs go into the user's cache.
+    """Test every family and kernel set again. Verdicts on GPUs are stored in the user's cache.
 
     Args:
         device: "cpu" or a GPU with its number.
-        limit: seconds for each; one that crashes or hangs has failed, and the next goes on.
-        command: makes the command line of a process from the family and the kernel set.
+        limit: seconds per test. A test that crashes or hangs has failed, and the next one runs.
+        command: returns the command line of a test process for a family and a kernel set.
     """
     for family in GPU_FAMILIES:
         for kernels in trust.kernel_sets(family.name, device):
@@ -79,14 +79,14 @@ def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.d
         output, errors = process.communicate(timeout=limit)
         code = process.returncode
         if code == 0:
-            # The last line: a library may print something before.
+            # The last line, because libraries may print before it.
             return Verdict(**json.loads(output.splitlines()[-1]))
         last = (errors.strip().splitlines() or ["nothing on standard error"])[-1]
         reason = f"its process ended with signal {-code}" if code < 0 else f"its process ended with {code}: {last}"
     except subprocess.TimeoutExpired:
-        reason = f"no end after {limit:.0f} s"
+        reason = f"no result after {limit:.0f} s"
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the GPU may hold it for longer
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the GPU driver may delay its end
             process.communicate(timeout=5)
     except (ValueError, LookupError, TypeError):
         reason = "its process printed no verdict"
@@ -97,7 +97,7 @@ def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.d
 
 
 def table(rows: Sequence[Row], device: torch.device) -> str:
-    """Return the verdicts as text for the terminal."""
+    """Format the verdicts as a table for the terminal."""
     lines = [
         f"self-tests on {trust.describe(device)}:",
         f"  {'family':<12} {'kernels':<9} {'verdict':<8} {'ms':>8}  {'error/allowed':>13}",

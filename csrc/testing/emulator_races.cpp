@@ -5,7 +5,7 @@
 // counts its own releases and knows how far it has seen the other warps' (vector clocks).
 #include <cstdlib>
 
-#include "common/emulator_machine.h"
+#include "testing/emulator_machine.h"
 
 namespace scan_fast::emu {
 namespace {

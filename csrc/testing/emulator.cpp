@@ -3,14 +3,14 @@
 // A fiber gives up the processor only at a barrier, a collective, or its end. After each round the scheduler completes
 // every collective whose lanes have all come, and the block barrier if every live thread waits at it. A round in which
 // nothing moves is a deadlock on the GPU too, and is reported.
-#include "common/emulator.h"
+#include "testing/emulator.h"
 
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <numeric>
 
-#include "common/emulator_machine.h"
+#include "testing/emulator_machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

@@ -13,7 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "common/emulator.h"
+#include "testing/emulator.h"
 
 namespace scan_fast::emu {
 

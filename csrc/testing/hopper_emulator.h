@@ -8,7 +8,7 @@
 // detector. Register budgets (setmaxnreg) are the compiler's business and do nothing here.
 #pragma once
 
-#include "common/emulator.h"
+#include "testing/emulator.h"
 
 namespace scan_fast {
 

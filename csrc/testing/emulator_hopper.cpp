@@ -1,10 +1,10 @@
 // Memory barriers, bulk copies, named barriers and warpgroup products of the emulated machine: see hopper_emulator.h.
-#include "common/hopper_emulator.h"
+#include "testing/hopper_emulator.h"
 
 #include <deque>
 #include <map>
 
-#include "common/emulator_machine.h"
+#include "testing/emulator_machine.h"
 
 namespace scan_fast::emu {
 namespace {

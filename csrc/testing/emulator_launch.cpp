@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "common/emulator_machine.h"
+#include "testing/emulator_machine.h"
 
 namespace scan_fast::emu {
 namespace {

@@ -145,7 +145,7 @@ class Stage(ABC):
         model: trained in place, in its device's contiguous float32.
         config: epochs, batch size, optimiser, schedule.
         dataset: the pairs of views.
-        device: where the network is.
+        device: of the network.
         workers: processes that make the views.
     """
 

@@ -107,7 +107,7 @@ def make_pair(
 
     Args:
         name: "pretext", "clustering" (after mining) or "selflabel".
-        context: where ours runs.
+        context: of our side.
         images: those of the context.
         model: the network of the previous stage: None for the pretext stage.
         workers: the baseline's loader processes.
@@ -175,7 +175,7 @@ def compare_losses(
 
     Args:
         make: builds the pair, with networks of ``dtype``.
-        context: where ours runs.
+        context: of our side.
         steps: the largest number of steps; they are the first of the first epoch.
         batch_size: images per step. The learning rate is scaled with it.
         dtype: of networks and views. In float64 both must agree to rounding. In float32 an untrained network, whose

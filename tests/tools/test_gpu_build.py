@@ -1,4 +1,4 @@
-"""What is checked of a module before it travels, and when it is taken on arrival."""
+"""A module is checked before it is carried, and used on arrival only if it fits."""
 
 import argparse
 import hashlib
@@ -204,7 +204,7 @@ def test_an_identical_module_stays_as_it_is(tmp_path: Path, tree: Path) -> None:
     ("changes", "line"),
     [
         ({"python": "cpython-39"}, f"is for Python cpython-39, this is {sys.implementation.cache_tag}"),
-        ({"machine": "sparc"}, f"is for a processor sparc, this is {platform.machine()}"),
+        ({"machine": "sparc"}, f"is for a CPU of type sparc, this is {platform.machine()}"),
         ({"torch": "1.0"}, "is for torch 1.0, this is 2."),
         ({"sha256": "0"}, "is damaged"),
         ({"module": "_C.gone.so"}, "names _C.gone.so, which is not there"),

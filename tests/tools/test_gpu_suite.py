@@ -1,4 +1,4 @@
-"""What the GPU suite runs, concludes and keeps, and that no kernel can take the others with it."""
+"""The GPU suite runs its stages, keeps every result, and isolates kernels that crash or hang."""
 
 import contextlib
 import io

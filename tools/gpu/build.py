@@ -152,7 +152,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def check_interpreter(python: str, want_python: str, want_torch: str) -> dict[str, str]:
-    """Return the tag, processor and torch version of an interpreter.
+    """Return the tag, machine type and torch version of an interpreter.
 
     Raises:
         BuildError: if it is missing or not the wanted one.

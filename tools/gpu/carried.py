@@ -54,7 +54,7 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
     if not module.is_file():
         return f"{record_file} names {module.name}, which is not there"
     here = {"python": sys.implementation.cache_tag, "machine": platform.machine(), "torch": torch_version()}
-    for key, name in (("python", "Python"), ("machine", "a processor"), ("torch", "torch")):
+    for key, name in (("python", "Python"), ("machine", "a CPU of type"), ("torch", "torch")):
         if wanted[key] != here[key]:
             return f"the carried module is for {name} {wanted[key]}, this is {here[key] or 'missing'}"
     changed = changed_sources(wanted, sources(root))

@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.scan-fast-installed
 DEV    := $(VENV)/.scan-fast-dev-installed
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
 
-.PHONY: demo test test-fast lint format reference bench results install clean
+.PHONY: demo test test-fast test-oldest lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -35,7 +35,13 @@ bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, o
 	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120
 
 results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
-	$(BIN)/python -m benchmarks.record --device cpu $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tools.docs.record --device cpu $(if $(DATA),--data $(DATA))
+
+dist: $(DEV)              ## the sdist and the wheel in dist/, built and used in a fresh environment
+	$(BIN)/python -m tools.check_dist --keep dist
+
+test-oldest:              ## a part of the tests with the oldest Python and PyTorch that are supported
+	$(BIN)/python -m tools.test_oldest
 
 install: $(STAMP)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .ops import nt_xent as _nt_xent
 from .ops import scan_loss as _scan_loss
 from .ops import self_label as _self_label
-from .ops.native import Impl
+from .ops.dispatch import Impl
 
 
 def nt_xent(
@@ -104,8 +104,8 @@ def scan_loss(
 
     ``total = consistency - entropy_weight * entropy``. The consistency is the mean of ``-log <p_anchor, p_neighbor>``
     over the batch. The entropy is that of the batch's mean anchor prediction; it is at most ``log C``, and the total is
-    usually negative. The consistency is computed in log space, which keeps the gradient where confident predictions
-    disagree; the reference implementation clamps the logarithm and loses it there.
+    usually negative. The consistency is computed in log space, so there is a gradient if confident predictions
+    disagree; the reference implementation clamps the logarithm and has none then.
 
     Args:
         anchors: (B, C) logits of the anchors, or (H, B, C) for H heads.

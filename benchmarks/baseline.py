@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from scan_fast.data.datasets import Triple
+from scan_fast.methods import SimCLRSettings
 from scan_fast.models.backbones import ModelConfig
+from scan_fast.objectives import SCANSettings
 from scan_fast.runs.config import ClusteringConfig, PretextConfig, SelfLabelConfig, TrainingConfig
 from scan_fast.training.loop import learning_rate_factor
 from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, PlainView, SimCLRView, StrongView, View
@@ -338,7 +340,9 @@ class SimCLR(Stage):
 
     def loss(self, outputs: Tensor) -> Tensor:
         z0, z1 = outputs.chunk(2)
-        return eager.nt_xent(z0, z1, self.config.temperature, anchors=self.config.anchors)
+        method = self.config.method
+        assert isinstance(method, SimCLRSettings)
+        return eager.nt_xent(z0, z1, method.temperature, anchors=method.anchors)
 
 
 class SCAN(Stage):
@@ -358,7 +362,9 @@ class SCAN(Stage):
         return [self.model.heads(f) for f in features]
 
     def loss(self, outputs: list[list[Tensor]]) -> Tensor:
-        losses = [eager.scan_loss(a, n, self.config.entropy_weight) for a, n in zip(*outputs, strict=True)]
+        objective = self.config.objective
+        assert isinstance(objective, SCANSettings)
+        losses = [eager.scan_loss(a, n, objective.entropy_weight) for a, n in zip(*outputs, strict=True)]
         return torch.sum(torch.stack(losses))
 
 

@@ -39,7 +39,8 @@ from torch import nn
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
-from scan_fast.stages import pretext
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.stages.mining import run_mining
 from scan_fast.training.context import Context, open_context
 from scan_fast.training.loop import steps_per_epoch, train
@@ -48,7 +49,8 @@ from scan_fast.training.process import kept_memory
 from . import baseline, neighbors
 from .ceilings import measure_ceilings, measure_convolution
 from .environment import describe
-from .harness import QUICK, Effort, human_seconds, run_family
+from .family import human_seconds, run_family
+from .harness import QUICK, Effort
 from .stage_pairs import (
     Images,
     Pair,
@@ -199,7 +201,7 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
             break
         with kept_memory():
             ours.start()
-            run_mining(context)
+            run_mining(context, Handover())
             ours.stop()
         theirs.start()
         for dataset, k in parts:
@@ -239,7 +241,8 @@ def measure(
             for name in stages:
                 if name == "mining":
                     assert model is not None
-                    run.save(pretext.FINAL, {"model": model.state_dict()})
+                    run.save(PRETEXT_MODEL, {"model": model.state_dict()})
+                    run.finish_stage("pretext", 0.0, {}, config.seed)
                     entry = measure_mining(context, images, model, effort)
                 else:
                     entry, model = measure_learned(name, context, images, model, effort)

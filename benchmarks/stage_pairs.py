@@ -18,11 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from scan_fast.data.datasets import STATISTICS, Splits, open_splits, source_from
 from scan_fast.data.loader import epoch_batches
 from scan_fast.data.sources import Source, SubsetSource
+from scan_fast.methods import SimCLRSettings
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.objectives import SCANSettings
 from scan_fast.random import permutation, stream_key
 from scan_fast.runs.config import Config
 from scan_fast.stages import clustering, pretext, selflabel
-from scan_fast.stages.mining import load_neighbors
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import mined_neighbors
 from scan_fast.training.context import Context, seeded
 from scan_fast.training.loop import Stage, steps_per_epoch
 from scan_fast.training.step import build_optimizer, write_learning_rate
@@ -119,24 +122,29 @@ def make_pair(
         return baseline.Pairs(n, images.train, views[0], views[1], neighbors)
 
     if name == "pretext":
-        if config.pretext.resolutions:
-            raise ValueError("the baseline's views have one size; pretext.resolutions must be empty")
+        method = config.pretext.method
+        if not isinstance(method, SimCLRSettings):
+            raise ValueError(f"the baseline trains SimCLR only, got pretext.method={method.kind}")
+        if method.resolutions:
+            raise ValueError("the baseline's views have one size; pretext.method.resolutions must be empty")
         with seeded(config.seed, name):
             fresh = context.place(PretextModel(network))
-        data = pairs(config.pretext.view, config.pretext.view)
+        data = pairs(method.view, method.view)
         plain = _same_weights(baseline.ContrastiveModel(network), fresh)
         theirs: baseline.Stage = baseline.SimCLR(plain, config.pretext, data, context.device, workers)
-        return Pair(pretext.Pretext(context, fresh), theirs)
+        return Pair(pretext.Pretext(context, fresh, method.build(fresh, splits.train.size), Handover()), theirs)
     if name == "clustering":
         settings = config.clustering
+        if not isinstance(settings.objective, SCANSettings):
+            raise ValueError(f"the baseline trains SCAN only, got clustering.objective={settings.objective.kind}")
         with seeded(config.seed, name):
             heads = context.place(ClusterModel(network, context.n_clusters, settings.heads))
         assert isinstance(model, PretextModel)
         heads.backbone.load_state_dict(model.backbone.state_dict())
-        neighbors = load_neighbors(context)["train"][:, : settings.neighbors]
+        neighbors = mined_neighbors(context)["train"][:, : settings.neighbors]
         if settings.include_self:
             neighbors = torch.cat([torch.arange(n)[:, None], neighbors], dim=1)
-        ours = clustering.Clustering(context, heads)
+        ours = clustering.Clustering(context, heads, Handover())
         plain_heads = baseline.ClusteringModel(network, context.n_clusters, settings.heads)
         _same_weights(plain_heads, heads)
         if settings.update == "heads":
@@ -150,7 +158,7 @@ def make_pair(
     single.load_state_dict(model.head(0).state_dict())
     plain_single = _same_weights(baseline.ClusteringModel(network, context.n_clusters, 1), single)
     theirs = baseline.SelfLabel(plain_single, stage, pairs(stage.weak_view, stage.view), context.device, workers)
-    return Pair(selflabel.SelfLabelling(context, single), theirs)
+    return Pair(selflabel.SelfLabel(context, single, Handover()), theirs)
 
 
 def _same_weights(plain: nn.Module, ours: nn.Module) -> Any:

@@ -31,6 +31,7 @@ from scan_fast.random import stream_key
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
+from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
 from scan_fast.training.compilation import compile_networks
 from scan_fast.training.context import Context, open_context, seeded
@@ -39,7 +40,7 @@ from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer
 
 from .ceilings import measure_ceilings
 from .environment import describe
-from .harness import human_seconds
+from .family import human_seconds
 from .views import pictures
 
 WAYS = {"plain": (), "graph": ("graph",), "compiled": ("compiled",), "compiled graph": ("compiled", "graph")}
@@ -53,7 +54,8 @@ class Steps:
         with seeded(context.config.seed, Pretext.name):
             model = context.place(PretextModel(context.model_config))
         self.context = context
-        self.stage = Pretext(context, model)
+        method = context.config.pretext.method.build(model, context.splits.train.size)
+        self.stage = Pretext(context, model, method, Handover())
         self.optimizer = build_optimizer(self.stage.parameters(), self.stage.training.optimizer)
         # A rate at which nothing diverges in the few steps that are made.
         write_learning_rate(self.optimizer, 1e-4)
@@ -119,7 +121,7 @@ def training_flops(context: Context) -> float:
     """Count the flops of the convolutions and matrix products of a step's forward and backward pass."""
     steps = Steps(context, ())
     images = 2
-    side = context.view(context.config.pretext.view).side
+    side = context.config.pretext.method.side(context.splits.train.size)
     x = torch.randn(images, 3, side, side, device=context.device).contiguous(memory_format=torch.channels_last)
     with FlopCounterMode(display=False) as counter:
         steps.stage.model(x).sum().backward()

@@ -1,7 +1,7 @@
 """Recipes compared: what each change of a configuration does to quality, and what it costs in processor time.
 
     python -m benchmarks.trials --config digits --until mining --seeds 0 1 2 --json FILE -- \\
-        "base" "one-sided: pretext.anchors=first"
+        "base" "one-sided: pretext.method.anchors=first"
 
 A trial is ``NAME: section.key=value ...``, or a name alone for the configuration as it is. The seeds of all trials are
 run in turns. Stages that two trials share are done once (their folders lie under ``--work``), and their cost is
@@ -27,7 +27,8 @@ from typing import Any
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
-from scan_fast.stages.pipeline import STAGES
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.pipeline import STAGES, run_stage
 from scan_fast.training.context import open_context
 
 from .environment import describe
@@ -64,7 +65,7 @@ def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, di
                 run.write_text("config.yaml", config.to_yaml())
                 context = open_context(config, run, Tracker(run, quiet=True))
                 begin = time.process_time()
-                STAGES[stage](context)
+                run_stage(context, STAGES[stage], Handover())
                 seconds = time.process_time() - begin
                 entry = run.summary()["stages"][stage]
             metrics = {**entry, **entry.get("test", {})}

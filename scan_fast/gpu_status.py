@@ -7,8 +7,8 @@ gpu_status.json has one entry per CUDA source. Its ``"status"`` is one of:
 - ``"failed"`` or ``"partly run"``: this version ran; ``"latest"`` has the reason.
 - ``"never run"``.
 
-The GPU suite maintains the file. ``scan-fast info`` and docs/gpu-status.md show it. A kernel that was verified on a
-model of GPU is used there without a self-test (``ops/trust.py``).
+``python -m tools.gpu.status`` maintains the file. ``scan-fast info`` and docs/gpu-status.md show it. A kernel that was
+verified on a model of GPU is used there without a self-test (``ops/trust.py``).
 """
 
 from __future__ import annotations

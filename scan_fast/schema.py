@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 class Settings(BaseModel):
@@ -21,3 +21,7 @@ class Settings(BaseModel):
                 if isinstance(values.get(name), bool) and bool not in (field.annotation, *get_args(field.annotation)):
                     raise ValueError(f"{name} must not be true or false")
         return values
+
+
+BARE_KIND = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+"""Lets a section that is chosen by ``kind`` be given as the bare name: ``view: plain`` is ``view: {kind: plain}``."""

@@ -1,5 +1,5 @@
-// Batch normalisation as dispatcher operators: batch_norm (differentiable, what the module calls) is made of
-// batch_norm_forward and batch_norm_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
+// Dispatcher operators of batch normalisation. batch_norm is differentiable and is what the module calls; it is made of
+// batch_norm_forward and batch_norm_backward. scan_loss_op.cpp explains why autograd is implemented here.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
@@ -45,7 +45,7 @@ void check_like(const at::Tensor& tensor, const at::Tensor& x, const char* name)
                     x.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
 }
 
-// One float32 number per channel.
+// Checks for one float32 value per channel and returns its address.
 float* per_channel(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == x.size(1) && tensor.scalar_type() == at::kFloat &&
                         tensor.device() == x.device() && tensor.is_contiguous(),
@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   check_like(grad_y, x, "grad_y");
   TORCH_CHECK_VALUE(!(relu && with_residual) || (mask.numel() == batch_norm_mask_words(shape) && mask.is_contiguous() &&
                                                  mask.scalar_type() == at::kShort),
-                    "mask must be what batch_norm_forward returned with keep_mask=True for this input");
+                    "mask must be the one that batch_norm_forward returned with keep_mask=True for this input");
   at::Tensor grad_x = at::empty_like(x);
   at::Tensor grad_residual = with_residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({shape.channels}, x.options().dtype(at::kFloat));

@@ -1,11 +1,11 @@
-// The SCAN loss as dispatcher operators.
+// Dispatcher operators of the SCAN loss.
 //
-//   scan_loss           what the public function calls: differentiable, made of the two below
-//   scan_loss_forward   the values, and what the backward pass needs
-//   scan_loss_backward  the gradients
+//   scan_loss           called by the public function: differentiable, made of the two below
+//   scan_loss_forward   values, and tensors for the backward pass
+//   scan_loss_backward  gradients
 //
-// Autograd lives here rather than in Python, because at the usual sizes (1024 x 10) the Python autograd boundary costs
-// more than both kernels. Under torch.compile the node is traced through, so both kernels appear in the graph.
+// Autograd is implemented here and not in Python: at the usual sizes (1024 x 10), the Python autograd layer costs more
+// than both kernels. torch.compile traces through the node, so both kernels appear in the graph.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
@@ -144,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
   const DType dtype = dtype_of(anchors, "anchors");
   TORCH_CHECK_VALUE(mean_prob.numel() == shape.heads * shape.classes && mean_prob.is_contiguous() &&
                         row_stats.numel() == shape.heads * shape.rows * kScanLossRowStats && row_stats.is_contiguous(),
-                    "mean_prob and row_stats must be what scan_loss_forward returned for these logits");
+                    "mean_prob and row_stats must be those that scan_loss_forward returned for these logits");
   const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
   at::Tensor grad_anchors = empty_large(anchors.sizes(), anchors.options());
   at::Tensor grad_neighbors = empty_large(anchors.sizes(), anchors.options());

@@ -1,5 +1,5 @@
-// The self-label loss as dispatcher operators: self_label (differentiable, what the public function calls) is made of
-// self_label_forward and self_label_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
+// Dispatcher operators of the self-label loss. self_label is differentiable and is what the public function calls; it
+// is made of self_label_forward and self_label_backward. scan_loss_op.cpp explains why autograd is implemented here.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <limits>
@@ -123,7 +123,7 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
   TORCH_CHECK_VALUE(target.numel() == shape.rows && target.is_contiguous() && target.scalar_type() == at::kInt &&
                         row_weight.numel() == shape.rows && row_weight.is_contiguous() &&
                         row_stats.numel() == shape.rows * kSelfLabelRowStats && row_stats.is_contiguous(),
-                    "target, row_weight and row_stats must be what self_label_forward returned for these logits");
+                    "target, row_weight and row_stats must be those that self_label_forward returned for these logits");
   const auto s = strong.expect_contiguous();
   at::Tensor grad_strong = empty_large(strong.sizes(), strong.options()), holder;
   const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),

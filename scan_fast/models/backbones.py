@@ -39,6 +39,8 @@ class ModelConfig(Settings):
         projector: ``mlp`` (linear, ReLU, linear) or ``linear``.
         projection_dim: the size of the embedding that the pretext loss sees.
         hidden_dim: the hidden size of the ``mlp`` projector; None takes the backbone's feature size.
+        cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
+        cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
     """
 
     backbone: str = "resnet18_cifar"
@@ -47,6 +49,8 @@ class ModelConfig(Settings):
     projector: Literal["mlp", "linear"] = "mlp"
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
+    cluster_head: Literal["linear", "mlp"] = "linear"
+    cluster_hidden_dim: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,6 +70,10 @@ class ModelConfig(Settings):
             raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
         if self.hidden_dim is not None and self.projector == "linear":
             raise ValueError(f"hidden_dim is for projector 'mlp' only, got {self.hidden_dim} with 'linear'")
+        if self.cluster_hidden_dim is not None and self.cluster_head == "linear":
+            raise ValueError(
+                f"cluster_hidden_dim is for cluster_head 'mlp' only, got {self.cluster_hidden_dim} with 'linear'"
+            )
         return self
 
 
@@ -183,11 +191,24 @@ def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
     return module
 
 
-def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+def timm_library(name: str) -> Any:
+    """Return the package timm.
+
+    Args:
+        name: the model it is needed for, for the error.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"backbone 'timm:{name}' needs timm: pip install 'scan-fast[timm]'") from error
+    return timm
+
+
+def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+    timm = timm_library(name)
     known = timm.list_models()
     if name.split(".", 1)[0] not in known:
         near = difflib.get_close_matches(name, known, n=3)

@@ -41,10 +41,12 @@ class PretextModel(nn.Module):
 
 
 class ClusterModel(nn.Module):
-    """A backbone and H linear cluster heads, named ``backbone.*`` and ``cluster_head.{h}.weight|bias``.
+    """A backbone and H cluster heads, named ``backbone.*`` and ``cluster_head.{h}.*``.
+
+    Linear heads are named ``cluster_head.{h}.weight|bias``, as in the reference project.
 
     Args:
-        config: the backbone; the projector's settings are not used.
+        config: the backbone and the form of the heads; the projector's settings are not used.
         n_clusters: C, the clusters of each head, at least 2.
         n_heads: H, at least 1.
 
@@ -60,7 +62,9 @@ class ClusterModel(nn.Module):
             raise ValueError(f"n_heads must be at least 1, got {n_heads}")
         self.backbone = build_backbone(config)
         self.out_features = cast(int, self.backbone.out_features)
-        self.cluster_head = nn.ModuleList(nn.Linear(self.out_features, n_clusters) for _ in range(n_heads))
+        self._n_clusters = n_clusters
+        hidden = (config.cluster_hidden_dim or self.out_features) if config.cluster_head == "mlp" else None
+        self.cluster_head = nn.ModuleList(_head(self.out_features, hidden, n_clusters) for _ in range(n_heads))
 
     @property
     def n_heads(self) -> int:
@@ -70,17 +74,19 @@ class ClusterModel(nn.Module):
     @property
     def n_clusters(self) -> int:
         """C, the number of clusters of each head."""
-        return cast(nn.Linear, self.cluster_head[0]).out_features
+        return self._n_clusters
 
     def features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the backbone's features (B, out_features)."""
         return self.backbone(x)
 
     def heads(self, features: Tensor) -> Tensor:
-        """Map features (B, out_features) to the logits of all heads, (H, B, C), in one matrix product."""
-        linears = [cast(nn.Linear, head) for head in self.cluster_head]
+        """Map features (B, out_features) to the logits of all heads, (H, B, C); linear heads in one matrix product."""
+        linears = [head for head in self.cluster_head if isinstance(head, nn.Linear)]
+        if len(linears) < self.n_heads:
+            return torch.stack([head(features) for head in self.cluster_head])
         if len(linears) == 1:
-            return linears[0](features)[None]
+            return cast(Tensor, linears[0](features)[None])
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears])
         return F.linear(features, weight, bias).unflatten(1, (self.n_heads, self.n_clusters)).movedim(1, 0)
@@ -93,7 +99,7 @@ class ClusterModel(nn.Module):
         """Return a model with head ``h`` alone, as its head 0; parameters and backbone are shared with this model.
 
         Raises:
-            ValueError: where there is no such head.
+            ValueError: if there is no such head.
         """
         if not 0 <= h < self.n_heads:
             raise ValueError(f"h must be from 0 to {self.n_heads - 1}, got {h}")
@@ -101,6 +107,13 @@ class ClusterModel(nn.Module):
         nn.Module.__init__(view)
         view.backbone = self.backbone
         view.out_features = self.out_features
+        view._n_clusters = self._n_clusters
         view.cluster_head = nn.ModuleList([self.cluster_head[h]])
         view.training = self.training
         return view
+
+
+def _head(features: int, hidden: int | None, n_clusters: int) -> nn.Module:
+    if hidden is None:
+        return nn.Linear(features, n_clusters)
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, n_clusters))

@@ -225,7 +225,7 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
         found.append(
             (
                 f"{len(empty)} of {len(clusters)} clusters {'is' if len(empty) == 1 else 'are'} empty: {_ids(empty)}.",
-                "Ask for fewer clusters, or give the entropy term more weight (clustering.entropy_weight).",
+                "Ask for fewer clusters, or give the entropy term more weight (clustering.objective.entropy_weight).",
             )
         )
     tiny = [c.id for c in clusters if 0 < c.share < 0.1 / len(clusters)]
@@ -244,7 +244,7 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
                 (
                     f"Cluster #{cluster.id} holds {_percent(cluster.share)} of the images.",
                     "If these images are not alike, train the pretext stage longer, ask for more clusters, or give the "
-                    "entropy term more weight (clustering.entropy_weight).",
+                    "entropy term more weight (clustering.objective.entropy_weight).",
                 )
             )
     if clusters and not np.isnan(data.confidence).all():

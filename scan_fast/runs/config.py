@@ -8,6 +8,9 @@ A configuration file holds the values shared by all its presets and, under ``pre
     presets:
       paper: {pretext: {epochs: 500}}
       fast: {pretext: {epochs: 200}}
+
+``base: other.yaml`` takes over the values and presets of another file in the same folder. A section that is chosen by
+``kind`` can be given as the bare name: ``pretext.method=none``.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from ..data.datasets import DataConfig
+from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
+from ..objectives import ObjectiveConfig, SCANSettings
 from ..schema import Settings
-from ..views.parameters import PlainView, SimCLRView, StrongView, View
+from ..views.parameters import PlainView, StrongView, View
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
@@ -33,7 +39,16 @@ class ConfigError(ValueError):
 
 
 class OptimizerConfig(Settings):
-    """How weights are updated. ``momentum`` and ``nesterov`` apply to SGD."""
+    """Optimizer of a stage.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate, which the schedule multiplies.
+        momentum: momentum of SGD; the others ignore it.
+        nesterov: Nesterov momentum, for SGD.
+        weight_decay: weight decay; decoupled from the gradient with ``adamw``.
+        decay_all: also decay biases and normalization weights, as the reference does.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
@@ -41,23 +56,35 @@ class OptimizerConfig(Settings):
     nesterov: bool = False
     weight_decay: float = Field(default=1e-4, ge=0)
     decay_all: bool = True
-    """Whether biases and normalisation weights decay too, as in the original."""
 
 
 class ScheduleConfig(Settings):
-    """How the learning rate changes: linear warm-up over ``warmup_epochs``, then ``name``."""
+    """Factor on the learning rate: linear warm-up, then a constant, a cosine or steps.
+
+    Attributes:
+        name: shape after the warm-up.
+        warmup_epochs: epochs of linear warm-up.
+        floor: end of the cosine, as a fraction of the learning rate.
+        decay_rate: factor of each step, for ``step``.
+        decay_epochs: epochs after which a step is taken, for ``step``.
+        every: change the factor at each epoch or at each training step.
+    """
 
     name: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: int = Field(default=0, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
-    """The cosine's end, as a fraction of the learning rate."""
     decay_rate: float = Field(default=0.1, gt=0, le=1)
     decay_epochs: tuple[int, ...] = ()
     every: Literal["epoch", "step"] = "epoch"
 
 
 class TrainingConfig(Settings):
-    """What all learned stages share."""
+    """Settings of every stage that trains.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images in a training step.
+    """
 
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=512, ge=2)
@@ -66,33 +93,27 @@ class TrainingConfig(Settings):
 
 
 class PretextConfig(TrainingConfig):
-    """Stage one: SimCLR, or weights that someone else trained."""
+    """Stage one: a representation without labels."""
 
-    method: Literal["simclr", "weights", "none"] = "simclr"
-    """``weights`` reads ``weights``; ``none`` takes the backbone as it is (use with ``model.pretrained``)."""
-    weights: Path | None = None
-    temperature: float = Field(default=0.1, gt=0)
-    anchors: Literal["both", "first"] = "both"
-    view: View = SimCLRView(kind="simclr", size=None)
-    resolutions: tuple[tuple[float, int], ...] = ()
-    """Smaller views at first: pairs (share, size) mean ``size`` pixels up to that share of the epochs; then the view's
-    own size. ``[[0.4, 16], [0.7, 24]]`` takes 0.6 of the work at 32 pixels."""
+    method: MethodConfig = SimCLRSettings()
+    """How it is learned, by ``kind``: ``simclr``; ``weights`` reads a file; ``none`` takes a pretrained backbone."""
     monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks on the test images (needs labels); 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        shares = [share for share, _ in self.resolutions]
-        if not all(0 < share < 1 for share in shares) or shares != sorted(set(shares)):
-            raise ValueError(f"resolutions must have shares that rise between 0 and 1, got {shares}")
-        if any(size < 1 for _, size in self.resolutions):
-            raise ValueError(f"resolutions must have sizes of at least one pixel, got {list(self.resolutions)}")
-        return self
+    """Neighbours that vote in the kNN check."""
+    monitor_temperature: float = Field(default=0.1, gt=0)
+    """Temperature of the kNN check's weighted vote."""
 
 
 class MiningConfig(Settings):
-    """Nearest neighbours in the space that stage one learned."""
+    """Nearest neighbours in the space that stage one learned.
+
+    Attributes:
+        k: neighbours of each training image.
+        test_k: neighbours of each held-out image among the held-out images; they serve the selection of a head.
+        features: space of the search: the projector's output or the backbone's features.
+        backend: implementation of the search. All are exact; ``faiss`` needs the package faiss.
+    """
 
     k: int = Field(default=20, ge=1)
     test_k: int = Field(default=5, ge=1)
@@ -101,23 +122,29 @@ class MiningConfig(Settings):
 
 
 class ClusteringConfig(TrainingConfig):
-    """Stage two: a clustering head under the SCAN loss."""
+    """Stage two: cluster heads on pairs of an image and a neighbour."""
 
     n_clusters: int | None = Field(default=None, ge=2)
     """None: as many as the source has classes."""
+    objective: ObjectiveConfig = SCANSettings()
+    """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)
-    entropy_weight: float = Field(default=5.0, ge=0)
+    """Heads that train side by side; the one with the best score is kept."""
     neighbors: int | None = Field(default=None, ge=1)
-    """How many of the mined neighbours are drawn from; None: all."""
+    """Number of mined neighbours to draw from; None: all."""
     include_self: bool = True
-    """Whether an image may be drawn as its own neighbour, as in the original."""
+    """Let an image be drawn as its own neighbour, as the reference does."""
     update: Literal["full", "heads"] = "full"
+    """Train the whole network, or the heads on a frozen backbone."""
     cached_views: int | None = Field(default=None, ge=1)
-    """With ``update: heads``: the backbone sees so many views of each image, once, and the heads train on its features,
-    which take 4 bytes x images x views x feature size; None: new views in every epoch, as in the original."""
+    """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
+    take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
     initialize: Literal["random", "kmeans"] = "random"
+    """First weights of the heads: random, or the centres of k-means on the features."""
     view: View = StrongView(kind="strong", size=None)
+    """View of anchors and neighbours in training."""
     evaluate_every: int = Field(default=1, ge=1)
+    """Epochs between evaluations, among which the best epoch is selected."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -130,51 +157,73 @@ class SelfLabelConfig(TrainingConfig):
     """Stage three: learning from confident assignments."""
 
     threshold: float = Field(default=0.99, ge=0, le=1)
+    """An image is confident if its largest probability is strictly above this."""
     balance: bool = True
+    """Give each cluster that occurs among the confident images of a batch the same total weight."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights; None: no average."""
+    """Decay of the moving average of the weights; None: no average."""
     ema_mode: Literal["teacher", "write_back"] = "teacher"
-    """``teacher``: the average gives the labels and is the result. ``write_back``: as in the original, the average
-    replaces the trained weights after every step, which divides the learning rate by 1 / (1 - ema) and keeps the batch
+    """``teacher``: the average gives the labels and is the result. ``write_back``: the average replaces the trained
+    weights after every step, as the reference does. This multiplies the learning rate by 1 - ema and keeps the batch
     statistics of the start."""
     weak_view: View = PlainView(kind="plain", size=None)
+    """View that gives the labels."""
     view: View = StrongView(kind="strong", size=None)
+    """View that learns them."""
     evaluate_every: int = Field(default=10, ge=1)
+    """Epochs between evaluations; they are reported, not used to select."""
 
 
 class EvaluationConfig(Settings):
-    """What is measured beside the stages."""
+    """Evaluation, and comparison with k-means.
+
+    Attributes:
+        batch_size: images in a forward pass.
+        baseline_seeds: runs of k-means, over which mean and deviation are reported.
+    """
 
     batch_size: int = Field(default=512, ge=1)
     baselines: bool = True
-    """k-means on pixels and on features, where there are labels."""
+    """Compare with k-means on pixels and on features, if there are labels."""
     baseline_seeds: int = Field(default=3, ge=1)
 
 
 class RuntimeConfig(Settings):
-    """How a run is carried out; none of it belongs to the experiment, so it may change when a run is continued."""
+    """Execution of a run. None of it belongs to the experiment, so it may change when a run is resumed.
+
+    Attributes:
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads of PyTorch on the CPU. Default: PyTorch's, but no more than the cores of the container.
+        tensorboard: also write metrics for TensorBoard; needs the package tensorboard.
+    """
 
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between checkpoints; 0 writes one after every step."""
     cuda_graphs: bool = False
-    """Replay whole training steps as CUDA graphs; without a GPU it changes nothing."""
+    """Replay whole training steps as CUDA graphs. No effect without a GPU."""
     compile: bool = False
-    """Train through torch.compile: half a minute or more before the first step, less where its cache is warm. The cache
-    is kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""
+    """Train through torch.compile: half a minute or more before the first step, less if its cache is warm. The cache is
+    kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""
     tensorboard: bool = False
 
 
 class Config(Settings):
-    """Everything that defines a run."""
+    """The configuration of a run.
+
+    Attributes:
+        name: name of the run in its folder's name and in the report.
+        preset: preset of the configuration file that was applied.
+        seed: seed of everything random.
+    """
 
     name: str = "run"
     preset: str | None = None
     seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 on a GPU; on the CPU too where a short trial finds it right and faster, which the run folder
-    then notes. Losses and batch-norm statistics are float32 in any case."""
+    """Compute dtype. ``auto``: bfloat16 on a GPU, and on processors with bfloat16 products if a short trial of the
+    network finds its results right. Losses and batch-norm statistics are float32 in any case."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     pretext: PretextConfig = PretextConfig()
@@ -183,6 +232,15 @@ class Config(Settings):
     selflabel: SelfLabelConfig | None = SelfLabelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        self.pretext.method.check(self.model, self.mining.features)
+        if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
+            raise ValueError(
+                f"clustering.initialize=kmeans needs model.cluster_head=linear, got {self.model.cluster_head}"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""
@@ -198,7 +256,7 @@ def find_config(name: str) -> Path:
     shipped = {
         file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
     }
-    # configs/NAME.yaml works from any folder; another folder's missing NAME.yaml is no wish for the shipped one.
+    # configs/NAME.yaml works from any folder. A missing NAME.yaml of another folder does not mean the shipped one.
     if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return shipped[path.stem]
     raise ConfigError(
@@ -208,12 +266,7 @@ def find_config(name: str) -> Path:
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
     """Read a file, apply its preset, then ``changes`` (dotted keys), then ``section.key=value`` words."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
+    values = _read(path)
     assigned = dict(changes or {})
     assigned.update(parse_override(text) for text in overrides)
     presets = values.pop("presets", None) or {}
@@ -232,8 +285,27 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
     return build_config(values)
 
 
+def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and, beneath its values, those of the file that ``base`` names (relative to its folder)."""
+    if path in derived:
+        raise ConfigError(f"{path} is its own base: {' -> '.join(file.name for file in (*derived, path))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: base must name a YAML file in or relative to {path.parent}, got {base!r}")
+    inherited: dict[str, Any] = merge(_read(path.parent / base, (*derived, path)), values)
+    return inherited
+
+
 def build_config(values: Mapping[str, Any]) -> Config:
-    """Check plain values against the model; every problem is named with its key, and a typo with the nearest key."""
+    """Validate plain values. The error names every problem with its key, and for a typo the nearest key."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -261,6 +333,10 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 def merge(base: Any, change: Any) -> Any:
     """Merge nested dictionaries; a change of ``kind`` replaces the whole section, since its other keys differ."""
+    if isinstance(base, dict) and "kind" in base and isinstance(change, str):
+        change = {"kind": change}
+    elif isinstance(base, str) and isinstance(change, dict):
+        base = {"kind": base}
     if not isinstance(base, dict) or not isinstance(change, dict):
         return change
     if "kind" in change and change["kind"] != base.get("kind", change["kind"]):
@@ -271,7 +347,7 @@ def merge(base: Any, change: Any) -> Any:
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``key: old -> new`` for every difference that would make ``new`` another experiment.
 
-    The machine's part may change: ``runtime.*``, where the images are kept and how many threads decode them.
+    Machine settings may change: ``runtime.*``, the placement of the images and the number of decoding threads.
     """
     free: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
     before, after = (dict(_flatten(c.model_dump(mode="json", exclude=free))) for c in (old, new))
@@ -292,16 +368,16 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    key = ".".join(_without_kinds(location))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
-        section = ".".join(location[:-1])
+        section = ".".join(_without_kinds(location[:-1]))
         if near:
             hint = f"did you mean {'.'.join([*_without_kinds(location[:-1]), near[0]])}?"
         else:
             hint = f"{section or 'the top level'} has {', '.join(known)}"
-        return f"unknown key {'.'.join([*_without_kinds(location[:-1]), location[-1]])}: {hint}"
+        return f"unknown key {key}: {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":  # raised by our own validators, which say what was given
@@ -311,14 +387,16 @@ def _explain(problem: Any) -> str:
 
 
 def _without_kinds(location: list[str]) -> list[str]:
-    """Drop the union tags that pydantic inserts into locations (``pretext.view.simclr`` -> ``pretext.view``)."""
+    """Drop the union tags that pydantic inserts into locations (``pretext.method.simclr`` -> ``pretext.method``)."""
     kept: list[str] = []
-    model: type[BaseModel] | None = Config
+    models: list[type[BaseModel]] = [Config]
     for part in location:
-        if model is not None and part in model.model_fields:
+        tagged = [model for model in models if "kind" in model.model_fields and _kind(model) == part]
+        if tagged and not any(part in model.model_fields for model in models):
+            models = tagged
+        else:
             kept.append(part)
-            models = _models_of(model.model_fields[part].annotation)
-            model = models[0] if len(models) == 1 else None
+            models = [inside for model in models for inside in _models_at(model, part)]
     return kept
 
 

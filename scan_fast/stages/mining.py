@@ -11,18 +11,19 @@ from torch import Tensor
 
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
-from ..runs.folder import RunError
 from ..training.context import Context
-from .pretext import embed, load_pretext
+from .embedding import embed
+from .handover import Handover
+from .inputs import EMBEDDINGS_FILE, NEIGHBORS_FILE, pretext_model
 
 NAME = "mining"
 
 
-def run_mining(context: Context) -> None:
+def run_mining(context: Context, handover: Handover) -> None:
     """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
     begin = time.perf_counter()
     config = context.config.mining
-    model = load_pretext(context)
+    model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
     found: dict[str, np.ndarray] = {}
     results: dict[str, object] = {}
@@ -30,15 +31,14 @@ def run_mining(context: Context) -> None:
         ("train", context.splits.train, config.k),
         ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
     ):
-        embedding = F.normalize(embed(context, model, split, final=True), dim=1)
+        embedding = F.normalize(embed(context, model, split, handover), dim=1)
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found[split], found[f"{split}_similarity"] = index.cpu().numpy(), similarity.cpu().numpy()
         if source.labels is not None:
             results["purity" if split == "train" else "test_purity"] = neighbor_purity(found[split], source.labels)
-    context.embeddings = {}
-    context.run.write_arrays("embeddings.npz", **embeddings)
-    context.run.write_arrays("neighbors.npz", **found)
+    context.run.write_arrays(EMBEDDINGS_FILE, **embeddings)
+    context.run.write_arrays(NEIGHBORS_FILE, **found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
     context.tracker.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
@@ -46,7 +46,11 @@ def run_mining(context: Context) -> None:
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Return similarity and index, (N, k) each, by the chosen backend; self is excluded by index in each."""
+    """Return similarity and index, (N, k) each, by the chosen backend; each excludes the image itself by index.
+
+    Raises:
+        ValueError: if the backend's package is not installed.
+    """
     if backend != "faiss":
         return topk_neighbors(embedding, k, impl=backend)  # type: ignore[arg-type]
     try:
@@ -65,26 +69,3 @@ def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     keep = found != torch.arange(len(rows))[:, None]
     keep[keep.all(dim=1), k] = False
     return similarity[keep].view(-1, k), found[keep].view(-1, k)
-
-
-def load_neighbors(context: Context) -> dict[str, Tensor]:
-    """Return the mined indices of the splits, each (N, k) int64; an image without neighbours is its own.
-
-    Raises:
-        RunError: where mining has not been finished, or belongs to other images.
-    """
-    run = context.run
-    if not run.has("neighbors.npz") or not run.finished(NAME):
-        raise RunError(f"{run.path} has no mined neighbours; run `scan-fast mine {run.path}` first")
-    arrays = run.arrays("neighbors.npz")
-    neighbors = {}
-    for split, source in (("train", context.splits.train), ("test", context.splits.test)):
-        index = torch.from_numpy(arrays[split])
-        if len(index) != len(source):
-            raise RunError(
-                f"{run.path / 'neighbors.npz'} is of {len(index)} {split} images, there are {len(source)} now; "
-                "the images have changed since: start again in a new folder"
-            )
-        own = torch.arange(len(index))[:, None]
-        neighbors[split] = torch.where(index >= 0, index, own)
-    return neighbors

@@ -1,8 +1,9 @@
-"""The stages in order, each from what the former wrote in the run folder."""
+"""The stages in order: what each takes and leaves, and what a finished run leaves behind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,37 +14,98 @@ from ..models.heads import ClusterModel
 from ..report import write_report
 from ..runs.tracker import Tracker
 from ..training.context import Context
-from ..training.inference import forward_all, splits_of
+from ..training.inference import forward_all
 from ..training.process import kept_memory
-from .clustering import NAME as CLUSTERING
-from .clustering import load_clustering, run_clustering
-from .mining import NAME as MINING
-from .mining import load_neighbors, run_mining
-from .pretext import NAME as PRETEXT
-from .pretext import knn_monitor, load_pretext, run_pretext
-from .results import assess, baselines, write_results, write_skipped
-from .selflabel import NAME as SELFLABEL
-from .selflabel import load_self_labelling, run_self_labelling
+from . import clustering, mining, pretext, selflabel
+from .assessment import assess
+from .embedding import knn_check
+from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
+from .inputs import (
+    CLUSTER_MODEL,
+    EMBEDDINGS_FILE,
+    NEIGHBORS_FILE,
+    PRETEXT_MODEL,
+    SELFLABEL_MODEL,
+    cluster_model,
+    mined_neighbors,
+    pretext_model,
+    require,
+    selflabelled_model,
+)
+from .results import baselines, write_results, write_skipped
 
-STAGES: dict[str, Callable[[Context], None]] = {
-    PRETEXT: run_pretext,
-    MINING: run_mining,
-    CLUSTERING: run_clustering,
-    SELFLABEL: run_self_labelling,
-}
 
-_FILES = {
-    PRETEXT: ("checkpoints/pretext-final.pt",),
-    MINING: ("embeddings.npz", "neighbors.npz"),
-    CLUSTERING: ("checkpoints/clustering-final.pt",),
-    SELFLABEL: ("checkpoints/selflabel-final.pt",),
-}
+@dataclass(frozen=True)
+class PipelineStage:
+    """One stage of a run.
+
+    Attributes:
+        name: name in files, in the configuration and on the screen.
+        command: the command that runs it alone.
+        run: does the stage.
+        inputs: files of the run folder that it reads.
+        outputs: files of the run folder that it writes.
+        takes: values that it reuses if an earlier stage of this process computed them (see :mod:`.handover`).
+        hands_on: values that it computes and holds for later stages.
+    """
+
+    name: str
+    command: str
+    run: Callable[[Context, Handover], None]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+    hands_on: tuple[str, ...] = ()
+
+
+PIPELINE = (
+    PipelineStage(
+        pretext.NAME,
+        "pretext",
+        pretext.run_pretext,
+        inputs=(),
+        outputs=(PRETEXT_MODEL,),
+        hands_on=(EMBEDDINGS, FEATURES),
+    ),
+    PipelineStage(
+        mining.NAME,
+        "mine",
+        mining.run_mining,
+        inputs=(PRETEXT_MODEL,),
+        outputs=(EMBEDDINGS_FILE, NEIGHBORS_FILE),
+        takes=(EMBEDDINGS, FEATURES),
+    ),
+    PipelineStage(
+        clustering.NAME,
+        "cluster",
+        clustering.run_clustering,
+        inputs=(PRETEXT_MODEL, NEIGHBORS_FILE),
+        outputs=(CLUSTER_MODEL,),
+        takes=(FEATURES,),
+        hands_on=(CLUSTERING_LOGITS,),
+    ),
+    PipelineStage(
+        selflabel.NAME,
+        "selflabel",
+        selflabel.run_selflabel,
+        inputs=(CLUSTER_MODEL,),
+        outputs=(SELFLABEL_MODEL,),
+        hands_on=(SELFLABEL_LOGITS,),
+    ),
+)
+"""All stages in order."""
+
+STAGES = {stage.name: stage for stage in PIPELINE}
+
+FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS)
+"""Values that :func:`finish` reuses."""
+
 _RESULT_FILES = ("assignments.csv", "model.pt", "report.html", "confusion.csv", "confusion.png")
 
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
-    return [name for name in STAGES if name != SELFLABEL or context.config.selflabel is not None]
+    return [name for name in STAGES if name != selflabel.NAME or context.config.selflabel is not None]
 
 
 def forget(context: Context, first: str) -> None:
@@ -60,7 +122,7 @@ def forget(context: Context, first: str) -> None:
     context.run.write_json("summary.json", summary)
     for name in names:
         context.run.drop_metrics(name, 0)
-        context.run.remove(*_FILES[name])
+        context.run.remove(*STAGES[name].outputs)
     context.run.remove(*_RESULT_FILES)
 
 
@@ -76,12 +138,13 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
     if skipped:
         path, reason = skipped[0]
         tracker.say(f"left out {len(skipped)} unreadable images (skipped.csv), the first is {path}: {reason}")
+    handover = Handover()
     did_something = False
     for name in names:
         if run.finished(name):
             tracker.say(f"{name}: finished before, in {run.summary()['stages'][name]['seconds']:.1f} s")
             continue
-        STAGES[name](context)
+        run_stage(context, STAGES[name], handover)
         did_something = True
         entry = run.summary()["stages"][name]
         shown = {**entry, **entry.get("test", {})}
@@ -89,16 +152,33 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
         tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
     last = stages_of(context)[-1]
     if run.finished(last) and (did_something or not run.has("report.html")):
-        finish(context)
+        finish(context, handover)
 
 
-def finish(context: Context) -> None:
+def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> None:
+    """Run one stage: check its inputs, let it use the values that it declares, drop those that nobody needs later.
+
+    Raises:
+        RunError: if an input is missing; the message names the command that writes it.
+    """
+    for name in stage.inputs:
+        require(context.run, name)
+    handover.drop(stage.hands_on)  # values of a former model
+    handover.declare((*stage.takes, *stage.hands_on))
+    stage.run(context, handover)
+    later = PIPELINE[PIPELINE.index(stage) + 1 :]
+    needed = {name for other in later for name in other.takes}.union(FINISH_TAKES)
+    handover.drop(handover.names() - needed)
+
+
+def finish(context: Context, handover: Handover) -> None:
     """Write the results of the last stage, the baselines and the report."""
+    handover.declare(FINISH_TAKES)
     if context.config.selflabel is not None:
-        model, stage = load_self_labelling(context), SELFLABEL
+        model, stage = selflabelled_model(context), selflabel.NAME
     else:
-        model, stage = load_clustering(context)[0], CLUSTERING
-    write_results(context, model, stage)
+        model, stage = cluster_model(context)[0], clustering.NAME
+    write_results(context, model, stage, handover)
     if context.config.evaluation.baselines and "baselines" not in context.run.summary():
         summary = context.run.summary()
         summary["baselines"] = baselines(context)
@@ -110,21 +190,21 @@ def evaluate(context: Context) -> dict[str, Any]:
     """Measure every finished stage again from its weights, and the baselines; update and return summary.json."""
     summary = context.run.summary()
     stages = summary["stages"]
-    if PRETEXT in stages:
-        stages[PRETEXT] |= knn_monitor(context, load_pretext(context))
-    if MINING in stages:
+    if pretext.NAME in stages:
+        stages[pretext.NAME] |= knn_check(context, pretext_model(context))
+    if mining.NAME in stages:
         for split, key in (("train", "purity"), ("test", "test_purity")):
-            labels = splits_of(context)[split].labels
+            labels = context.clustered[split].labels
             if labels is not None:
-                stages[MINING][key] = neighbor_purity(load_neighbors(context)[split], labels)
+                stages[mining.NAME][key] = neighbor_purity(mined_neighbors(context)[split], labels)
     models: dict[str, Callable[[Context], ClusterModel]] = {
-        CLUSTERING: lambda context: load_clustering(context)[0],
-        SELFLABEL: load_self_labelling,
+        clustering.NAME: lambda context: cluster_model(context)[0],
+        selflabel.NAME: selflabelled_model,
     }
     for name, load in models.items():
         if name in stages:
             model = load(context)
-            for split, source in splits_of(context).items():
+            for split, source in context.clustered.items():
                 stages[name][split] = assess(context, forward_all(context, model, model, source)[0].cpu(), split)
     summary["baselines"] = baselines(context)
     context.run.write_json("summary.json", summary)
@@ -135,7 +215,7 @@ def make_report(context: Context) -> None:
     """Write report.html."""
 
     def images(split: str, rows: list[int]) -> list[Image.Image]:
-        return [Image.fromarray(array.numpy()) for array in splits_of(context)[split].read(torch.tensor(rows)).cpu()]
+        return [Image.fromarray(array.numpy()) for array in context.clustered[split].read(torch.tensor(rows)).cpu()]
 
     write_report(context.run.path, images, title=context.config.name)
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..data.sources import Source
-from ..evaluation.metrics import clustering_metrics, confusion, match_clusters, save_confusion
+from ..evaluation.metrics import confusion, match_clusters, save_confusion
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
 from ..models.heads import ClusterModel
 from ..training.context import Context
-from ..training.inference import forward_all, splits_of
+from ..training.inference import forward_all
+from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
 MODEL_FORMAT = 1
 #: k-means on pixels is a baseline of sets whose training images take no more bytes than this as float32.
@@ -24,44 +25,29 @@ MOST_PIXELS = 4 << 30
 PREDICTION_COLUMNS = ("path", "cluster", "confidence", "margin")
 
 
-def assess(context: Context, logits: Tensor, split: str) -> dict[str, float]:
-    """Measure one head's predictions of a split.
+def final_logits(context: Context, model: ClusterModel, name: str, handover: Handover) -> dict[str, Tensor]:
+    """Return by split the (N, C) logits, on the CPU, of a finished model with one head.
 
     Args:
         context: the run.
-        logits: (N, C) of all the split's images.
-        split: "train" or "test".
-
-    Returns:
-        clusters_used, confidence (mean of the largest probability) and, where there are labels, acc, nmi, ari, ami and
-        what else fits the numbers of clusters and classes.
+        model: the finished model of the stage that hands on ``name``.
+        name: CLUSTERING_LOGITS or SELFLABEL_LOGITS.
+        handover: holds the logits if the stage was done in this process.
     """
-    labels = splits_of(context)[split].labels
-    probabilities = logits.softmax(dim=1)
-    confidence, clusters = probabilities.max(dim=1)
-    metrics = {"clusters_used": float(clusters.unique().numel()), "confidence": float(confidence.mean())}
-    if labels is not None and context.n_classes is not None:
-        metrics |= clustering_metrics(
-            clusters.numpy(), labels.numpy(), context.n_clusters, context.n_classes, probabilities.numpy()
-        )
-    return metrics
+
+    def compute(source: Source) -> Tensor:
+        return forward_all(context, model, model, source)[0].cpu()
+
+    return {
+        split: handover.get(name, split, lambda source=source: compute(source))  # type: ignore[misc]
+        for split, source in context.clustered.items()
+    }
 
 
-def final_logits(context: Context, model: ClusterModel, stage: str) -> dict[str, Tensor]:
-    """Return by split the (N, C) logits, on the CPU, of a stage's finished model with one head; made once in a process.
-
-    The model must be the one that the stage has saved.
-    """
-    known = context.logits.setdefault(stage, {})
-    for split, source in splits_of(context).items():
-        if split not in known:
-            known[split] = forward_all(context, model, model, source)[0].cpu()
-    return known
-
-
-def write_results(context: Context, model: ClusterModel, stage: str) -> None:
+def write_results(context: Context, model: ClusterModel, stage: str, handover: Handover) -> None:
     """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
-    logits = final_logits(context, model, stage)
+    name = SELFLABEL_LOGITS if stage == "selflabel" else CLUSTERING_LOGITS
+    logits = final_logits(context, model, name, handover)
     context.run.write_text("assignments.csv", assignments_csv(context, logits))
     context.run.save("model.pt", predictor_state(context, model, stage))
     labels = context.splits.test.labels
@@ -80,7 +66,7 @@ def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*PREDICTION_COLUMNS, "split", *(["label"] if names else [])])
-    for split, source in splits_of(context).items():
+    for split, source in context.clustered.items():
         for row, line in enumerate(prediction_rows(source.paths, logits[split].softmax(dim=1))):
             line.append(split)
             if names and source.labels is not None:
@@ -105,7 +91,7 @@ def printable(path: str) -> str:
 
 def write_skipped(context: Context) -> list[tuple[str, str]]:
     """List the images that could not be read in skipped.csv (path, reason), and return them; no file for none."""
-    sources = [*splits_of(context).values(), context.splits.pretext]
+    sources = [*context.clustered.values(), context.splits.pretext]
     # Subsets of one source share its list.
     skipped = sorted({entry for source in sources if source is not None for entry in source.skipped})
     if not skipped:

@@ -1,8 +1,7 @@
-"""Stage three: the network learns from the images that it is sure of."""
+"""Stage three: the network learns from the images of which it is confident."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,28 +9,28 @@ from torch import Tensor, nn
 
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
-from ..models.weights import load_strict
-from ..runs.folder import RunError
+from ..models.moving_average import MovingAverage
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train
-from .clustering import load_clustering
-from .results import assess, final_logits
+from .assessment import assess
+from .handover import SELFLABEL_LOGITS, Handover
+from .inputs import SELFLABEL_MODEL, cluster_model
 
 NAME = "selflabel"
-FINAL = f"checkpoints/{NAME}-final.pt"
 
 
-class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
+class SelfLabel(Stage[tuple[Tensor, Tensor]]):
     """Self-labelling (https://arxiv.org/abs/2005.12320, section 2.3), optionally with a moving average of the weights.
 
-    Without an average, or where it is written back, the labels come from the network itself in training mode, so that
-    its batch statistics follow the plain images too, as in the original. A teacher gives the labels in evaluation mode.
+    Without an average, or if it is written back, the network itself gives the labels in training mode, so that its
+    batch statistics follow the weak views too, as in the reference. A teacher gives the labels in evaluation mode.
     """
 
     name = NAME
+    model: ClusterModel
 
-    def __init__(self, context: Context, model: ClusterModel) -> None:
+    def __init__(self, context: Context, model: ClusterModel, handover: Handover) -> None:
         config = context.config.selflabel
         assert config is not None
         self.context = context
@@ -40,22 +39,23 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         self.source = context.splits.train
         self.n_images = len(self.source)
         self.background = not self.source.resident
-        self.model: ClusterModel = model
-        self.average: ClusterModel | None = None
+        self.model = model
+        self.average: MovingAverage[ClusterModel] | None = None
         if config.ema is not None:
-            self.average = copy.deepcopy(model).requires_grad_(False).eval()
-            self._pairs = _pairs(self.average, model, parameters_only=config.ema_mode == "write_back")
+            buffers = "keep" if config.ema_mode == "write_back" else "average"
+            self.average = MovingAverage(model, config.ema, buffers=buffers)  # type: ignore[arg-type]
+        self._handover = handover
         self._views = context.views_of(self.source, NAME)
         self._weak, self._strong = context.view(config.weak_view), context.view(config.view)
 
     @property
     def result(self) -> ClusterModel:
-        """The network that gives the labels and that the stage is about: the teacher where there is one."""
-        return self.average if self.average is not None and self.config.ema_mode == "teacher" else self.model
+        """Return the network that gives the labels and becomes the stage's result: the teacher if there is one."""
+        return self.average.model if self.average is not None and self.config.ema_mode == "teacher" else self.model
 
     def networks(self) -> list[nn.Module]:
         """Return the backbones of the network and of its average."""
-        return [model.backbone for model in (self.model, self.average) if model is not None]
+        return [self.model.backbone, *([self.average.model.backbone] if self.average is not None else [])]
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render the weak view, which gives the label, and the strong view, which learns it."""
@@ -63,7 +63,7 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         return weak, strong
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the cross-entropy on confident images, zero where there is none."""
+        """Return the cross-entropy on confident images, zero if there is none."""
         weak, strong = batch
         with torch.no_grad():
             weak_logits = self.result(weak)[0]
@@ -72,25 +72,20 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         )
         return loss, {"loss": loss, "confident": confident / len(weak)}
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Move the average; a teacher follows the batch statistics too, written-back ones stay those of the start."""
-        if self.average is None or self.config.ema is None:
-            return
-        averages, weights, held, current = self._pairs
-        torch._foreach_lerp_(averages, weights, 1 - self.config.ema)
-        if self.config.ema_mode == "write_back":
-            torch._foreach_copy_([*weights, *current], [*averages, *held])
-        elif held:
-            torch._foreach_copy_(held, current)
+        """Move the average, and write it back if so configured."""
+        if self.average is not None:
+            self.average.update()
+            if self.config.ema_mode == "write_back":
+                self.average.write_back()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Report the test metrics where they are due, and how many clusters are in use."""
+        """Report test metrics and the number of clusters in use, every ``evaluate_every`` epochs and at the end."""
         if not last and epoch % self.config.evaluate_every:
             return {}
         logits = forward_all(self.context, self.result, self.result, self.context.splits.test)[0].cpu()
         if last:
-            self.context.logits[NAME] = {"test": logits}
+            self._handover.put(SELFLABEL_LOGITS, "test", logits)
         metrics = assess(self.context, logits, "test")
         return {key: metrics[key] for key in ("acc", "nmi", "clusters_used") if key in metrics}
 
@@ -99,41 +94,22 @@ class SelfLabelling(Stage[tuple[Tensor, Tensor]]):
         return {"average": self.average.state_dict() if self.average is not None else None}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back the average's weights."""
+        """Restore the average's weights."""
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
 
-def _pairs(average: ClusterModel, model: ClusterModel, *, parameters_only: bool) -> tuple[list[Tensor], ...]:
-    """Return the tensors that move (of the average, of the model), and the others (of the average, of the model)."""
-    own, other = average.state_dict(), model.state_dict()
-    moving = {name for name, _ in model.named_parameters()} if parameters_only else set(other)
-    move = [name for name in own if name in moving and own[name].is_floating_point()]
-    copy_ = [name for name in own if name not in move]
-    return tuple([state[name] for name in names] for names in (move, copy_) for state in (own, other))
-
-
-def run_self_labelling(context: Context) -> None:
+def run_selflabel(context: Context, handover: Handover) -> None:
     """Train on confident images and keep the last weights."""
-    model, _ = load_clustering(context)
-    stage = SelfLabelling(context, model)
-    context.logits.pop(NAME, None)
+    model, _ = cluster_model(context)
+    stage = SelfLabel(context, model, handover)
     training = train(stage, context)
-    logits = final_logits(context, stage.result, NAME)
-    results = {split: assess(context, logits[split], split) for split in ("train", "test")}
-    context.run.save(FINAL, {"model": stage.result.state_dict()})
+    results = {}
+    for split, source in context.clustered.items():
+
+        def logits_of_all(source: Any = source) -> Tensor:
+            return forward_all(context, stage.result, stage.result, source)[0].cpu()
+
+        results[split] = assess(context, handover.get(SELFLABEL_LOGITS, split, logits_of_all), split)
+    context.run.save(SELFLABEL_MODEL, {"model": stage.result.state_dict()})
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
-
-
-def load_self_labelling(context: Context) -> ClusterModel:
-    """Return the finished model of stage three.
-
-    Raises:
-        RunError: where stage three has not been finished.
-    """
-    run = context.run
-    if not run.has(FINAL):
-        raise RunError(f"{run.path} has no finished self-labelling stage; run `scan-fast selflabel {run.path}` first")
-    model = ClusterModel(context.without_pretrained, context.n_clusters)
-    load_strict(model, run.load(FINAL)["model"], what=str(run.path / FINAL))
-    return context.place(model)

@@ -1,4 +1,4 @@
-"""torch.compile as an option: what is compiled, where its cache is kept, and what it cost."""
+"""torch.compile as an option: compilation in place, its cache, and its time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE = Path("~/.cache/scan-fast/compiled")
 
 
 def compile_networks(networks: Iterable[nn.Module]) -> None:
-    """Compile the calls of networks in place, for the static shapes of training; names of parameters stay."""
+    """Compile networks in place for the static shapes of training; parameter names stay."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
     for network in networks:
         network.compile(dynamic=False)
@@ -24,7 +24,7 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def uncompiled(enabled: bool) -> Iterator[None]:
-    """Let compiled networks run as they are written: evaluation has other shapes, each worth a compilation."""
+    """Run compiled networks eagerly: evaluation has other shapes, and each would cost a compilation."""
     if not enabled:
         yield
         return
@@ -33,10 +33,10 @@ def uncompiled(enabled: bool) -> Iterator[None]:
 
 
 def timed_first_step(step: Callable[[Any], None], batch: Any) -> dict[str, Any]:
-    """Do a first step, in which everything is compiled, and say how long it took and whether the cache had it.
+    """Run the first step, in which everything is compiled, and measure it.
 
     Returns:
-        ``{"seconds": ..., "cache": "cold" or "warm"}``; cold where anything had to be compiled anew.
+        ``{"seconds": ..., "cache": "cold" or "warm"}``; cold if anything had to be compiled.
     """
     from torch._dynamo.utils import counters
 

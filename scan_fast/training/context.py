@@ -1,21 +1,22 @@
-"""What every stage is given: the configuration, the run folder, the images and the device."""
+"""The context of a run: configuration, run folder, images and device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.datasets import Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..models.backbones import ModelConfig
+from ..models.pretrained import pretrained_input
 from ..random import stream_key
 from ..runs.config import Config, ConfigError
 from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
@@ -31,18 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Context:
-    """Everything a stage may use. Built by :func:`open_context`.
-
-    Three attributes hand on what was computed, so that nothing is computed twice in one process; another process finds
-    them empty and computes the same from the run folder.
-
-    Attributes:
-        embeddings: by split, (N, D) projections of the finished pretext model, not normalised: from its last check to
-            mining.
-        features: by split, (N, D) of the finished pretext model's backbone: to mining, to the start of the cluster
-            heads and to heads on a frozen backbone.
-        logits: by stage and split, (N, C) of the stage's finished model: from its metrics to assignments.csv.
-    """
+    """Everything that a stage may use. Built by :func:`open_context`."""
 
     config: Config
     run: RunFolder
@@ -50,23 +40,20 @@ class Context:
     splits: Splits
     device: torch.device
     renderer: Renderer
-    embeddings: dict[str, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
-    logits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def clustered(self) -> dict[str, Source]:
+        """The splits that are clustered, by name, in the order of assignments.csv."""
+        return {"train": self.splits.train, "test": self.splits.test}
 
     @property
     def model_config(self) -> ModelConfig:
         """The model section with ``backbone: auto`` resolved from the image size."""
-        model = self.config.model
-        if model.backbone != "auto":
-            return model
-        size = self.splits.train.size
-        backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
-        return model.model_copy(update={"backbone": backbone})
+        return resolved_model(self.config.model, self.splits.train.size)
 
     @property
     def without_pretrained(self) -> ModelConfig:
-        """The model section for a network whose weights are loaded from this run."""
+        """The model section without pretrained weights, for a network whose weights come from this run."""
         return self.model_config.model_copy(update={"pretrained": False})
 
     @property
@@ -85,16 +72,16 @@ class Context:
 
     @property
     def n_classes(self) -> int | None:
-        """The number of classes, or None where the images have no labels."""
+        """The number of classes, or None without labels."""
         names = self.splits.train.class_names
         return None if names is None or self.splits.train.labels is None else len(names)
 
     def place(self, model: M) -> M:
-        """Put a model on the device, its convolutions in the channels-last layout of the views."""
+        """Move a model to the device, in the channels-last layout of the views."""
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def view(self, view: View) -> View:
-        """Fill in a view's size from the images where the configuration leaves it open."""
+        """Return the view with an open size set to the images' size."""
         return view.resolved(self.splits.train.size)
 
     @property
@@ -103,27 +90,27 @@ class Context:
         return self.view(PlainView(kind="plain", size=self.config.clustering.view.size))
 
     def views_of(self, source: Source, stage: str) -> ViewMaker:
-        """Return what renders views of a source with a stage's random numbers."""
+        """Return the maker of a source's views with the stage's random numbers."""
         return ViewMaker(source, self.renderer, self.config.seed, stage, self.config.data.crop)
 
     @cached_property
     def precision(self) -> torch.dtype:
-        """The number format of convolutions and matrix products: as configured, or what ``auto`` comes to.
+        """Compute dtype of convolutions and matrix products; resolves ``auto``.
 
-        On a processor that is tried out (:mod:`.precision`) and noted in precision.json, so that a run that goes on
-        keeps its numbers.
+        On a processor the choice (:mod:`.precision`) is noted in precision.json, so that a resumed run computes in the
+        same dtype, on another machine too.
         """
         wanted = self.config.precision
         if wanted != "auto":
             return torch.bfloat16 if wanted == "bfloat16" else torch.float32
         if self.device.type == "cuda":
             return torch.bfloat16
-        model, side = self.model_config, self.view(self.config.pretext.view).side
+        model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
         tried = {"model": model.model_dump(mode="json"), "side": side}
         record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
         if record.get("tried") == tried:
             return Choice(record["precision"], record["reason"]).dtype
-        choice = choose_on_cpu(model, side, 2 * min(self.config.pretext.batch_size, len(self.splits.train)))
+        choice = choose_on_cpu(model, side)
         self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype
@@ -137,7 +124,7 @@ def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
 
     Raises:
-        ConfigError: for a device that is not there.
+        ConfigError: if the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,11 +140,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
-    """Open the images, choose the device and check that the numbers fit together.
+    """Open the images, choose the device and check the configuration against the images.
 
     Raises:
-        ConfigError: for a device that is not there, or numbers that the images do not allow.
-        DataError: for images that cannot be read, or a renderer that the device does not have.
+        ConfigError: if the device does not exist, or the images are too few for the configuration.
+        DataError: if images cannot be read, or the renderer does not run on the device.
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
@@ -171,13 +158,14 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
         tracker.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         tracker.say("images: decoded from their files at each use (data.resident)")
+    splits = normalized(splits, config)
     context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
     check_sizes(context)
     return context
 
 
 def check_sizes(context: Context) -> None:
-    """Refuse numbers of clusters and neighbours that the images cannot fill, before anything is trained."""
+    """Refuse more clusters or neighbours than the images allow, before anything is trained."""
     config = context.config
     train, test = len(context.splits.train), len(context.splits.test)
     if train < context.n_clusters:
@@ -196,9 +184,30 @@ def check_sizes(context: Context) -> None:
         )
 
 
+def resolved_model(model: ModelConfig, size: int) -> ModelConfig:
+    """Return a model section with ``backbone: auto`` resolved for images of ``size`` pixels."""
+    if model.backbone != "auto":
+        return model
+    backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
+    return model.model_copy(update={"backbone": backbone})
+
+
+def normalized(splits: Splits, config: Config) -> Splits:
+    """Return the splits with the normalisation of the run.
+
+    ``data.mean`` and ``data.std`` come first, then those of the weights that the backbone starts from, then those of
+    the data set, which ``splits`` brings.
+    """
+    model = resolved_model(config.model, splits.train.size)
+    expected = pretrained_input(model) or config.pretext.method.input_format()
+    if expected is None:
+        return splits
+    return replace(splits, mean=config.data.mean or expected.mean, std=config.data.std or expected.std)
+
+
 @contextmanager
 def seeded(seed: int, stage: str) -> Iterator[None]:
-    """Make weight initialisation a function of (seed, stage), and leave torch's own generator as it was."""
+    """Make weight initialisation a function of (seed, stage); torch's own generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_key(seed, f"{stage}/initialisation")[0])
         yield

@@ -16,11 +16,6 @@ from .compilation import uncompiled
 from .context import Context
 
 
-def splits_of(context: Context) -> dict[str, Source]:
-    """Return the splits that are clustered, by name, in the order of assignments.csv."""
-    return {"train": context.splits.train, "test": context.splits.test}
-
-
 def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
     """Apply a part of a run's model to all images of a source; see :func:`forward_views`. The result stays there."""
     views = context.views_of(source, "evaluation")
@@ -39,16 +34,16 @@ def forward_views(
     precision: AbstractContextManager[None] | None = None,
     epoch: int = 0,
 ) -> Tensor:
-    """Apply ``function`` to the views of all images of a source; nothing in it waits for the device.
+    """Apply ``function`` to the views of all images of a source, without a host synchronisation.
 
     Args:
-        model: is put into evaluation mode for the time and back afterwards.
+        model: in evaluation mode during the call; its modes are restored.
         function: maps views (B, 3, S, S) to features (B, D), or to the logits of all heads (H, B, C).
         views: the source with its renderer.
         view: the view of each image.
         batch_size: images at a time.
         precision: a context for the forward passes, such as autocast.
-        epoch: draws the views' parameters, where they are random.
+        epoch: selects the views' parameters if they are random.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.

@@ -1,9 +1,9 @@
 """The one training loop.
 
-A stage says which views it wants, what a step computes, what it keeps and how it picks its best; the loop does the
-rest: order of the images, learning rate, updates, averages, checkpoints, resuming. Because every random number is a
-function of (seed, stage, epoch, sample, view), a checkpoint needs no generator state, and a resumed run computes the
-very same weights as one that was never interrupted.
+A stage defines its views, its loss, its state and the choice of its best weights. The loop does the rest: order of the
+images, learning rate, updates, averages, checkpoints, resuming. Every random number is a function of (seed, stage,
+epoch, sample, view). So a checkpoint needs no generator state, and a resumed run computes the same bits as one that was
+never interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -31,14 +31,14 @@ Batch = TypeVar("Batch")
 
 
 class Stage(ABC, Generic[Batch]):
-    """One learned stage: what differs between pretext, clustering and self-labelling.
+    """Base of the learned stages: pretext, clustering and self-labelling.
 
     Attributes:
         name: the stage's name in files and on the screen.
         model: the network; all of it is checkpointed.
         training: epochs, batch size, optimiser, schedule.
         n_images: images per epoch.
-        background: whether batches are prepared in background threads (where reading images takes time).
+        background: prepare batches in background threads, because reading the images takes time.
     """
 
     name: str
@@ -49,49 +49,49 @@ class Stage(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch(self, epoch: int, indices: Tensor) -> Batch:
-        """Render what a step needs of the images ``indices`` (B,) int64."""
+        """Return the batch of the images ``indices`` (B,) int64: a tensor or a tuple of tensors."""
 
     @abstractmethod
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimise and the scalars to average over the epoch, all on the device."""
 
     def networks(self) -> list[nn.Module]:
-        """Return the networks whose calls torch.compile takes, where it is asked for."""
+        """Return the modules to compile if ``runtime.compile`` is set."""
         return [self.model]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimiser updates."""
+        """Return the parameters that the optimiser updates."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def prepare(self) -> None:
-        """Do what precedes the first step, once the weights are those to start from."""
+        """Run before the first step, after weights were initialised or loaded from a checkpoint."""
 
     def train_mode(self) -> None:
-        """Put the model into the mode in which the stage trains."""
+        """Set the model's mode for training."""
         self.model.train()
 
     def after_step(self) -> None:
-        """Do what follows every update, such as moving an average."""
+        """Run after every update, for example to move an average."""
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Evaluate after ``epoch`` (from 1) where it is due, keep the best, and return further metrics."""
+        """Evaluate after ``epoch`` (from 1) if it is due, keep the best weights, and return further metrics."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Return what the stage keeps besides the model: plain values and tensors."""
+        """Return what a checkpoint must hold besides the model: plain values and tensors."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
 @dataclass
 class Training:
-    """What :func:`train` did.
+    """Result of :func:`train`.
 
     Attributes:
-        seconds: the time the stage took, that before an interruption included.
-        notes: what summary.json should say of it besides, such as the time that compiling took.
+        seconds: time that the stage took, including the time before an interruption.
+        notes: further entries for summary.json, such as the time of compilation.
     """
 
     seconds: float
@@ -99,10 +99,10 @@ class Training:
 
 
 def train(stage: Stage[Any], context: Context) -> Training:
-    """Train a stage to its end, from its checkpoint where there is one.
+    """Train a stage to its end, from its checkpoint if there is one.
 
     Raises:
-        RunError: where the loss stops being finite; the last checkpoint stays.
+        RunError: if the loss or a weight stops being finite; the last checkpoint, which is finite, stays.
     """
     run, tracker, training = context.run, context.tracker, stage.training
     checkpoint = f"checkpoints/{stage.name}.pt"
@@ -141,6 +141,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
 
     def save(writer: BackgroundWriter) -> None:
         nonlocal saved
+        check_finite(stage, do_step.totals, epoch)
         writer.save(
             checkpoint,
             {
@@ -176,11 +177,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                     save(writer)
             averages = do_step.averages(steps)
-            if not math.isfinite(averages.get("loss", 0.0)):
-                raise RunError(
-                    f"{stage.name}: the loss is {averages['loss']} in epoch {epoch + 1}; lower "
-                    f"{stage.name}.optimizer.lr (now {training.optimizer.lr:g}) and start again in a new folder"
-                )
+            check_finite(stage, do_step.totals, epoch)
             epoch, step = epoch + 1, 0
             do_step.reset()
             averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
@@ -189,6 +186,34 @@ def train(stage: Stage[Any], context: Context) -> Training:
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                 save(writer)
     return Training(seconds + time.perf_counter() - begin, notes)
+
+
+def check_finite(stage: Stage[Any], totals: Mapping[str, Tensor], epoch: int) -> None:
+    """Refuse to go on, and to write a checkpoint, if the loss or a weight is not finite; the host waits for the device.
+
+    Args:
+        stage: its model is checked.
+        totals: the sums of the epoch so far.
+        epoch: from 0, for the message.
+
+    Raises:
+        RunError: names the learning rate to lower.
+    """
+    loss = totals.get("loss")
+    problem = None
+    if loss is not None and not math.isfinite(float(loss)):
+        problem = f"the loss is {float(loss)}"
+    else:
+        weights = [value for value in stage.model.state_dict().values() if value.is_floating_point()]
+        # The norm of any tensor with a NaN or an infinity is not finite, and one launch computes them all.
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))])
+        if not bool(norms.isfinite().all()):
+            problem = "a weight is not finite"
+    if problem is not None:
+        raise RunError(
+            f"{stage.name}: {problem} in epoch {epoch + 1}; lower {stage.name}.optimizer.lr "
+            f"(now {stage.training.optimizer.lr:g}) and start again in a new folder"
+        )
 
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
@@ -212,12 +237,12 @@ def set_learning_rate(
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
     """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
     if position < schedule.warmup_epochs:
-        # The first step must not stand still: the ramp starts at 1 / (warmup_epochs + 1).
+        # The ramp starts at 1 / (warmup_epochs + 1), so that the first step is not lost.
         return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
     if schedule.name == "cosine":
         progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
         return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule.name == "step":
-        # Strictly above, as in the original.
+        # Strictly above, as in the reference.
         return schedule.decay_rate ** sum(position > decay for decay in schedule.decay_epochs)
     return 1.0

@@ -1,4 +1,4 @@
-"""What a process asks of its machine: threads that fit the cores it may use, and memory that stays with it."""
+"""Thread count and malloc settings of the process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
-# The thresholds are those to which glibc raises its own as large blocks come and go; once set, they no longer move.
+# The values to which glibc raises its own thresholds when large blocks are freed. Set values no longer adapt.
 _DEFAULTS = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10}
 _KEEPING = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
 
 
 def set_threads(wanted: int | None) -> None:
-    """Use ``wanted`` threads, or at most as many as there are cores for this process.
+    """Use ``wanted`` threads, or at most as many as this process has cores.
 
-    OMP_NUM_THREADS and the affinity mask have been heard by torch; the share of a container has not, and more threads
-    than that make each other wait.
+    torch respects OMP_NUM_THREADS and the affinity mask, but not the CPU share of a container. More threads than that
+    wait for each other.
     """
     limit = core_limit(Path("/sys/fs/cgroup"))
     if wanted is not None:
@@ -44,10 +44,10 @@ def core_limit(cgroup: Path) -> int | None:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory in the process for the time, for the next step needs as much again.
+    """Keep freed memory in the process, because the next step needs as much again.
 
-    By default glibc returns every large block to the system at once and takes it back page by page, zeroed, in each
-    operation: on the CPU that is up to a fifth of a training step. Other systems and libraries are left as they are.
+    By default glibc returns every large block to the system and gets it back page by page, zeroed, in each operation.
+    On the CPU that is up to a fifth of a training step. Without glibc, do nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is None:

@@ -1,9 +1,9 @@
-"""One training step: forward, loss, backward, update and running sums, with nothing that waits for the device.
+"""One training step: forward, loss, backward, update and running sums, without a host synchronisation.
 
 With ``runtime.cuda_graphs`` the whole step is captured once as a CUDA graph and replayed, so that the host launches one
-graph instead of some hundred kernels. What a captured step needs is true of every step: shapes are static (views that
-grow during training change them a few times), the learning rate and the sums are tensors on the device, and no branch
-depends on a value computed there.
+graph instead of some hundred kernels. Every step meets the conditions of a capture: shapes are static (views that grow
+during training change them a few times), the learning rate and the sums are tensors on the device, and no branch
+depends on a value on the device.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor, nn
 from ..runs.config import OptimizerConfig
 
 WARM_UP_STEPS = 3
-"""Steps before a capture: libraries choose their kernels and allocate their workspaces in them."""
+"""Number of steps before a capture, in which libraries choose their kernels and allocate their workspaces."""
 
 
 class Trained(Protocol):
-    """What a step needs of a stage."""
+    """Interface that :class:`TrainingStep` requires of a stage."""
 
     def step(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and what to average."""
+        """Return the loss, and the scalars to average."""
 
     def after_step(self) -> None:
-        """Do what follows the update."""
+        """Run after the update."""
 
 
 class TrainingStep:
-    """Does the steps of a stage.
+    """Carries out the steps of a stage.
 
     Args:
         stage: computes the loss.
         optimizer: from :func:`build_optimizer`.
-        autocast: makes the mixed-precision context of the forward pass.
-        capture: whether to replay a CUDA graph; only for models on a GPU.
-        say: is told where capturing is not possible; the steps are then done one kernel at a time.
+        autocast: creates the mixed-precision context of the forward pass.
+        capture: replay a CUDA graph; for models on a GPU only.
+        say: gets a message if a capture fails; the steps then run kernel by kernel.
 
     Attributes:
         totals: the sums of the stage's metrics since :meth:`reset`, float64 scalars on the device.
@@ -66,7 +66,7 @@ class TrainingStep:
         self._inputs: tuple[Tensor, ...] = ()
 
     def __call__(self, batch: Any) -> None:
-        """Do one step with a batch: a tensor or a tuple of tensors; where their shapes change, capture a new graph."""
+        """Run one step with a batch: a tensor or a tuple of tensors. If their shapes change, capture a new graph."""
         shapes = tuple(tensor.shape for tensor in (batch if isinstance(batch, tuple) else (batch,)))
         if shapes != self._shapes:
             self._shapes, self._graph, self._inputs, self._warm = shapes, None, (), 0
@@ -94,7 +94,7 @@ class TrainingStep:
                 total.zero_()
 
     def averages(self, steps: int) -> dict[str, float]:
-        """Return the means over an epoch's steps: the one moment at which the host waits for the device."""
+        """Return the means over an epoch's steps. The host waits for the device here."""
         if not self.totals:
             return {}
         return dict(zip(self.totals, (torch.stack(list(self.totals.values())) / steps).tolist(), strict=True))
@@ -114,12 +114,12 @@ class TrainingStep:
     def _replay(self, batch: Any) -> None:
         tensors = batch if isinstance(batch, tuple) else (batch,)
         if self._graph is None:
-            # Capturing executes nothing, so the first replay is this batch's step.
+            # A capture executes nothing, so the first replay is this batch's step.
             self._inputs = tuple(tensor.clone(memory_format=torch.preserve_format) for tensor in tensors)
             graph = torch.cuda.CUDAGraph()
             try:
                 self._optimizer.zero_grad(set_to_none=True)
-                # Other threads (views made in the background) may allocate meanwhile.
+                # Background threads that render views may allocate during the capture.
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._update(self._inputs if isinstance(batch, tuple) else self._inputs[0])
             except RuntimeError as error:
@@ -136,9 +136,9 @@ class TrainingStep:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the fused optimiser, biases and normalisation weights exempt from decay where the configuration says so.
+    """Build the fused optimiser. Without ``decay_all``, biases and normalisation weights do not decay.
 
-    On a GPU the learning rate is a tensor there (see :func:`write_learning_rate`), as a captured step needs it.
+    On a GPU the learning rate is a device tensor (see :func:`write_learning_rate`), which a captured step needs.
     """
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not config.decay_all:
@@ -157,7 +157,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def fit_to_device(optimizer: torch.optim.Optimizer) -> None:
-    """Put learning rates where the weights are: after building, and after loading what another device has saved."""
+    """Move learning rates to the device of the weights, after building or after loading another device's state."""
     for group in optimizer.param_groups:
         on_gpu = any(parameter.is_cuda for parameter in group["params"])
         lr = float(group["lr"])
@@ -167,7 +167,7 @@ def fit_to_device(optimizer: torch.optim.Optimizer) -> None:
 
 
 def write_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups, without waiting for the device."""
+    """Set the learning rate of all groups without a host synchronisation."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

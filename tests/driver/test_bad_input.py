@@ -151,7 +151,9 @@ def test_refused_commands(words: list[str]) -> None:
 
 
 def test_pretext_weights_that_are_not_there() -> None:
-    message = run_here("run", "digits", *TINY, "pretext.method=weights", "pretext.weights=no.pt", "--quiet").refusal()
+    message = run_here(
+        "run", "digits", *TINY, "pretext.method=weights", "pretext.method.file=no.pt", "--quiet"
+    ).refusal()
     assert "no.pt" in message
 
 
@@ -280,9 +282,9 @@ def test_a_damaged_model_is_named(finished: Path, images: Path) -> None:
 
 def test_again_repeats_a_stage_with_a_changed_section(finished: Path) -> None:
     before, old = results(finished), contents(finished)
-    words = ["cluster", finished, "--again", "clustering.entropy_weight=3", "--quiet"]
+    words = ["cluster", finished, "--again", "clustering.objective.entropy_weight=3", "--quiet"]
     assert run_here(*words).code == 0
-    assert RunFolder(finished).config().clustering.entropy_weight == 3
+    assert RunFolder(finished).config().clustering.objective.entropy_weight == 3
     assert not (finished / "assignments.csv").exists()
     assert run_here("run", finished, "--quiet").code == 0
     after, new = results(finished), contents(finished)

@@ -44,11 +44,12 @@ def value(config: Config, key: str) -> Any:
 SIMCLR = {
     "model.projector": "mlp",
     "model.projection_dim": 128,
-    "pretext.method": "simclr",
+    "pretext.method.kind": "simclr",
+    "pretext.monitor_temperature": 0.1,
     "pretext.epochs": 500,
     "pretext.batch_size": 512,
-    "pretext.temperature": 0.1,
-    "pretext.anchors": "first",
+    "pretext.method.temperature": 0.1,
+    "pretext.method.anchors": "first",
     "pretext.monitor_k": 100,
     "pretext.optimizer.name": "sgd",
     "pretext.optimizer.lr": 0.4,
@@ -68,8 +69,8 @@ MOCO = {
     "model.backbone": "resnet50",
     "model.projector": "mlp",
     "model.projection_dim": 128,
-    "pretext.method": "weights",
-    "pretext.temperature": 0.07,
+    "pretext.method.kind": "weights",
+    "pretext.monitor_temperature": 0.07,
     "mining.k": 50,
     "mining.test_k": 5,
     "mining.features": "backbone",
@@ -82,7 +83,8 @@ SIMCLR_VIEW = {
 }  # fmt: skip
 ADAM = {"name": "adam", "lr": 1e-4, "weight_decay": 1e-4, "decay_all": True}
 SMALL_SCAN = {
-    "clustering.entropy_weight": 5.0,
+    "clustering.objective.kind": "scan",
+    "clustering.objective.entropy_weight": 5.0,
     "clustering.heads": 1,
     "clustering.update": "full",
     "clustering.neighbors": None,
@@ -94,7 +96,8 @@ SMALL_SCAN = {
 }
 LARGE_SCAN = {
     "clustering.epochs": 100,
-    "clustering.entropy_weight": 5.0,
+    "clustering.objective.kind": "scan",
+    "clustering.objective.entropy_weight": 5.0,
     "clustering.heads": 10,
     "clustering.update": "heads",
     "clustering.neighbors": None,
@@ -137,7 +140,7 @@ def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, A
     simclr = {**SIMCLR_VIEW, "size": size}
     found = {f"clustering.view.{key}": v for key, v in (strong if clustering == "strong" else simclr).items()}
     if pretext:
-        found |= {f"pretext.view.{key}": v for key, v in simclr.items()}
+        found |= {f"pretext.method.view.{key}": v for key, v in simclr.items()}
     found |= {f"selflabel.view.{key}": v for key, v in strong.items()}
     return found | {"selflabel.weak_view.kind": "plain", "selflabel.weak_view.size": size}
 
@@ -245,7 +248,7 @@ def test_a_shipped_configuration_is_found_by_name_and_by_its_usual_path(tmp_path
 def test_overrides_win_over_changes_over_presets() -> None:
     config = load_config(find_config("digits"), ["pretext.epochs=3"], {"pretext.epochs": 2, "mining.k": 7})
     assert (config.pretext.epochs, config.mining.k) == (3, 7)
-    assert load_config(find_config("digits"), ["preset=paper"]).pretext.anchors == "first"
+    assert load_config(find_config("digits"), ["preset=paper"]).pretext.method.anchors == "first"
 
 
 def test_overrides_are_yaml() -> None:
@@ -282,19 +285,22 @@ def test_differences_name_the_key_and_leave_the_runtime_out() -> None:
         ("pretext.epoch=3", "unknown key pretext.epoch: did you mean pretext.epochs?"),
         ("pretxt.epochs=3", "unknown key pretxt: did you mean pretext?"),
         ("clustering.optimizer.learning_rate=1", "clustering.optimizer.learning_rate"),
-        ("pretext.view.scales=[0.2, 1]", "unknown key pretext.view.scales: did you mean pretext.view.scale?"),
+        (
+            "pretext.method.view.scales=[0.2, 1]",
+            "unknown key pretext.method.view.scales: did you mean pretext.method.view.scale?",
+        ),
         ("zzz=1", "unknown key zzz: the top level has clustering, data,"),
         ("pretext.epochs=many", "pretext.epochs: input should be a valid integer"),
         ("pretext.epochs=2.5", "pretext.epochs: input should be a valid integer"),
         ("pretext.epochs=yes", "pretext: epochs must not be true or false"),
         ("pretext.epochs=0", "pretext.epochs: input should be greater than or equal to 1, got 0"),
         (
-            "pretext.resolutions=[[0.5, 4], [0.4, 6]]",
+            "pretext.method.resolutions=[[0.5, 4], [0.4, 6]]",
             "resolutions must have shares that rise between 0 and 1, got [0.5",
         ),
-        ("pretext.resolutions=[[1.0, 4]]", "resolutions must have shares that rise between 0 and 1, got [1.0]"),
-        ("pretext.resolutions=[[0.5, 0]]", "resolutions must have sizes of at least one pixel"),
-        ("pretext.temperature=.inf", "pretext.temperature: input should be a finite number"),
+        ("pretext.method.resolutions=[[1.0, 4]]", "resolutions must have shares that rise between 0 and 1, got [1.0]"),
+        ("pretext.method.resolutions=[[0.5, 0]]", "resolutions must have sizes of at least one pixel"),
+        ("pretext.method.temperature=.inf", "pretext.method.temperature: input should be a finite number"),
         ("pretext.optimizer.lr=.nan", "pretext.optimizer.lr: input should be"),
         ("pretext.optimizer.name=lamb", "'sgd', 'adam' or 'adamw', got 'lamb'"),
         ("clustering.n_clusters=1", "clustering.n_clusters: input should be greater than or equal to 2, got 1"),
@@ -349,3 +355,56 @@ def test_a_preset_of_a_file_without_presets_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_text("name: plain\n")
     with pytest.raises(ConfigError, match="has no presets, so preset=fast cannot be chosen"):
         load_config(tmp_path / "plain.yaml", ["preset=fast"])
+
+
+# -- sections chosen by kind, and inherited files ----------------------------------------------------------------------
+
+
+def test_a_bare_kind_stands_for_its_section() -> None:
+    config = load_config(find_config("digits"), ["pretext.method=weights", "pretext.method.file=some.pth"])
+    assert config.pretext.method.model_dump() == {"kind": "weights", "file": Path("some.pth")}
+    # The kind that is there already keeps its settings.
+    config = load_config(find_config("digits"), ["pretext.method=simclr", "pretext.method.anchors=first"])
+    assert config.pretext.method.model_dump()["temperature"] == 0.15
+    config = load_config(find_config("digits"), ["selflabel.view=plain"])
+    assert config.selflabel is not None and config.selflabel.view.kind == "plain"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("pretext.method=moca", "pretext.method: input tag 'moca' found using 'kind' does not match"),
+        ("pretext.method=weights", "pretext.method.file is missing"),
+        ("pretext.method={kind: weights, file: a, temperature: 1}", "unknown key pretext.method.temperature"),
+        ("clustering.objective=scam", "clustering.objective.kind"),
+        ("pretext.method=none", "pretext.method=none takes the backbone as it is, so it needs model.pretrained=true"),
+    ],
+)
+def test_wrong_kinds_are_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(find_config("digits"), [word])
+    assert message in str(refusal.value)
+
+
+def test_no_training_needs_the_backbones_space() -> None:
+    words = ["pretext.method=none", "model={backbone: 'torchvision:resnet18', pretrained: true, width: 1}"]
+    with pytest.raises(ConfigError, match=r"needs mining\.features=backbone"):
+        load_config(find_config("digits"), words)
+    assert load_config(find_config("digits"), [*words, "mining.features=backbone"]).pretext.method.kind == "none"
+
+
+def test_a_file_inherits_values_and_presets(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(
+        "name: one\npreset: b\nmining: {k: 3, test_k: 2}\npresets: {a: {seed: 1}, b: {}}\n"
+    )
+    (tmp_path / "two.yaml").write_text("base: one.yaml\nname: two\nmining: {k: 4}\npresets: {b: {seed: 2}}")
+    (tmp_path / "three.yaml").write_text("base: two.yaml\nmining: {test_k: 5}")
+    config = load_config(tmp_path / "three.yaml")
+    assert (config.name, config.mining.k, config.mining.test_k, config.preset, config.seed) == ("two", 4, 5, "b", 2)
+    assert load_config(tmp_path / "three.yaml", ["preset=a"]).seed == 1
+    (tmp_path / "one.yaml").write_text("base: three.yaml")
+    with pytest.raises(ConfigError, match=r"is its own base: three\.yaml -> two\.yaml -> one\.yaml -> three\.yaml"):
+        load_config(tmp_path / "three.yaml")
+    (tmp_path / "one.yaml").write_text("base: four.yaml")
+    with pytest.raises(ConfigError, match=r"base must name a YAML file in or relative to .*, got 'four\.yaml'"):
+        load_config(tmp_path / "three.yaml")

@@ -16,6 +16,7 @@ from driving import TINY, Death, Process, contents, metrics, results, run_here, 
 from scan_fast.models.heads import PretextModel
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
+from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
 from scan_fast.training.context import open_context
 from scan_fast.training.loop import train
@@ -150,7 +151,9 @@ def test_goes_on_in_mid_epoch(tmp_path: Path) -> None:
         with run:
             context = open_context(config, run, Tracker(run, quiet=True))
             torch.manual_seed(0)
-            stage = Interrupted(context, PretextModel(context.model_config))
+            model = PretextModel(context.model_config)
+            method = context.config.pretext.method.build(model, context.splits.train.size)
+            stage = Interrupted(context, model, method, Handover())
             stage.stop_at = stop_at
             with contextlib.suppress(Stop):
                 train(stage, context)

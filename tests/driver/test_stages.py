@@ -23,15 +23,28 @@ from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.random import stream_key
 from scan_fast.runs.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainingConfig
 from scan_fast.runs.folder import RunError, RunFolder
-from scan_fast.stages.clustering import Clustering, load_clustering, start_from_kmeans
+from scan_fast.stages.clustering import Clustering, start_from_kmeans
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import cluster_model, pretext_model, selflabelled_model
 from scan_fast.stages.mining import search
-from scan_fast.stages.pipeline import STAGES
-from scan_fast.stages.pretext import Pretext, load_pretext
-from scan_fast.stages.selflabel import SelfLabelling, load_self_labelling
+from scan_fast.stages.pipeline import STAGES, run_stage
+from scan_fast.stages.pretext import Pretext
+from scan_fast.stages.selflabel import SelfLabel
 from scan_fast.training.context import Context
 from scan_fast.training.inference import forward_all
 from scan_fast.training.loop import Stage, learning_rate_factor, set_learning_rate, train
 from scan_fast.training.step import build_optimizer
+
+
+def do(name: str, context: Context) -> None:
+    """Run one stage as a process of its own would: nothing is handed over."""
+    run_stage(context, STAGES[name], Handover())
+
+
+def pretext_stage(context: Context) -> Pretext:
+    model = PretextModel(context.model_config)
+    method = context.config.pretext.method.build(model, context.splits.train.size)
+    return Pretext(context, model, method, Handover())
 
 
 def states(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -97,12 +110,47 @@ def test_batches_start_in_mid_epoch_where_they_were_left() -> None:
         assert [b.tolist() for b in rest] == [b.tolist() for b in whole[start:]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     words = ["digits", "--out", tmp_path / "run", "--quiet", "model.width=0.25", "data.limit=128", "runtime.threads=1"]
     words += ["pretext.batch_size=64", "pretext.epochs=40", "pretext.optimizer.name=sgd", "pretext.optimizer.lr=1e30"]
     message = run_here("pretext", *words).refusal()
-    assert "pretext: the loss is nan" in message or "pretext: the loss is inf" in message
+    assert "pretext: the loss is nan" in message or "pretext: the loss is inf" in message or "not finite" in message
     assert "lower pretext.optimizer.lr (now 1e+30)" in message
+
+
+class Diverging(Line):
+    """Has a loss, or a weight, that is not finite from a step on."""
+
+    def __init__(self, n: int, training: TrainingConfig, fault: str, first: int) -> None:
+        super().__init__(n, training)
+        self.fault, self.first, self.steps = fault, first, 0
+
+    def step(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, named = super().step(batch)
+        self.steps += 1
+        if self.steps >= self.first and self.fault == "loss":
+            loss = loss * float("nan")
+            named["loss"] = loss
+        return loss, named
+
+    def after_step(self) -> None:
+        if self.steps >= self.first and self.fault == "weight":
+            with torch.no_grad():
+                self.model.weight.fill_(float("inf"))
+
+
+@pytest.mark.parametrize("fault", ["loss", "weight"])
+@pytest.mark.parametrize("first", [3, 4, 6])
+def test_a_checkpoint_is_never_overwritten_by_one_that_is_not_finite(fault: str, first: int, tmp_path: Path) -> None:
+    """With a checkpoint after each of four steps per epoch: that of the last good step stays."""
+    training = TrainingConfig(epochs=3, batch_size=7, optimizer=OptimizerConfig(lr=1e-6))
+    with opened(tmp_path / "run", "runtime.checkpoint_seconds=0") as context:
+        with pytest.raises(RunError, match=r"line: (the loss is nan|a weight is not finite) in epoch"):
+            train(Diverging(30, training, fault, first), context)
+        state = context.run.load("checkpoints/line.pt")
+    assert 4 * state["epoch"] + state["step"] == first - 1
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert bool(state["totals"]["loss"].isfinite())
 
 
 @pytest.mark.parametrize("every", ["epoch", "step"])
@@ -140,9 +188,9 @@ def test_decay_leaves_biases_and_normalisation_alone_where_told(tmp_path: Path) 
 
 @pytest.mark.parametrize("anchors", ["both", "first"])
 def test_pretext_step_is_nt_xent_of_both_views_in_one_pass(anchors: str, tmp_path: Path) -> None:
-    with opened(tmp_path / "run", f"pretext.anchors={anchors}") as context:
+    with opened(tmp_path / "run", f"pretext.method.anchors={anchors}") as context:
         torch.manual_seed(0)
-        stage = Pretext(context, PretextModel(context.model_config))
+        stage = pretext_stage(context)
         stage.train_mode()
         batch = stage.batch(0, torch.arange(12))
         assert not batch[0].equal(batch[1])
@@ -156,8 +204,8 @@ def test_pretext_step_is_nt_xent_of_both_views_in_one_pass(anchors: str, tmp_pat
 
 
 def test_pretext_views_grow_when_the_configuration_says_so(tmp_path: Path) -> None:
-    with opened(tmp_path / "run", "pretext.epochs=10", "pretext.resolutions=[[0.35, 4], [0.7, 6]]") as context:
-        stage = Pretext(context, PretextModel(context.model_config))
+    with opened(tmp_path / "run", "pretext.epochs=10", "pretext.method.resolutions=[[0.35, 4], [0.7, 6]]") as context:
+        stage = pretext_stage(context)
         sizes = [stage.batch(epoch, torch.arange(2))[1].shape for epoch in range(10)]
         assert sizes == [(2, 3, size, size) for size in [4] * 4 + [6] * 3 + [8] * 3]
         assert train(stage, context).seconds > 0  # every size passes the network
@@ -170,10 +218,10 @@ def test_weights_of_a_pretext_model_are_taken_as_they_are(tmp_path: Path) -> Non
         torch.manual_seed(5)
         model = PretextModel(context.model_config)
         torch.save(model.state_dict(), tmp_path / "weights.pt")
-    overrides = ("pretext.method=weights", f"pretext.weights={tmp_path / 'weights.pt'}")
+    overrides = ("pretext.method=weights", f"pretext.method.file={tmp_path / 'weights.pt'}")
     with opened(tmp_path / "run", *overrides) as context:
-        STAGES["pretext"](context)
-        assert equal(states(load_pretext(context)), states(model))
+        do("pretext", context)
+        assert equal(states(pretext_model(context)), states(model))
 
 
 # -- mining ------------------------------------------------------------------------------------------------------------
@@ -205,8 +253,8 @@ def test_backends_agree_and_duplicates_are_no_self(backend: str) -> None:
 
 def test_features_of_the_backbone_can_be_mined(finished: Path) -> None:
     with opened(finished, "mining.features=backbone", again=True) as context:
-        STAGES["mining"](context)
-        model = load_pretext(context)
+        do("mining", context)
+        model = pretext_model(context)
         expected = forward_all(context, model, model.features, context.splits.test)
         with np.load(finished / "embeddings.npz") as e:
             np.testing.assert_array_equal(e["test"], nn.functional.normalize(expected, dim=1).numpy())
@@ -218,7 +266,7 @@ def test_features_of_the_backbone_can_be_mined(finished: Path) -> None:
 def test_clustering_step_sums_the_heads_and_separates_the_batch_statistics(finished: Path) -> None:
     with opened(finished, again=True) as context:
         torch.manual_seed(0)
-        stage = Clustering(context, ClusterModel(context.model_config, 10, 2))
+        stage = Clustering(context, ClusterModel(context.model_config, 10, 2), Handover())
         stage.train_mode()
         anchors, neighbors = stage.batch(0, torch.arange(16))
         model = copy.deepcopy(stage.model)
@@ -235,7 +283,7 @@ def test_neighbours_are_drawn_evenly(include_self: bool, use: int | None, finish
     overrides = [f"clustering.include_self={str(include_self).lower()}", "clustering.view={kind: plain}"]
     overrides += [f"clustering.neighbors={use}"] if use else []
     with opened(finished, *overrides, again=True) as context:
-        stage = Clustering(context, ClusterModel(context.model_config, 10, 1))
+        stage = Clustering(context, ClusterModel(context.model_config, 10, 1), Handover())
         with np.load(finished / "neighbors.npz") as file:
             mined = file["train"][:, :use]
         drawn: Counter[int] = Counter()
@@ -260,9 +308,9 @@ def test_neighbours_are_drawn_evenly(include_self: bool, use: int | None, finish
 def test_heads_only_leaves_the_backbone_alone_in_every_bit(finished: Path) -> None:
     with opened(finished, "clustering.update=heads", again=True) as context:
         context.run.remove("checkpoints/clustering.pt")
-        STAGES["clustering"](context)
-        backbone = states(load_clustering(context)[0], "backbone.")
-        assert equal(backbone, states(load_pretext(context), "backbone."))
+        do("clustering", context)
+        backbone = states(cluster_model(context)[0], "backbone.")
+        assert equal(backbone, states(pretext_model(context), "backbone."))
         checkpoint = context.run.load("checkpoints/clustering.pt")
         assert len(checkpoint["optimizer"]["state"]) == 2 * 2  # weight and bias of two heads
     assert "running_mean" in "".join(backbone)
@@ -273,7 +321,7 @@ def test_heads_train_on_cached_views(finished: Path) -> None:
     everyone = torch.arange(160)
     with opened(finished, *heads, "clustering.cached_views=1", again=True) as context:
         model = context.place(ClusterModel(context.model_config, 10, 2)).eval()
-        cached, fresh = (Clustering(context, model) for _ in range(2))
+        cached, fresh = (Clustering(context, model, Handover()) for _ in range(2))
         cached.prepare()
         # The first cached view is that of a first epoch; a neighbour is seen as anyone else is.
         anchors, neighbors = cached.batch(0, everyone)
@@ -286,7 +334,7 @@ def test_heads_train_on_cached_views(finished: Path) -> None:
         loss, _ = cached.step((anchors, neighbors))
         torch.testing.assert_close(loss, total.sum())
     with opened(finished, *heads, "clustering.cached_views=3", again=True) as context:
-        stage = Clustering(context, model)
+        stage = Clustering(context, model, Handover())
         stage.prepare()
         seen = {tuple(stage.batch(epoch, everyone)[0][7].tolist()) for epoch in range(30)}
         assert len(seen) == 3
@@ -309,7 +357,7 @@ def test_cached_views_survive_an_interruption(finished: Path) -> None:
             context.run.remove("checkpoints/clustering.pt")
             for kind in kinds:
                 torch.manual_seed(0)
-                stage = kind(context, context.place(ClusterModel(context.model_config, 10, 2)))
+                stage = kind(context, context.place(ClusterModel(context.model_config, 10, 2)), Handover())
                 with contextlib.suppress(KeyboardInterrupt):
                     train(stage, context)
             return states(stage.model)
@@ -324,7 +372,7 @@ def test_cached_views_are_for_frozen_backbones() -> None:
 
 def test_full_training_moves_the_backbone_and_its_statistics(finished: Path) -> None:
     with opened(finished, again=True) as context:
-        one, two = (states(load(context), "backbone.") for load in (load_pretext, lambda c: load_clustering(c)[0]))
+        one, two = (states(load(context), "backbone.") for load in (pretext_model, lambda c: cluster_model(c)[0]))
         assert not any(one[key].equal(two[key]) for key in one if "conv" in key or "running" in key)
 
 
@@ -345,7 +393,7 @@ def test_the_head_and_the_epoch_of_lowest_selection_loss_are_kept(finished: Path
     ) as context:
         context.run.remove("checkpoints/clustering.pt")
         torch.manual_seed(0)
-        stage = Watched(context, ClusterModel(context.model_config, 10, 4))
+        stage = Watched(context, ClusterModel(context.model_config, 10, 4), Handover())
         train(stage, context)
     loss, epoch, head = min(noted)
     assert len(noted) == 20
@@ -360,7 +408,7 @@ def test_the_result_is_the_chosen_head(finished_run: Path, tmp_path: Path) -> No
     assert (best["head"], best["epoch"]) == (entry["head"], entry["epoch"])
     with opened(tmp_path / "other") as context:
         context.run = RunFolder(finished_run)
-        model, _ = load_clustering(context)
+        model, _ = cluster_model(context)
     assert model.n_heads == 1
     assert model.state_dict()["cluster_head.0.weight"].equal(best["model"][f"cluster_head.{best['head']}.weight"])
 
@@ -370,12 +418,12 @@ def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path) -> Non
         torch.manual_seed(0)
         model = ClusterModel(context.model_config, 4, 2)
         before = states(model)
-        start_from_kmeans(context, model)
+        start_from_kmeans(context, model, Handover())
         assert equal(states(model, "backbone."), {k: v for k, v in before.items() if k.startswith("backbone.")})
         features = forward_all(context, model, model.features, context.splits.train)
         logits = forward_all(context, model, model, context.splits.train)
         again = copy.deepcopy(model)
-        start_from_kmeans(context, again)
+        start_from_kmeans(context, again, Handover())
         assert equal(states(again), states(model))
     unit = nn.functional.normalize(features, dim=1).double().numpy()
     for head in range(2):
@@ -389,15 +437,15 @@ def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path) -> Non
 # -- stage three -------------------------------------------------------------------------------------------------------
 
 
-def selflabel(context: Context) -> SelfLabelling:
-    return SelfLabelling(context, load_clustering(context)[0])
+def selflabel(context: Context) -> SelfLabel:
+    return SelfLabel(context, cluster_model(context)[0], Handover())
 
 
 def test_nothing_confident_costs_nothing(finished: Path) -> None:
     with opened(finished, "selflabel.threshold=1", "selflabel.optimizer.weight_decay=0", again=True) as context:
         context.run.remove("checkpoints/selflabel.pt")
-        STAGES["selflabel"](context)
-        before, after = load_clustering(context)[0], load_self_labelling(context)
+        do("selflabel", context)
+        before, after = cluster_model(context)[0], selflabelled_model(context)
         for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
             assert bool(torch.isfinite(new).all()), name
             # The digits' recipe may use a teacher; without a gradient neither it nor its student moves.
@@ -438,7 +486,7 @@ def test_the_teacher_follows_weights_and_statistics(finished: Path) -> None:
         moved = states(stage.model)
         stage.after_step()
         assert equal(states(stage.model), moved)
-        assert stage.result is stage.average
+        assert stage.average is not None and stage.result is stage.average.model
         for name, value in states(stage.result).items():
             expected = 0.75 * start[name] + 0.25 * moved[name] if value.is_floating_point() else moved[name]
             torch.testing.assert_close(value, expected)
@@ -482,7 +530,7 @@ def test_averages_survive_an_interruption(mode: str, finished: Path, tmp_path: P
     overrides = ("selflabel.ema=0.9", f"selflabel.ema_mode={mode}", "runtime.checkpoint_seconds=0")
 
     def result_of(stop_at: int | None) -> dict[str, Tensor]:
-        class Interrupted(SelfLabelling):
+        class Interrupted(SelfLabel):
             steps = 0
 
             def step(self, batch: Any) -> Any:
@@ -495,7 +543,7 @@ def test_averages_survive_an_interruption(mode: str, finished: Path, tmp_path: P
             context.run.remove("checkpoints/selflabel.pt")
             if stop_at is not None:
                 with pytest.raises(KeyboardInterrupt):
-                    train(Interrupted(context, load_clustering(context)[0]), context)
+                    train(Interrupted(context, cluster_model(context)[0], Handover()), context)
             stage = selflabel(context)
             train(stage, context)
             return states(stage.result)
@@ -537,9 +585,9 @@ def test_the_seed_decides_the_weights_and_torchs_generator_is_left_alone(tmp_pat
     found = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         with opened(tmp_path / name, f"seed={seed}", "pretext.epochs=1") as context:
-            STAGES["pretext"](context)
+            do("pretext", context)
             assert torch.get_rng_state().equal(generator)
-            found.append(states(load_pretext(context)))
+            found.append(states(pretext_model(context)))
             torch.set_rng_state(generator)
     assert equal(found[0], found[1])
     assert not equal(found[0], found[2])
@@ -547,6 +595,6 @@ def test_the_seed_decides_the_weights_and_torchs_generator_is_left_alone(tmp_pat
 
 def test_a_missing_stage_is_named(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as context:
-        for load, name in ((load_pretext, "pretext"), (load_clustering, "cluster"), (load_self_labelling, "selflabel")):
+        for load, name in ((pretext_model, "pretext"), (cluster_model, "cluster"), (selflabelled_model, "selflabel")):
             with pytest.raises(RunError, match=f"run `scan-fast {name} "):
                 load(context)

@@ -13,7 +13,7 @@ import scan_fast
 from scan_fast.ops import native
 
 
-def test_an_unknown_choice_of_gpu_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_choice_of_gpu_kernels_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCAN_FAST_GPU_KERNELS", "fast")
     with pytest.raises(ValueError, match=r'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got \'fast\''):
         native.kernel_choice()
@@ -21,7 +21,7 @@ def test_an_unknown_choice_of_gpu_kernels_is_refused(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not native.build_info().get("sm90_kernels"), reason="the module has no kernels for sm_90a")
 @pytest.mark.parametrize("choice", ["auto", "portable", "sm90"])
-def test_kernels_for_sm90_are_taken_from_the_start_where_they_are_asked_for(choice: str) -> None:
+def test_sm90_kernels_are_enabled_at_import_on_request(choice: str) -> None:
     script = "from scan_fast.ops import native; print(*sorted(native.SM90_FAMILIES))"
     environment = {**os.environ, "SCAN_FAST_GPU_KERNELS": choice}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

@@ -1,0 +1,28 @@
+"""Pretext methods: one file each, and one line in the table below (see docs/extending/pretext-method.md)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ..schema import BARE_KIND
+from .base import MethodSettings, PretextMethod
+from .none import NoneSettings
+from .simclr import SimCLR, SimCLRSettings
+from .weights import WeightsSettings
+
+MethodConfig = Annotated[
+    SimCLRSettings | WeightsSettings | NoneSettings,
+    Field(discriminator="kind"),
+    BARE_KIND,
+]
+"""The type of ``pretext.method``: the settings of one method, chosen by ``kind``."""
+
+__all__ = [
+    "MethodConfig",
+    "MethodSettings",
+    "NoneSettings",
+    "PretextMethod",
+    "SimCLR",
+    "SimCLRSettings",
+    "WeightsSettings",
+]

@@ -1,0 +1,26 @@
+"""No pretext training: the pretrained backbone as its library delivers it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from ..models.backbones import ModelConfig
+from ..models.heads import PretextModel
+from .base import MethodSettings
+
+
+class NoneSettings(MethodSettings):
+    """The pretrained backbone as it is; nothing is trained. The projector stays random, so mining must not use it."""
+
+    kind: Literal["none"] = "none"
+    trains: ClassVar[bool] = False
+
+    def check(self, model: ModelConfig, features: str) -> None:
+        """Require a pretrained backbone and mining in the backbone's space."""
+        if not model.pretrained:
+            raise ValueError("pretext.method=none takes the backbone as it is, so it needs model.pretrained=true")
+        if features == "projection":
+            raise ValueError("pretext.method=none has no trained projector, so it needs mining.features=backbone")
+
+    def load(self, model: PretextModel) -> None:
+        """Leave the model as it is."""

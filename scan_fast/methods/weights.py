@@ -1,0 +1,43 @@
+"""Weights from a file instead of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..models.heads import PretextModel
+from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD, InputFormat
+from ..models.reference_checkpoints import read_original
+from ..models.weights import WeightsError, load_strict
+from .base import MethodSettings
+
+
+class WeightsSettings(MethodSettings):
+    """Pretext weights of the reference project or of official MoCo v2, read from a file; nothing is trained.
+
+    Attributes:
+        file: the weight file. All names and shapes must fit the model.
+    """
+
+    kind: Literal["weights"] = "weights"
+    file: Path
+    trains: ClassVar[bool] = False
+
+    def input_format(self) -> InputFormat | None:
+        """Return ImageNet's normalisation for MoCo weights; the reference's weights go with their data set's."""
+        original = read_original(self.file.expanduser())
+        return InputFormat(IMAGENET_MEAN, IMAGENET_STD, 224) if original.kind == "moco" else None
+
+    def load(self, model: PretextModel) -> None:
+        """Fill a model with the file's weights.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            WeightsError: if the file holds no pretext weights, or weights of another network.
+        """
+        original = read_original(self.file.expanduser())
+        if original.kind not in ("pretext", "moco"):
+            raise WeightsError(
+                f"pretext.method.file={self.file} holds a {original.kind} model; stage one needs a pretext model"
+            )
+        load_strict(model, original.state_dict, what=str(self.file))

@@ -1,0 +1,71 @@
+"""Interface of a clustering objective: a loss over neighbouring images, and a score that selects without labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.heads import ClusterModel
+from ..schema import Settings
+
+Heads = Callable[[Tensor], Tensor]
+"""Maps features (B, D) to the logits of all heads, (H, B, C)."""
+
+
+class Objective(ABC):
+    """Trains cluster heads on pairs of an image and one of its neighbours.
+
+    The clustering stage owns the pairs, the views, the optimiser and checkpoints. It calls :meth:`loss` in every step,
+    and :meth:`score` to choose the epoch and the head.
+    """
+
+    def attach(self, model: ClusterModel) -> None:  # noqa: B027
+        """Prepare for a model whose weights are those to start from, for example copy a teacher."""
+
+    @abstractmethod
+    def loss(self, heads: Heads, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each head, (H,) float32, and scalars on the device to average over the epoch.
+
+        The stage minimises the sum over the heads. The scalars must have "loss".
+
+        Args:
+            heads: the heads in training.
+            anchors: (B, D) features of images.
+            neighbors: (B, D) features of one neighbour of each.
+        """
+
+    @abstractmethod
+    def score(self, logits: Tensor, neighbors: Tensor) -> Tensor:
+        """Return the selection score of each head, (H,) float64 on the CPU; lower is better. Labels play no part.
+
+        Args:
+            logits: (H, N, C) of held-out images.
+            neighbors: (N, k) int64 their neighbours among themselves, -1 for none.
+        """
+
+    def modules(self) -> list[nn.Module]:
+        """Return modules besides the model that the optimiser updates. Keep them in the state."""
+        return []
+
+    def after_step(self) -> None:  # noqa: B027
+        """Run after every update, for example to move an average."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides the model: plain values and tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore what :meth:`state` returned."""
+
+
+class ObjectiveSettings(Settings):
+    """Base of an objective's settings. A subclass has a ``kind`` and implements :meth:`build`."""
+
+    kind: str
+
+    def build(self) -> Objective:
+        """Create the objective."""
+        raise NotImplementedError(f"{type(self).__name__} builds no objective")

@@ -1,0 +1,66 @@
+"""Embeddings and features of all images by the finished pretext model, and the kNN check on them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..evaluation.probes import knn_accuracy
+from ..models.heads import ClusterModel, PretextModel
+from ..training.context import Context
+from ..training.inference import forward_all
+from .handover import EMBEDDINGS, FEATURES, Handover
+
+
+def mining_space(context: Context) -> str:
+    """Return the name of the values in which neighbours are searched: embeddings or features."""
+    return EMBEDDINGS if context.config.mining.features == "projection" else FEATURES
+
+
+def embed(context: Context, model: PretextModel, split: str, handover: Handover | None = None) -> Tensor:
+    """Return (N, D) float32: a split in the space in which neighbours are searched, not normalised, on the device.
+
+    Args:
+        context: the run.
+        model: the pretext model.
+        split: "train" or "test".
+        handover: holds the result; give it for the finished model only.
+    """
+    name = mining_space(context)
+
+    def compute() -> Tensor:
+        function = model if name == EMBEDDINGS else model.features
+        return forward_all(context, model, function, context.clustered[split])
+
+    return compute() if handover is None else handover.get(name, split, compute)
+
+
+def backbone_features(context: Context, model: PretextModel | ClusterModel, split: str, handover: Handover) -> Tensor:
+    """Return the (N, D) float32 features of a split by the finished pretext model's backbone.
+
+    Args:
+        context: the run.
+        model: has that very backbone.
+        split: "train" or "test".
+        handover: holds the result.
+    """
+    source = context.clustered[split]
+    return handover.get(FEATURES, split, lambda: forward_all(context, model, model.features, source))
+
+
+def knn_check(context: Context, model: PretextModel, handover: Handover | None = None) -> dict[str, float]:
+    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels.
+
+    Args:
+        context: the run.
+        model: the pretext model.
+        handover: holds the embeddings; give it for the finished model only.
+    """
+    train, test = context.splits.train, context.splits.test
+    if train.labels is None or test.labels is None:
+        return {}
+    bank, queries = (embed(context, model, split, handover) for split in ("train", "test"))
+    config = context.config.pretext
+    accuracy = knn_accuracy(
+        bank, train.labels, queries, test.labels, k=config.monitor_k, temperature=config.monitor_temperature
+    )
+    return {"knn_acc": accuracy}

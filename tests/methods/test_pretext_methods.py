@@ -1,0 +1,129 @@
+"""The pretext method seam: another method trains, keeps its state and resumes, in files of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from driving import opened
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scan_fast.methods import MethodSettings, NoneSettings, PretextMethod, SimCLR, SimCLRSettings, WeightsSettings
+from scan_fast.models.heads import PretextModel
+from scan_fast.models.moving_average import MovingAverage
+from scan_fast.models.weights import WeightsError
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.pretext import Pretext
+from scan_fast.training.loop import train
+from scan_fast.views.parameters import AffineView, View
+
+
+class BootstrapSettings(MethodSettings):
+    kind: Literal["bootstrap"] = "bootstrap"
+
+    def build(self, model: PretextModel, size: int) -> Bootstrap:
+        return Bootstrap(model, size)
+
+
+class Bootstrap(PretextMethod):
+    """A BYOL in 20 lines: a predictor that trains, a moving average, and two views of different size."""
+
+    def __init__(self, model: PretextModel, size: int) -> None:
+        super().__init__(model)
+        self.predictor = nn.Linear(model.contrastive_head[-1].out_features, 64)  # type: ignore[index, union-attr, arg-type]
+        self.average = MovingAverage(model, 0.9)
+        self.size = size
+
+    def views(self, epoch: int, epochs: int) -> Sequence[View]:
+        return AffineView(size=self.size), AffineView(size=self.size - 2)
+
+    def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert [x.shape[-1] for x in images] == [self.size, self.size - 2]
+        with torch.no_grad():
+            target = self.average.model(images[1])
+        loss = -F.cosine_similarity(self.predictor(self.model(images[0])), target).mean()
+        return loss, {"loss": loss}
+
+    def modules(self) -> list[nn.Module]:
+        return [self.predictor]
+
+    def after_step(self) -> None:
+        self.average.update()
+
+    def state(self) -> dict[str, Any]:
+        return {"predictor": self.predictor.state_dict(), "average": self.average.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.predictor.load_state_dict(state["predictor"])
+        self.average.load_state_dict(state["average"])
+
+
+def trained(folder: Path, stop_at: int | None) -> dict[str, Tensor]:
+    """Train the method; with ``stop_at``, in two processes' worth of objects."""
+
+    class Stopping(Bootstrap):
+        steps = 0
+
+        def after_step(self) -> None:
+            super().after_step()
+            self.steps += 1
+            if self.steps == stop_at:
+                raise KeyboardInterrupt
+
+    with opened(folder, "runtime.checkpoint_seconds=0", "model.projection_dim=64", "pretext.epochs=2") as context:
+        for kind in (Stopping, Bootstrap) if stop_at else (Bootstrap,):
+            torch.manual_seed(0)
+            model = context.place(PretextModel(context.model_config))
+            method = kind(model, context.splits.train.size)
+            first = {name: value.clone() for name, value in method.predictor.state_dict().items()}
+            with contextlib.suppress(KeyboardInterrupt):
+                train(Pretext(context, model, method, Handover()), context)
+        assert not method.predictor.weight.equal(first["weight"])
+        return {**model.state_dict(), **method.state()["predictor"], "average": next(method.average.model.parameters())}
+
+
+def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> None:
+    whole, parts = trained(tmp_path / "whole", None), trained(tmp_path / "parts", 3)
+    assert whole.keys() == parts.keys()
+    assert all(value.equal(parts[name]) for name, value in whole.items())
+
+
+def test_settings_create_their_method() -> None:
+    model = PretextModel.__new__(PretextModel)
+    nn.Module.__init__(model)
+    method = BootstrapSettings().build(model=_small(), size=8)
+    assert isinstance(method, Bootstrap)
+    assert isinstance(SimCLRSettings().build(_small(), 8), SimCLR)
+    for settings in (NoneSettings(), WeightsSettings(file=Path("x"))):
+        assert not settings.trains
+        with pytest.raises(NotImplementedError, match="does not train"):
+            settings.build(_small(), 8)
+    with pytest.raises(NotImplementedError, match="SimCLRSettings trains"):
+        SimCLRSettings().load(_small())
+
+
+def test_simclr_grows_its_views() -> None:
+    settings = SimCLRSettings(resolutions=((0.35, 4), (0.7, 6)))
+    method = settings.build(_small(), 8)
+    sizes = [[view.side for view in method.views(epoch, 10)] for epoch in range(10)]
+    assert sizes == [[4, 4]] * 4 + [[6, 6]] * 3 + [[8, 8]] * 3
+
+
+def test_weights_of_another_stage_are_refused(tmp_path: Path) -> None:
+    """A self-label file of the reference project is no pretext model."""
+    state = {f"backbone.{name}": value for name, value in _small().backbone.state_dict().items()}
+    state |= {"cluster_head.0.weight": torch.zeros(10, 16), "cluster_head.0.bias": torch.zeros(10)}
+    torch.save(state, tmp_path / "model.pth.tar")
+    with pytest.raises(WeightsError, match="holds a selflabel model; stage one needs a pretext model"):
+        WeightsSettings(file=tmp_path / "model.pth.tar").load(_small())
+
+
+def _small() -> PretextModel:
+    from scan_fast.models.backbones import ModelConfig
+
+    return PretextModel(ModelConfig(backbone="resnet18_cifar", width=0.125, projection_dim=64))

@@ -19,7 +19,7 @@ GPU_KERNELS = {family.name: (family.sm90, family.portable) for family in FAMILIE
 load_error: str | None = None
 """Reason why the compiled module was not loaded, or None."""
 try:
-    from scan_fast import _C
+    import scan_fast._C as _C
 except ImportError as error:
     load_error = str(error)
     _C = None  # type: ignore[assignment]

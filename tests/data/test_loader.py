@@ -11,7 +11,7 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import FileSource, TensorSource, epoch_batches, prefetch, steps_per_epoch
+from scan_fast.data import FileSource, ImagePaths, TensorSource, epoch_batches, prefetch, steps_per_epoch
 from scan_fast.random import stream_key
 from scan_fast.views import FusedRenderer, PlainView, SimCLRView, TorchRenderer, ViewMaker
 
@@ -167,7 +167,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
     for i, pixels in enumerate(varied(6, 90, 130).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     files = [f"{i}.png" for i in range(6)]
-    source = FileSource(files, None, size, root=tmp_path, workers=2, resident=False)
+    source = FileSource(ImagePaths(files, tmp_path), None, size, workers=2, resident=False)
     images, samples = torch.tensor([5, 0, 3]), torch.tensor([1, 2, 3])
     renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
     make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
@@ -193,7 +193,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
 
 def test_files_smaller_than_the_frame_can_be_cut(tmp_path: Path) -> None:
     Image.new("RGB", (3, 1), (10, 20, 30)).save(tmp_path / "x.png")
-    source = FileSource(["x.png"], None, 32, root=tmp_path, resident=False)
+    source = FileSource(ImagePaths(["x.png"], tmp_path), None, 32, resident=False)
     boxes = torch.tensor([[31, 31, 1, 1], [0, 0, 32, 32], [0, 31, 32, 1]])
     (cut,) = source.files.cut(torch.zeros(3, dtype=torch.int64), 32, [boxes], [4])
     assert torch.equal(cut, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(3, 4, 4, 3))

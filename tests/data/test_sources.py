@@ -9,7 +9,16 @@ from images import varied
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataConfig, DataError, FileSource, Source, SubsetSource, TensorSource, source_from
+from scan_fast.data import (
+    DataConfig,
+    DataError,
+    FileSource,
+    ImagePaths,
+    Source,
+    SubsetSource,
+    TensorSource,
+    source_from,
+)
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
@@ -75,7 +84,7 @@ def test_annotations_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize("resident", [False, True])
 def test_file_source_reads_files_in_any_order(tmp_path: Path, resident: bool) -> None:
     files = [f"a b/{name}" for name in pictures(tmp_path / "a b", 7)]
-    source = FileSource(files, torch.arange(7), 12, root=tmp_path, resident=resident, workers=2)
+    source = FileSource(ImagePaths(files, tmp_path), torch.arange(7), 12, resident=resident, workers=2)
     assert source.resident == resident
     assert source.paths[3] == "a b/003.png"
     order = torch.tensor([6, 0, 6, 2])
@@ -90,8 +99,8 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> No
     cut(tmp_path / files[3], 0)
     labels = torch.tensor([5, 6, 7, 8, 9])
     with pytest.raises(DataError, match=r"001\.png.*data\.on_error=skip"):
-        FileSource(files, labels, 12, root=tmp_path, resident=resident)
-    source = FileSource(files, labels, 12, root=tmp_path, on_error="skip", resident=resident)
+        FileSource(ImagePaths(files, tmp_path), labels, 12, resident=resident)
+    source = FileSource(ImagePaths(files, tmp_path), labels, 12, on_error="skip", resident=resident)
     assert source.paths == ["000.png", "002.png", "004.png"]
     assert source.labels is not None and source.labels.tolist() == [5, 7, 9]
     assert [path for path, _ in source.skipped] == ["001.png", "003.png"]
@@ -108,18 +117,18 @@ def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resid
         save(tmp_path / name, image)
     cut(tmp_path / files[2], -600)
     with pytest.raises(DataError, match=rf"2\.{suffix}"):
-        FileSource(files, None, 64, root=tmp_path, resident=resident)
-    source = FileSource(files, None, 64, root=tmp_path, on_error="skip", resident=resident)
+        FileSource(ImagePaths(files, tmp_path), None, 64, resident=resident)
+    source = FileSource(ImagePaths(files, tmp_path), None, 64, on_error="skip", resident=resident)
     assert len(source) == 2 and [path for path, _ in source.skipped] == [files[2]]
     # What a camera or a server has appended does no harm.
     for name in files[:2]:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\0\n")
-    assert len(FileSource(files[:2], None, 64, root=tmp_path, resident=resident)) == 2
+    assert len(FileSource(ImagePaths(files[:2], tmp_path), None, 64, resident=resident)) == 2
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
     files = pictures(tmp_path, 3)
-    source = FileSource(files, None, 12, root=tmp_path, resident=False)
+    source = FileSource(ImagePaths(files, tmp_path), None, 12, resident=False)
     (tmp_path / files[2]).unlink()
     with pytest.raises(DataError, match=r"cannot read image .*002\.png"):
         source.read(torch.arange(3))
@@ -128,8 +137,8 @@ def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
 def test_only_broken_files_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     file.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of the 1 image files could be read"):
-        FileSource([file], None, 8, on_error="skip")
+    with pytest.raises(DataError, match="none of the 1 images could be read"):
+        FileSource(ImagePaths([file]), None, 8, on_error="skip")
 
 
 def test_subset_renumbers_everything(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from scan_fast.data import DataError
+from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource, ImageFiles
 from scan_fast.views import DaliRenderer, FusedRenderer, PlainView, SimCLRView, ViewMaker, decode_dali, render_dali
 from scan_fast.views.decode_dali import DaliDecoder
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(root: Path, **options: Any) -> ImageFiles:
     names = sorted(path.name for path in root.iterdir())
-    return FileSource(names, None, FRAME, root=root, workers=2, resident=False, **options).files
+    return FileSource(ImagePaths(names, root), None, FRAME, workers=2, resident=False, **options).files
 
 
 def boxes_of(n: int, seed: int = 0) -> Tensor:
@@ -165,7 +166,9 @@ def test_a_file_that_was_replaced_is_cut_as_by_the_pool(tmp_path: Path, decoder:
 
 
 def test_views_of_files_go_on_where_a_run_was_interrupted(folder: Path) -> None:
-    source = FileSource(sorted(p.name for p in folder.iterdir()), None, FRAME, root=folder, workers=2, resident=False)
+    source = FileSource(
+        ImagePaths(sorted(p.name for p in folder.iterdir()), folder), None, FRAME, workers=2, resident=False
+    )
     views = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
 
     def views_of(renderer: Any, batch: Tensor) -> list[Tensor]:

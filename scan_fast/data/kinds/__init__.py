@@ -8,8 +8,11 @@ from ..errors import DataError
 from .cifar import CIFAR10, CIFAR20
 from .digits import DIGITS
 from .folder import FOLDER, IMAGENET
+from .huggingface import HF
 from .kind import ContainerKind, SourceKind, Triple
+from .parquet import PARQUET
 from .stl10 import STL10
+from .webdataset import WEBDATASET
 
 __all__ = ["SOURCES", "ContainerKind", "SourceKind", "Triple", "absolute_source", "find_kind", "is_prefixed"]
 
@@ -23,6 +26,9 @@ SOURCES: dict[str, SourceKind | ContainerKind] = {
         STL10,
         FOLDER,
         IMAGENET,
+        HF,
+        WEBDATASET,
+        PARQUET,
     )
 }
 

@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.scan-fast-installed
 DEV    := $(VENV)/.scan-fast-dev-installed
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
 
-.PHONY: demo test test-fast lint format bench results install clean
+.PHONY: demo test test-fast test-oldest lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -22,16 +22,26 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.docs.reference --check
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+reference: $(DEV)         ## docs/api.md and docs/configuration.md, from docstrings and models
+	$(BIN)/python -m tools.docs.reference
+
 bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, on the CPU
 	$(BIN)/python -m benchmarks.end_to_end --device cpu --images 512 --budget 120
 
 results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
-	$(BIN)/python -m benchmarks.record --device cpu $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tools.docs.record --device cpu $(if $(DATA),--data $(DATA))
+
+dist: $(DEV)              ## the sdist and the wheel in dist/, built and used in a fresh environment
+	$(BIN)/python -m tools.check_dist --keep dist
+
+test-oldest:              ## a part of the tests with the oldest Python and PyTorch that are supported
+	$(BIN)/python -m tools.test_oldest
 
 install: $(STAMP)
 

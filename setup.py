@@ -1,7 +1,8 @@
 """Builds the native module ``scan_fast._C``.
 
-CMakeLists.txt holds the list of native sources; this file asks torch where its headers and libraries are, decides
-whether CUDA can be built, and runs CMake with ninja. Environment variables:
+CMakeLists.txt says how the native sources are compiled, and scan_fast/ops/families.json lists them. This file asks
+torch where its headers and libraries are, decides whether CUDA can be built, and runs CMake with ninja. Environment
+variables:
 
 ``SCAN_FAST_CUDA``        ``auto`` (default), ``on`` or ``off``
 ``SCAN_FAST_CUDA_ARCHS``  semicolon-separated list, default ``80;90a;100``
@@ -160,6 +161,7 @@ setup(
     package_dir={"scan_fast.configs": "configs"},
     package_data={
         "scan_fast": ["py.typed", "*.json", "*.pyi", "**/*.html", "**/*.txt"],
+        "scan_fast.ops": ["*.json"],
         "scan_fast.configs": ["*.yaml"],
     },
     ext_modules=[Extension("scan_fast._C", sources=[])] if native else [],

@@ -1,8 +1,8 @@
 """Batch normalisation, residual and ReLU in training, forward and backward: ``python -m benchmarks.batch_norm``.
 
-A size is N x C x H x W with words for the dtype (float32 without one) and what is added, such as
-``128x64x32x32-bfloat16-residual``, in channels-last layout. The limit counts each tensor as often as the passes need
-it, as if nothing stayed in a cache; layers that fit into one can therefore exceed it.
+A size is N x C x H x W, followed by the dtype (default float32) and "residual" if one is added, such as
+``128x64x32x32-bfloat16-residual``, in channels-last layout. The limit counts each tensor as often as the passes read or
+write it, as if nothing stayed in a cache; layers that fit into a cache can therefore exceed it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from scan_fast.ops.batch_norm import batch_norm
 
 from . import peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, main
+from .harness import Case, Contender, Tensors
 
 Layer = Callable[..., Tensor]
 
@@ -70,16 +71,14 @@ def case(size: str, device: str) -> Case:
         return images(), per_channel(), 1 + per_channel(), *(x.requires_grad_() for x in leaves)
 
     elements = float(shape[0] * shape[1] * shape[2] * shape[3])
-    # Forward x twice and y; backward x and the gradient of y twice and that of x. Residual and its gradient once each,
-    # and where the ReLU lets gradients pass, a bit per element, written and read twice.
+    # Forward: x twice, and y. Backward: x and the gradient of y twice, and the gradient of x. The residual and its
+    # gradient once each, and the mask of the ReLU, a bit per element, written once and read twice.
     work = Work(flops=0.0, bytes=elements * (dtype.itemsize * (8 + 2 * residual) + residual * 3 / 8))
-    # Rounding moves values across zero, where the gradient of the ReLU is right on both sides: few of the float32 ones,
-    # and among sums of separately rounded 16-bit values one in a few hundred.
+    # Rounding moves values across zero, where both gradients of the ReLU are right: few float32 values, and one in a
+    # few hundred sums of separately rounded 16-bit values.
     ours, theirs = (0.003, 0.01) if dtype == torch.float32 else (0.005, 0.2)
     contenders = [
-        Contender(
-            "scan-fast", _training_step(_ours), ours, work, skipped=peers.no_kernel("batch_norm_forward", device)
-        ),
+        Contender("scan-fast", _training_step(_ours), ours, work, skipped=peers.no_kernel("batch_norm", device)),
         Contender("eager", _training_step(_plain), theirs),
         Contender("torch.compile", _training_step(peers.compiled(_plain)), theirs, compiles=True),
     ]
@@ -87,7 +86,7 @@ def case(size: str, device: str) -> Case:
 
 
 def _sizes(images: int) -> tuple[str, ...]:
-    """The layers of a ResNet-18 for 32-pixel images, as it trains; the first also in float32."""
+    """Return the layers of a ResNet-18 for 32-pixel images, as it trains; the first also in float32."""
     layers = [f"{images}x{channels}x{side}x{side}" for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))]
     return *(f"{layer}-bfloat16{more}" for layer in layers for more in ("", "-residual")), layers[0]
 
@@ -99,6 +98,7 @@ FAMILY = Family(
     sizes={"cpu": _sizes(128), "cuda": _sizes(1024)},
     quick_sizes=("4x20x5x5", "8x16x6x6-bfloat16-residual"),
     memory_sizes={"cpu": ("128x64x32x32-bfloat16-residual",), "cuda": ("1024x64x32x32-bfloat16-residual",)},
+    suite_sizes=("1024x64x32x32-bfloat16", "1024x64x32x32-bfloat16-residual", "1024x512x4x4-bfloat16-residual"),
 )
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A convolution's forward pass and both gradients in bfloat16: ``python -m benchmarks.convolution --device cpu``.
 
 A size is N x C x O x S x k x s: images, input and output channels, side, kernel, stride; the padding is k // 2. Weights
-are float32, as in training under autocast: everybody rounds them, and returns their gradient in float32. For processors
-alone; there is no CUDA kernel.
+are float32, as in training under autocast: every contender rounds them, and returns their gradient in float32. There is
+no CUDA kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from scan_fast.ops.convolution import conv2d, pays
 
 from . import peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, main
+from .harness import Case, Contender, Tensors
 
 
 def case(size: str, device: str) -> Case:
@@ -58,7 +59,7 @@ def case(size: str, device: str) -> Case:
     # x and grad_y are read twice, y and grad_x written. Taps that fall outside of the images count.
     work = Work(flops=3 * products, bytes=2 * 3 * float(elements), unit="tiles_bfloat16")
     x, weight, _ = inputs(0)
-    missing = peers.no_kernel("conv2d_forward", device)
+    missing = peers.no_kernel("convolution", device)
     if not missing and not pays(x, weight, stride, padding):
         missing = "it needs AMX, and channels that are multiples of 32"
     contenders = [

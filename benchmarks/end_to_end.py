@@ -49,7 +49,8 @@ from scan_fast.training.process import kept_memory
 from . import baseline, neighbors
 from .ceilings import measure_ceilings, measure_convolution
 from .environment import describe
-from .harness import QUICK, Effort, human_seconds, run_family
+from .family import human_seconds, run_family
+from .harness import QUICK, Effort
 from .stage_pairs import (
     Images,
     Pair,

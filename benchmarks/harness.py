@@ -2,35 +2,29 @@
 
 - Before anything is timed, every contender's result is compared with a float64 reference; a wrong one is not timed.
 - Every round runs every contender once, starting with another one each time, so that a slow moment of the machine or
-  a falling clock meets all of them. The figures are the median and the 10th and 90th percentile over the rounds.
+  a falling clock affects all of them. The figures are the median and the 10th and 90th percentile over the rounds.
 - CPU: wall clock around enough calls to fill ``sample_seconds``. CUDA: ``seconds`` is the device time per call, from
   replays of a CUDA graph; ``call_seconds`` is the time of ordinary back-to-back calls, which for small inputs is
   the time Python needs to launch them. Contenders that wait for the device cannot be captured and have the latter only.
 - Calls rotate over several sets of inputs; on CUDA they exceed the second-level cache together.
-- Memory is the peak beyond inputs and outputs, see :mod:`benchmarks.memory`.
-- The limit is the time the machine needs for the unavoidable arithmetic or traffic at rates measured in the same
+- The limit is the time that the machine needs for the unavoidable arithmetic or traffic at rates measured in the same
   process, see :mod:`benchmarks.ceilings`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import memory
-from .ceilings import Work, limit, measure_ceilings
-from .environment import describe
+from .ceilings import Work, limit
 
 Tensors = tuple[Tensor, ...]
 
@@ -41,14 +35,14 @@ class Contender:
 
     Attributes:
         name: what the tables call it.
-        run: from inputs to outputs (for losses: the loss, then the gradients).
+        run: maps inputs to outputs (of a loss: the loss, then the gradients).
         tolerance: the largest accepted error against the reference.
         work: the unavoidable work at this contender's precision; None for no limit.
         precision: torch's float32 matrix product precision while it runs.
         reference: replaces the case's reference for a contender that computes something related.
         capturable: whether a CUDA graph can hold it.
         compiles: whether the first call at a size compiles something.
-        skipped: why it cannot run here; empty where it can.
+        skipped: why it cannot run here; empty if it can.
     """
 
     name: str
@@ -74,7 +68,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """One size: its inputs by seed, the float64 result, and who competes."""
+    """One size: its inputs by seed, the float64 result, and the contenders."""
 
     name: str
     inputs: Callable[[int], Tensors]
@@ -84,20 +78,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One operation: how to build a case from the text of a size, and the sizes by device."""
-
-    name: str
-    title: str
-    case: Callable[[str, str], Case]
-    sizes: dict[str, Sequence[str]]
-    quick_sizes: Sequence[str]
-    memory_sizes: dict[str, Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds, the length of one sample, and when to stop early after ``least_rounds``."""
+    """Effort of a measurement: rounds, length of a sample, and the time after which ``least_rounds`` are enough."""
 
     rounds: int = 15
     sample_seconds: float = 0.02
@@ -109,7 +91,10 @@ QUICK = Effort(rounds=3, sample_seconds=0.002, case_seconds=5.0, least_rounds=2)
 
 
 def relative_error(ours: Tensors, exact: Tensors) -> float:
-    """Return the largest ``|ours - exact| / |exact|`` (Euclidean) over the outputs; infinity for a non-finite value."""
+    """Return the largest ``|ours - exact| / |exact|`` (Euclidean) over the outputs.
+
+    The error is absolute if the exact output is zero, and infinite if a value is not finite.
+    """
     if len(ours) != len(exact):
         raise ValueError(f"expected {len(exact)} outputs, got {len(ours)}")
     worst = 0.0
@@ -119,8 +104,19 @@ def relative_error(ours: Tensors, exact: Tensors) -> float:
         a, b = a.detach().double(), b.detach().double().to(a.device)
         if not bool(a.isfinite().all()):
             return float("inf")
-        worst = max(worst, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+        error, scale = float((a - b).norm()), float(b.norm())
+        worst = max(worst, error / scale if scale > 0 else error)
     return worst
+
+
+def training_step(loss_of: Callable[..., Tensor]) -> Callable[..., Tensors]:
+    """Return the call that computes a loss and its gradients with respect to the inputs that require them."""
+
+    def run(*inputs: Tensor) -> Tensors:
+        loss = loss_of(*inputs)
+        return (loss.detach(), *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad]))
+
+    return run
 
 
 # ---- timing ------------------------------------------------------------------------------------------------------
@@ -250,7 +246,7 @@ def measure(case: Case, device: str, effort: Effort, ceilings: dict[str, float])
                 continue
             running.append((_Timer(contender, sets, device, effort), result))
         except Exception as error:
-            # A peer may fail in ways of its own (memory, a missing compiler); the others are still worth measuring.
+            # A peer may fail for want of memory or a compiler; the others are still worth measuring.
             result["failed"] = f"{type(error).__name__}: {_first_line(error)}"
     _run_rounds([timer for timer, _ in running], effort)
     for timer, result in running:
@@ -287,111 +283,3 @@ def _statistics(samples: list[float], name: str) -> dict[str, Any]:
         f"{name}_p90": ordered[round(0.9 * last)],
         "rounds": len(ordered),
     }
-
-
-# ---- command line ------------------------------------------------------------------------------------------------
-
-
-def run_family(
-    family: Family,
-    device: str,
-    sizes: Sequence[str],
-    effort: Effort,
-    contenders: Sequence[str] = (),
-    memory_sizes: Sequence[str] = (),
-    file: Path | None = None,
-) -> dict[str, Any]:
-    """Measure a family at some sizes and return the result as plain values, ready for JSON.
-
-    Args:
-        family: what to measure.
-        device: ``"cpu"`` or ``"cuda"``.
-        sizes: in the family's notation.
-        effort: how long.
-        contenders: names to keep; empty for all.
-        memory_sizes: sizes at which peak memory is measured, too.
-        file: where to write the result; written after every size, so that an interruption loses one size at most.
-    """
-    ceilings = measure_ceilings(device, quick=effort is QUICK)
-    cases: list[dict[str, Any]] = []
-    family_result = {
-        "benchmark": family.name,
-        "title": family.title,
-        "device": device,
-        "environment": describe(device),
-        "ceilings": ceilings,
-        "quick": effort is QUICK,
-        "cases": cases,
-    }
-    for size in sizes:
-        case = family.case(size, device)
-        if contenders:
-            kept = [contender for contender in case.contenders if contender.name in contenders]
-            case = Case(case.name, case.inputs, case.reference, kept, case.error)
-        print(f"{family.title}, {case.name}")
-        results = measure(case, device, effort, ceilings)
-        if size in memory_sizes:
-            for result in results:
-                if "seconds" in result:
-                    result["memory_bytes"] = memory.peak_beyond(family.name, size, result["name"], device)
-        cases.append({"size": case.name, "contenders": results})
-        print(table(results))
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(family_result, indent=2) + "\n")
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return family_result
-
-
-def human_seconds(seconds: float) -> str:
-    """Format a duration with three digits and a unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale or unit == "us":
-            return f"{seconds / scale:.3g} {unit}"
-    raise AssertionError
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Format the contenders of one case for the terminal; ``x eager`` is how many times faster than eager."""
-    eager = next((r["seconds"] for r in results if r["name"] == "eager" and "seconds" in r), None)
-    lines = [
-        f"  {'':<26}{'median':>10}{'p10':>10}{'p90':>10}{'call':>10}{'x eager':>9}{'limit':>10}{'of it':>7}"
-        f"{'memory':>11}{'error':>9}"
-    ]
-    for r in results:
-        if "seconds" not in r:
-            lines.append(f"  {r['name']:<26}{r.get('skipped') or r.get('failed')}")
-            continue
-        call = human_seconds(r["call_seconds"]) if "call_seconds" in r else ""
-        faster = f"{eager / r['seconds']:.2f}" if eager else ""
-        bound = human_seconds(r["limit_seconds"]) if "limit_seconds" in r else ""
-        share = f"{r['of_limit']:.0%}" if "of_limit" in r else ""
-        memory_text = f"{r['memory_bytes'] / 2**20:.1f} MiB" if r.get("memory_bytes") is not None else ""
-        lines.append(
-            f"  {r['name']:<26}{human_seconds(r['seconds']):>10}{human_seconds(r['seconds_p10']):>10}"
-            f"{human_seconds(r['seconds_p90']):>10}{call:>10}{faster:>9}{bound:>10}{share:>7}{memory_text:>11}"
-            f"{r['error']:>9.0e}"
-        )
-    return "\n".join(lines)
-
-
-def main(family: Family, arguments: Sequence[str] | None = None) -> None:
-    """Run one family's command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family.name}", description=family.title)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: a rehearsal, not a result")
-    parser.add_argument("--sizes", nargs="+", help="sizes such as " + " ".join(family.quick_sizes))
-    parser.add_argument("--contenders", nargs="+", default=(), help="only these")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the measurement of peak memory")
-    parser.add_argument("--case-seconds", type=float, help="stop a case's rounds after this time")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no GPU")
-    effort = QUICK if options.quick else Effort(case_seconds=options.case_seconds or Effort.case_seconds)
-    sizes = options.sizes or (family.quick_sizes if options.quick else family.sizes[options.device])
-    memory_sizes = (
-        () if options.no_memory else family.quick_sizes[:1] if options.quick else family.memory_sizes[options.device]
-    )
-    run_family(family, options.device, sizes, effort, options.contenders, memory_sizes, options.json)

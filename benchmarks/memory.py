@@ -1,33 +1,33 @@
 """Peak memory of one contender beyond its inputs and outputs.
 
-CUDA: the allocator's peak, in the measuring process. CPU: a process of its own makes the inputs, runs the contender
-at a small size (which loads code and starts threads), sets the kernel's high-water mark of resident memory back,
-runs it once at full size and reads the mark. That counts what native code allocates as well as what PyTorch does, to
-within a few hundred kilobytes.
+CUDA: the allocator's peak, in the measuring process. CPU: a separate process makes the inputs, runs the contender at a
+small size (which loads code and starts threads), resets the system's high-water mark of resident memory, runs it once
+at full size and reads the mark. That counts allocations of native code and of PyTorch, to within a few hundred
+kilobytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from .harness import Contender
+    from .family import Family
+    from .harness import Case, Contender
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def peak_beyond(family: str, size: str, contender: str, device: str) -> int | None:
-    """Return bytes, or None where the system does not say (CPU: anything but Linux) or the run fails."""
+    """Return bytes; None if the system does not tell (CPU: anything but Linux) or the run fails."""
     if device == "cuda":
         return _cuda_peak(family, size, contender)
     if sys.platform != "linux":
@@ -38,9 +38,14 @@ def peak_beyond(family: str, size: str, contender: str, device: str) -> int | No
     return json.loads(lines[-1])["bytes"] if finished.returncode == 0 and lines else None
 
 
-def _find(family: str, size: str, contender: str, device: str) -> tuple[Any, Contender]:
-    module = importlib.import_module(f"benchmarks.{family}")
-    case = module.FAMILY.case(size, device)
+def _load(name: str) -> Family:
+    from . import family  # which imports this module
+
+    return family.load(name)
+
+
+def _find(family: str, size: str, contender: str, device: str) -> tuple[Case, Contender]:
+    case = _load(family).case(size, device)
     return case, next(c for c in case.contenders if c.name == contender)
 
 
@@ -63,14 +68,14 @@ def _cuda_peak(family: str, size: str, contender: str) -> int:
 
 
 def resident_memory(field: str) -> int:
-    """Return the bytes that Linux reports of this process: now (VmRSS), or at most since `reset_peak` (VmHWM)."""
+    """Return a figure of this process from Linux in bytes: VmRSS (now), or VmHWM (the peak since `reset_peak`)."""
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match, field
     return int(match[1]) * 1024
 
 
 def reset_peak() -> int:
-    """Set the peak of resident memory back to what is in use, and return that in bytes."""
+    """Reset the peak of resident memory to what is in use, and return that in bytes."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -80,15 +85,14 @@ def reset_peak() -> int:
 
 
 def _cpu_peak(family: str, size: str, contender: str) -> int:
-    module = importlib.import_module(f"benchmarks.{family}")
-    small_case, small = _find(family, module.FAMILY.quick_sizes[0], contender, "cpu")
+    small_case, small = _find(family, _load(family).quick_sizes[0], contender, "cpu")
     with small.settings():
         small.run(*small_case.inputs(0))
     case, chosen = _find(family, size, contender, "cpu")
     inputs = case.inputs(0)
     if chosen.compiles:
         with chosen.settings():
-            chosen.run(*inputs)  # the compiler's own memory is not the loss's
+            chosen.run(*inputs)  # the compiler's memory does not count
     before = reset_peak()
     with chosen.settings():
         outputs = chosen.run(*inputs)

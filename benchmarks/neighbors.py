@@ -20,7 +20,8 @@ from scan_fast.ops import native
 
 from . import eager, peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, Target, main
+from .harness import Case, Contender, Tensors
 
 CHECKED_QUERIES = 512
 # What faiss's flat index does on a GPU, with PyTorch's kernels, whether or not faiss-gpu is installed.
@@ -102,7 +103,7 @@ def case(size: str, device: str) -> Case:
         no_faiss = "" if hasattr(faiss, "StandardGpuResources") else "faiss is installed without GPU support"
     too_many = f"more than {MOST_ROWS_OF_PEERS:,} rows" if rows > MOST_ROWS_OF_PEERS else ""
     contenders = [
-        Contender("scan-fast", ours, 2e-6, work, skipped=peers.no_kernel("topk_neighbors", device)),
+        Contender("scan-fast", ours, 2e-6, work, skipped=peers.no_kernel("neighbors", device)),
         Contender("faiss IndexFlatIP", by_faiss, 2e-5, capturable=False, skipped=no_faiss or too_many),
         Contender("eager", plain, 2e-5, capturable=False, skipped=too_many),
     ]
@@ -125,6 +126,19 @@ FAMILY = Family(
     },
     quick_sizes=("500x32x5", "1000x64x20"),
     memory_sizes={"cpu": ("20000x512x20",), "cuda": ("50000x512x20",)},
+    suite_sizes=("50000x512x20", "20000x512x20", "100000x128x50", "1281167x128x50"),
+    targets={
+        "cpu": (
+            Target("20000x512x20", peer="faiss IndexFlatIP", times=3.5),
+            Target("20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
+        ),
+        # Of an H200.
+        "cuda": (
+            Target("50000x512x20", microseconds=5e3),
+            Target("50000x512x20", peer=FAISS_GPU, times=10.0),
+            Target("1281167x128x50", microseconds=8e5),
+        ),
+    },
 )
 
 if __name__ == "__main__":

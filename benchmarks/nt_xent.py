@@ -6,7 +6,6 @@ A size is 2N x D: 2N anchors, the rows of both views, of D dimensions. All conte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,8 @@ from scan_fast.ops import native, reference
 
 from . import eager, peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, Target, main
+from .harness import Case, Contender, Tensors, training_step
 
 TEMPERATURE = 0.1
 INF_CL = "Inf-CL (no self mask, TF32)"
@@ -26,42 +26,46 @@ SIGLIP = "siglip-kernel (sigmoid, bfloat16)"
 SIGLIP_BIAS = -10.0
 
 
-def _training_step(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
-    def run(z0: Tensor, z1: Tensor) -> Tensors:
-        loss = loss_of(z0, z1)
-        return (loss.detach(), *torch.autograd.grad(loss, (z0, z1)))
+def exact_losses(z0: Tensor, z1: Tensor, upstream: Tensor, both: bool, rows_per_block: int = 1024) -> Tensors:
+    """Return the losses of all anchors and the two gradients in float64, block by block: (2N, 2N) doubles may not fit.
 
-    return run
+    Args:
+        z0, z1: (N, D) float64.
+        upstream: (2N,), or (N,) if only the rows of ``z0`` are anchors; the gradient of each anchor's loss.
+        both: whether the rows of ``z1`` are anchors, too.
+        rows_per_block: anchors handled at a time.
+    """
+    n, device = len(z0), z0.device
+    anchors = 2 * n if both else n
+    z, weight = torch.cat([z0, z1]), upstream.double()
+    norm = z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    u = z / norm
+    rows = torch.arange(2 * n, device=device)
+    positive = rows.roll(n)[:anchors]
+    losses, grad_u = u.new_empty(anchors), torch.zeros_like(u)
+    for start in range(0, anchors, rows_per_block):
+        block = slice(start, min(start + rows_per_block, anchors))
+        logits = (u[block] @ u.T / TEMPERATURE).masked_fill_(rows[block, None] == rows, -torch.inf)
+        lse = logits.logsumexp(dim=1, keepdim=True)
+        losses[block] = lse[:, 0] - logits.gather(1, positive[block, None])[:, 0]
+        share = (logits - lse).exp_() * weight[block, None]
+        grad_u[block] += share @ u - weight[block, None] * u[positive[block]]
+        grad_u += share.T @ u[block]
+    grad_u.index_add_(0, positive, u[:anchors] * weight[:, None], alpha=-1)
+    grad_u /= TEMPERATURE
+    grad = (grad_u - u * (u * grad_u).sum(dim=1, keepdim=True)) / norm
+    return losses, grad[:n], grad[n:]
 
 
 def _exact(z0: Tensor, z1: Tensor) -> Tensors:
-    """The loss and its gradients in float64, block by block: (2N, 2N) doubles would not always fit."""
-    n = z0.shape[0]
-    z = torch.cat([z0, z1]).detach().double()
-    norm = z.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    u = z / norm
-    rows = torch.arange(2 * n, device=z.device)
-    positive = (rows + n) % (2 * n)
-
-    def logits(start: int, stop: int) -> Tensor:
-        block = u[start:stop] @ u.T / TEMPERATURE
-        return block.masked_fill_(rows[start:stop, None] == rows, -torch.inf)
-
-    blocks = [(start, min(start + 1024, 2 * n)) for start in range(0, 2 * n, 1024)]
-    lse = torch.cat([logits(start, stop).logsumexp(dim=1) for start, stop in blocks])
-    loss = (lse - (u * u[positive]).sum(dim=1) / TEMPERATURE).mean()
-    # dL/du_i = (sum_j (P_ij + P_ji) u_j - 2 u_pos(i)) / (2N tau), where P is the softmax matrix.
-    grad_u = torch.empty_like(u)
-    for start, stop in blocks:
-        block = logits(start, stop)
-        weight = (block - lse[start:stop, None]).exp_() + (block - lse).exp_()
-        grad_u[start:stop] = (weight @ u - 2 * u[positive[start:stop]]) / (2 * n * TEMPERATURE)
-    grad = (grad_u - u * (u * grad_u).sum(dim=1, keepdim=True)) / norm
-    return loss, grad[:n], grad[n:]
+    rows = 2 * len(z0)
+    upstream = z0.new_full((rows,), 1 / rows, dtype=torch.float64)
+    losses, *grads = exact_losses(z0.detach().double(), z1.detach().double(), upstream, both=True)
+    return (losses.mean(), *grads)
 
 
 def _with_self_pairs(z0: Tensor, z1: Tensor) -> Tensors:
-    """What Inf-CL's kernels compute for the same rows: the diagonal is not masked."""
+    """Compute what Inf-CL's kernels do for the same rows: the diagonal is not masked."""
     z0, z1 = (z.detach().double().requires_grad_() for z in (z0, z1))
     u = F.normalize(torch.cat([z0, z1]), dim=1)
     n = z0.shape[0]
@@ -97,7 +101,7 @@ def _inf_cl(z0: Tensor, z1: Tensor) -> Tensor:
 def _memeff(z0: Tensor, z1: Tensor) -> Tensor:
     from memeff import MemoryEfficientCLIPLoss
 
-    # With the views exchanged as the other tower, its two softmaxes are both ours, but for the diagonal.
+    # With the views exchanged as the other tower, both its softmaxes equal ours except for the diagonal.
     loss: Tensor = MemoryEfficientCLIPLoss(TEMPERATURE, stable=False)(torch.cat([z0, z1]), torch.cat([z1, z0]))
     return loss
 
@@ -112,7 +116,7 @@ def _siglip(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def _sigmoid_loss(z0: Tensor, z1: Tensor) -> Tensors:
-    """What siglip-kernel computes: each of the (2N)^2 pairs is judged by itself."""
+    """Compute what siglip-kernel does: each of the (2N)^2 pairs is classified by itself."""
     z0, z1 = (z.detach().double().requires_grad_() for z in (z0, z1))
     first, second = (F.normalize(torch.cat(pair), dim=1) for pair in ((z0, z1), (z1, z0)))
     logits = first @ second.T / TEMPERATURE + SIGLIP_BIAS
@@ -124,8 +128,8 @@ def work(rows: int, dim: int, device: str, unit: str) -> Work:
     """Return the unavoidable work of forward and backward without storing the similarities.
 
     Similarities are symmetric: formed once in the forward pass (M^2 D flops) and once in the backward pass (M^2 D on
-    the CPU, where both halves of a tile pair are added at once; 2 M^2 D on CUDA, where a block owns its rows), and the
-    product with the embeddings is 2 M^2 D. Exponentials likewise.
+    the CPU, where both halves of a tile pair are added at once; 2 M^2 D on CUDA, where a block owns its rows). The
+    product with the embeddings is 2 M^2 D. Exponentials are counted alike.
     """
     square = float(rows) * rows
     cuda = device == "cuda"
@@ -174,7 +178,7 @@ def case(size: str, device: str) -> Case:
         z1 = z0 + torch.randn(rows // 2, dim, generator=generator)
         return tuple(z.to(device).requires_grad_() for z in (z0, z1))
 
-    no_kernel = peers.no_kernel("nt_xent_forward", device)
+    no_kernel = peers.no_kernel("nt_xent", device)
     cuda = device == "cuda"
     reduced_unit = "gemm_float16" if cuda else "gemm_bfloat16"
     full = work(rows, dim, device, "gemm_float32")
@@ -187,29 +191,29 @@ def case(size: str, device: str) -> Case:
     room = torch.cuda.get_device_properties(0).total_memory if cuda else 12 << 30
     too_large = "" if 24 * rows * rows < room else "the matrix of logits would not fit"
     contenders = [
-        Contender("scan-fast", _training_step(_ours), 1e-4, full, skipped=no_kernel),
-        Contender("scan-fast 16-bit", _training_step(_ours), 2e-2, reduced, "medium", skipped=no_reduced),
-        Contender("eager", _training_step(_eager), 1e-4, skipped=too_large),
-        Contender("eager autocast bfloat16", _training_step(_eager_autocast), 5e-2, skipped=too_large),
-        Contender("torch.compile", _training_step(peers.compiled(_eager)), 1e-4, compiles=True, skipped=too_large),
-        Contender("lightly", _training_step(_lightly), 1e-4, skipped=too_large or peers.missing("lightly")),
+        Contender("scan-fast", training_step(_ours), 1e-4, full, skipped=no_kernel),
+        Contender("scan-fast 16-bit", training_step(_ours), 2e-2, reduced, "medium", skipped=no_reduced),
+        Contender("eager", training_step(_eager), 1e-4, skipped=too_large),
+        Contender("eager autocast bfloat16", training_step(_eager_autocast), 5e-2, skipped=too_large),
+        Contender("torch.compile", training_step(peers.compiled(_eager)), 1e-4, compiles=True, skipped=too_large),
+        Contender("lightly", training_step(_lightly), 1e-4, skipped=too_large or peers.missing("lightly")),
         Contender(
             "pytorch-metric-learning",
-            _training_step(_metric_learning),
+            training_step(_metric_learning),
             1e-4,
             capturable=False,
             skipped=_metric_learning_skip(rows, device),
         ),
     ]
     if cuda:
-        contenders.insert(3, Contender("eager TF32", _training_step(_eager), 5e-2, precision="high", skipped=too_large))
+        contenders.insert(3, Contender("eager TF32", training_step(_eager), 5e-2, precision="high", skipped=too_large))
         for name, loss, package, exact in (
             (INF_CL, _inf_cl, "inf_cl", _with_self_pairs),
             (MEMEFF, _memeff, "memeff", _with_self_pairs),
             (SIGLIP, _siglip, "siglip_kernel", _sigmoid_loss),
         ):
             skipped = too_large or peers.missing(package)
-            contenders.append(Contender(name, _training_step(loss), 5e-2, reference=exact, skipped=skipped))
+            contenders.append(Contender(name, training_step(loss), 5e-2, reference=exact, skipped=skipped))
     return Case(size, inputs, _exact, contenders)
 
 
@@ -227,6 +231,25 @@ FAMILY = Family(
     },
     quick_sizes=("128x64", "256x128"),
     memory_sizes={"cpu": ("8192x128",), "cuda": ("8192x128", "65536x128")},
+    suite_sizes=("8192x128", "1024x128", "65536x128", "8192x512"),
+    targets={
+        "cpu": (
+            Target("1024x128", times=2.2),
+            Target("4096x128", times=6.0),
+            Target("8192x128", times=5.5),
+            Target("8192x128", "scan-fast 16-bit", times=12.0),
+            Target("8192x128", megabytes=32.0),
+        ),
+        # Of an H200; forward and backward of a small batch are two launches of 4 us each.
+        "cuda": (
+            Target("1024x128", "scan-fast 16-bit", microseconds=12.0),
+            Target("8192x128", "scan-fast 16-bit", share=0.6),
+            Target("65536x128", "scan-fast 16-bit", share=0.65),
+            Target("8192x128", "scan-fast 16-bit", times=10.0),
+            Target("8192x128", "scan-fast 16-bit", "torch.compile", times=3.0),
+            Target("8192x128", "scan-fast 16-bit", INF_CL, times=5.0),
+        ),
+    },
 )
 
 if __name__ == "__main__":

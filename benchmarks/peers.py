@@ -1,4 +1,4 @@
-"""Optional peers: whether they are here, and what else a contender needs."""
+"""Optional peers: whether they are installed, and what else a contender needs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 import torch
 
 from scan_fast.ops import native
+from scan_fast.ops.families import FAMILIES
 
 
 def missing(package: str) -> str:
-    """Return why a package cannot be used, or an empty string."""
+    """Return why a package cannot be used; empty if it can."""
     return "" if importlib.util.find_spec(package) is not None else "not installed"
 
 
-def no_kernel(operator: str, device: str) -> str:
-    """Return why the compiled kernel cannot run on a device, or an empty string."""
+def no_kernel(family: str, device: str) -> str:
+    """Return why the compiled kernels of a family cannot run on a device; empty if they can."""
     if not native.is_available():
         return f"the compiled module could not be loaded: {native.load_error}"
+    operator = FAMILIES[family].operator
     return "" if native.has_kernel(operator, device) else f"there is no kernel for {device} in this build"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``torch.compile(function)`` for one fixed shape, with earlier shapes forgotten."""
+    """Return ``torch.compile(function)`` for one fixed shape, without what was compiled for earlier shapes."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)

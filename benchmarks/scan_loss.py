@@ -6,7 +6,6 @@ A size is B x C, or H x B x C for H heads: batch and classes. The loss is the su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,23 +15,14 @@ from scan_fast.ops import reference
 
 from . import eager, peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, Target, main
+from .harness import Case, Contender, Tensors, training_step
 
 ENTROPY_WEIGHT = 5.0
 
 
-def _training_step(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
-    def run(anchors: Tensor, neighbors: Tensor) -> Tensors:
-        loss = loss_of(anchors, neighbors)
-        return (loss.detach(), *torch.autograd.grad(loss, (anchors, neighbors)))
-
-    return run
-
-
 def _exact(anchors: Tensor, neighbors: Tensor) -> Tensors:
-    a, n = (x.detach().double().requires_grad_() for x in (anchors, neighbors))
-    loss = _reference(a, n)
-    return (loss.detach(), *torch.autograd.grad(loss, (a, n)))
+    return training_step(_reference)(*(x.detach().double().requires_grad_() for x in (anchors, neighbors)))
 
 
 def _reference(anchors: Tensor, neighbors: Tensor) -> Tensor:
@@ -65,10 +55,10 @@ def case(size: str, device: str) -> Case:
     # Two logits read in each pass, two gradients written; two exponentials per pass and element of the pair.
     work = Work(flops=0.0, bytes=6 * 4 * elements, exponentials=4 * elements)
     contenders = [
-        Contender("scan-fast", _training_step(_ours), 1e-4, work, skipped=peers.no_kernel("scan_loss_forward", device)),
-        Contender("eager", _training_step(_eager), 1e-3),
-        Contender("eager, log space", _training_step(_reference), 1e-4),
-        Contender("torch.compile", _training_step(peers.compiled(_eager)), 1e-3, compiles=True),
+        Contender("scan-fast", training_step(_ours), 1e-4, work, skipped=peers.no_kernel("scan_loss", device)),
+        Contender("eager", training_step(_eager), 1e-3),
+        Contender("eager, log space", training_step(_reference), 1e-4),
+        Contender("torch.compile", training_step(peers.compiled(_eager)), 1e-3, compiles=True),
     ]
     return Case(size, inputs, _exact, contenders)
 
@@ -83,6 +73,12 @@ FAMILY = Family(
     },
     quick_sizes=("64x10", "2x32x100"),
     memory_sizes={"cpu": ("10x1024x1000",), "cuda": ("10x1024x1000",)},
+    suite_sizes=("10x1024x1000", "1024x10", "10x4096x1000"),
+    targets={
+        "cpu": (Target("10x1024x1000", times=5.0), Target("1024x10", times=8.0)),
+        # Of an H200; forward and backward of a small batch are two launches of 4 us each.
+        "cuda": (Target("10x4096x1000", share=0.85), Target("1024x10", microseconds=8.0)),
+    },
 )
 
 if __name__ == "__main__":

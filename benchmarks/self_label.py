@@ -5,8 +5,6 @@ A size is B x C: batch and classes. About two thirds of the rows are confident; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,23 +13,14 @@ from scan_fast.ops import reference
 
 from . import eager, peers
 from .ceilings import Work
-from .harness import Case, Contender, Family, Tensors, main
+from .family import Family, Target, main
+from .harness import Case, Contender, Tensors, training_step
 
 THRESHOLD = 0.99
 
 
 def _exact(weak: Tensor, strong: Tensor) -> Tensors:
-    leaf = strong.detach().double().requires_grad_()
-    loss, _ = reference.self_label_loss(weak.double(), leaf, THRESHOLD, balance=True)
-    return loss.detach(), *torch.autograd.grad(loss, leaf)
-
-
-def _training_step(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
-    def run(weak: Tensor, strong: Tensor) -> Tensors:
-        loss = loss_of(weak, strong)
-        return loss.detach(), *torch.autograd.grad(loss, strong)
-
-    return run
+    return training_step(_static)(weak.double(), strong.detach().double().requires_grad_())
 
 
 def _ours(weak: Tensor, strong: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def case(size: str, device: str) -> Case:
         generator = torch.Generator().manual_seed(seed)
         weak = torch.randn(rows, classes, generator=generator)
         label = torch.randint(0, classes, (rows,), generator=generator)
-        # Confident rows stand out by 20, unsure ones by 2; none comes near the threshold, where rounding would decide.
+        # Confident rows stand out by 20, unsure ones by 2; none is near the threshold, where rounding would decide.
         sure = torch.rand(rows, generator=generator) < 2 / 3
         sure[0] = True
         weak[torch.arange(rows), label] += torch.where(sure, 20.0, 2.0)
@@ -65,12 +54,10 @@ def case(size: str, device: str) -> Case:
     # Both logits read once, the strong ones again in the backward pass, their gradient written.
     work = Work(flops=0.0, bytes=4 * 4 * elements, exponentials=3 * elements)
     contenders = [
-        Contender(
-            "scan-fast", _training_step(_ours), 1e-4, work, skipped=peers.no_kernel("self_label_forward", device)
-        ),
-        Contender("eager", _training_step(_eager), 1e-4, capturable=False),
-        Contender("eager, static shapes", _training_step(_static), 1e-4),
-        Contender("torch.compile", _training_step(peers.compiled(_static)), 1e-4, compiles=True),
+        Contender("scan-fast", training_step(_ours), 1e-4, work, skipped=peers.no_kernel("self_label", device)),
+        Contender("eager", training_step(_eager), 1e-4, capturable=False),
+        Contender("eager, static shapes", training_step(_static), 1e-4),
+        Contender("torch.compile", training_step(peers.compiled(_static)), 1e-4, compiles=True),
     ]
     return Case(size, inputs, _exact, contenders)
 
@@ -85,6 +72,12 @@ FAMILY = Family(
     },
     quick_sizes=("64x10", "100x100"),
     memory_sizes={"cpu": ("1024x1000",), "cuda": ("1024x1000",)},
+    suite_sizes=("1024x1000", "1000x10", "4096x1000"),
+    targets={
+        "cpu": (Target("1000x10", times=4.0), Target("1024x1000", times=4.0)),
+        # Of an H200; forward and backward of a small batch are two launches of 4 us each.
+        "cuda": (Target("40960x1000", share=0.85), Target("1000x10", microseconds=8.0)),
+    },
 )
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer
 
 from .ceilings import measure_ceilings
 from .environment import describe
-from .harness import human_seconds
+from .family import human_seconds
 from .views import pictures
 
 WAYS = {"plain": (), "graph": ("graph",), "compiled": ("compiled",), "compiled graph": ("compiled", "graph")}

@@ -1,10 +1,10 @@
-"""The promises of this project, measured: ``python -m benchmarks.targets --device cpu [--json FILE]``.
+"""Measures the performance targets of this project: ``python -m benchmarks.targets --device cpu [--json FILE]``.
 
 Prints target, measured value and pass or fail per line, and exits with status 1 unless all are met. Run it on an idle
-machine: every ratio is between contenders that were measured in turns in one process, but a busy core is no one's
-friend. The float32 neighbour search runs in a process of its own, in which AMX is switched off. The targets of whole
-stages (``--family end_to_end``) are about the images of ``--data``, see :mod:`benchmarks.end_to_end`; ``--end-to-end``
-takes them from a result that it has written.
+machine, although every ratio is between contenders that were measured in turns in one process. The targets of a kernel
+family are listed in its module; those without AMX run in a separate process. The targets of whole stages
+(``--family end_to_end``) depend on the images of ``--data``, see :mod:`benchmarks.end_to_end`; ``--end-to-end`` reads
+them from a result of that benchmark.
 """
 
 from __future__ import annotations
@@ -20,102 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import neighbors, nt_xent, scan_loss, self_label
+from . import family, files
 from .environment import describe
-from .harness import Effort, Family, run_family
+from .family import Family, Target
+from .harness import Effort
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (nt_xent, scan_loss, self_label, neighbors)}
-
-
-@dataclass(frozen=True)
-class Target:
-    """``contender`` must be ``times`` faster than ``peer``, or keep to one of the other bounds.
-
-    ``megabytes``: at most these beyond inputs and outputs. ``microseconds``: at most these, on CUDA of device time.
-    ``share``: at least this share of the limit, the speed that the machine's measured rates allow.
-    """
-
-    family: str
-    size: str
-    contender: str = "scan-fast"
-    peer: str = "eager"
-    times: float | None = None
-    megabytes: float | None = None
-    microseconds: float | None = None
-    share: float | None = None
-    without_amx: bool = False
-
-    def value(self, contenders: Sequence[dict[str, Any]]) -> float | None:
-        """Return what was measured (megabytes are 10^6 bytes), None where something could not be."""
-        by_name = {result["name"]: result for result in contenders}
-        ours = by_name.get(self.contender, {})
-        if self.microseconds is not None:
-            return float(ours["seconds"]) * 1e6 if "seconds" in ours else None
-        if self.share is not None:
-            return float(ours["of_limit"]) if "of_limit" in ours else None
-        if self.megabytes is not None:
-            peak = ours.get("memory_bytes")
-            return None if peak is None else float(peak) / 1e6
-        peer = by_name.get(self.peer, {})
-        return float(peer["seconds"] / ours["seconds"]) if "seconds" in peer and "seconds" in ours else None
-
-    def is_met(self, value: float | None) -> bool:
-        """Return whether a measured value meets the target; None does not."""
-        if value is None:
-            return False
-        most = self.megabytes if self.megabytes is not None else self.microseconds
-        if most is not None:
-            return value <= most
-        least = self.share if self.share is not None else self.times
-        return value >= (least or 0.0)
-
-    def __str__(self) -> str:
-        where = f"{self.family} {self.size}, {self.contender}{' without AMX' if self.without_amx else ''}"
-        if self.microseconds is not None:
-            return f"{where}: at most {self.microseconds:g} us"
-        if self.share is not None:
-            return f"{where}: {self.share:.0%} of the limit"
-        if self.megabytes is not None:
-            return f"{where}: at most {self.megabytes:g} MB beyond inputs and gradients"
-        return f"{where}: {self.times:g} x {self.peer}"
-
-
-CPU_TARGETS = (
-    Target("nt_xent", "1024x128", times=2.2),
-    Target("nt_xent", "4096x128", times=6.0),
-    Target("nt_xent", "8192x128", times=5.5),
-    Target("nt_xent", "8192x128", "scan-fast 16-bit", times=12.0),
-    Target("nt_xent", "8192x128", megabytes=32.0),
-    Target("scan_loss", "10x1024x1000", times=5.0),
-    Target("scan_loss", "1024x10", times=8.0),
-    Target("self_label", "1000x10", times=4.0),
-    Target("self_label", "1024x1000", times=4.0),
-    Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=3.5),
-    Target("neighbors", "20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
-)
-# Of an H200. Forward and backward together, and the small sizes are two launches: 4 us each.
-CUDA_TARGETS = (
-    Target("nt_xent", "1024x128", "scan-fast 16-bit", microseconds=12.0),
-    Target("nt_xent", "8192x128", "scan-fast 16-bit", share=0.6),
-    Target("nt_xent", "65536x128", "scan-fast 16-bit", share=0.65),
-    Target("nt_xent", "8192x128", "scan-fast 16-bit", times=10.0),
-    Target("nt_xent", "8192x128", "scan-fast 16-bit", "torch.compile", times=3.0),
-    Target("nt_xent", "8192x128", "scan-fast 16-bit", nt_xent.INF_CL, times=5.0),
-    Target("scan_loss", "10x4096x1000", share=0.85),
-    Target("scan_loss", "1024x10", microseconds=8.0),
-    Target("self_label", "40960x1000", share=0.85),
-    Target("self_label", "1000x10", microseconds=8.0),
-    Target("neighbors", "50000x512x20", microseconds=5e3),
-    Target("neighbors", "50000x512x20", peer=neighbors.FAISS_GPU, times=10.0),
-    Target("neighbors", "1281167x128x50", microseconds=8e5),
-)
-TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}
 
 
 @dataclass(frozen=True)
 class ViewTarget:
-    """Views of ``side`` x ``side`` pixels: so many a second of the fused kernel, or ``times`` torchvision on PIL."""
+    """A rate of ``side`` x ``side`` views: views per second of the fused kernel, or ``times`` torchvision on PIL."""
 
     view: str
     side: int
@@ -125,7 +40,7 @@ class ViewTarget:
 
     def value(self, result: dict[str, Any]) -> float | None:
         """Return the measured rate from a result of :mod:`benchmarks.views`."""
-        from . import views  # which wants torchvision and Pillow
+        from . import views  # needs torchvision and Pillow
 
         entry = next((e for e in result["results"] if (e["view"], e["side"]) == (self.view, self.side)), None)
         rates = entry["rates"] if entry else {}
@@ -151,16 +66,17 @@ CPU_VIEW_TARGETS = (
     ViewTarget("strong", 32, times=12.0),
 )
 VIEW_TARGETS: dict[str, tuple[ViewTarget, ...]] = {"cpu": CPU_VIEW_TARGETS, "cuda": (ViewTarget("simclr", 32, 1e7),)}
-
-
 SEARCH_SIZE = "50000x128x20"
 
 
 @dataclass(frozen=True)
 class StageTarget:
-    """An epoch of ``stage`` must be ``times`` faster than the baseline's; or the search ``times`` faster than faiss's.
+    """A bound on a stage.
 
-    ``differ``: the losses of the first step in float32 may differ from the baseline's by this share at most.
+    Attributes:
+        stage: of a run; or "search", the neighbour search alone.
+        times: an epoch must be so many times faster than the baseline's, the search than that of faiss.
+        differ: the losses of the first float32 step may differ from the baseline's by this share at most.
     """
 
     stage: str
@@ -172,7 +88,7 @@ class StageTarget:
         if self.stage == "search":
             search = result.get("search", {})
             wanted = search.get("size") == SEARCH_SIZE
-            return Target("", "", peer="faiss IndexFlatIP").value(search["contenders"]) if wanted else None
+            return Target(SEARCH_SIZE, peer="faiss IndexFlatIP").value(search["contenders"]) if wanted else None
         entry = next((e for e in result["stages"] if e["stage"] == self.stage), None)
         if entry is None:
             return None
@@ -207,7 +123,7 @@ STAGE_TARGETS: dict[str, tuple[StageTarget, ...]] = {"cpu": CPU_STAGE_TARGETS, "
 
 
 def _result_of(benchmark: str, device: str, *options: str) -> dict[str, Any]:
-    """Run a benchmark in a process of its own and return its result."""
+    """Run a benchmark in a separate process and return its result."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--device", device, "--json", str(file), *options]
@@ -222,33 +138,34 @@ def measure_stages(device: str, data: Path | None, budget: float) -> dict[str, A
     return _result_of("end_to_end", device, "--budget", str(budget), *options)
 
 
-def measure(targets: Sequence[Target], device: str, effort: Effort) -> list[dict[str, Any]]:
-    """Measure what the targets need, each size once, and return one plain dictionary per target."""
-    measured: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for key in dict.fromkeys((t.family, t.size, t.without_amx) for t in targets):
-        family, size, without_amx = key
-        wanted = [t for t in targets if (t.family, t.size, t.without_amx) == key]
-        # Bounds of our own are judged without a peer.
+def measure(of: Family, device: str, effort: Effort) -> list[dict[str, Any]]:
+    """Measure what the targets of a family need, each size once, and return one plain dictionary per target."""
+    targets = of.targets.get(device, ())
+    measured: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for key in dict.fromkeys((t.size, t.without_amx) for t in targets):
+        size, without_amx = key
+        wanted = [t for t in targets if (t.size, t.without_amx) == key]
+        # A bound on our own figure needs no peer.
         names = sorted({name for t in wanted for name in (t.contender, *([t.peer] if t.times is not None else []))})
         memory_sizes = [size] if any(t.megabytes is not None for t in wanted) else []
         if without_amx:
-            measured[key] = _without_amx(family, size, names, device, effort)
+            measured[key] = _without_amx(of.name, size, names, device, effort)
         else:
-            result = run_family(FAMILIES[family], device, [size], effort, names, memory_sizes)
+            result = family.run_family(of, device, [size], effort, names, memory_sizes)
             measured[key] = result["cases"][0]["contenders"]
     lines = []
     for target in targets:
-        value = target.value(measured[target.family, target.size, target.without_amx])
-        lines.append({"target": str(target), "measured": value, "met": target.is_met(value)})
+        value = target.value(measured[target.size, target.without_amx])
+        lines.append({"target": f"{of.name} {target}", "measured": value, "met": target.is_met(value)})
     return lines
 
 
-def _without_amx(family: str, size: str, names: Sequence[str], device: str, effort: Effort) -> list[dict[str, Any]]:
+def _without_amx(name: str, size: str, names: Sequence[str], device: str, effort: Effort) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", f"benchmarks.{family}", "--device", device, "--sizes", size, "--no-memory"]
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--device", device, "--sizes", size, "--no-memory"]
         command += ["--case-seconds", str(effort.case_seconds), "--json", str(file), "--contenders", *names]
-        # The kernels read this once, when they are loaded, and then do without AMX.
+        # The kernels read this once, when they are loaded, and then run without AMX.
         subprocess.run(command, cwd=ROOT, env={**os.environ, "SCAN_FAST_CPU_ISA": "avx512"}, check=True)
         contenders: list[dict[str, Any]] = json.loads(file.read_text())["cases"][0]["contenders"]
     return contenders
@@ -256,18 +173,18 @@ def _without_amx(family: str, size: str, names: Sequence[str], device: str, effo
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
-    parser.add_argument("--device", choices=sorted(TARGETS), default="cpu")
-    parser.add_argument(
-        "--family", choices=[*sorted(FAMILIES), "views", "end_to_end"], help="only this family's targets"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    families = family.load_all()
+    parser.add_argument("--family", choices=[*families, "views", "end_to_end"], help="only this family's targets")
     parser.add_argument("--case-seconds", type=float, default=40.0, help="stop a case's rounds after this time")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the images of the stages' targets")
     parser.add_argument("--budget", type=float, default=2000, help="seconds for the stages' targets (default: 2000)")
     parser.add_argument("--end-to-end", type=Path, metavar="FILE", help="a result of benchmarks.end_to_end to judge")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    targets = [t for t in TARGETS[options.device] if options.family in (None, t.family)]
-    lines = measure(targets, options.device, Effort(case_seconds=options.case_seconds))
+    effort = Effort(case_seconds=options.case_seconds)
+    wanted = [of for name, of in families.items() if options.family in (None, name)]
+    lines = [line for of in wanted for line in measure(of, options.device, effort)]
     if VIEW_TARGETS[options.device] and options.family in (None, "views"):
         rates = _result_of("views", options.device)
         for view_target in VIEW_TARGETS[options.device]:
@@ -289,8 +206,7 @@ def main() -> None:
         print(f"{'pass' if line['met'] else 'FAIL'}  {line['target']:<78} {value:>12}")
     if options.json:
         result = {"benchmark": "targets", "device": options.device, "environment": describe(options.device)}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result | {"targets": lines}, indent=2) + "\n")
+        files.write_json(options.json, result | {"targets": lines})
     if not all(line["met"] for line in lines):
         raise SystemExit(1)
 

@@ -1,7 +1,7 @@
-"""scan-fast: groups images without labels in the manner of SCAN, with fused C++ and CUDA kernels.
+"""Group images without labels in the manner of SCAN, with fused C++ and CUDA kernels.
 
-The losses and the neighbour search need torch only; :class:`ImageClusterer`, which needs the rest of the driver, is
-imported on first use.
+The losses and the neighbour search import torch only. :class:`ImageClusterer` needs the training driver, which is
+imported when the class is first used.
 """
 
 from __future__ import annotations

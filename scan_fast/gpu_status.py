@@ -1,10 +1,14 @@
-"""Which CUDA kernels have passed on a GPU, and in which form: behind ``scan-fast info`` and docs/gpu-status.md.
+"""Read the record of the CUDA kernels that have passed on a GPU.
 
-gpu_status.json has one entry per CUDA source. Its ``"status"`` is ``"verified"`` (this very source passed),
-``"failed"`` or ``"partly run"`` (it ran; ``"latest"`` has the reason), ``"unverified"`` (an earlier form of it passed;
-that record stays under ``"passed"``) or ``"never run"``.
-``python -m benchmarks.gpu_status`` maintains it. A kernel that was verified on the model of GPU at hand is taken
-without a self-test (``ops/trust.py``).
+gpu_status.json has one entry per CUDA source. Its ``"status"`` is one of:
+
+- ``"verified"``: this version of the source passed.
+- ``"unverified"``: an earlier version passed; its record stays under ``"passed"``.
+- ``"failed"`` or ``"partly run"``: this version ran; ``"latest"`` has the reason.
+- ``"never run"``.
+
+``python -m tools.gpu.status`` maintains the file. ``scan-fast info`` and docs/gpu-status.md show it. A kernel that was
+verified on a model of GPU is used there without a self-test (``ops/trust.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).with_name("gpu_status.json")
-# Included by device.h and hopper.cuh for runs on the host only.
-_HOST_ONLY = ("common/emulator.h", "common/hopper_emulator.h")
+_HOST_ONLY = "testing/"
+"""Folder of the emulator: device.h and hopper.cuh include its headers for runs on the host only."""
 _COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
@@ -53,7 +57,7 @@ def summary(name: str, record: dict[str, Any]) -> str:
 
 
 def kernels_of(csrc: Path) -> dict[str, Path]:
-    """Return the CUDA sources of the module below ``csrc``, by name; those of the C++ tests are left out."""
+    """Return the CUDA sources of the module below ``csrc`` by name, without those of the C++ tests."""
     sources = sorted(path for path in csrc.rglob("*.cu") if "tests" not in path.relative_to(csrc).parts)
     return {str(path.relative_to(csrc).with_suffix("")): path for path in sources}
 
@@ -61,7 +65,7 @@ def kernels_of(csrc: Path) -> dict[str, Path]:
 def source_hash(csrc: Path, source: Path) -> str:
     """Return the SHA-256 of a CUDA source and of all headers of the project that it includes.
 
-    Comments and white space do not count: they cannot change what runs.
+    Comments and white space are left out, because they cannot change what runs.
     """
     digest = hashlib.sha256()
     seen: list[Path] = []
@@ -73,7 +77,7 @@ def source_hash(csrc: Path, source: Path) -> str:
         seen.append(path)
         text = path.read_text()
         included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
-        waiting += [csrc / name for name in included if (csrc / name).is_file() and name not in _HOST_ONLY]
+        waiting += [csrc / name for name in included if (csrc / name).is_file() and not name.startswith(_HOST_ONLY)]
         code = _COMMENT_OR_STRING.sub(lambda match: match[0] if match[0].startswith('"') else " ", text)
         digest.update(f"{path.relative_to(csrc)}\n{' '.join(code.split())}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What was built, and what each operation will run on: the facts behind ``scan-fast info``."""
+"""Collect and render the facts of ``scan-fast info``: the build, and the implementation of each operation."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ from typing import Any
 import torch
 
 from . import __version__, gpu_status
-from .ops import convolution, native, trust
-from .ops.families import GPU_FAMILIES
+from .ops import native, trust
+from .ops.families import FAMILIES, GPU_FAMILIES, Family
 
-OPERATIONS = {
-    "nt_xent": "nt_xent_forward",
-    "scan_loss": "scan_loss_forward",
-    "self_label_loss": "self_label_forward",
-    "topk_neighbors": "topk_neighbors",
-}
-LAYERS = {
-    "batch_norm": lambda device: native.has_kernel("batch_norm_forward", device),
-    "conv2d, bfloat16": convolution.is_usable,
-}
-"""What networks take for their layers; the reference is PyTorch's own operator."""
 OPTIONAL_PACKAGES = {
     "nvidia.dali": "data.renderer=dali",
     "faiss": "mining.backend=faiss",
     "timm": "model.backbone=timm:NAME",
     "tensorboard": "runtime.tensorboard=true",
 }
+"""Optional packages, and the setting that needs each."""
 
 
 def collect() -> dict[str, Any]:
@@ -41,25 +31,18 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "build": native.build_info(),
         "operations": {
-            name: {device: runs_on(operator, device) for device in ("cpu", "cuda")}
-            for name, operator in OPERATIONS.items()
-        }
-        | {
-            name: {device: "native" if taken(device) else "reference" for device in ("cpu", "cuda")}
-            for name, taken in LAYERS.items()
+            family.function: {device: runs_on(family, device) for device in ("cpu", "cuda")}
+            for family in FAMILIES.values()
         },
         "gpu_kernels": gpu_status.records(),
         "gpu_trust": _gpu_trust(),
-        "renderer": {
-            device: "fused" if native.has_kernel("augment", device) else "torch" for device in ("cpu", "cuda")
-        },
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
     }
 
 
 def _gpu_trust() -> dict[str, dict[str, str]]:
     """Return what is known about each family's kernel sets on this GPU; empty without GPU or CUDA kernels."""
-    if not (torch.cuda.is_available() and native.has_kernel("nt_xent_forward", "cuda")):
+    if not (torch.cuda.is_available() and native.build_info().get("cuda")):
         return {}
     device = torch.device("cuda", torch.cuda.current_device())
     return {
@@ -70,9 +53,15 @@ def _gpu_trust() -> dict[str, dict[str, str]]:
     }
 
 
-def runs_on(operator: str, device: str) -> str:
-    """Return "native" or "reference": what impl="auto" takes for float32 on a device, on a GPU if it is trusted."""
-    return "native" if native.has_kernel(operator, device) else "reference"
+def runs_on(family: Family, device: str) -> str:
+    """Return what ``impl="auto"`` runs for float32 on a device type, ``"native"`` or ``"reference"``.
+
+    On a GPU the kernels run if they are trusted there.
+    """
+    usable = native.has_kernel(family.operator, device)
+    if device == "cpu" and family.cpu_requires is not None:
+        usable = usable and bool(native.build_info()[family.cpu_requires])
+    return "native" if usable else "reference"
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -92,17 +81,12 @@ def render(facts: dict[str, Any]) -> str:
             for key, value in build.items()
             if key not in ("cuda", "cuda_architectures", "torch", "sources")
         ]
-    lines.append("operations (impl=auto, float32; on a GPU where its kernels are trusted, see below):")
+    lines.append("operations (on a GPU the native kernels run if they are trusted, see below):")
     lines += [f"  {name:<16} cpu: {on['cpu']:<10} cuda: {on['cuda']}" for name, on in facts["operations"].items()]
-    renderer = facts["renderer"]
-    lines.append(
-        f"  {'views':<16} cpu: {renderer['cpu']:<10} cuda: {renderer['cuda']}"
-        "  (data.renderer=auto: fused where its kernel is compiled and trusted, else torch)"
-    )
     lines.append("CUDA kernels:")
     lines += [f"  {gpu_status.summary(name, record)}" for name, record in facts["gpu_kernels"].items()]
     if facts["gpu_trust"]:
-        lines.append("on this GPU (a first use tests what was not; --check tests all now):")
+        lines.append("on this GPU (the first use tests what was not tested; --check tests all now):")
     for name, sets in facts["gpu_trust"].items():
         lines += [f"  {name:<12} {kernels:<9} {standing}" for kernels, standing in sets.items()]
     lines.append("optional packages:")

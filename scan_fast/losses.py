@@ -1,7 +1,12 @@
-"""The three losses as functions and as modules.
+"""The three losses, as functions and as modules.
 
-All accept float32, bfloat16 and float16 (float64 through ``impl="reference"``), any strides, autocast and
-``torch.compile(fullgraph=True)``; they compute in float32 and return float32.
+All accept float32, bfloat16 and float16 inputs with any strides, and float64 with ``impl="reference"``. They work under
+autocast and in ``torch.compile(fullgraph=True)``, compute in float32 and return float32. A backward pass is computed
+when autograd asks for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. The same input gives
+the same bits.
+
+``impl`` picks the implementation: ``"native"`` is the compiled kernel, ``"reference"`` the same formula in plain
+PyTorch. ``"auto"`` takes the kernel if there is one for the device, and otherwise the reference, with one warning.
 """
 
 from __future__ import annotations
@@ -23,26 +28,29 @@ def nt_xent(
     reduction: str = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
-    """Normalised temperature-scaled cross-entropy of two views (SimCLR, https://arxiv.org/abs/2002.05709, eq. 1).
+    """Compute NT-Xent, the normalized temperature-scaled cross-entropy of two views.
+
+    Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1. The 2N x 2N similarity matrix is never stored.
+
+    ``torch.set_float32_matmul_precision("medium")`` allows the kernel to round the operands of its matrix products to
+    16 bits, as it allows ``torch.matmul`` to. This is several times as fast on a processor with 16-bit matrix units,
+    and gradients have a relative error of about 0.01. On a CPU,
+    ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` has the same effect.
 
     Args:
-        z0: (N, D) embeddings of the first views, any scale; they are L2-normalised inside.
-        z1: (N, D) embeddings of the second views; row i belongs to the same image as row i of ``z0``.
-        temperature: positive divisor of the cosine similarities.
-        anchors: ``"both"`` for the symmetric loss over 2N anchors, ``"first"`` for the N rows of ``z0`` only, as the
-            original SCAN code trains. The negatives are all other 2N - 2 rows in both cases.
+        z0: (N, D) embeddings of the first views. They are L2-normalized inside, so their scale does not matter.
+        z1: (N, D) embeddings of the second views. Row i belongs to the same image as row i of ``z0``.
+        temperature: Positive divisor of the cosine similarities.
+        anchors: ``"both"``: the symmetric loss over 2N anchors. ``"first"``: the N rows of ``z0`` only, as in the
+            reference implementation of SCAN. The negatives are all other 2N - 2 rows in both cases.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the anchors.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
-    ``torch.set_float32_matmul_precision("medium")`` lets the kernel round the operands of its matrix products to 16
-    bits, as it lets ``torch.matmul``: several times as fast where the processor has such products, with gradients good
-    to about a hundredth. On a CPU ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does the same.
-
     Returns:
-        A float32 scalar, or (2N,) / (N,) losses for ``reduction="none"``.
+        A float32 scalar. With ``reduction="none"``, (2N,) losses for ``anchors="both"`` and (N,) for ``"first"``.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device, temperature, anchors, reduction or impl.
+        ValueError: For a wrong shape, dtype, device, temperature, anchors, reduction or impl.
 
     Example:
         >>> loss = nt_xent(torch.randn(8, 16), torch.randn(8, 16), temperature=0.1)
@@ -51,14 +59,14 @@ def nt_xent(
 
 
 class NTXentLoss(nn.Module):
-    """The module form of :func:`nt_xent`, call-compatible with the common ``NTXentLoss(temperature)(out0, out1)``.
+    """Module of :func:`nt_xent`. Call it as ``NTXentLoss(temperature)(z0, z1)``, as other packages' losses.
 
     Args:
-        temperature: positive divisor of the cosine similarities.
+        temperature: Positive divisor of the cosine similarities.
         anchors: ``"both"`` or ``"first"``, see :func:`nt_xent`.
-        gather_distributed: use the rows of all ranks as negatives. Each rank returns the mean over its own anchors;
-            averaging gradients over ranks, as DistributedDataParallel does, then gives the gradient of the mean over
-            all anchors. Without an initialised process group it changes nothing.
+        gather_distributed: Use the rows of all ranks as negatives. Each rank returns the mean over its own anchors.
+            DistributedDataParallel averages gradients over ranks, which gives the gradient of the mean over all
+            anchors. Has no effect without an initialized process group.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
     """
 
@@ -77,7 +85,7 @@ class NTXentLoss(nn.Module):
         self.impl: Impl = impl
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return the mean loss over the anchors, a float32 scalar."""
+        """Return the mean loss over the anchors of two (N, D) batches, a float32 scalar."""
         if self.gather_distributed:
             return _nt_xent.nt_xent_distributed(z0, z1, self.temperature, anchors=self.anchors, impl=self.impl)
         return nt_xent(z0, z1, self.temperature, anchors=self.anchors, impl=self.impl)
@@ -90,29 +98,43 @@ class NTXentLoss(nn.Module):
 def scan_loss(
     anchors: Tensor, neighbors: Tensor, entropy_weight: float = 2.0, *, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The SCAN loss (https://arxiv.org/abs/2005.12320, eq. 2): neighbours agree, clusters spread.
+    """Compute the SCAN loss: neighbours get the same cluster, and clusters get the same number of images.
 
-    ``total = consistency - entropy_weight * entropy``, where consistency is the mean of ``-log <p_anchor, p_neighbor>``
-    and entropy is that of the mean anchor prediction. The total is usually negative. The consistency is computed in log
-    space: it equals the original where that is healthy, and keeps its gradient where confident predictions disagree.
+    Source: SCAN, https://arxiv.org/abs/2005.12320, equation 2.
+
+    ``total = consistency - entropy_weight * entropy``. The consistency is the mean of ``-log <p_anchor, p_neighbor>``
+    over the batch. The entropy is that of the batch's mean anchor prediction; it is at most ``log C``, and the total is
+    usually negative. The consistency is computed in log space, which keeps the gradient where confident predictions
+    disagree; the reference implementation clamps the logarithm and loses it there.
 
     Args:
-        anchors: logits (B, C), or (H, B, C) for H heads.
-        neighbors: logits of the same shape, row i for a neighbour of anchor i.
-        entropy_weight: weight of the entropy term; the paper's experiments use 5.
+        anchors: (B, C) logits of the anchors, or (H, B, C) for H heads.
+        neighbors: Logits of the same shape. Row i belongs to a neighbour of anchor i.
+        entropy_weight: Weight of the entropy term. The default, 2.0, is that of ``SCANLoss`` in the reference
+            implementation, so that code can be moved over unchanged. All configurations of the reference
+            implementation and of this package set 5.0. If the weight is too small, the consistency alone is minimal
+            with all images in one cluster; if it is too large, clusters of unequal size are forced apart.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        (total, consistency, entropy), float32: scalars for (B, C), each (H,) for (H, B, C).
+        ``(total, consistency, entropy)``, float32: scalars for (B, C), each (H,) for (H, B, C).
 
     Raises:
-        ValueError: for a wrong shape, dtype, device, entropy_weight or impl, and for an empty batch.
+        ValueError: For a wrong shape, dtype, device, entropy_weight or impl, or an empty batch.
+
+    Example:
+        >>> total, consistency, entropy = scan_loss(torch.randn(8, 10), torch.randn(8, 10), entropy_weight=5.0)
     """
     return _scan_loss.scan_loss(anchors, neighbors, entropy_weight, impl=impl)
 
 
 class SCANLoss(nn.Module):
-    """The module form of :func:`scan_loss`."""
+    """Module of :func:`scan_loss`.
+
+    Args:
+        entropy_weight: Weight of the entropy term. Set 5.0 to train as the configurations do; see :func:`scan_loss`.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``.
+    """
 
     def __init__(self, entropy_weight: float = 2.0, *, impl: Impl = "auto") -> None:
         super().__init__()
@@ -120,7 +142,7 @@ class SCANLoss(nn.Module):
         self.impl: Impl = impl
 
     def forward(self, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (total, consistency, entropy)."""
+        """Return (total, consistency, entropy) of logits (B, C) or (H, B, C), see :func:`scan_loss`."""
         return scan_loss(anchors, neighbors, self.entropy_weight, impl=self.impl)
 
     def extra_repr(self) -> str:
@@ -131,38 +153,49 @@ class SCANLoss(nn.Module):
 def self_label_loss(
     weak: Tensor, strong: Tensor, threshold: float = 0.99, *, balance: bool = True, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Self-labelling (https://arxiv.org/abs/2005.12320, section 2.3): cross-entropy on confident images.
+    """Compute the self-labelling loss: cross-entropy of confident images with their own predictions as labels.
+
+    Source: SCAN, https://arxiv.org/abs/2005.12320, section 2.3.
 
     Args:
-        weak: (B, C) logits of the weakly augmented images, which give the labels; no gradient flows into them.
-        strong: (B, C) logits of the strongly augmented images, which learn them.
-        threshold: an image is confident where its largest weak probability is strictly above this.
-        balance: weigh each class that occurs among the confident images equally.
+        weak: (B, C) logits of the weakly augmented images. Their largest entry is the label. They get no gradient.
+        strong: (B, C) logits of the strongly augmented images.
+        threshold: An image is confident if its largest weak probability is strictly above this.
+        balance: Give each class that occurs among the confident images the same total weight.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        (loss, n_confident): a float32 scalar, zero where nothing is confident, and an int64 scalar on the device, so
-        that no call waits for the GPU.
+        ``(loss, n_confident)``. The loss is a float32 scalar, zero (with zero gradient) if no image is confident. The
+        count is an int64 scalar on the device of the logits, so that the call does not wait for a GPU.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device, threshold or impl, and for an empty batch.
+        ValueError: For a wrong shape, dtype, device, threshold or impl, or an empty batch.
+
+    Example:
+        >>> loss, n_confident = self_label_loss(10 * torch.randn(8, 10), torch.randn(8, 10), threshold=0.9)
     """
     return _self_label.self_label_loss(weak, strong, threshold, balance=balance, impl=impl)
 
 
 class SelfLabelLoss(nn.Module):
-    """The module form of :func:`self_label_loss`; it returns the loss alone."""
+    """Module of :func:`self_label_loss` that returns the loss alone.
 
-    def __init__(self, threshold: float = 0.99, apply_class_balancing: bool = True, *, impl: Impl = "auto") -> None:
+    Args:
+        threshold: An image is confident if its largest weak probability is strictly above this.
+        balance: Give each class that occurs among the confident images the same total weight.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``.
+    """
+
+    def __init__(self, threshold: float = 0.99, balance: bool = True, *, impl: Impl = "auto") -> None:
         super().__init__()
         self.threshold = threshold
-        self.apply_class_balancing = apply_class_balancing
+        self.balance = balance
         self.impl: Impl = impl
 
     def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
-        """Return the loss, a float32 scalar; zero (with a zero gradient) where nothing is confident."""
-        return self_label_loss(weak, strong, self.threshold, balance=self.apply_class_balancing, impl=self.impl)[0]
+        """Return the loss of (B, C) logits, a float32 scalar; zero if no image is confident."""
+        return self_label_loss(weak, strong, self.threshold, balance=self.balance, impl=self.impl)[0]
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
-        return f"threshold={self.threshold}, apply_class_balancing={self.apply_class_balancing}"
+        return f"threshold={self.threshold}, balance={self.balance}"

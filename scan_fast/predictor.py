@@ -39,6 +39,10 @@ class Predictor:
         self._renderer = renderer_for("auto", tuple(state["mean"]), tuple(state["std"]), self.device)
         self._view = PlainView(kind="plain", size=state["view_size"])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The renderer and the network are made of the state, which holds plain values and tensors on the CPU.
+        return _unpickled, (self.state, str(self.device))
+
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Predictor:
         """Read a model.pt, or the run folder that holds it.
@@ -91,3 +95,11 @@ class Predictor:
         views = ViewMaker(source, self._renderer, 0, "evaluation", self.state["crop"])
         function = self.model.features if features else lambda images: self.model(images)[0]
         return forward_views(self.model, function, views, self._view, batch_size).cpu()
+
+
+def _unpickled(state: dict[str, Any], device: str) -> Predictor:
+    """Return a pickled predictor on its device, or on the CPU if this machine has no such device."""
+    there = torch.device(device)
+    missing = there.type == "cuda" and (there.index or 0) >= torch.cuda.device_count()
+    with torch.random.fork_rng(devices=[]):  # the new network draws weights, which are then replaced
+        return Predictor(state, "cpu" if missing else there)

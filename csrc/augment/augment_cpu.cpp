@@ -1,6 +1,6 @@
-// The CPU kernel of the views: which filters a batch needs, and how images are shared among threads.
+// CPU driver of the augment family: tabulates the filters that a batch needs and distributes the images over threads.
 //
-// A filter depends on the length of the box alone, so each length that occurs is tabulated once per call. Images are
+// A filter depends only on the length of the box, so each length that occurs is tabulated once per call. Images are
 // independent of each other: neither the number of threads nor the rest of the batch changes a bit.
 #include <algorithm>
 #include <vector>
@@ -12,10 +12,10 @@
 namespace scan_fast {
 namespace {
 
-// Images per task: tens of microseconds of work at the smallest sizes.
+// Pixels per task: tens of microseconds of work at the smallest sizes.
 constexpr int64_t kPixelsPerTask = 4096;
 
-// The filters of every length that occurs, forward and mirrored.
+// Filters of every box length in the batch, forward and mirrored.
 class Filters {
  public:
   explicit Filters(const ViewBatch& batch)
@@ -23,8 +23,8 @@ class Filters {
     const int64_t words = recipe_words(batch.steps);
     for (int64_t i = 0; i < batch.count; ++i) {
       const int32_t* recipe = batch.recipes + i * words;
-      need(forward_, recipe[2], false);
-      need(recipe[4] ? mirrored_ : forward_, recipe[3], recipe[4] != 0);
+      add_filter(forward_, recipe[2], false);
+      add_filter(recipe[4] ? mirrored_ : forward_, recipe[3], recipe[4] != 0);
     }
   }
 
@@ -47,7 +47,7 @@ class Filters {
   static int64_t longest(const ViewBatch& batch) { return std::max(batch.height, batch.width); }
   int64_t padded_side() const { return (side_ + kTapPadding - 1) / kTapPadding * kTapPadding; }
 
-  void need(std::vector<Filter>& filters, int64_t length, bool mirrored) {
+  void add_filter(std::vector<Filter>& filters, int64_t length, bool mirrored) {
     Filter& filter = filters[static_cast<size_t>(length)];
     if (length == side_ || filter.taps > 0) return;
     const int64_t padded = padded_side();

@@ -1,10 +1,10 @@
-// The inner loops of the views on the CPU: one image at a time, in three planes of bytes that stay in the L1 cache
-// (3 KiB each at 32 x 32), one pass over them per operation.
+// Inner loops of the augment CPU kernel. It renders one image at a time, in three byte planes that stay in the L1 cache
+// (3 KiB each at 32 x 32), with one pass over them per operation.
 //
 // Crop and resize: the rows of the box are filtered horizontally into planes, then vertically, in 22-bit fixed point as
-// PIL does it. A 32-bit gather at a pixel's address brings its three channels at once, so the interleaved source needs
-// no pass of its own, and the mirror is a matter of the addresses. The pointwise operations are loops over pixel.h that
-// the compiler turns into vectors; histograms and table look-ups remain scalar, at about one byte a cycle.
+// in PIL. A 32-bit gather at a pixel's address loads its three channels at once, so the interleaved source needs no
+// pass to separate them, and mirroring only changes the addresses. The pointwise operations are loops over pixel.h that
+// the compiler vectorises. Histograms and table look-ups stay scalar, at about one byte per cycle.
 #include "augment/augment_cpu_kernel.h"
 #include "augment/pixel.h"
 #include "common/simd.h"
@@ -15,14 +15,14 @@ namespace {
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef uint32_t UnsignedVec __attribute__((vector_size(kLanes * 4)));
 
-inline IntVec load_levels(const uint8_t* p) {
-  ByteVec levels;
-  std::memcpy(&levels, p, sizeof(levels));
-  return __builtin_convertvector(levels, IntVec);
+inline IntVec load_bytes(const uint8_t* p) {
+  ByteVec bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, IntVec);
 }
-inline void store_levels(uint8_t* p, IntVec v) {
-  const ByteVec levels = __builtin_convertvector(v, ByteVec);
-  std::memcpy(p, &levels, sizeof(levels));
+inline void store_bytes(uint8_t* p, IntVec v) {
+  const ByteVec bytes = __builtin_convertvector(v, ByteVec);
+  std::memcpy(p, &bytes, sizeof(bytes));
 }
 inline IntVec load_ints(const int32_t* p) {
   IntVec v;
@@ -35,7 +35,7 @@ inline IntVec lane_numbers() {
   return v;
 }
 
-// The four bytes at base + offset of each lane.
+// Loads the four bytes at base + offset for each lane.
 inline IntVec gather_words(const uint8_t* base, IntVec offsets) {
 #if defined(SCAN_FAST_ISA_avx512)
   return (IntVec)_mm512_i32gather_epi32((__m512i)offsets, base, 1);
@@ -52,14 +52,14 @@ inline IntVec gather_words(const uint8_t* base, IntVec offsets) {
 #endif
 }
 
-inline IntVec levels_of(IntVec sum) {
-  const IntVec level = sum >> kTapBits;
-  return level > 255 ? 255 - IntVec{} : level;
+inline IntVec clamp_fixed(IntVec sum) {
+  const IntVec value = sum >> kTapBits;
+  return value > 255 ? 255 - IntVec{} : value;
 }
 
 struct Image {
   uint8_t* planes;
-  int64_t side, stride;  // stride: from one plane to the next
+  int64_t side, stride;  // stride: bytes between planes
 
   uint8_t* plane(int channel) const { return planes + channel * stride; }
   int64_t pixels() const { return side * side; }
@@ -67,8 +67,8 @@ struct Image {
 
 // ---- crop and resize ---------------------------------------------------------------------------------------------
 
-// Filters one interleaved row of `width` pixels into `side` pixels of three planes. The row may be read a word past its
-// end and a filter's length further; the planes may be written a vector past the row.
+// Filters one interleaved row of `width` pixels into `side` pixels of three planes. May read one word plus one filter
+// length past the end of the row, and may write one vector past the end of the output rows.
 inline void filter_row(const uint8_t* row, int64_t width, bool mirrored, const AxisTaps& taps, int64_t side,
                        uint8_t* out, int64_t stride) {
   const int32_t half = 1 << (kTapBits - 1);
@@ -78,7 +78,7 @@ inline void filter_row(const uint8_t* row, int64_t width, bool mirrored, const A
       IntVec pixel = mirrored ? static_cast<int32_t>(width - 1) - position : position;
       pixel = pixel < 0 ? IntVec{} : pixel >= static_cast<int32_t>(width) ? IntVec{} : pixel;
       const IntVec word = gather_words(row, 3 * pixel);
-      for (int c = 0; c < 3; ++c) store_levels(out + c * stride + j, word >> (8 * c) & 255);
+      for (int c = 0; c < 3; ++c) store_bytes(out + c * stride + j, word >> (8 * c) & 255);
       continue;
     }
     IntVec offset = 3 * load_ints(taps.first + j);
@@ -89,9 +89,9 @@ inline void filter_row(const uint8_t* row, int64_t width, bool mirrored, const A
       green += (word >> 8 & 255) * weight;
       blue += (word >> 16 & 255) * weight;
     }
-    store_levels(out + j, levels_of(red));
-    store_levels(out + stride + j, levels_of(green));
-    store_levels(out + 2 * stride + j, levels_of(blue));
+    store_bytes(out + j, clamp_fixed(red));
+    store_bytes(out + stride + j, clamp_fixed(green));
+    store_bytes(out + 2 * stride + j, clamp_fixed(blue));
   }
 }
 
@@ -102,9 +102,9 @@ inline void filter_columns(const uint8_t* in, const AxisTaps& taps, int64_t side
     for (int64_t x = 0; x < side; x += kLanes) {
       IntVec sum = (1 << (kTapBits - 1)) - IntVec{};
       for (int64_t t = 0; t < taps.number[y]; ++t) {
-        sum += load_levels(top + t * side + x) * taps.weights[t * taps.padded + y];
+        sum += load_bytes(top + t * side + x) * taps.weights[t * taps.padded + y];
       }
-      store_levels(out + y * side + x, levels_of(sum));
+      store_bytes(out + y * side + x, clamp_fixed(sum));
     }
   }
 }
@@ -143,9 +143,9 @@ inline void for_pixels(const Image& image, Body body) {
   }
 }
 
-// Calls body(level) for every level of every channel, and for the padding of the planes.
+// Replaces every pixel value of every channel by body(value), the padding of the planes included.
 template <typename Body>
-inline void for_levels(const Image& image, Body body) {
+inline void for_values(const Image& image, Body body) {
   uint8_t* __restrict__ p = image.planes;
   const int64_t n = 3 * image.stride;
 #pragma GCC ivdep
@@ -161,7 +161,7 @@ void contrast(const Image& image, float factor) {
     sum += row;
   }
   const int grey = rounded_mean(sum, image.pixels());
-  for_levels(image, [=](int level) { return blend(grey, level, factor); });
+  for_values(image, [=](int value) { return blend(grey, value, factor); });
 }
 
 void look_up(const Image& image, int channel, const uint8_t* table) {
@@ -179,7 +179,7 @@ void autocontrast(const Image& image) {
     }
     if (low == high) continue;
     uint8_t table[256];
-    for (int level = 0; level < 256; ++level) table[level] = static_cast<uint8_t>(stretched(level, low, high));
+    for (int value = 0; value < 256; ++value) table[value] = static_cast<uint8_t>(stretched(value, low, high));
     look_up(image, c, table);
   }
 }
@@ -187,7 +187,7 @@ void autocontrast(const Image& image) {
 void equalize(const Image& image) {
   const int64_t pixels = image.pixels();
   for (int c = 0; c < 3; ++c) {
-    // Four counters per level: neighbours are often equal, and an increment waits for the one before.
+    // Four counters per value: adjacent pixels are often equal, and an increment of one counter waits for the last.
     uint32_t counts[4][256] = {};
     const uint8_t* p = image.plane(c);
     int64_t i = 0;
@@ -196,17 +196,17 @@ void equalize(const Image& image) {
     }
     for (; i < pixels; ++i) ++counts[0][p[i]];
     int last = 0;
-    for (int level = 0; level < 256; ++level) {
-      counts[0][level] += counts[1][level] + counts[2][level] + counts[3][level];
-      last = counts[0][level] > 0 ? level : last;
+    for (int value = 0; value < 256; ++value) {
+      counts[0][value] += counts[1][value] + counts[2][value] + counts[3][value];
+      last = counts[0][value] > 0 ? value : last;
     }
     const int step = static_cast<int>((pixels - counts[0][last]) / 255);
     if (step == 0) continue;
     uint8_t table[256];
     int below = 0;
-    for (int level = 0; level < 256; ++level) {
-      table[level] = static_cast<uint8_t>(equalized(level, below, step));
-      below += static_cast<int>(counts[0][level]);
+    for (int value = 0; value < 256; ++value) {
+      table[value] = static_cast<uint8_t>(equalized(value, below, step));
+      below += static_cast<int>(counts[0][value]);
     }
     look_up(image, c, table);
   }
@@ -236,7 +236,7 @@ void sharpness(const Image& in, const Image& out, float factor) {
 void nearest(const Image& in, const Image& out, const int32_t* m) {
   const int32_t side = static_cast<int32_t>(in.side);
   for (int32_t y = 0; y < side; ++y) {
-    // Unsigned, to wrap around where a map leads far outside.
+    // Unsigned, so that positions far outside the image wrap around.
     const uint32_t line = static_cast<uint32_t>(y);
     const uint32_t start_x = static_cast<uint32_t>(m[0]) + static_cast<uint32_t>(m[2]) * line;
     const uint32_t start_y = static_cast<uint32_t>(m[3]) + static_cast<uint32_t>(m[5]) * line;
@@ -247,7 +247,7 @@ void nearest(const Image& in, const Image& out, const int32_t* m) {
       const IntVec inside = (px >= 0) & (px < side) & (py >= 0) & (py < side);
       const IntVec position = (py * side + px) & inside;
       for (int c = 0; c < 3; ++c) {
-        store_levels(out.plane(c) + y * side + x, gather_words(in.plane(c), position) & 255 & inside);
+        store_bytes(out.plane(c) + y * side + x, gather_words(in.plane(c), position) & 255 & inside);
       }
     }
   }
@@ -276,14 +276,14 @@ void bilinear(const Image& in, const Image& out, const float* m, uint8_t* border
   }
 }
 
-// Applies one operation to `now`; returns true where the result is in `other`.
+// Applies one operation to `now`. Returns true if the result is in `other`.
 bool apply(Operation operation, const int32_t* words, const Image& now, const Image& other, uint8_t* bordered) {
   float arguments[kRecipeStep - 1];
   std::memcpy(arguments, words, sizeof(arguments));
   const float amount = arguments[0];
   switch (operation) {
     case Operation::kBrightness:
-      for_levels(now, [=](int level) { return blend(0, level, amount); });
+      for_values(now, [=](int value) { return blend(0, value, amount); });
       return false;
     case Operation::kContrast: contrast(now, amount); return false;
     case Operation::kSaturation:
@@ -305,10 +305,10 @@ bool apply(Operation operation, const int32_t* words, const Image& now, const Im
       return false;
     case Operation::kAutocontrast: autocontrast(now); return false;
     case Operation::kEqualize: equalize(now); return false;
-    case Operation::kSolarize: for_levels(now, [=](int level) { return solarized(level, amount); }); return false;
+    case Operation::kSolarize: for_values(now, [=](int value) { return solarized(value, amount); }); return false;
     case Operation::kPosterize: {
       const int mask = 255 << (8 - static_cast<int>(amount));
-      for_levels(now, [=](int level) { return level & mask; });
+      for_values(now, [=](int value) { return value & mask; });
       return false;
     }
     case Operation::kSharpness: sharpness(now, other, amount); return true;
@@ -320,7 +320,7 @@ bool apply(Operation operation, const int32_t* words, const Image& now, const Im
 
 // ---- output ------------------------------------------------------------------------------------------------------
 
-// Round to nearest even; the values are finite.
+// Rounds to nearest even; the input must be finite.
 inline uint16_t bfloat16_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -353,16 +353,16 @@ void write(const ViewBatch& batch, const Image& image, const int32_t* cutout, in
   const int64_t start = number * image.pixels() * 3;
   const float scale[3] = {batch.scale[0], batch.scale[1], batch.scale[2]};
   const float shift[3] = {batch.shift[0], batch.shift[1], batch.shift[2]};
-  const auto normalised = [&](uint8_t level, int c) { return static_cast<float>(level) * scale[c] + shift[c]; };
+  const auto normalised = [&](uint8_t value, int c) { return static_cast<float>(value) * scale[c] + shift[c]; };
   if (batch.format == ViewFormat::kUint8) {
-    interleave(image, static_cast<uint8_t*>(batch.out) + start, [](uint8_t level, int) { return level; });
+    interleave(image, static_cast<uint8_t*>(batch.out) + start, [](uint8_t value, int) { return value; });
   } else if (batch.format == ViewFormat::kFloat32) {
     float* out = static_cast<float*>(batch.out) + start;
     interleave(image, out, normalised);
     cut_out(out, image.side, cutout);
   } else {
     uint16_t* out = static_cast<uint16_t*>(batch.out) + start;
-    interleave(image, out, [&](uint8_t level, int c) { return bfloat16_bits(normalised(level, c)); });
+    interleave(image, out, [&](uint8_t value, int c) { return bfloat16_bits(normalised(value, c)); });
     cut_out(out, image.side, cutout);
   }
 }

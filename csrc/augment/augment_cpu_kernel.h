@@ -1,4 +1,4 @@
-// The CPU kernel for one image, compiled per instruction set.
+// CPU kernel that renders one view, compiled once per instruction set.
 #pragma once
 
 #include "augment/augment.h"
@@ -6,9 +6,10 @@
 
 namespace scan_fast {
 
-// The filter of one axis: output pixel j is the sum over t < taps of weights[t * padded + j] times the pixel
-// first[j] + t of the box; number[j] of them are not zero. `padded` is `side` rounded up to kTapPadding, with zeros.
-// first == null: the box has the output's size, and pixels are copied.
+// Resize filter along one axis. Output pixel j is the sum over t < taps of weights[t * padded + j] times pixel first[j]
+// + t of the box. Only the first number[j] weights are non-zero. `padded` is `side` rounded up to kTapPadding; the
+// padding is zero.
+// first == nullptr: the box has the output's size, and pixels are copied.
 struct AxisTaps {
   const int32_t* first;
   const int32_t* number;
@@ -18,10 +19,11 @@ struct AxisTaps {
 
 constexpr int64_t kTapPadding = 16;
 
-// Bytes from one channel's plane of `pixels` to the next: room to read and write whole vectors at the end.
+// Bytes between the planes of two channels, for planes of `pixels` bytes. Leaves room to read and write whole vectors
+// at the end.
 constexpr int64_t plane_bytes(int64_t pixels) { return (pixels + 63) / 64 * 64 + 64; }
 
-// Where the parts of a thread's scratch memory begin.
+// Byte offsets of the parts of a thread's scratch memory, and its size.
 struct ViewScratch {
   int64_t row, middle, planes[3], bytes;
 };
@@ -30,7 +32,7 @@ inline ViewScratch view_scratch(int64_t height, int64_t width, int64_t side, int
   at.row = 0;
   at.middle = plane_bytes(3 * (width + taps));
   at.planes[0] = at.middle + 3 * plane_bytes(height * side);
-  // Two images, and one with a border of a pixel before and two after.
+  // Two images, then one plane with a border of one pixel before and two pixels after.
   at.planes[1] = at.planes[0] + 3 * plane_bytes(side * side);
   at.planes[2] = at.planes[1] + 3 * plane_bytes(side * side);
   at.bytes = at.planes[2] + plane_bytes((side + 3) * (side + 3));

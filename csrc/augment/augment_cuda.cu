@@ -1,21 +1,24 @@
-// The views on the GPU: a warp or a block per image, the image as one 32-bit word per pixel in shared memory.
+// GPU kernels of the augment family: one warp or one block per image, with the image in shared memory as one 32-bit
+// word per pixel.
 //
-//   cuda_resize.cuh       tabulate_filters  thread per (image, axis, output position): PIL's filter taps in 22-bit fixed
-//                         point; crop, resize and mirror from the source
-//   cuda_operations.cuh   the recipe's operations, one after another
-//   below                 render_views      all of it for an image, then normalisation, cutout and the write
+//   cuda_resize.cuh       tabulate_filters: one thread per (image, axis, output position) computes PIL's filter taps in
+//                         22-bit fixed point; crop_resize reads the source
+//   cuda_operations.cuh   the operations of a recipe, in sequence
+//   this file             render_views: all of the above for an image, then normalisation, cutout and the store
 //
-// render_views keeps two images. Sums and histograms are integers, so nothing depends on the order of threads.
-//   up to 32 x 32     a warp per image, eight images a block, and no barrier of the block: images in one block may follow
-//                     quite different recipes. Per image 8 KiB and 4 KiB of tables.
-//   up to 113 x 113   a block of 256 threads per image, up to 100 KiB. Where a block may have 99 KiB, tables included, that
-//                     is up to 110 x 110.
-//   above             likewise, but the pair of images lies in global memory, one for each of a limited number of blocks,
-//                     where the second cache holds it.
-// What does not fit into a block of the GPU at hand takes the next form.
+// render_views keeps two copies of an image. Sums and histograms are integers, so results do not depend on the order of
+// threads. The side of the view selects the variant:
+//   up to 32 x 32     one warp per image, eight images per block and no block barrier, because images of one block may
+//                     have quite different recipes. Per image 8 KiB and 4 KiB of tables.
+//   up to 113 x 113   a block of 256 threads per image, up to 100 KiB. If a block may use 99 KiB, tables included, the
+//                     limit is 110 x 110.
+//   above             the same, but the two copies are in global memory. A limited number of blocks share them out, so
+//                     that they stay in the L2 cache.
+// If a variant does not fit into the shared memory of the current GPU, the next one is used.
 //
-// Limit: memory sees 3 bytes of source and 3, 6 or 12 of view per pixel; the arithmetic, a few hundred instructions per
-// pixel at four or five operations, is the larger part. The levels are those of the CPU, see pixel.h.
+// Limit: global memory traffic is 3 bytes of source and 3, 6 or 12 bytes of view per pixel. The larger part of the time
+// is arithmetic, a few hundred instructions per pixel at four or five operations. The pixel values equal those of the
+// CPU, see pixel.h.
 #include <type_traits>
 
 #include "augment/augment.h"
@@ -27,9 +30,9 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kWarpSide = 32;  // up to here a warp has an image
-constexpr size_t kSharedBytes = 100 * 1024;  // of a pair of images, at most
-constexpr int kBlocksPerMultiprocessor = 4;  // where images lie in global memory
+constexpr int kWarpSide = 32;  // largest side for one warp per image
+constexpr size_t kSharedBytes = 100 * 1024;  // upper limit for the two copies of an image
+constexpr int kBlocksPerMultiprocessor = 4;  // if the images are in global memory
 
 // Consecutive threads write consecutive values.
 template <typename G, typename T, typename Words>
@@ -42,15 +45,15 @@ __device__ __forceinline__ void write(const ViewBatch& batch, const Words& image
   for (int k = G::thread(); k < values; k += G::kSize) {
     const int i = k / 3, c = k % 3;
     const uint32_t word = image[i];
-    const int level = static_cast<int>(word >> (8 * c) & 255);
+    const int value = static_cast<int>(word >> (8 * c) & 255);
     if constexpr (std::is_same_v<T, uint8_t>) {
-      out[k] = static_cast<uint8_t>(level);
+      out[k] = static_cast<uint8_t>(value);
     } else {
       const float scale = c == 0 ? batch.scale[0] : c == 1 ? batch.scale[1] : batch.scale[2];
       const float shift = c == 0 ? batch.shift[0] : c == 1 ? batch.shift[1] : batch.shift[2];
       const int y = i / side, x = i % side;
       const bool cut = y >= cutout[0] && y < cutout[2] && x >= cutout[1] && x < cutout[3];
-      out[k] = from_float<T>(cut ? 0.0f : product(static_cast<float>(level), scale) + shift);
+      out[k] = from_float<T>(cut ? 0.0f : product(static_cast<float>(value), scale) + shift);
     }
   }
 }
@@ -62,20 +65,20 @@ constexpr int kPartials = 6 * kThreads / 32, kSums = kThreads / 32;
 
 // Bytes of static shared memory in render_views.
 template <typename G>
-constexpr size_t kTableBytes = G::kImages * (3 * kLevels * sizeof(int) + kLevels * sizeof(uint32_t)) +
+constexpr size_t kTableBytes = G::kImages * (3 * kValues * sizeof(int) + kValues * sizeof(uint32_t)) +
                                kPartials * sizeof(int) + kSums * sizeof(long long);
 
 template <typename G, typename T, bool kInShared>
 __global__ void __launch_bounds__(kThreads, G::kWarps == 1 ? 2 : 3) render_views(ViewBatch batch, Workspace work) {
   using Words = std::conditional_t<kInShared, Shared<uint32_t>, uint32_t*>;
   SCAN_FAST_DYNAMIC_SHARED(memory);
-  SCAN_FAST_SHARED(int, counts, G::kImages * 3 * kLevels);
-  SCAN_FAST_SHARED(uint32_t, levels, G::kImages * kLevels);
+  SCAN_FAST_SHARED(int, counts, G::kImages * 3 * kValues);
+  SCAN_FAST_SHARED(uint32_t, lookup, G::kImages * kValues);
   SCAN_FAST_SHARED(int, partial, kPartials);
   SCAN_FAST_SHARED(long long, sums, kSums);
   const int side = static_cast<int>(batch.side), group = G::number();
   const int64_t pixels = batch.side * batch.side;
-  const Tables tables{counts + group * 3 * kLevels, levels + group * kLevels, partial, sums};
+  const Tables tables{counts + group * 3 * kValues, lookup + group * kValues, partial, sums};
   Words images;
   if constexpr (kInShared) {
     images = memory.template as<uint32_t>() + group * 2 * pixels;
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, G::kWarps == 1 ? 2 : 3) render_views
        image += static_cast<int64_t>(gridDim.x) * G::kImages) {
     const int32_t* recipe = batch.recipes + image * (kRecipeHeader + batch.steps * kRecipeStep);
     Words now = images, other = images + pixels;
-    G::sync();  // the last image has been written out
+    G::sync();  // the previous image has been written
     crop_resize<G>(batch, work, image, recipe, now);
     for (int64_t step = 0; step < batch.steps; ++step) {
       if (apply<G>(recipe + kRecipeHeader + step * kRecipeStep, now, other, side, tables)) {
@@ -99,18 +102,18 @@ __global__ void __launch_bounds__(kThreads, G::kWarps == 1 ? 2 : 3) render_views
   }
 }
 
-// How a batch is rendered.
+// Launch configuration and workspace of a batch.
 struct Plan {
-  int images;  // of a block
+  int images;  // per block
   bool in_shared;
   size_t shared;  // bytes of dynamic shared memory
   Workspace work;
-  size_t bytes;  // of the workspace
+  size_t bytes;  // size of the workspace
 };
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// With the workspace at `memory`, which may be null where only the size is of interest.
+// `memory` is the workspace. It may be null if only the size is needed.
 Plan make_plan(const ViewBatch& batch, void* memory) {
   Plan plan{};
   const size_t pair = static_cast<size_t>(batch.side * batch.side) * 2 * sizeof(uint32_t);

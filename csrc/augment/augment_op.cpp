@@ -1,8 +1,9 @@
-// Tensors in, tensors out for the views: checks, allocation, device dispatch.
+// Tensor layer of the augment family: checks, allocation, device dispatch.
 //
-// Recipes and indices come on the CPU, where they are drawn: so everything that decides which memory is touched is
-// checked here without waiting for a device.
-#include "augment/augment_op.h"
+// Recipes and indices are on the CPU, where they are drawn. So everything that decides which memory a kernel touches is
+// checked here without a device synchronisation.
+#include <optional>
+#include <vector>
 
 #include "augment/augment.h"
 #include "common/large_buffers.h"
@@ -44,19 +45,20 @@ void check_recipes(const ViewBatch& batch) {
   }
 }
 
-at::Tensor finished(const at::Tensor& interleaved, ViewFormat format) {
+at::Tensor to_output(const at::Tensor& interleaved, ViewFormat format) {
   return format == ViewFormat::kUint8 ? interleaved : interleaved.permute({0, 3, 1, 2});
 }
 
 #ifdef SCAN_FAST_WITH_CUDA
-// A copy that the host does not wait for.
-at::Tensor sent(const at::Tensor& tensor, const at::Device& device) {
+// Copies to the device without blocking the host.
+at::Tensor copy_async(const at::Tensor& tensor, const at::Device& device) {
   return tensor.pin_memory().to(device, /*non_blocking=*/true);
 }
 #endif
 
-}  // namespace
-
+// images (N, H, W, 3) uint8; indices (n) int64 on the CPU or none; recipes (n, words) int32 on the CPU, see augment.h.
+// Returns (n, size, size, 3) uint8, or (n, 3, size, size) float32 or bfloat16 in channels_last memory, on the images'
+// device.
 at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& indices, const at::Tensor& recipes,
                    int64_t size, std::vector<double> scale, std::vector<double> shift, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(images.dim() == 4 && images.size(3) == 3 && images.scalar_type() == at::kByte,
@@ -110,22 +112,24 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
 #ifdef SCAN_FAST_WITH_CUDA
     if (pixels.is_cuda()) {
       const c10::cuda::CUDAGuard guard(pixels.device());
-      plan = sent(plan, pixels.device());
+      plan = copy_async(plan, pixels.device());
       batch.recipes = plan.const_data_ptr<int32_t>();
       if (rows.defined()) {
-        rows = sent(rows, pixels.device());
+        rows = copy_async(rows, pixels.device());
         batch.indices = rows.const_data_ptr<int64_t>();
       }
       const at::Tensor workspace =
           at::empty({static_cast<int64_t>(augment_cuda_workspace(batch))}, pixels.options().dtype(at::kByte));
       augment_cuda(batch, workspace.data_ptr(), current_stream());
-      return finished(out, batch.format);
+      return to_output(out, batch.format);
     }
 #endif
     augment_cpu(batch);
   }
-  return finished(out, batch.format);
+  return to_output(out, batch.format);
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

@@ -1,6 +1,6 @@
-// The views on the GPU: the threads that share an image, and what they share.
+// GPU kernels of the augment family: the group of threads that renders one image, and its shared memory.
 //
-// Part of augment_cuda.cu, which alone includes it.
+// Included by augment_cuda.cu only.
 #pragma once
 
 #include "augment/augment.h"
@@ -10,7 +10,7 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kThreads = 256, kLevels = 256;
+constexpr int kThreads = 256, kValues = 256;
 
 struct Workspace {
   int32_t* filters;  // (count, 2, side, 2 + taps): first, number, weights; axis 0 vertical, 1 horizontal
@@ -19,7 +19,7 @@ struct Workspace {
   int64_t blocks;
 };
 
-// kWarps warps of a block work on one image: one, without barriers of the block, or all of them.
+// The kWarps warps that render one image: a single warp, which needs no block barrier, or the whole block.
 template <int kWarps_>
 struct Group {
   static constexpr int kWarps = kWarps_, kSize = 32 * kWarps, kImages = kThreads / kSize;
@@ -38,10 +38,10 @@ struct Group {
   }
 };
 
-// The shared memory of the operations that need more than the image; one for each group.
+// Shared memory of a group, for operations that need more than the image.
 struct Tables {
-  Shared<int> counts;       // (3, kLevels)
-  Shared<uint32_t> levels;  // (kLevels) what each level becomes, by channel as in a pixel
+  Shared<int> counts;       // (3, kValues)
+  Shared<uint32_t> lookup;  // (kValues) new value of each pixel value; one byte per channel, as in a pixel
   Shared<int> partial;      // (6, kWarps)
   Shared<long long> sums;   // (kWarps)
 };
@@ -53,7 +53,7 @@ __device__ __forceinline__ Rgb unpacked(uint32_t word) {
   return {static_cast<int>(word & 255), static_cast<int>(word >> 8 & 255), static_cast<int>(word >> 16 & 255)};
 }
 
-// The sum over the group, the same in every thread. Begins with a barrier.
+// Returns the sum over the group to every thread. Begins with a barrier.
 template <typename G>
 __device__ __forceinline__ long long group_sum(long long value, const Shared<long long>& partial) {
   value = warp_sum(value);

@@ -1,7 +1,7 @@
-// The views on the GPU: the operations of a recipe on an image, one 32-bit word per pixel.
+// GPU kernels of the augment family: the operations of a recipe on an image with one 32-bit word per pixel.
 //
-// Operations on single pixels work in place on the pixels that the thread itself wrote, without a barrier; one that looks
-// at other pixels, at all of them, or at shared tables begins with one. Part of augment_cuda.cu, which alone includes it.
+// Pointwise operations work in place on the pixels that the same thread wrote, without a barrier. An operation that
+// reads other pixels or shared tables begins with a barrier. Included by augment_cuda.cu only.
 #pragma once
 
 #include "augment/cuda_group.cuh"
@@ -11,7 +11,7 @@ namespace {
 
 template <typename G, typename Words, typename Body>
 __device__ __forceinline__ void for_pixels(const Words& image, int pixels, Body body) {
-  // Not unrolled: the divisions of the hue call subroutines, and registers saved around them would be spilled.
+  // Not unrolled: the divisions of the hue shift call subroutines, and saving registers around them would spill.
 #pragma unroll 1
   for (int i = G::thread(); i < pixels; i += G::kSize) {
     const uint32_t word = image[i];
@@ -33,13 +33,13 @@ __device__ __forceinline__ void contrast(const Words& image, int pixels, float f
              [=](Rgb p) { return Rgb{blend(grey, p.r, factor), blend(grey, p.g, factor), blend(grey, p.b, factor)}; });
 }
 
-// After a barrier, replaces every level by its table's.
+// Waits at a barrier, then replaces every pixel value by its table entry.
 template <typename G, typename Words>
 __device__ __forceinline__ void look_up(const Words& image, int pixels, const Tables& tables) {
   G::sync();
   for (int i = G::thread(); i < pixels; i += G::kSize) {
     const uint32_t word = image[i];
-    const uint32_t r = tables.levels[word & 255], g = tables.levels[word >> 8 & 255], b = tables.levels[word >> 16 & 255];
+    const uint32_t r = tables.lookup[word & 255], g = tables.lookup[word >> 8 & 255], b = tables.lookup[word >> 16 & 255];
     image[i] = (r & 255u) | (g & 0xff00u) | (b & 0xff0000u);
   }
 }
@@ -51,9 +51,9 @@ __device__ __forceinline__ void autocontrast(const Words& image, int pixels, con
     const uint32_t word = image[i];
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
-      const int level = static_cast<int>(word >> (8 * c) & 255);
-      low[c] = min(low[c], level);
-      high[c] = max(high[c], level);
+      const int value = static_cast<int>(word >> (8 * c) & 255);
+      low[c] = min(low[c], value);
+      high[c] = max(high[c], value);
     }
   }
   G::sync();
@@ -79,34 +79,34 @@ __device__ __forceinline__ void autocontrast(const Words& image, int pixels, con
     }
   }
 #pragma unroll 1
-  for (int level = G::thread(); level < kLevels; level += G::kSize) {
+  for (int value = G::thread(); value < kValues; value += G::kSize) {
     int to[3];
 #pragma unroll
-    for (int c = 0; c < 3; ++c) to[c] = low[c] < high[c] ? stretched(level, low[c], high[c]) : level;
-    tables.levels[level] = packed(to[0], to[1], to[2]);
+    for (int c = 0; c < 3; ++c) to[c] = low[c] < high[c] ? stretched(value, low[c], high[c]) : value;
+    tables.lookup[value] = packed(to[0], to[1], to[2]);
   }
   look_up<G>(image, pixels, tables);
 }
 
 template <typename G, typename Words>
 __device__ __forceinline__ void equalize(const Words& image, int pixels, const Tables& tables) {
-  constexpr int kOwn = kLevels / G::kSize;  // consecutive levels of a thread
+  constexpr int kOwn = kValues / G::kSize;  // consecutive pixel values per thread
   G::sync();
-  for (int i = G::thread(); i < 3 * kLevels; i += G::kSize) tables.counts[i] = 0;
+  for (int i = G::thread(); i < 3 * kValues; i += G::kSize) tables.counts[i] = 0;
   G::sync();
   for (int i = G::thread(); i < pixels; i += G::kSize) {
     const uint32_t word = image[i];
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
-      atomicAdd((tables.counts + static_cast<int64_t>(kLevels * c + static_cast<int>(word >> (8 * c) & 255))).get(), 1);
+      atomicAdd((tables.counts + static_cast<int64_t>(kValues * c + static_cast<int>(word >> (8 * c) & 255))).get(), 1);
     }
   }
   G::sync();
   uint32_t becomes[kOwn] = {};
 #pragma unroll 1
   for (int c = 0; c < 3; ++c) {
-    // How many pixels are below the thread's levels, and the highest level that occurs: within the warp, then across.
-    const int first = kLevels * c + G::thread() * kOwn;
+    // Count the pixels below this thread's values and find the highest value present: within the warp, then the group.
+    const int first = kValues * c + G::thread() * kOwn;
     int count[kOwn], own = 0, last = -1;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void equalize(const Words& image, int pixels, const T
       }
     }
     below -= own;
-    const int highest_count = tables.counts[kLevels * c + last];
+    const int highest_count = tables.counts[kValues * c + last];
     const int step = (pixels - highest_count) / 255;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -143,7 +143,7 @@ __device__ __forceinline__ void equalize(const Words& image, int pixels, const T
     }
   }
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) tables.levels[G::thread() * kOwn + i] = becomes[i];
+  for (int i = 0; i < kOwn; ++i) tables.lookup[G::thread() * kOwn + i] = becomes[i];
   look_up<G>(image, pixels, tables);
 }
 
@@ -157,7 +157,7 @@ __device__ __forceinline__ void sharpness(const Words& in, const Words& out, int
       out[i] = middle;
       continue;
     }
-    // Sums of nine levels have 12 bits: red and blue are summed in one word, 16 bits apart.
+    // A sum of nine values has 12 bits, so red and blue are summed in one word, 16 bits apart.
     uint32_t red_blue = 0, green = 0;
 #pragma unroll
     for (int row = -1; row <= 1; ++row) {
@@ -179,7 +179,7 @@ template <typename G, typename Words>
 __device__ __forceinline__ void nearest(const Words& in, const Words& out, int side, const int32_t* words) {
   G::sync();
   for (int i = G::thread(); i < side * side; i += G::kSize) {
-    // Wraps around where the map leads far outside, as the CPU's vectors do.
+    // Unsigned, so that positions far outside the image wrap around, as in the CPU kernel.
     const unsigned y = static_cast<unsigned>(i / side), x = static_cast<unsigned>(i % side);
     unsigned m[6];
 #pragma unroll
@@ -216,7 +216,7 @@ __device__ __forceinline__ void bilinear(const Words& in, const Words& out, int 
   }
 }
 
-// Applies one operation to `now`; returns true where the result is in `other`.
+// Applies one operation to `now`. Returns true if the result is in `other`.
 template <typename G, typename Words>
 __device__ __forceinline__ bool apply(const int32_t* words, const Words& now, const Words& other, int side,
                                       const Tables& tables) {

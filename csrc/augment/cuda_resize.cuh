@@ -1,6 +1,6 @@
-// The views on the GPU: PIL's filter taps, and the box of the source resized and mirrored.
+// GPU kernels of the augment family: PIL's filter taps, then crop, resize and mirror.
 //
-// Part of augment_cuda.cu, which alone includes it.
+// Included by augment_cuda.cu only.
 #pragma once
 
 #include "augment/cuda_group.cuh"
@@ -44,7 +44,7 @@ __device__ __forceinline__ void crop_resize(const ViewBatch& batch, const Worksp
 #pragma unroll 1
     for (int s = 0; s < row_count; ++s) {
       const uint8_t* pixel = source + (static_cast<int64_t>(first_row + s) * batch.width + first_column) * 3;
-      // Rounded to levels between the two passes, as PIL does.
+      // Rounded to pixel values between the two passes, as in PIL.
       int row_r = kHalf, row_g = kHalf, row_b = kHalf;
 #pragma unroll 2
       for (int t = 0; t < column_count; ++t, pixel += 3) {

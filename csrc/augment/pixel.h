@@ -1,6 +1,7 @@
-// The arithmetic of each operation for one pixel or one grey level: the same source for the GPU, for each of the CPU's
-// instruction sets (where the compiler turns loops over it into vectors) and for the emulated GPU. Multiplications and
-// additions must not be fused: the host's files are compiled so, and on the GPU every product is rounded by itself.
+// Arithmetic of each operation for one pixel or one pixel value. The same source is compiled for the GPU, for each CPU
+// instruction set (the compiler vectorises loops over it) and for the emulated GPU.
+// Multiplications and additions must not be fused. The host files are compiled without contraction; on the GPU
+// `product` rounds every product.
 #pragma once
 
 #include <cstdint>
@@ -24,19 +25,20 @@ SCAN_FAST_PIXEL double product(double a, double b) { return a * b; }
 // PIL's luma in 16.16 fixed point, rounded.
 SCAN_FAST_PIXEL int luma(int r, int g, int b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
 
-// PIL's blend of a degenerate level and a level, truncated.
-SCAN_FAST_PIXEL int blend(int degenerate, int level, float factor) {
-  float value = product(static_cast<float>(level - degenerate), factor) + static_cast<float>(degenerate);
-  value = value < 0.0f ? 0.0f : value;
-  value = value > 255.0f ? 255.0f : value;
-  return static_cast<int>(value);
+// PIL's blend of a degenerate value and a pixel value, truncated.
+SCAN_FAST_PIXEL int blend(int degenerate, int value, float factor) {
+  float mixed = product(static_cast<float>(value - degenerate), factor) + static_cast<float>(degenerate);
+  mixed = mixed < 0.0f ? 0.0f : mixed;
+  mixed = mixed > 255.0f ? 255.0f : mixed;
+  return static_cast<int>(mixed);
 }
 
-SCAN_FAST_PIXEL int solarized(int level, float threshold) {
-  return static_cast<float>(level) < threshold ? level : 255 - level;
+SCAN_FAST_PIXEL int solarized(int value, float threshold) {
+  return static_cast<float>(value) < threshold ? value : 255 - value;
 }
 
-// A 3x3 kernel of ones, 5 in the middle, over 13: `sum` over the nine levels, rounded. Exact below 2^12 * 13.
+// 3x3 kernel of ones with 5 in the middle, divided by 13 and rounded. `sum` adds the nine values. Exact below 2^12 *
+// 13.
 SCAN_FAST_PIXEL int smoothed(int sum, int middle) { return ((sum + 4 * middle + 6) * 5042) >> 16; }
 
 // round(sum / pixels), halves up.
@@ -48,30 +50,30 @@ struct Rgb {
   int r, g, b;
 };
 
-// How far a hue is within 60 degrees of a primary, as the multiple of -saturation that is added: 0..255.
+// Clamps a ramp to 0..255: how far a hue is within 60 degrees of a primary, as a multiple of -saturation.
 SCAN_FAST_PIXEL int clamp_ramp(int x) {
   x = x < 0 ? 0 : x;
   return x > 255 ? 255 : x;
 }
 
-// A channel from v and s: round(v (1 - s t)) with s and t in units of 1/255. The numerator is exact in float32, and
-// multiplying by the reciprocal gives the same whole number as dividing, for every numerator.
+// Computes a channel from v and s: round(v (1 - s t)), with s and t in units of 1/255. The numerator is exact in
+// float32. Multiplying by the reciprocal gives the same integer as dividing, for every numerator.
 SCAN_FAST_PIXEL int hsv_channel(int value, int saturation, int t) {
   const int numerator = value * (65025 - saturation * t);
   return static_cast<int>(product(static_cast<float>(numerator), 1.0f / 65025.0f) + 0.5f);
 }
 
-// Shifts the hue by step / 256 of the circle, in PIL's 8-bit HSV. PIL takes the hue in sixths of the circle, a whole
-// number plus or minus d / chroma in float32, divides by 6 and truncates 255 times the result, in float64. Where that
-// product is a whole number but for rounding, the truncation matters, so it is done exactly: 256 c - a is exact, and
-// 255 c < a just where 256 c - a < c.
+// Shifts the hue by step / 256 of the circle, in PIL's 8-bit HSV. PIL computes the hue in sixths of the circle, as an
+// integer plus or minus d / chroma in float32. It divides by 6 and truncates 255 times the result in float64. If that
+// product is within rounding of an integer, the truncation matters, so it is done exactly here: 256 c - a is exact, and
+// 255 c < a if and only if 256 c - a < c.
 SCAN_FAST_PIXEL Rgb hue_shifted(Rgb in, int step) {
   const int r = in.r, g = in.g, b = in.b;
   const int high = r > g ? r : g, low = r > g ? g : r;
   const int value = high > b ? high : b, lowest = low < b ? low : b;
   const int chroma = value - lowest, below = 2 * value + lowest - r - g - b;  // value - middle
   const float quotient = static_cast<float>(below) / static_cast<float>(chroma > 0 ? chroma : 1);
-  // Numbers rather than truth values, because compilers do not turn selections among those into vectors.
+  // Integers instead of bool: compilers do not vectorise selections between bools.
   const int g_over_b = g >= b ? 1 : 0, r_over_b = r >= b ? 1 : 0, g_over_r = g >= r ? 1 : 0;
   const int red = r_over_b & (1 - g_over_r), green = g_over_r & g_over_b, blue = 1 - red - green;
   // Red: 1 - q, or q - 1 on blue's side; green: 1 + q or 3 - q; blue: 3 + q or 5 - q.
@@ -83,7 +85,7 @@ SCAN_FAST_PIXEL Rgb hue_shifted(Rgb in, int step) {
   circle += circle < 0.0f ? 1.0f : 0.0f;
   int angle = static_cast<int>(product(circle, 255.0f));
   angle -= product(circle, 256.0f) - static_cast<float>(angle) < circle ? 1 : 0;
-  // Where the chroma is 0, so is the saturation, and the hue does not matter.
+  // If the chroma is 0, so is the saturation, and the hue does not matter.
   const int divisor = value > 0 ? value : 1;
   const int saturation = static_cast<int>(product(static_cast<float>(chroma) / static_cast<float>(divisor), 255.0f));
   angle = 6 * ((angle + step) & 255);
@@ -97,29 +99,31 @@ SCAN_FAST_PIXEL Rgb hue_shifted(Rgb in, int step) {
 
 SCAN_FAST_PIXEL int hue_step(float shift) { return static_cast<int>(product(static_cast<double>(shift), 255.0)); }
 
-// A level stretched so that low..high becomes 0..255; term by term in float64 as PIL does, because it is truncated.
-SCAN_FAST_PIXEL int stretched(int level, int low, int high) {
+// Stretches a pixel value so that low..high becomes 0..255. Evaluated term by term in float64 as PIL does, because the
+// result is truncated.
+SCAN_FAST_PIXEL int stretched(int value, int low, int high) {
   const double scale = 255.0 / (high - low);
-  const double value = product(static_cast<double>(level), scale) + product(-static_cast<double>(low), scale);
-  return value < 0.0 ? 0 : value > 255.0 ? 255 : static_cast<int>(value);
+  const double scaled = product(static_cast<double>(value), scale) + product(-static_cast<double>(low), scale);
+  return scaled < 0.0 ? 0 : scaled > 255.0 ? 255 : static_cast<int>(scaled);
 }
 
-// The step of PIL's equalisation: pixels but for those of the highest level, over 255.
-SCAN_FAST_PIXEL int equalized(int level, int below, int step) {
-  if (step == 0) return level;
-  const int value = (below + step / 2) / step;
-  return value > 255 ? 255 : value;
+// PIL's equalisation of one pixel value. `below` counts the pixels of smaller values; `step` is the number of pixels
+// without those of the highest value, divided by 255.
+SCAN_FAST_PIXEL int equalized(int value, int below, int step) {
+  if (step == 0) return value;
+  const int result = (below + step / 2) / step;
+  return result > 255 ? 255 : result;
 }
 
-// A mean of four levels. x, y: the position's distance from the first, in 0..1.
+// Interpolates between four pixel values. x, y: distance of the position from p00, in 0..1.
 SCAN_FAST_PIXEL int bilinear(int p00, int p01, int p10, int p11, float x, float y) {
   const float top = product(static_cast<float>(p00), 1.0f - x) + product(static_cast<float>(p01), x);
   const float bottom = product(static_cast<float>(p10), 1.0f - x) + product(static_cast<float>(p11), x);
   return static_cast<int>(product(top, 1.0f - y) + product(bottom, y) + 0.5f);
 }
 
-// Where output pixel (column, row) lies in the input, along one axis, as a pixel's index: between -1 and side, which
-// are outside.
+// Returns the input position of output pixel (column, row) along one axis, as a pixel index clamped to -1..side. Both
+// ends are outside the image.
 SCAN_FAST_PIXEL float bilinear_position(float per_column, float per_row, float start, int column, int row, int side) {
   const float along = product(per_column, static_cast<float>(column) + 0.5f);
   const float across = product(per_row, static_cast<float>(row) + 0.5f);
@@ -132,7 +136,7 @@ SCAN_FAST_PIXEL float bilinear_position(float per_column, float per_row, float s
 
 constexpr int kTapBits = 22;
 
-// The source pixels that make output pixel j of `side`, of a box of `length`.
+// The source pixels that contribute to output pixel j of `side`, for a box of `length` pixels.
 struct TapRange {
   double centre, slope;
   int first, count;
@@ -168,15 +172,15 @@ SCAN_FAST_PIXEL int fixed_tap(const TapRange& range, int t, double sum) {
   return static_cast<int>(0.5 + product(tap(range, t) / sum, static_cast<double>(1 << kTapBits)));
 }
 
-// The most taps that any output pixel has.
+// Upper bound on the taps of any output pixel.
 SCAN_FAST_PIXEL int most_taps(int length, int side) {
   const int support = length <= side ? 1 : (length + side - 1) / side;
   return 2 * support + 1;
 }
 
 SCAN_FAST_PIXEL int from_fixed(int sum) {
-  const int level = sum >> kTapBits;  // never negative: the taps are not
-  return level > 255 ? 255 : level;
+  const int value = sum >> kTapBits;  // never negative, because no tap is
+  return value > 255 ? 255 : value;
 }
 
 }  // namespace scan_fast

@@ -1,8 +1,9 @@
-// The CPU kernel of batch normalisation: blocks of rows over threads, twice per pass: sums per channel, then elements.
+// CPU driver of batch normalisation. Each pass distributes blocks of rows over threads twice: for sums per channel,
+// then for the elements.
 //
-// The limit is memory: in 16 bits, 2 + 4 bytes per element forward (2 more for a residual), 4 + 6 backward (2 more), where
-// separate operators for normalisation, addition and ReLU move 18 and 22. Blocks do not depend on the number of
-// threads and their sums are added in order, so neither do the bits.
+// The limit is memory. In 16 bits, the forward pass moves 2 + 4 bytes per element (2 more for a residual) and the
+// backward pass 4 + 6 (2 more). Separate operators for normalisation, addition and ReLU move 18 and 22. Blocks do not
+// depend on the number of threads, and their sums are added in order, so results do not depend on it either.
 #include <algorithm>
 #include <cmath>
 
@@ -24,14 +25,14 @@ struct Blocks {
   int64_t size(int64_t block) const { return std::min(each, rows - block * each); }
 };
 
-// Element `offset` of an array of dtype; null stays null.
+// Returns the address of element `offset` of an array of dtype; null stays null.
 template <typename Pointer>
 Pointer at(Pointer base, int64_t offset, DType dtype) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return base == nullptr ? nullptr : static_cast<Byte*>(base) + offset * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
-// The workspace: per channel three numbers for the loops, then per block three for the sums.
+// Layout of the workspace: three values per channel for the loops, then three sums per channel and block.
 float* channel_values(void* workspace, const BatchNormShape& shape, int64_t index) {
   return static_cast<float*>(workspace) + index * shape.channels;
 }
@@ -39,7 +40,7 @@ float* block_sums(void* workspace, const BatchNormShape& shape, int64_t block) {
   return channel_values(workspace, shape, 3 + 3 * block);
 }
 
-// Batch mean and inv_std from the blocks' moments, and the running ones.
+// Computes mean and inv_std of the batch from the moments of the blocks, and updates the running statistics.
 void finish_moments(const BatchNormShape& shape, const Blocks& blocks, const BatchNormForward& arguments) {
   const double rows = static_cast<double>(shape.rows);
   for (int64_t c = 0; c < shape.channels; ++c) {
@@ -52,7 +53,7 @@ void finish_moments(const BatchNormShape& shape, const Blocks& blocks, const Bat
       const double off = moment(block, 0) - mean;
       squares += moment(block, 1) + off * off * blocks.size(block);
     }
-    // Not below zero by rounding; NaN stays.
+    // Rounding must not make it negative; NaN stays NaN.
     const double var = squares < 0 ? 0.0 : squares / rows;
     arguments.mean[c] = static_cast<float>(mean);
     arguments.inv_std[c] = static_cast<float>(1.0 / std::sqrt(var + static_cast<double>(arguments.eps)));

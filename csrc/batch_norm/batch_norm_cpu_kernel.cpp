@@ -1,7 +1,8 @@
-// The inner loops of batch normalisation: rows of channels in vectors of float, 16 channels (a word of bits) at a time.
+// Inner loops of the batch normalisation CPU kernel: rows of channels in float vectors, 16 channels (one word of the
+// mask) at a time.
 //
-// Sums per channel stay in memory, which is the first cache, and are brought up to date by the sum of kRows rows at once:
-// one by one, thousands of rows would leave the error of as many roundings.
+// Sums per channel are kept in memory, that is in the L1 cache. Each update adds the sum of kRows rows: adding single
+// rows would accumulate the rounding errors of thousands of additions.
 #include "batch_norm/batch_norm_cpu_kernel.h"
 #include "common/simd.h"
 
@@ -20,7 +21,7 @@ inline void for_groups(int64_t channels, Body body) {
   if (c < channels) body.template operator()<false>(c, static_cast<int>(channels - c));
 }
 
-// Vector v of a group of `count` channels from p on; a group that is not whole has zeros behind.
+// Loads vector v of a group of `count` channels that begins at p. An incomplete group is padded with zeros.
 template <bool kWhole, typename T>
 inline Vec group_load(const T* p, int v, int count) {
   if constexpr (kWhole) return load(p + v * kLanes);
@@ -34,10 +35,10 @@ inline void group_store(T* p, Vec value, int v, int count) {
   if (lanes > 0) store_lanes(p + v * kLanes, value, lanes < kLanes ? lanes : kLanes);
 }
 
-// The value before the ReLU, but for the residual. Both passes use this, so that they agree on its sign.
+// Returns the value before the residual and the ReLU. Both passes use it, so that they agree on the sign.
 inline Vec normalised(Vec x, Vec mean, Vec scale, Vec bias) { return (x - mean) * scale + bias; }
 
-// Sums of distances from the mean of the first rows, near which the mean of all is, so that little cancels.
+// Sums distances from the mean of the first rows. That mean is near the mean of all rows, so little cancels.
 template <typename T>
 void block_moments(const T* x, int64_t rows, int64_t channels, float* moments) {
   float *sums = moments, *squares = moments + channels, *centre = moments + 2 * channels;
@@ -90,7 +91,7 @@ void normalise_rows(const T* x, const T* residual, const BatchNormChannels& of, 
                                group_load<kWhole>(of.scale + c, v, count), group_load<kWhole>(of.bias + c, v, count));
         if constexpr (kResidual) value += group_load<kWhole>(residual + c, v, count);
         if (mask != nullptr) bits |= lane_bits(value > Vec{}) << (v * kLanes);
-        // NaN stays NaN: it compares as not below.
+        // NaN stays NaN, because NaN < floor is false.
         group_store<kWhole>(y + c, value < floor ? floor : value, v, count);
       }
       if (mask != nullptr) mask[row * words + c / kGroup] = static_cast<uint16_t>(bits);
@@ -99,13 +100,13 @@ void normalise_rows(const T* x, const T* residual, const BatchNormChannels& of, 
   }
 }
 
-// What decides whether a gradient passes: nothing, the sign computed again, or the noted bits.
-enum class Gate { kOpen, kSign, kBits };
+// Gate of the ReLU on a gradient: none, by the recomputed sign, or by the mask.
+enum class Gate { kNone, kSign, kMask };
 
 template <Gate kGate>
 inline Vec gated(Vec grad, Vec x, Vec mean, Vec scale, Vec bias, uint32_t bits) {
   if constexpr (kGate == Gate::kSign) return normalised(x, mean, scale, bias) > Vec{} ? grad : Vec{};
-  if constexpr (kGate == Gate::kBits) return lanes_of_bits(bits) ? grad : Vec{};
+  if constexpr (kGate == Gate::kMask) return lanes_of_bits(bits) ? grad : Vec{};
   return grad;
 }
 
@@ -122,7 +123,7 @@ void gradient_sums(const T* grad_y, const T* x, const uint16_t* mask, const Batc
         const Vec scale = group_load<kWhole>(of.scale + c, v, count), bias = group_load<kWhole>(of.bias + c, v, count);
         Vec sum{}, product{};
         for (int64_t r = 0; r < kCount; ++r) {
-          const uint32_t bits = kGate == Gate::kBits ? mask[(row + r) * words + c / kGroup] >> (v * kLanes) : 0;
+          const uint32_t bits = kGate == Gate::kMask ? mask[(row + r) * words + c / kGroup] >> (v * kLanes) : 0;
           const Vec element = group_load<kWhole>(value + r * channels, v, count);
           const Vec dz =
               gated<kGate>(group_load<kWhole>(g + r * channels, v, count), element, mean, scale, bias, bits);
@@ -148,7 +149,7 @@ void gradient_rows(const T* grad_y, const T* x, const uint16_t* mask, const Batc
     for_groups(channels, [&]<bool kWhole>(int64_t c, int count) {
       const int64_t at = row * channels + c;
       for (int v = 0; v < kVectors; ++v) {
-        const uint32_t bits = kGate == Gate::kBits ? mask[row * words + c / kGroup] >> (v * kLanes) : 0;
+        const uint32_t bits = kGate == Gate::kMask ? mask[row * words + c / kGroup] >> (v * kLanes) : 0;
         const Vec mean = group_load<kWhole>(of.mean + c, v, count), scale = group_load<kWhole>(of.scale + c, v, count);
         const Vec element = group_load<kWhole>(x + at, v, count);
         const Vec dz = gated<kGate>(group_load<kWhole>(grad_y + at, v, count), element, mean, scale,
@@ -176,8 +177,8 @@ void with_type(DType dtype, Body body) {
 
 template <typename Body>
 void with_gate(bool relu, const uint16_t* mask, Body body) {
-  if (!relu) return body.template operator()<Gate::kOpen>();
-  mask == nullptr ? body.template operator()<Gate::kSign>() : body.template operator()<Gate::kBits>();
+  if (!relu) return body.template operator()<Gate::kNone>();
+  mask == nullptr ? body.template operator()<Gate::kSign>() : body.template operator()<Gate::kMask>();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The inner loops of the CPU kernel, compiled per instruction set: a block of whole rows each.
+// Inner loops of the CPU kernel, compiled once per instruction set. Each call processes a block of whole rows.
 #pragma once
 
 #include "batch_norm/batch_norm.h"
@@ -6,15 +6,15 @@
 
 namespace scan_fast {
 
-// What the loops read per channel.
+// Inputs of the loops per channel.
 struct BatchNormChannels {
   const float* mean;
   const float* scale;  // weight * inv_std
   const float* bias;
 };
 
-// The gradient of x as a function of an element: scale * dz + slope * (x - mean) + offset. Null in evaluation, where it is
-// scale * dz: a zero slope times an infinite x would be NaN.
+// grad_x per element is scale * dz + slope * (x - mean) + offset. Slope and offset are null in evaluation, where grad_x
+// is scale * dz: a zero slope times an infinite x would be NaN.
 struct BatchNormSlopes {
   const float* slope;
   const float* offset;
@@ -22,12 +22,12 @@ struct BatchNormSlopes {
 
 }  // namespace scan_fast
 
-// moments[c] = mean of the rows, moments[channels + c] = sum of their squared distances from it; a third
-// of the array is scratch.
+// moments[c] = mean of the rows; moments[channels + c] = sum of their squared distances from it; the last third of the
+// array is scratch.
 SCAN_FAST_DECLARE_PER_ISA(void batch_norm_moments(::scan_fast::DType dtype, const void* x, int64_t rows,
                                                   int64_t channels, float* moments))
 
-// y, and the bits where `mask` is not null.
+// Writes y, and the mask unless `mask` is null.
 SCAN_FAST_DECLARE_PER_ISA(void batch_norm_rows(::scan_fast::DType dtype, const void* x, const void* residual,
                                                const ::scan_fast::BatchNormChannels& of, bool relu, int64_t rows,
                                                int64_t channels, void* y, uint16_t* mask))
@@ -38,7 +38,7 @@ SCAN_FAST_DECLARE_PER_ISA(void batch_norm_gradient_sums(::scan_fast::DType dtype
                                                         const ::scan_fast::BatchNormChannels& of, bool relu,
                                                         int64_t rows, int64_t channels, float* sums))
 
-// grad_x, and grad_residual where it is not null.
+// Writes grad_x, and grad_residual unless it is null.
 SCAN_FAST_DECLARE_PER_ISA(void batch_norm_gradient_rows(::scan_fast::DType dtype, const void* grad_y, const void* x,
                                                         const uint16_t* mask,
                                                         const ::scan_fast::BatchNormChannels& of,

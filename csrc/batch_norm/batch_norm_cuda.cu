@@ -1,18 +1,21 @@
-// Batch normalisation, residual and ReLU on the GPU: sums per channel, their combination, then the elements.
+// GPU kernels of batch normalisation, residual and ReLU: sums per channel, their combination, then the elements.
 //
-// Maths: batch_norm.h; who reads what: cuda_rows.cuh. Threads read 16 bytes at a time, several rows in flight; channels that
-// are not a multiple of 8 go one by one and about four times slower. Moments are those of distances from a row of
-// the batch, so a large mean cancels nothing. Threads are merged pairwise (Chan et al. 1979) in float32, blocks in double
-// by a second small kernel, always in the same order and without atomics: the same bits in every run on one kind of GPU.
+// batch_norm.h has the formulas, cuda_rows.cuh the assignment of rows and channels to threads. Threads read 16 bytes at
+// a time with several rows in flight. If the number of channels is not a multiple of 8, they read single elements,
+// about four times slower. Moments are taken of distances from one row of the batch, so a large mean does not cancel
+// digits. Threads are merged pairwise (Chan et al. 1979) in float32. A second small kernel merges blocks in double. The
+// order is fixed and there are no atomics, so every run on one GPU model gives the same bits.
 //
-// The limit is memory: in 16 bits 6 bytes per element forward (8 with a residual, and an eighth for the bits) and 10
-// backward (12), where separate operators move 10 (16) and 16. 1024 x 64 x 32 x 32 forward: 403 MB, 94 us at 4.3 TB/s.
-// All blocks run at once. They go through their rows upwards for the sums and downwards for the elements, so what was
-// read last is still in the second-level cache, and layers that fit there (H200: 60 MB) come from memory once. Three
-// blocks of 256 threads per multiprocessor with 64 bytes in flight each are 48 KB, where 4.8 TB/s times 0.8 us ask for
-// 29 KB: the aim is 85% of a copy's bandwidth in large layers. Small ones (16 MB) are bound by three launches of some 2 us.
+// The limit is memory. In 16 bits, the forward pass moves 6 bytes per element (8 with a residual, plus an eighth for
+// the mask) and the backward pass 10 (12). Separate operators move 10 (16) and 16. 1024 x 64 x 32 x 32 forward: 403 MB,
+// 94 us at 4.3 TB/s. All blocks are resident at once. They traverse their rows upwards for the sums and downwards for
+// the elements, so the rows read last are still in the L2 cache, and layers that fit into it (H200: 60 MB) are read
+// from memory once. Three blocks of 256 threads per multiprocessor with 64 bytes in flight per thread make 48 KB; 4.8
+// TB/s times 0.8 us need 29 KB. The target is 85% of the bandwidth of a copy in large layers. Small layers (16 MB) are
+// bound by three launches of about 2 us each.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Tested on the host with the emulator and compiled for every architecture. docs/gpu-status.md states whether it has
+// run on a GPU.
 #include "batch_norm/batch_norm.h"
 #include "batch_norm/cuda_backward.cuh"
 #include "batch_norm/cuda_forward.cuh"
@@ -40,7 +43,7 @@ void with_access(DType dtype, bool is_aligned, Body body) {
 
 }  // namespace
 
-// The partial sums, then the origin of the moments, or slope and offset of the gradients.
+// The workspace holds the partial sums, then the origin of the moments, or slope and offset of the gradients.
 size_t batch_norm_cuda_workspace(const BatchNormShape& shape) {
   return static_cast<size_t>(2 * layout_of(shape).blocks + 2) * static_cast<size_t>(shape.channels) * sizeof(float);
 }
@@ -100,9 +103,9 @@ void batch_norm_backward_cuda(DType dtype, const BatchNormShape& shape, const Ba
              static_cast<T*>(arguments.grad_x), static_cast<T*>(arguments.grad_residual), l);
     };
     if (!arguments.relu) {
-      run.template operator()<Gate::kOpen>();
+      run.template operator()<Gate::kNone>();
     } else {
-      arguments.mask == nullptr ? run.template operator()<Gate::kSign>() : run.template operator()<Gate::kBits>();
+      arguments.mask == nullptr ? run.template operator()<Gate::kSign>() : run.template operator()<Gate::kMask>();
     }
   });
 }

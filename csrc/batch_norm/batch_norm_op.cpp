@@ -1,14 +1,29 @@
-// Batch normalisation as dispatcher operators: batch_norm (differentiable, what the module calls) is made of
-// batch_norm_forward and batch_norm_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
-#include "batch_norm/batch_norm_op.h"
-
+// Dispatcher operators of batch normalisation. batch_norm is differentiable and is what the module calls; it is made of
+// batch_norm_forward and batch_norm_backward. scan_loss_op.cpp explains why autograd is implemented here.
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <optional>
+#include <tuple>
 
 #include "batch_norm/batch_norm.h"
 #include "common/op_utils.h"
 
 namespace scan_fast {
 namespace {
+
+// x (N, C, H, W), channels-last, and residual like it; weight, bias, running_mean, running_var (C) float32. The running
+// ones are updated in training, where both may be missing. Returns y like x, mean and inv_std (C float32), and mask (int16;
+// empty unless keep_mask, which a residual with relu needs for its backward pass).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var, bool training,
+    double momentum, double eps, bool relu, bool keep_mask);
+
+// Returns the gradients of x, residual (empty without with_residual), weight and bias.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& inv_std, const at::Tensor& mask, bool training, bool relu,
+    bool with_residual);
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -30,7 +45,7 @@ void check_like(const at::Tensor& tensor, const at::Tensor& x, const char* name)
                     x.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
 }
 
-// One float32 number per channel.
+// Checks for one float32 value per channel and returns its address.
 float* per_channel(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == x.size(1) && tensor.scalar_type() == at::kFloat &&
                         tensor.device() == x.device() && tensor.is_contiguous(),
@@ -97,8 +112,6 @@ at::Tensor batch_norm(const at::Tensor& x, const OptionalTensor& residual, const
                                              eps, relu, false));
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
     const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& weight, const at::Tensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double momentum, double eps,
@@ -153,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   check_like(grad_y, x, "grad_y");
   TORCH_CHECK_VALUE(!(relu && with_residual) || (mask.numel() == batch_norm_mask_words(shape) && mask.is_contiguous() &&
                                                  mask.scalar_type() == at::kShort),
-                    "mask must be what batch_norm_forward returned with keep_mask=True for this input");
+                    "mask must be the one that batch_norm_forward returned with keep_mask=True for this input");
   at::Tensor grad_x = at::empty_like(x);
   at::Tensor grad_residual = with_residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({shape.channels}, x.options().dtype(at::kFloat));
@@ -186,6 +199,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   batch_norm_backward_cpu(dtype, shape, arguments);
   return {grad_x, grad_residual, grad_weight, grad_bias};
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

@@ -1,4 +1,4 @@
-// The backward kernels of batch normalisation: sums over blocks of rows, their combination, the elements.
+// Backward kernels of batch normalisation: sums over blocks of rows, their combination, the elements.
 #pragma once
 
 #include "batch_norm/cuda_rows.cuh"
@@ -6,16 +6,17 @@
 namespace scan_fast {
 namespace {
 
-// What decides whether a gradient passes: nothing, the sign computed again, or the noted bits.
-enum class Gate { kOpen, kSign, kBits };
+// Gate of the ReLU on a gradient: none, by the recomputed sign, or by the mask.
+enum class Gate { kNone, kSign, kMask };
 
 template <Gate kGate>
-__device__ __forceinline__ void close(float (&grad)[kVector], const float (&x)[kVector], const float (&mean)[kVector],
-                                      const float (&scale)[kVector], const float (&bias)[kVector], unsigned bits) {
+__device__ __forceinline__ void apply_gate(float (&grad)[kVector], const float (&x)[kVector],
+                                           const float (&mean)[kVector], const float (&scale)[kVector],
+                                           const float (&bias)[kVector], unsigned bits) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if constexpr (kGate == Gate::kSign) grad[i] = normalised(x[i], mean[i], scale[i], bias[i]) > 0.0f ? grad[i] : 0.0f;
-    if constexpr (kGate == Gate::kBits) grad[i] = bits >> i & 1 ? grad[i] : 0.0f;
+    if constexpr (kGate == Gate::kMask) grad[i] = bits >> i & 1 ? grad[i] : 0.0f;
   }
 }
 
@@ -24,18 +25,18 @@ struct Gradients {
   const uint8_t* mask;
 };
 
-// What both backward kernels read of rows `lanes` apart, and the gate on it.
+// Reads rows that are `row_stride` apart and applies the gate, for both backward kernels.
 template <typename T, bool kAligned, Gate kGate>
 struct GradientRows {
   const T *grad_y, *x;
   const uint8_t* mask;
   Channels<T, kAligned> at;
-  int lanes;
+  int row_stride;
   float mean[kVector], scale[kVector], bias[kVector];
 
   __device__ __forceinline__ GradientRows(const T* grads, const T* values, const Gradients& p, const Layout& l,
                                           const Thread& me)
-      : grad_y(grads), x(values), mask(p.mask), at{l.channels, l.vectors, me.vector}, lanes(l.lanes) {
+      : grad_y(grads), x(values), mask(p.mask), at{l.channels, l.vectors, me.vector}, row_stride(l.thread_rows) {
     at.read(p.weight, bias);
     at.read(p.inv_std, scale);
 #pragma unroll
@@ -44,24 +45,24 @@ struct GradientRows {
     at.read(p.bias, bias);
   }
 
-  // Calls use(offset of the row, dz, x) for kCount rows from `row` on.
+  // Calls use(offset of the row, dz, x) for kCount rows, beginning with `row`.
   template <int kCount, typename Use>
   __device__ __forceinline__ void visit(int64_t row, Use use) const {
     Packed<T, kAligned> packed_grad[kCount], packed_x[kCount];
     unsigned bits[kCount];
-    const int64_t first = row * at.channels, step = lanes * at.channels;
+    const int64_t first = row * at.channels, step = row_stride * at.channels;
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       packed_grad[r].load(grad_y + first + r * step, at);
       packed_x[r].load(x + first + r * step, at);
-      bits[r] = kGate == Gate::kBits ? mask[(row + r * lanes) * at.vectors + at.vector] : 0u;
+      bits[r] = kGate == Gate::kMask ? mask[(row + r * row_stride) * at.vectors + at.vector] : 0u;
     }
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       float grad[kVector], value[kVector];
       packed_grad[r].unpack(grad);
       packed_x[r].unpack(value);
-      close<kGate>(grad, value, mean, scale, bias, bits[r]);
+      apply_gate<kGate>(grad, value, mean, scale, bias, bits[r]);
       use(first + r * step, grad, value);
     }
   }
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
   float sums[kValues] = {};
   if (me.count > 0) {
     const GradientRows<T, kAligned, kGate> rows(grad_y, x, p, l, me);
-    for_rows<kAtOnce<T, kAligned, 2>, false>(me, l.lanes, [&]<int kCount>(int64_t row) {
+    for_rows<kAtOnce<T, kAligned, 2>, false>(me, l.thread_rows, [&]<int kCount>(int64_t row) {
       rows.template visit<kCount>(row, [&](int64_t, const float (&dz)[kVector], const float (&v)[kVector]) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -88,11 +89,11 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
       });
     });
   }
-  merge_lanes(sums, l, me, scratch, [](float (&a)[kValues], const float (&b)[kValues]) {
+  merge_thread_rows(sums, l, me, scratch, [](float (&a)[kValues], const float (&b)[kValues]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) a[i] += b[i];
   });
-  if (me.lane == 0 && me.count > 0) {
+  if (me.thread_row == 0 && me.count > 0) {
     const Channels<T, kAligned> at{l.channels, l.vectors, me.vector};
     float* out = partial + 2 * static_cast<int64_t>(blockIdx.x) * l.channels;
     at.write(out, sums);
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
   }
 }
 
-// grad_weight and grad_bias, and what makes grad_x of dz and x: scale * dz + slope * (x - mean) + offset.
+// Computes grad_weight and grad_bias, and the factors of grad_x = scale * dz + slope * (x - mean) + offset.
 __global__ void __launch_bounds__(kThreads)
     finish_gradients_kernel(const float* __restrict__ partial, const float* __restrict__ weight,
                             const float* __restrict__ inv_std, float* grad_weight, float* grad_bias, float* slope,
@@ -125,17 +126,18 @@ __global__ void __launch_bounds__(kThreads)
   offset[c] = static_cast<float>(-scale * sums[0] / rows);
 }
 
-// slopes and offsets are null in evaluation.
+// Computes grad_x and grad_residual. slopes and offsets are null in evaluation.
 template <typename T, bool kAligned, Gate kGate>
 __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     gradients_kernel(const T* __restrict__ grad_y, const T* __restrict__ x, Gradients p,
                      const float* __restrict__ slopes, const float* __restrict__ offsets, T* __restrict__ grad_x,
                      T* __restrict__ grad_residual, Layout l) {
-  // slope and offset are looked up anew for each row: in registers, they would cost a block per multiprocessor.
-  SCAN_FAST_SHARED(float, factors, 2 * kMostColumns * kVector);
+  // slope and offset are read from shared memory for each row: in registers, they would cost one resident block per
+  // multiprocessor.
+  SCAN_FAST_SHARED(float, factors, 2 * kMaxThreadColumns * kVector);
   const Thread me(l);
-  const Shared<float> slope = factors + me.column * kVector, offset = slope + kMostColumns * kVector;
-  if (slopes != nullptr && me.lane == 0 && me.count > 0) {
+  const Shared<float> slope = factors + me.thread_column * kVector, offset = slope + kMaxThreadColumns * kVector;
+  if (slopes != nullptr && me.thread_row == 0 && me.count > 0) {
     const Channels<T, kAligned> at{l.channels, l.vectors, me.vector};
     float v[kVector];
     at.read(slopes, v);
@@ -146,10 +148,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
   __syncthreads();
   if (me.count == 0) return;
   const GradientRows<T, kAligned, kGate> rows(grad_y, x, p, l, me);
-  for_rows<kAtOnce<T, kAligned, 2>, true>(me, l.lanes, [&]<int kCount>(int64_t row) {
+  for_rows<kAtOnce<T, kAligned, 2>, true>(me, l.thread_rows, [&]<int kCount>(int64_t row) {
     rows.template visit<kCount>(row, [&](int64_t first, float (&dz)[kVector], const float (&v)[kVector]) {
       if (grad_residual != nullptr) store(grad_residual + first, rows.at, dz);
-      if (slopes == nullptr) {  // not by way of a zero slope, which times infinity is NaN
+      if (slopes == nullptr) {  // a zero slope would not do: times infinity it is NaN
 #pragma unroll
         for (int i = 0; i < kVector; ++i) dz[i] *= rows.scale[i];
         return store(grad_x + first, rows.at, dz);

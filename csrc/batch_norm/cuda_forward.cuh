@@ -1,4 +1,4 @@
-// The forward kernels of batch normalisation: moments of blocks of rows, their combination, the elements.
+// Forward kernels of batch normalisation: moments of blocks of rows, their combination, the elements.
 #pragma once
 
 #include "batch_norm/cuda_rows.cuh"
@@ -6,8 +6,9 @@
 namespace scan_fast {
 namespace {
 
-// origin = the first row of all. partial[block][0] = mean of the block's rows less that, so that it can be near zero where
-// the mean is large; [1] = sum of the rows' squared distances from their mean. Each (channels).
+// origin = the first row of x. partial[block][0] = mean of the block's rows minus the origin, so that it is near zero
+// even if the mean is large. partial[block][1] = sum of the rows' squared distances from their mean. Each has
+// (channels) values.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     moments_kernel(const T* __restrict__ x, float* __restrict__ origin, float* __restrict__ partial, Layout l) {
@@ -15,14 +16,14 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
   SCAN_FAST_SHARED(float, scratch, kValues * kThreads / 2);
   const Thread me(l);
   const Channels<T, kAligned> at{l.channels, l.vectors, me.vector};
-  const int64_t step = l.lanes * l.channels;
+  const int64_t step = l.thread_rows * l.channels;
   float shift[kVector] = {}, sum[kVector] = {}, square[kVector] = {};
   if (me.count > 0) {
     Packed<T, kAligned> packed;
     packed.load(x + me.first * l.channels, at);
     packed.unpack(shift);
   }
-  for_rows<kRows, false>(me, l.lanes, [&]<int kCount>(int64_t row) {
+  for_rows<kRows, false>(me, l.thread_rows, [&]<int kCount>(int64_t row) {
     Packed<T, kAligned> packed[kCount];
     const T* from = x + row * l.channels;
 #pragma unroll
@@ -39,13 +40,13 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
       }
     }
   });
-  float moments[kValues] = {};  // means, squared distances, and how many rows
+  float moments[kValues] = {};  // means, sums of squared distances, number of rows
   if (me.count > 0) {
     Packed<T, kAligned> packed;
     packed.load(x, at);
     float zero[kVector];
     packed.unpack(zero);
-    if (blockIdx.x == 0 && me.lane == 0) at.write(origin, zero);
+    if (blockIdx.x == 0 && me.thread_row == 0) at.write(origin, zero);
     const float each = 1.0f / static_cast<float>(me.count);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -55,9 +56,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     }
     moments[2 * kVector] = static_cast<float>(me.count);
   }
-  merge_lanes(moments, l, me, scratch, [](float (&a)[kValues], const float (&b)[kValues]) {
+  merge_thread_rows(moments, l, me, scratch, [](float (&a)[kValues], const float (&b)[kValues]) {
     const float count = a[2 * kVector] + b[2 * kVector];
-    if (b[2 * kVector] == 0.0f) return;  // then a has all rows, or neither has any
+    if (b[2 * kVector] == 0.0f) return;  // b has no rows
     const float share = b[2 * kVector] / count, weight = a[2 * kVector] * share;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -67,14 +68,14 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     }
     a[2 * kVector] = count;
   });
-  if (me.lane == 0 && me.count > 0) {
+  if (me.thread_row == 0 && me.count > 0) {
     float* out = partial + 2 * static_cast<int64_t>(blockIdx.x) * l.channels;
     at.write(out, moments);
     at.write(out + l.channels, moments + kVector);
   }
 }
 
-// The batch's mean and inv_std, and the running ones.
+// Computes mean and inv_std of the batch and updates the running statistics.
 __global__ void __launch_bounds__(kThreads)
     finish_moments_kernel(const float* __restrict__ origin, const float* __restrict__ partial, float* mean_out,
                           float* inv_std_out, float* running_mean, float* running_var, float momentum, float eps,
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
   const double rows = static_cast<double>(l.rows), off = sums[0] / rows;
   const double mean = static_cast<double>(origin[c]) + off;
   double var = (sums[1] - sums[0] * off) / rows;
-  if (var < 0) var = 0;  // by rounding; NaN stays
+  if (var < 0) var = 0;  // by rounding; NaN stays NaN
   mean_out[c] = static_cast<float>(mean);
   inv_std_out[c] = static_cast<float>(1.0 / sqrt(var + static_cast<double>(eps)));
   if (running_mean == nullptr) return;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     at.read(p.running_var, scale);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) scale[i] = 1.0f / sqrtf(scale[i] + p.eps);
-    if (blockIdx.x == 0 && me.lane == 0) {
+    if (blockIdx.x == 0 && me.thread_row == 0) {
       at.write(p.mean, mean);
       at.write(p.inv_std, scale);
     }
@@ -140,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
 #pragma unroll
   for (int i = 0; i < kVector; ++i) scale[i] *= bias[i];
   at.read(p.bias, bias);
-  const int64_t step = l.lanes * l.channels;
-  for_rows<kAtOnce<T, kAligned, kResidual ? 2 : 4>, true>(me, l.lanes, [&]<int kCount>(int64_t row) {
+  const int64_t step = l.thread_rows * l.channels;
+  for_rows<kAtOnce<T, kAligned, kResidual ? 2 : 4>, true>(me, l.thread_rows, [&]<int kCount>(int64_t row) {
     Packed<T, kAligned> packed[kCount];
     [[maybe_unused]] Packed<T, kAligned> other[kCount];
     const int64_t first = row * l.channels;
@@ -166,11 +167,11 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
         unsigned bits = 0;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) bits |= v[i] > 0.0f ? 1u << i : 0u;
-        p.mask[(row + r * l.lanes) * l.vectors + me.vector] = static_cast<uint8_t>(bits);
+        p.mask[(row + r * l.thread_rows) * l.vectors + me.vector] = static_cast<uint8_t>(bits);
       }
       if (p.relu) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // NaN stays
+        for (int i = 0; i < kVector; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // NaN stays NaN
       }
       store(y + first + r * step, at, v);
     }

@@ -1,8 +1,8 @@
-// How the kernels of batch normalisation (batch_norm_cuda.cu) spread rows of channels over blocks and threads.
+// Assignment of rows and channels to blocks and threads, for the batch normalisation kernels (batch_norm_cuda.cu).
 //
-// A thread owns eight channels, a vector, of every `lanes`-th row of its block's rows. The threads of a block that stand
-// side by side are the vectors of up to 128 channels (256 bytes in 16 bits), the columns; the others are further rows,
-// the lanes.
+// A thread processes one vector of eight channels. The threads of a block form a grid of thread_rows x thread_columns:
+// the columns are the vectors of up to 128 channels (256 bytes in 16 bits), the rows are adjacent rows of x. Each
+// thread advances by thread_rows through the block's rows.
 #pragma once
 
 #include "batch_norm/batch_norm.h"
@@ -13,19 +13,19 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kVector = 8;        // channels of a thread
-constexpr int kMostColumns = 16;  // vectors of a block
-constexpr int kFinishChannels = 8;  // of a block that adds up what the others found
+constexpr int kVector = 8;        // channels per thread
+constexpr int kMaxThreadColumns = 16;  // vectors per block
+constexpr int kFinishChannels = 8;  // channels per block in the kernels that combine partial sums
 
-// Who does what. It depends on the shape and the GPU alone.
+// Assignment of work. Depends only on the shape and the GPU.
 struct Layout {
   int64_t rows, channels;
   int64_t rows_per_block;
-  int vectors;  // of a row
-  int columns;  // vectors of a block
-  int lanes;    // rows that a block reads at once
-  int blocks;   // along the rows
-  int tiles;    // along the channels
+  int vectors;         // per row
+  int thread_columns;  // vectors per block
+  int thread_rows;     // rows that a block reads at once
+  int blocks;          // along the rows
+  int tiles;           // along the channels
 };
 
 Layout layout_of(const BatchNormShape& shape) {
@@ -34,11 +34,11 @@ Layout layout_of(const BatchNormShape& shape) {
   l.rows = shape.rows;
   l.channels = shape.channels;
   l.vectors = static_cast<int>(split(shape.channels, kVector));
-  l.tiles = static_cast<int>(split(l.vectors, kMostColumns));
-  l.columns = static_cast<int>(split(l.vectors, l.tiles));
-  l.lanes = kThreads / l.columns;
+  l.tiles = static_cast<int>(split(l.vectors, kMaxThreadColumns));
+  l.thread_columns = static_cast<int>(split(l.vectors, l.tiles));
+  l.thread_rows = kThreads / l.thread_columns;
   int64_t blocks = static_cast<int64_t>(multiprocessors()) * kBlocksPerMultiprocessor / l.tiles;
-  const int64_t most = split(shape.rows, l.lanes);
+  const int64_t most = split(shape.rows, l.thread_rows);
   blocks = blocks < 1 ? 1 : blocks > most ? most : blocks;
   l.rows_per_block = split(shape.rows, blocks);
   l.blocks = static_cast<int>(split(shape.rows, l.rows_per_block));
@@ -47,15 +47,16 @@ Layout layout_of(const BatchNormShape& shape) {
 
 // ---- the eight channels of a thread ---------------------------------------------------------------------------------
 
-// Where channels are a multiple of 8: in 16 bits eight adjacent channels, in float32 four and four half a row later, so
-// that with kAligned (and all addresses of 16 bytes) neighbours read adjacent 16 bytes. Otherwise every `vectors`-th
-// channel. kAligned has no say in it: bit i of a byte of the mask is channel of(i), and the passes that write and read
-// the mask see other addresses.
+// Maps index i of a thread's vector to a channel. If the number of channels is a multiple of 8: in 16 bits, eight
+// adjacent channels; in float32, four channels and four more half a row later. So with kAligned (all addresses are
+// multiples of 16 bytes) adjacent threads read adjacent 16 bytes. Otherwise: every `vectors`-th channel. kAligned must
+// not change the mapping: bit i of a byte of the mask is channel of(i), and the passes that write and read the mask see
+// other addresses.
 template <typename T, bool kAligned>
 struct Channels {
   int64_t channels;
   int vectors, vector;
-  int first, next, jump;  // without kAligned: channel 0, from one to the next, from the first four to the others
+  int first, next, jump;  // without kAligned: the first channel, the step to the next, the step between fours
 
   __device__ __forceinline__ Channels(int64_t channels_, int vectors_, int vector_)
       : channels(channels_), vectors(vectors_), vector(vector_) {
@@ -71,7 +72,7 @@ struct Channels {
   }
   __device__ __forceinline__ bool has(int i) const { return kAligned || of(i) < channels; }
 
-  // One float32 number per channel.
+  // Reads one float32 value per channel.
   __device__ __forceinline__ void read(const float* p, float (&v)[kVector]) const {
     if constexpr (kAligned) {
 #pragma unroll
@@ -97,7 +98,7 @@ struct Channels {
   }
 };
 
-// A thread's part of a row as it lies in memory, until it is needed: in 16 bits half the registers.
+// Part of a row in its storage dtype, unpacked when it is used: in 16 bits this needs half the registers.
 template <typename T, bool kAligned>
 struct Packed {
   uint4 part[sizeof(T) / 2];
@@ -153,36 +154,38 @@ __device__ __forceinline__ void store(T* row, const Channels<T, kAligned>& at, c
 
 // ---- the rows of a thread -------------------------------------------------------------------------------------------
 
-// How many blocks share a multiprocessor, and how many rows a thread reads at once, of the most that a kernel takes.
-// Unaligned vectors need more registers than that leaves.
+// kResident: blocks that share a multiprocessor. kAtOnce: rows that a thread reads at once, at most kMost. Unaligned
+// vectors need more registers than three resident blocks leave.
 template <bool kAligned>
 constexpr int kResident = kAligned ? kBlocksPerMultiprocessor : 1;
-template <typename T, bool kAligned, int kMost>
-constexpr int kAtOnce = !kAligned ? 1 : sizeof(T) == 4 ? kMost / 2 : kMost;
+template <typename T, bool kAligned, int kMax>
+constexpr int kAtOnce = !kAligned ? 1 : sizeof(T) == 4 ? kMax / 2 : kMax;
 
 struct Thread {
-  int lane, column, vector;
-  int count;      // rows
-  int64_t first;  // row
+  int thread_row, thread_column, vector;
+  int count;      // number of rows
+  int64_t first;  // first row
 
   __device__ __forceinline__ explicit Thread(const Layout& l)
-      : lane(static_cast<int>(threadIdx.x) / l.columns),
-        column(static_cast<int>(threadIdx.x) % l.columns),
-        vector(static_cast<int>(blockIdx.y) * l.columns + column),
+      : thread_row(static_cast<int>(threadIdx.x) / l.thread_columns),
+        thread_column(static_cast<int>(threadIdx.x) % l.thread_columns),
+        vector(static_cast<int>(blockIdx.y) * l.thread_columns + thread_column),
         count(0),
-        first(static_cast<int64_t>(blockIdx.x) * l.rows_per_block + lane) {
+        first(static_cast<int64_t>(blockIdx.x) * l.rows_per_block + thread_row) {
     int64_t end = (static_cast<int64_t>(blockIdx.x) + 1) * l.rows_per_block;
     if (end > l.rows) end = l.rows;
-    // The last threads of a block may be left over, and so may columns of the last tile.
-    if (lane < l.lanes && vector < l.vectors && first < end) count = static_cast<int>((end - first - 1) / l.lanes) + 1;
+    // The last threads of a block may have no row, and the last tile may have fewer columns.
+    if (thread_row < l.thread_rows && vector < l.vectors && first < end) {
+      count = static_cast<int>((end - first - 1) / l.thread_rows) + 1;
+    }
   }
 };
 
-// Calls body.template operator()<n>(first of n rows, `lanes` apart) until all rows of the thread are done: upwards, or
-// with kBackwards downwards.
+// Calls body.template operator()<n>(first of n rows, `stride` apart) for all rows of the thread, in descending order
+// with kBackwards.
 template <int kRows, bool kBackwards, typename Body>
-__device__ __forceinline__ void for_rows(const Thread& me, int lanes, Body body) {
-  auto row = [&](int k) { return me.first + static_cast<int64_t>(k) * lanes; };
+__device__ __forceinline__ void for_rows(const Thread& me, int stride, Body body) {
+  auto row = [&](int k) { return me.first + static_cast<int64_t>(k) * stride; };
   if constexpr (kBackwards) {
     int k = me.count;
     for (; k >= kRows; k -= kRows) body.template operator()<kRows>(row(k - kRows));
@@ -198,22 +201,26 @@ __device__ __forceinline__ void for_rows(const Thread& me, int lanes, Body body)
   }
 }
 
-// Merges the values of all lanes of a column into those of lane 0, pairwise. Every thread of the block takes part.
+// Merges the values of all thread rows of a column pairwise into thread row 0. All threads of the block must call it.
 // scratch: kValues * kThreads / 2 elements.
 template <int kValues, typename Merge>
-__device__ __forceinline__ void merge_lanes(float (&v)[kValues], const Layout& l, const Thread& me,
+__device__ __forceinline__ void merge_thread_rows(float (&v)[kValues], const Layout& l, const Thread& me,
                                             const Shared<float>& scratch, Merge merge) {
-  for (int count = l.lanes; count > 1;) {
+  for (int count = l.thread_rows; count > 1;) {
     const int half = (count + 1) / 2;
-    if (me.lane >= half && me.lane < count) {
+    if (me.thread_row >= half && me.thread_row < count) {
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) scratch[i * (kThreads / 2) + (me.lane - half) * l.columns + me.column] = v[i];
+      for (int i = 0; i < kValues; ++i) {
+        scratch[i * (kThreads / 2) + (me.thread_row - half) * l.thread_columns + me.thread_column] = v[i];
+      }
     }
     __syncthreads();
-    if (me.lane + half < count) {
+    if (me.thread_row + half < count) {
       float other[kValues];
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) other[i] = scratch[i * (kThreads / 2) + me.lane * l.columns + me.column];
+      for (int i = 0; i < kValues; ++i) {
+        other[i] = scratch[i * (kThreads / 2) + me.thread_row * l.thread_columns + me.thread_column];
+      }
       merge(v, other);
     }
     __syncthreads();
@@ -221,9 +228,9 @@ __device__ __forceinline__ void merge_lanes(float (&v)[kValues], const Layout& l
   }
 }
 
-// ---- channels ---------------------------------------------------------------------------------------------------------
+// ---- channels -------------------------------------------------------------------------------------------------------
 
-// Adds v over the threads that share a channel, which is threadIdx.x % kFinishChannels; complete in the first of them.
+// Adds v over the threads of one channel, threadIdx.x % kFinishChannels. The first of them receives the sum.
 __device__ __forceinline__ void add_slices(double (&v)[2], const Shared<double>& scratch) {
   constexpr int kWarps = kThreads / 32;
 #pragma unroll
@@ -247,7 +254,7 @@ __device__ __forceinline__ void add_slices(double (&v)[2], const Shared<double>&
   }
 }
 
-// The value before the ReLU, but for the residual. Both passes use this, so that they agree on its sign.
+// Returns the value before the residual and the ReLU. Both passes use it, so that they agree on the sign.
 __device__ __forceinline__ float normalised(float x, float mean, float scale, float bias) {
   return fmaf(x - mean, scale, bias);
 }

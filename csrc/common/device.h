@@ -38,7 +38,7 @@
 //                                    []<typename T>() {...})
 //
 // The host form runs block after block, the threads of a block as fibers, each until its next barrier or warp
-// collective (emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
+// collective (testing/emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
 // memory is allocated to its exact size), reading shared memory never written (poisoned with NaN), a missing
 // cp_async_wait (copies land only at the wait), collectives some lanes never reach, misaligned vectors, and with
 // emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
@@ -67,7 +67,7 @@
 #endif
 
 #if defined(SCAN_FAST_EMULATE)
-#include "common/emulator.h"
+#include "testing/emulator.h"
 #elif defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

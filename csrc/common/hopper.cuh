@@ -1,5 +1,5 @@
 // The sm_90a part of the device layer: what Hopper's copy engine, barriers and matrix units add to device.h, as thin
-// wrappers that also have a host form (hopper_emulator.h). A source that includes it is compiled for sm_90a alone.
+// wrappers that also have a host form (testing/hopper_emulator.h). A source that includes it is compiled for sm_90a alone.
 //
 // Operands. A matrix of 16-bit values lies in memory as tiles of 128 rows, a tile as panels of 64 dimensions, a panel as
 // 128 rows of 128 bytes (16 KB) whose 16-byte pieces are permuted within each row: piece ^ (row % 8). That is the
@@ -35,7 +35,7 @@
 #include "common/panels.h"
 
 #if defined(SCAN_FAST_EMULATE)
-#include "common/hopper_emulator.h"
+#include "testing/hopper_emulator.h"
 #endif
 
 namespace scan_fast {

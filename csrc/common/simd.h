@@ -9,14 +9,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(SCAN_FAST_ISA_avx512) || defined(SCAN_FAST_ISA_avx2)
-// GCC 12 warns of its own deliberately undefined registers (GCC bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "common/intrinsics.h"
 #endif
 
 namespace scan_fast::SCAN_FAST_ISA {
@@ -307,22 +303,26 @@ inline void store_quad(float* p, Vec v) {
 #endif
 }
 
+// Shuffles x and y quad by quad: each quad of the result holds the elements kElements of the quads of x (0 to 3) and y
+// (4 to 7) at its place.
+template <int... kElements>
+inline Vec shuffle_quads(Vec x, Vec y) {
+  static_assert(sizeof...(kElements) == 4);
+  constexpr int elements[] = {kElements...};
+  constexpr auto index = [](int i) { return i / 4 * 4 + elements[i % 4] % 4 + elements[i % 4] / 4 * kLanes; };
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(x, y, index(kLane)...);
+  }(std::make_integer_sequence<int, kLanes>());
+}
+
 // Transposes the 4 x 4 matrices that the four vectors hold quad by quad.
 inline void transpose_quads(Vec* v) {
-  IntVec low, high, first, second;
-  for (int i = 0; i < kLanes; ++i) {
-    const int quad = i / 4 * 4, from = i % 2 * kLanes;
-    low[i] = quad + i % 4 / 2 + from;
-    high[i] = low[i] + 2;
-    first[i] = quad + i % 2 + (i % 4 / 2) * kLanes;
-    second[i] = first[i] + 2;
-  }
-  const Vec a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
-  const Vec c = __builtin_shuffle(v[0], v[1], high), d = __builtin_shuffle(v[2], v[3], high);
-  v[0] = __builtin_shuffle(a, b, first);
-  v[1] = __builtin_shuffle(a, b, second);
-  v[2] = __builtin_shuffle(c, d, first);
-  v[3] = __builtin_shuffle(c, d, second);
+  const Vec a = shuffle_quads<0, 4, 1, 5>(v[0], v[1]), b = shuffle_quads<0, 4, 1, 5>(v[2], v[3]);
+  const Vec c = shuffle_quads<2, 6, 3, 7>(v[0], v[1]), d = shuffle_quads<2, 6, 3, 7>(v[2], v[3]);
+  v[0] = shuffle_quads<0, 1, 4, 5>(a, b);
+  v[1] = shuffle_quads<2, 3, 6, 7>(a, b);
+  v[2] = shuffle_quads<0, 1, 4, 5>(c, d);
+  v[3] = shuffle_quads<2, 3, 6, 7>(c, d);
 }
 
 // kLanes rows in float, and what the last quad reads past them.

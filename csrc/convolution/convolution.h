@@ -1,9 +1,9 @@
-// bfloat16 convolutions on AMX tiles, forward and both gradients: the contract of their kernel. CPU only; on other
-// processors, and on GPUs, the convolutions are PyTorch's.
+// Interface of the bfloat16 convolutions on AMX tiles, forward and both gradients. CPU only: on other CPUs and on GPUs,
+// PyTorch's convolutions are used.
 //
 // Images are channels-last: x (batch, in_height, in_width, in_channels), y (batch, out_height, out_width,
 // out_channels), both bfloat16. Weights and their gradient are float32, (out_channels, kernel, kernel, in_channels);
-// they are rounded to bfloat16 as they are packed. Sums are float32.
+// weights are rounded to bfloat16 when they are packed. Sums are float32.
 //   y[n, p, q, o] = sum over kh, kw, c of x[n, p stride + kh - padding, q stride + kw - padding, c] w[o, kh, kw, c]
 #pragma once
 
@@ -16,19 +16,19 @@ struct ConvolutionShape {
   int64_t batch, in_height, in_width, in_channels, out_height, out_width, out_channels, kernel, stride, padding;
 };
 
-// Whether the kernel takes this shape on this processor: AMX, channels that are multiples of 32, kernels up to
+// Returns whether the kernel supports this shape on this CPU: AMX, channels that are multiples of 32, kernels up to
 // kConvolutionKernel.
 bool convolution_is_usable(const ConvolutionShape& shape);
 constexpr int64_t kConvolutionKernel = 7;
 
 enum class ConvolutionPass { kForward, kGradInput, kGradWeight };
 
-// Bytes that a pass wants to work in, aligned to 64, any content.
+// Returns the size of the workspace in bytes; it must be aligned to 64 and may have any content.
 size_t convolution_workspace(const ConvolutionShape& shape, ConvolutionPass pass);
 
 void convolution_forward(const ConvolutionShape& shape, const uint16_t* x, const float* weight, uint16_t* y,
                          void* workspace);
-// `addend`, like grad_x or null, is added before the rounding: a gradient that reaches x on another way.
+// `addend`, like grad_x or null, is added before rounding: the gradient that reaches x on another path.
 void convolution_grad_input(const ConvolutionShape& shape, const uint16_t* grad_y, const float* weight,
                             const uint16_t* addend, uint16_t* grad_x, void* workspace);
 void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad_y, const uint16_t* x,

@@ -1,14 +1,14 @@
-// Convolutions as sums of tile products: which tiles meet, in which order, and what each thread does.
+// Convolutions as sums of tile products: the order of tiles and the work of each thread.
 //
-// A tile holds 32 images at one pixel, so that a tap (kh, kw) is another pixel's tiles, whatever the size of the map:
-// nothing is gathered or packed twice, and pixels outside the image are left out instead of multiplied as zeros (of 4x4
-// maps under 3x3 kernels, three products in ten).
+// A tile holds 32 images at one pixel. So a tap (kh, kw) selects the tiles of another pixel, for any size of the map.
+// Nothing is gathered or packed twice, and pixels outside the image are skipped instead of multiplied as zeros (three
+// products in ten for 4x4 maps and 3x3 kernels).
 //
-// Forward, the rows of a product are images, its columns output channels, and k runs over taps and 32 channels at a
-// time. The gradient of the input is the same over the gradient of the output; with a stride, each pixel has those
-// taps that reach it. Rows of the map are packed once into a ring, as they are needed. The gradient of the weights has
-// output channels as rows, input channels as columns, and k runs over the batch and the pixels; sums over parts of the
-// batch are added in order. Neither sums nor their order depend on the number of threads, so neither do the bits.
+// Forward: the rows of a product are images, its columns output channels; k runs over taps and over 32 channels at a
+// time. The gradient of the input is the same, applied to the gradient of the output; with a stride, each pixel uses
+// the taps that reach it. Rows of the map are packed once, when they are needed, into a ring. Gradient of the weights:
+// rows are output channels, columns input channels, and k runs over the batch and the pixels; partial sums over the
+// batch are added in order. Neither sums nor their order depend on the number of threads, so the bits do not either.
 #include <algorithm>
 #include <cstdint>
 
@@ -23,20 +23,21 @@ namespace {
 using namespace convolution;
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kImages = 32;  // of a block
+constexpr int64_t kImages = 32;  // images per block
 constexpr int64_t kPair = 2 * kTileElements;
-// Pixels of a sweep over the weights, and of those the columns whose sums stay in the first cache.
+// Pixels per sweep over the weights, and columns among them whose sums stay in the L1 cache.
 constexpr int64_t kSweepPixels = 16, kSweepColumns = 8;
-// Tile products between loading and storing a block of sums, about: enough to hide that, few enough for the first cache.
+// Approximate number of tile products between loading and storing a block of sums: enough to hide the loads, few enough
+// for the L1 cache.
 constexpr int64_t kRun = 8;
-// Output channels, and bytes of sums, of a block of the gradient of the weights: they stay in the second cache.
+// Output channels, and bytes of sums, per block of the gradient of the weights. The sums stay in the L2 cache.
 constexpr int64_t kBlockRows = 256, kBlockBytes = 640 * 1024;
-// The gradient of the weights is cut into about so many tasks, whatever the number of threads.
+// Approximate number of tasks of the gradient of the weights, for any number of threads.
 constexpr int64_t kTasks = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cuts the workspace into aligned arrays; with a null workspace it only adds up.
+// Allocates aligned arrays from the workspace. With a null workspace it only computes the size.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
@@ -56,13 +57,13 @@ class Arena {
 struct Images {
   int64_t height, width, channels;
   int64_t size() const { return height * width * channels; }
-  // Pixel (y, x) of 32 images from image `first` on.
+  // Returns pixel (y, x) of 32 images from image `first` on.
   Pixel pixel(const uint16_t* images, int64_t batch, int64_t first, int64_t y, int64_t x, int64_t channel = 0) const {
     return {images + first * size() + (y * width + x) * channels + channel, size(), std::min(kImages, batch - first)};
   }
 };
 
-// The taps of one coordinate of a result: tap, tap + tap_step, ... meet pixels source, source + source_step, ...
+// Taps of one coordinate of a result: tap, tap + tap_step, ... read pixels source, source + source_step, ...
 struct Line {
   int64_t tap, source, count;
 };
@@ -73,7 +74,7 @@ struct ImageProduct {
   int64_t batch;
   Images from, to;
   int64_t kernel, stride, padding;
-  bool transposed;  // the gradient of the input
+  bool transposed;  // true for the gradient of the input
 
   int64_t tap_step() const { return transposed ? stride : 1; }
   int64_t source_step() const { return transposed ? -1 : 1; }
@@ -92,11 +93,11 @@ struct ImageProduct {
     return {tap, source, tap >= kernel ? 0 : std::min((kernel - 1 - tap) / stride, source) + 1};
   }
 
-  // Whether any result reads this coordinate: a kernel smaller than its stride leaves some out.
+  // Returns whether any result reads this coordinate. A kernel smaller than its stride skips some.
   bool reads(int64_t coordinate) const { return transposed || (coordinate + padding) % stride < kernel; }
 
   int64_t steps() const { return from.channels / kStep; }
-  // Steps that are summed at once: pixels with few taps take several.
+  // Returns the number of steps that are summed at once; several for pixels with few taps.
   int64_t steps_at_once() const {
     const int64_t reach = transposed ? stride * stride : 1;
     return std::clamp<int64_t>(kRun * reach / taps(), 1, std::min(kRun, steps()));
@@ -105,7 +106,8 @@ struct ImageProduct {
   int64_t taps() const { return kernel * kernel; }
   int64_t rows_of_sweep() const { return std::clamp<int64_t>(kSweepPixels / to.width, 1, to.height); }
 
-  // Sizes in elements. A row of the ring: [step][pixel][image half][16][32]; weights: [column block][step][tap][2][...].
+  // Sizes in elements. A row of the ring: [step][pixel][image half][16][32]; weights: [column
+  // block][step][tap][2][...].
   int64_t row_size() const { return steps() * from.width * kPair; }
   int64_t ring_rows() const { return std::min(from.height, (rows_of_sweep() - 1) * (transposed ? 1 : stride) + kernel); }
   int64_t weights_size() const { return column_blocks() * steps() * taps() * kPair; }
@@ -156,7 +158,7 @@ void pack_weights(const ImageProduct& product, const float* weight, uint16_t* pa
   });
 }
 
-// The results of 32 images in some rows of the map.
+// Computes the results of 32 images in some rows of the map.
 class ImageTask {
  public:
   ImageTask(const ImageProduct& product, const uint16_t* source, const uint16_t* weights, const uint16_t* addend,
@@ -171,7 +173,8 @@ class ImageTask {
   }
 
  private:
-  // Packs the rows that are not there yet. They come in rising order, and no more than the ring holds are in use.
+  // Packs rows up to `last` that are not packed yet. They are requested in ascending order, and no more are in use than
+  // the ring holds.
   void pack_up_to(int64_t last) {
     for (int64_t y = std::max(packed_, last + 1 - slots_); y <= last; ++y) {
       if (!product_.reads(y)) continue;
@@ -212,7 +215,7 @@ class ImageTask {
     }
   }
 
-  // All taps of a pixel over some steps of 32 channels.
+  // Adds all taps of a pixel over some steps of 32 channels.
   void add(int64_t row, int64_t column, int64_t block, int64_t first, float* sums) const {
     const Line down = product_.line(row, product_.from.height), across = product_.line(column, product_.from.width);
     Run runs[kRun * kConvolutionKernel];
@@ -244,7 +247,7 @@ void run(const ImageProduct& product, const uint16_t* source, const float* weigh
   const ImageProduct::Memory memory = product.take(arena);
   pack_weights(product, weight, memory.weights);
   const int64_t blocks = ceil_div(product.batch, kImages);
-  // Rows at the border of a band are packed twice, so there are no more of them than threads ask for.
+  // Rows at the border of a band are packed twice, so there are only as many bands as threads require.
   const int64_t sweeps = ceil_div(product.to.height, product.rows_of_sweep());
   const int64_t bands = std::min(ceil_div(2 * max_threads(), blocks), sweeps);
   const int64_t band_rows = ceil_div(sweeps, bands) * product.rows_of_sweep();
@@ -260,7 +263,7 @@ void run(const ImageProduct& product, const uint16_t* source, const float* weigh
 
 // ---- the gradient of the weights -----------------------------------------------------------------------------------
 
-// Cut by output and input channels into blocks, whose sums stay in the cache, and by images into parts.
+// Divided by output and input channels into blocks, whose sums stay in the cache, and by images into parts.
 struct WeightGradient {
   ImageProduct product;  // the forward product
   int64_t rows_per_block, columns_per_block;
@@ -282,10 +285,11 @@ struct WeightGradient {
   int64_t blocks() const { return row_blocks * column_blocks; }
   int64_t rows_of_sweep() const { return product.rows_of_sweep(); }
   int64_t ring_rows() const { return product.ring_rows(); }
-  // Elements: gradients of a sweep, [row][pixel][channels / 16][tile], and a row of the ring, [pixel][channels / 16][tile].
+  // Sizes in elements: gradients of a sweep, [row][pixel][channels / 16][tile], and a row of the ring, [pixel][channels
+  // / 16][tile].
   int64_t gradients_size() const { return rows_of_sweep() * product.to.width * rows_per_block * kStep; }
   int64_t row_size() const { return product.from.width * columns_per_block * kStep; }
-  // Sums of a task: [output channels / 32][input channels / 32][tap] blocks.
+  // Size of the sums of a task: [output channels / 32][input channels / 32][tap] blocks.
   int64_t sums_size() const { return rows_per_block * columns_per_block * product.taps(); }
 
   struct Memory {
@@ -360,10 +364,10 @@ class WeightTask {
     }
   }
 
-  // The pixels of a sweep between two columns, under one tap.
+  // Adds the pixels of a sweep between two columns, for one tap.
   void add(int64_t begin, int64_t end, int64_t left, int64_t right, int64_t kh, int64_t kw, int64_t row, int64_t column,
            float* sums) {
-    // x = column stride - padding + kw lies within the image.
+    // x = column stride - padding + kw must be within the image.
     const int64_t stride = product_.stride, origin = kw - product_.padding;
     const int64_t low = std::max(left, origin < 0 ? ceil_div(-origin, stride) : 0);
     const int64_t high = std::min(right, product_.from.width > origin ? (product_.from.width - 1 - origin) / stride + 1 : 0);

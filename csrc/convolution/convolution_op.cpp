@@ -1,9 +1,9 @@
-// Convolutions as dispatcher operators, differentiable, made of conv2d_forward, conv2d_grad_input and
-// conv2d_grad_weight:
+// Dispatcher operators of the convolutions: differentiable, made of conv2d_forward, conv2d_grad_input and
+// conv2d_grad_weight.
 //
-//   conv2d        y
-//   conv2d_fork   y, and x itself for a shortcut around the convolution: the gradient that comes back on it is added as
-//                 that of the convolution is stored, where autograd would write, read and add whole images
+//   conv2d        returns y
+//   conv2d_fork   returns y, and x itself for a shortcut around the convolution. The gradient of the shortcut is added
+//                 when that of the convolution is stored; autograd would write, read and add whole images
 #include "convolution/convolution.h"
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -27,7 +27,7 @@ ConvolutionShape shape_of(at::IntArrayRef x, at::IntArrayRef weight, int64_t str
 ConvolutionShape checked(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
   const ConvolutionShape shape = shape_of(x, weight, stride, padding);
   TORCH_CHECK_VALUE(convolution_is_usable(shape), "there is no kernel for shapes ", x, " and ", weight,
-                    " on this processor: it needs AMX, and channels that are multiples of 32");
+                    " on this CPU: it needs AMX, and channels that are multiples of 32");
   return shape;
 }
 
@@ -49,7 +49,7 @@ at::Tensor like(const at::Tensor& tensor, at::IntArrayRef sizes) {
   return at::empty(sizes, tensor.options(), at::MemoryFormat::ChannelsLast);
 }
 
-// Memory to work in, from a cache line's start on.
+// Workspace aligned to a cache line.
 class Workspace {
  public:
   Workspace(const ConvolutionShape& shape, ConvolutionPass pass)
@@ -123,7 +123,7 @@ struct ConvolutionNode : torch::autograd::Function<ConvolutionNode> {
     context->saved_data["padding"] = padding;
     context->set_materialize_grads(false);
     const at::Tensor y = op.call(x, weight, stride, padding);
-    // The same memory under another tensor, whose gradient comes to this node.
+    // Another tensor on the same memory, whose gradient arrives at this node.
     if (fork) return {y, x.variable_data()};
     return {y};
   }
@@ -169,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_fork(const at::Tensor& x, const at::Te
   return convolve(x, weight, stride, padding, true);
 }
 
-// Whether the operators take these shapes on this processor.
+// Returns whether the operators support these shapes on this CPU.
 bool conv2d_is_usable(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
   return convolution_is_usable(shape_of(x, weight, stride, padding));
 }

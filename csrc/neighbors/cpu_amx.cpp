@@ -1,12 +1,12 @@
 // bfloat16 products on AMX tiles for the CPU neighbour search.
 //
-// A tile holds 16 rows of 64 bytes. One step multiplies 32 query rows with 32 database rows over 32 elements of dim:
-// four accumulator tiles, two tiles of queries, two of the database; 4 tile loads (8 cycles each) against 4 tile
-// products (16 cycles each), so the matrix unit is the limit while the panels come from the first and second cache.
-// Panels are stored in exactly the order of use:
+// A tile holds 16 rows of 64 bytes. One step multiplies 32 query rows with 32 database rows over 32 elements of dim. It
+// uses four accumulator tiles, two tiles of queries and two of the database. 4 tile loads of 8 cycles stand against 4
+// tile products of 16 cycles, so the matrix unit is the limit while panels come from the L1 and L2 cache. Panels are
+// stored in the order of use:
 //   queries   [step][half][16 rows][32 elements]
-//   database  [step][half][16 pairs of elements][16 rows][2 elements]     (the instruction wants pairs of k adjacent)
-// This file is compiled with AMX; its products are entered only after amx_is_usable().
+//   database  [step][half][16 pairs of elements][16 rows][2 elements]     (the instruction takes pairs along k)
+// This file is compiled for AMX. Its products may be called only if amx_is_usable().
 #include <cstdlib>
 #include <cstring>
 

@@ -1,14 +1,14 @@
-// Queries against all rows of the database, in blocks of queries.
+// Search of the CPU: queries against all rows of the database, in blocks of queries.
 //
-// A task is a block of queries, packed once into the second cache (512 KiB); the packed database streams past it, and
-// each tile of similarities (a few KiB) is filtered while it is in the first cache. Limit: 2 Q N D flops at the rate of
-// the multipliers.
+// A task is a block of queries, packed once into the L2 cache (512 KiB). The packed database streams past it, and each
+// tile of similarities (a few KiB) is filtered while it is in the L1 cache. Limit: 2 Q N D flops at the rate of the
+// multipliers.
 #include "neighbors/cpu_search.h"
 
 namespace scan_fast::neighbors {
 namespace {
 
-// A thread's scratch memory for one block of queries.
+// Scratch memory of a thread for one block of queries.
 struct Block {
   Buffer<uint8_t> packed;
   Buffer<float> rounded, tile;
@@ -25,7 +25,7 @@ std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64
   if (total == 0) return {};
   const TileEngine engine(amx, dim);
   const PackedDatabase packed = pack_database(engine, search.database, problem.n_database, /*both_sides=*/false);
-  // The packed block takes at most 512 KiB, its lists at most 64 MiB, and there are tasks enough for all threads.
+  // At most 512 KiB for the packed block and 64 MiB for its lists, and enough tasks for all threads.
   int64_t block_rows = std::min<int64_t>({512, (512 << 10) * engine.panel_rows / engine.panel_bytes,
                                           (64 << 20) / (capacity * 8), ceil_div(total, 4 * max_threads())});
   block_rows = std::max<int64_t>(ceil_div(block_rows, engine.panel_rows), 1) * engine.panel_rows;

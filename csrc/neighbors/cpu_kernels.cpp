@@ -1,11 +1,11 @@
 // Inner loops of the CPU neighbour search, compiled once per instruction set (SCAN_FAST_ISA).
 //
-// product: a register tile of kRows x kColumns float32 sums over the whole of dim, so nothing is spilled and the tile
-// is written once, to a few KiB that stay in the first cache. AVX-512: 8 x 48 = 24 accumulators, 3 loads and 8
-// broadcasts per 24 multiply-adds, i.e. bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops a cycle), not
-// by loads. Both operands come as panels of kLanes rows, so one packing of a row serves either side. filter: one
-// compare per vector of the hot tile and side; candidates are rare (about k + k ln(N / k) a row), so the scalar part
-// after a hit does not show.
+// product: a register tile of kRows x kColumns float32 sums over the whole of dim. Nothing is spilled, and the tile is
+// written once, to a few KiB that stay in the L1 cache. AVX-512: 8 x 48 = 24 accumulators, with 3 loads and 8
+// broadcasts per 24 multiply-adds. So it is bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops per
+// cycle), not by loads. Both operands are panels of kLanes rows, so one packed copy of a row serves either side.
+// filter: one comparison per vector of the tile and side. Candidates are rare (about k + k ln(N / k) per row), so the
+// scalar code for a candidate costs little.
 #include <cmath>
 #include <cstring>
 
@@ -60,12 +60,12 @@ inline unsigned at_least(Vector v, Vector bound) {
 #endif
 constexpr int kColumns = kVectors * kLanes;
 
-// Eight lanes of any width; the compiler splits them where registers are narrower, which changes no result.
+// Eight lanes of any width. The compiler splits them if registers are narrower, which changes no result.
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Bits8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
 
-// By reference and as macros of the compiler, not by value: passing wide vectors would change the calling convention.
+// Macros instead of functions: passing wide vectors by value would change the calling convention.
 #define SCAN_FAST_LOAD8(name, pointer) \
   Float8 name;                         \
   std::memcpy(&name, pointer, sizeof(name))
@@ -105,7 +105,7 @@ RoundedRow round(const float* x, double scale, int64_t dim, bool to_bfloat16, fl
     const Double8 exact = SCAN_FAST_WIDEN(piece) * scale;
     Bits8 bits = reinterpret_cast<Bits8>(__builtin_convertvector(exact, Float8));
     if (to_bfloat16) bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    // AMX reads numbers below the normal range as zero; doing it here counts it as part of the residual.
+    // AMX reads subnormals as zero. Flushing them here makes this part of the residual.
     bits &= reinterpret_cast<Bits8>((bits & 0x7f800000u) != 0u);
     const Float8 kept = reinterpret_cast<Float8>(bits);
     const Double8 wide = SCAN_FAST_WIDEN(kept);
@@ -164,12 +164,12 @@ void tighten(CandidateLists& lists, int64_t row, bool final) {
   int32_t* index = lists.index + row * lists.capacity;
   const int64_t n = lists.count[row];
   if (n <= lists.k) {
-    // Nothing can be dropped yet.
+    // No candidate can be dropped yet.
     const int64_t doubled = 2 * static_cast<int64_t>(lists.limit[row]);
     lists.limit[row] = static_cast<int32_t>(doubled < lists.capacity ? doubled : lists.capacity);
     return;
   }
-  // Bisection for a value t that at least k candidates reach. Any such t is valid; a tight one keeps fewer.
+  // Bisection for a value t that at least k candidates reach. Any such t is valid; a higher one keeps fewer.
   float low = value[0], high = value[0];
   for (int64_t i = 1; i < n; ++i) {
     low = value[i] < low ? value[i] : low;
@@ -209,17 +209,17 @@ void tighten(CandidateLists& lists, int64_t row, bool final) {
   lists.limit[row] = static_cast<int32_t>(limit < lists.capacity ? limit : lists.capacity);
 }
 
-// Offers a database row to the list of `row`.
+// Adds a database row to the list of `row` if it reaches the threshold.
 inline void offer(float value, int64_t row, int64_t candidate, CandidateLists& lists) {
   if (candidate >= lists.columns || candidate == lists.self[row] || lists.skip[candidate]) return;
-  if (!(value >= lists.threshold[row])) return;  // it may have risen since the compare
+  if (!(value >= lists.threshold[row])) return;  // the threshold may have risen since the comparison
   const int64_t slot = row * lists.capacity + lists.count[row]++;
   lists.value[slot] = value;
   lists.index[slot] = static_cast<int32_t>(candidate);
   if (lists.count[row] >= lists.limit[row]) tighten(lists, row, false);
 }
 
-// Offers the columns marked in row_hits to the row, and the row to those marked in column_hits.
+// Adds the columns in row_hits to the list of the row, and the row to the lists of the columns in column_hits.
 __attribute__((noinline)) void enter(const float* c, unsigned row_hits, unsigned column_hits, int64_t row,
                                      int64_t first_column, CandidateLists& lists) {
   for (; row_hits != 0; row_hits &= row_hits - 1) {

@@ -1,5 +1,5 @@
-// The inner loops of the CPU neighbour search, one set per instruction set. No standard library templates here: an
-// inline function that the linker merges across instruction sets could crash an older processor.
+// Inner loops of the CPU neighbour search, one set per instruction set. No standard library templates here: an inline
+// function that the linker merges across instruction sets could crash an older CPU.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,31 @@
 
 namespace scan_fast::neighbors {
 
-// Candidates of a block of query rows. Row r owns value[r * capacity ..] and index[r * capacity ..].
+// Candidate lists of a block of query rows. Row r uses value[r * capacity ..] and index[r * capacity ..].
 struct CandidateLists {
-  float* threshold;      // (rows,) a column enters when its fast similarity is at least this; +inf: the row is closed
+  float* threshold;      // (rows,) lowest fast similarity that enters the list; +inf: the row is closed
   float* value;          // (rows, capacity) fast similarities
   int32_t* index;        // (rows, capacity) database rows
   int32_t* count;        // (rows,)
-  int32_t* limit;        // (rows,) the list is tightened when count reaches this; at most capacity
-  uint8_t* overflow;     // (rows,) set when the list outgrew its capacity; the row is then closed
-  double* margin;        // (rows,) 2 eps, in fast units
+  int32_t* limit;        // (rows,) count at which the list is tightened; at most capacity
+  uint8_t* overflow;     // (rows,) set if the list exceeded its capacity; the row is then closed
+  double* margin;        // (rows,) 2 eps, in the units of the fast search
   int64_t* self;         // (rows,) the excluded column, or -1
-  const uint8_t* skip;   // (columns,) non-zero: this database row is nobody's neighbour
+  const uint8_t* skip;   // (columns,) non-zero: this database row is never a neighbour
   int64_t columns;
   int64_t capacity;
   int64_t k;
 };
 
-// What a rounded row costs in accuracy. All in the scaled units of the fast search.
+// Residual and norm of a rounded row, in the units of the fast search.
 struct RoundedRow {
   double residual_squared;  // |u - u^|^2
   double norm_squared;      // |u^|^2
 };
 
 struct CpuKernels {
-  // The float32 tile: product() multiplies tile_rows rows with tile_columns rows. Operands are packed in panels
-  // (dim, panel_rows); tile_rows divides panel_rows, and panel_rows divides tile_columns.
+  // product() multiplies a float32 tile of tile_rows rows with tile_columns rows. Operands are packed in panels (dim,
+  // panel_rows); tile_rows divides panel_rows, and panel_rows divides tile_columns.
   int64_t tile_rows;
   int64_t tile_columns;
   int64_t panel_rows;
@@ -40,21 +40,21 @@ struct CpuKernels {
   // The exact sum of neighbors.h.
   double (*dot)(const float* a, const float* b, int64_t dim);
 
-  // u = x * scale rounded to float32 (or on to bfloat16), with what is below the normal range set to zero.
+  // u = x * scale, rounded to float32 or bfloat16. Subnormal results become zero.
   RoundedRow (*round)(const float* x, double scale, int64_t dim, bool to_bfloat16, float* rounded);
 
-  // c (tile_rows, tile_columns): a points at the first row inside its panel, b at the first of its panels.
+  // c (tile_rows, tile_columns). a points to the first row within its panel, b to the first of its panels.
   void (*product)(const float* a, const float* b, int64_t dim, float* c);
 
-  // Enters every element of a tile that reaches its row's threshold; for rows beyond the list's end as well, which must
-  // exist and be closed.
+  // Adds every element of a tile that reaches its row's threshold to the row's list. Rows beyond the end of the lists
+  // must exist and be closed.
   void (*filter)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
                  CandidateLists& lists);
-  // The same for the rows and for the columns of a tile, which are then rows of the lists, too.
+  // The same for the rows and the columns of a tile; the columns are rows of the lists as well.
   void (*filter_both)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
                       CandidateLists& lists);
 
-  // Raises the row's threshold and drops what falls below. final: as tight as float32 allows.
+  // Raises the row's threshold and drops the candidates below it. final: as tight as float32 allows.
   void (*tighten)(CandidateLists& lists, int64_t row, bool final);
 };
 
@@ -64,17 +64,17 @@ SCAN_FAST_DECLARE_PER_ISA(const neighbors::CpuKernels& neighbor_kernels())
 
 namespace scan_fast::neighbors {
 
-// bfloat16 products on AMX tiles: 32 query rows with 32 database rows. Panels are stored tile by tile, see cpu_amx.cpp.
+// bfloat16 products on AMX tiles: 32 query rows with 32 database rows. cpu_amx.cpp describes the layout of panels.
 constexpr int64_t kAmxTile = 32;
 
-// The size in elements of a packed panel of kAmxTile rows.
+// Returns the size in elements of a packed panel of kAmxTile rows.
 int64_t amx_panel_size(int64_t dim);
 
-// Writes one rounded row (its values are exact in bfloat16) into a query panel or a database panel.
+// Writes one rounded row, whose values are exact in bfloat16, into a query panel or a database panel.
 void amx_pack_query(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
 void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, uint16_t* panel);
 
-// c (32, 32) = a b^T, inside an AmxSession.
+// c (32, 32) = a b^T. Requires an AmxSession.
 void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c);
 
 }  // namespace scan_fast::neighbors

@@ -1,8 +1,8 @@
 // Operands and candidate lists of the CPU neighbour search.
 //
-// Rows are scaled, rounded and packed once, in the order in which the tile products read them: AMX wants its left
-// operand by rows and its right one by pairs of columns (cpu_amx.cpp), float32 vectors want panels (dim, lanes) on both
-// sides (cpu_kernels.cpp), so that there one packing serves both.
+// Rows are scaled, rounded and packed once, in the order in which the tile products read them. AMX needs its left
+// operand by rows and its right one by pairs of columns (cpu_amx.cpp). float32 vectors need panels (dim, lanes) on both
+// sides (cpu_kernels.cpp), so one packed copy serves both.
 #include "neighbors/cpu_search.h"
 
 namespace scan_fast::neighbors {

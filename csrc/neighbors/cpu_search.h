@@ -1,5 +1,5 @@
-// What the searches of the CPU neighbour search share: rows and what is known about them, packed operands, lists of
-// candidates, and the decision by exact similarities.
+// Parts that the CPU neighbour searches share: measured rows, packed operands, candidate lists, and the decision by
+// exact similarities.
 #pragma once
 
 #if defined(__linux__)
@@ -25,8 +25,8 @@ const CpuKernels& kernels();
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cache-line aligned, uninitialised memory; on huge pages where it is large and the system has them on request, for
-// lists and panels are met in an order that ordinary pages answer with a table walk.
+// Uninitialised memory, aligned to cache lines. Large buffers are on huge pages if the system provides them on request:
+// lists and panels are accessed in an order that would cause TLB misses on ordinary pages.
 template <typename T>
 class Buffer {
  public:
@@ -52,11 +52,11 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// The rows of one side with what is known about them before any search.
+// Rows of one operand and their lengths, measured before any search.
 struct Rows {
   const float* data;
-  std::vector<double> length;  // sqrt(v.v), not clamped; non-finite exactly where the row has a non-finite entry
-  std::vector<double> scale;   // to the units of the fast search
+  std::vector<double> length;  // sqrt(v.v), not clamped; non-finite if and only if the row has a non-finite entry
+  std::vector<double> scale;   // factor to the units of the fast search
   double longest = 0;          // the largest finite length
   double unit = 1;             // "dot": the power of two in scale
 
@@ -65,17 +65,17 @@ struct Rows {
 
 inline double cosine_length(double length) { return std::max(length, 1e-12); }
 
-// One of the two ways to multiply tiles: bfloat16 on AMX tiles, or float32 in vector registers. Rows are packed in
-// panels of panel_rows; a tile is tile_rows rows of the left operand by tile_columns rows of the right one.
+// One of two ways to multiply tiles: bfloat16 on AMX tiles, or float32 in vector registers. Rows are packed in panels
+// of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows of the right one.
 struct TileEngine {
   bool amx;
   int64_t dim, tile_rows, tile_columns, panel_rows, panel_bytes;
 
   TileEngine(bool use_amx, int64_t dim);
-  // Writes one rounded row into its zeroed panel. For float32, both layouts are the same.
+  // Writes one rounded row into its zeroed panel. The two layouts are the same for float32.
   void pack_left(const float* rounded, int64_t row, uint8_t* packed) const;
   void pack_right(const float* rounded, int64_t row, uint8_t* packed) const;
-  // c (tile_rows, tile_columns) for the tile that begins at row `left` of a and row `right` of b.
+  // Computes c (tile_rows, tile_columns) for the tile that begins at row `left` of a and row `right` of b.
   void multiply(const uint8_t* a, int64_t left, const uint8_t* b, int64_t right, float* c) const {
     const uint8_t* const a_panel = a + left / panel_rows * panel_bytes;
     const uint8_t* const b_panel = b + right / panel_rows * panel_bytes;
@@ -88,7 +88,7 @@ struct TileEngine {
   }
 };
 
-// The tile layout of the calling thread, where the engine needs one.
+// Configures AMX tiles for the calling thread if the engine uses them.
 class EngineSession {
  public:
   explicit EngineSession(const TileEngine& engine) : amx_(engine.amx ? std::make_unique<AmxSession>() : nullptr) {}
@@ -108,7 +108,7 @@ struct PackedDatabase {
 
 PackedDatabase pack_database(const TileEngine& engine, const Rows& database, int64_t n, bool both_sides);
 
-// The memory of the candidate lists of some rows. All lists begin closed.
+// Memory of the candidate lists of some rows. All lists are closed at first.
 struct ListMemory {
   Buffer<float> threshold, value;
   Buffer<int32_t> index, count, limit;
@@ -124,12 +124,12 @@ struct Neighbor {
   int32_t index;
 };
 
-// A total order, so that the k best are the same whatever order they come in.
+// A total order, so that the k best do not depend on the order of the candidates.
 inline bool better(const Neighbor& a, const Neighbor& b) {
   return a.similarity > b.similarity || (a.similarity == b.similarity && a.index < b.index);
 }
 
-// What all searches of one call share.
+// Inputs and outputs that all searches of one call share.
 struct Search {
   const TopkProblem& problem;
   const Rows& queries;
@@ -139,23 +139,23 @@ struct Search {
   int64_t* index;
 
   float exact(int64_t i, int64_t j) const;
-  // Opens the list of query i as row `row` of the lists; closed for good where no fast search can decide.
+  // Opens the list of query i as row `row` of the lists. If no fast search can decide, the list stays closed.
   void open(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed, CandidateLists& lists,
             int64_t row) const;
-  // Decides query i by the exact similarities of its candidates; false if its list overflowed.
+  // Decides query i by the exact similarities of its candidates. Returns false if its list overflowed.
   bool decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<Neighbor>& found) const;
-  // Writes the k best of the candidates; reorders them.
+  // Writes the k best candidates. Reorders `found`.
   void write(int64_t i, std::vector<Neighbor>& found) const;
 
  private:
   double error_bound(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed) const;
 };
 
-// Each searches and returns the queries that it could not decide, in ascending order.
-// The given queries against all rows, in blocks of queries.
+// Each returns the queries that it could not decide, in ascending order.
+// Searches the given queries against all rows, in blocks of queries.
 std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, bool amx,
                                    int64_t capacity);
-// All rows of a database against each other, each pair multiplied once.
+// Searches all rows of a database against each other; each pair is multiplied once.
 std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t capacity);
 
 }  // namespace scan_fast::neighbors

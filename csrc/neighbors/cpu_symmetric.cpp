@@ -1,23 +1,24 @@
-// The rows of a database against each other: every pair is multiplied once, and its similarity offered to both rows.
+// Search of the CPU: the rows of a database against each other. Each pair is multiplied once, and its similarity is
+// offered to the lists of both rows.
 //
-// Rows form blocks. A task multiplies block i with block j; a tile of similarities is filtered by the thresholds of its
-// rows and, read the other way, of its columns, while it is in the first cache. The N x N matrix never exists; the
-// lists of all rows do (N capacity entries). Limit: N^2 D flops, half of search_blocks.
+// Rows form blocks. A task multiplies block i with block j. A tile of similarities is filtered by the thresholds of its
+// rows and of its columns while it is in the L1 cache. The N x N matrix is never stored; the lists of all rows are (N
+// capacity entries). Limit: N^2 D flops, half of search_blocks.
 //
 // Why it is exact. In a self-search both operands hold the same rounded rows u^, so the computed s^_ij differs from
 // s_ij = s_ji by at most
 //   |u_j| |u_i - u^_i| + |u_j - u^_j| |u^_i| + gamma |u^_i| |u^_j|  <=  eps_j  (and, exchanging i and j, <= eps_i),
-// for gamma bounds the float32 accumulation in any order of the sum and on either side of the product. So s^_ij is as
-// good for row j as s^_ji would be, and the argument of neighbors.h holds for the list of row j: it is offered each
-// other row exactly once, keeps what reaches t - 2 eps_j, and t only rises to values that k of its entries reach.
+// because gamma bounds the float32 accumulation for any order of the sum and of the operands. So s^_ij is as good for
+// row j as s^_ji would be, and the argument of neighbors.h holds for the list of row j: each other row is offered to it
+// exactly once, it keeps those that reach t - 2 eps_j, and t only rises to values that k of its entries reach.
 //
-// Who owns a list. The tasks are a tournament of m (odd, at least the number of blocks) players: in round h, blocks
-// h + s and h - s (mod m) meet, s = 0 .. (m - 1) / 2. Two blocks meet in exactly one round, a block meets itself
-// (s = 0) in one, and each has one match a round. So within a round no two tasks share a list, and there are no locks.
-// There is no barrier between rounds either: threads take tasks in order, and a task begins when its two blocks have
-// finished the round before. Such a task comes earlier in the order, so the earliest unfinished task never waits and
-// no thread waits for ever. Every list receives its candidates in the order of the rounds, so two runs with as many
-// threads fill the same lists. The first round sets thresholds that already keep out nearly all that follows.
+// Why no locks are needed. The tasks are a round-robin tournament of m (odd, at least the number of blocks) players: in
+// round h, blocks h + s and h - s (mod m) meet, s = 0 .. (m - 1) / 2. Two blocks meet in exactly one round, a block
+// meets itself (s = 0) in one round, and each block has one match per round. So no two tasks of a round use the same
+// list. There is no barrier between rounds: threads take tasks in order, and a task begins when its two blocks have
+// finished the previous round. Those tasks come earlier in the order, so the earliest unfinished task never waits, and
+// there is no deadlock. Every list receives its candidates in the order of the rounds, so two runs with equally many
+// threads fill equal lists. The first round sets thresholds that already exclude nearly all later candidates.
 #include <atomic>
 #include <thread>
 
@@ -26,17 +27,17 @@
 namespace scan_fast::neighbors {
 namespace {
 
-// Large enough that loading two blocks is cheap against multiplying them, small enough that both stay in the second
-// cache (1 MiB), and with two matches a round for each thread.
+// Chooses blocks large enough that loading two is cheap compared with multiplying them, small enough that both stay in
+// the L2 cache (1 MiB), and numerous enough for two matches per round and thread.
 int64_t rows_per_block(const TileEngine& engine, int64_t n) {
   const int64_t row_bytes = engine.panel_bytes / engine.panel_rows;
   const int64_t wanted = std::min<int64_t>({512, (512 << 10) / row_bytes, ceil_div(n, 4 * max_threads())});
   return std::max<int64_t>(ceil_div(wanted, engine.tile_columns), 1) * engine.tile_columns;
 }
 
-// One thread's part of a match. left and right are the first rows of the blocks.
-void meet(const TileEngine& engine, const PackedDatabase& packed, int64_t left, int64_t left_rows, int64_t right,
-          int64_t right_rows, float* tile, CandidateLists& lists) {
+// Multiplies two blocks and filters the products. left and right are the first rows of the blocks.
+void multiply_blocks(const TileEngine& engine, const PackedDatabase& packed, int64_t left, int64_t left_rows,
+                     int64_t right, int64_t right_rows, float* tile, CandidateLists& lists) {
   const auto filter = left == right ? kernels().filter : kernels().filter_both;
   for (int64_t column = right; column < right + right_rows; column += engine.tile_columns) {
     for (int64_t row = left; row < left + left_rows; row += engine.tile_rows) {
@@ -74,11 +75,11 @@ std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t ca
       for (const int64_t block : {one, other}) {
         while (rounds_done[block].load(std::memory_order_acquire) != round) std::this_thread::yield();
       }
-      // With an even number of blocks, one player is missing.
+      // If the number of blocks is even, one player has no block.
       if (one < blocks && other < blocks) {
         const int64_t left = one * block_rows, right = other * block_rows;
-        meet(engine, packed, left, std::min(block_rows, n - left), right, std::min(block_rows, n - right),
-             tiles[thread].data(), lists);
+        multiply_blocks(engine, packed, left, std::min(block_rows, n - left), right,
+                        std::min(block_rows, n - right), tiles[thread].data(), lists);
       }
       for (const int64_t block : {one, other}) rounds_done[block].store(round + 1, std::memory_order_release);
     }

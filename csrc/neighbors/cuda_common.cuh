@@ -1,6 +1,6 @@
-// The GPU neighbour search: memory that the kernels share, and what rows, sums and keys are.
+// GPU neighbour search: workspace, and arithmetic of rows, exact sums and keys.
 //
-// Part of neighbors_cuda.cu and neighbors_sm90.cu, which alone include it.
+// Included by neighbors_cuda.cu and neighbors_sm90.cu only.
 #pragma once
 
 #include <cfloat>
@@ -13,21 +13,21 @@
 
 namespace scan_fast {
 
-// What the kernels share in global memory. u^ and u~ lie in panels (common/panels.h), their rows padded with zeros to a
-// multiple of kRowPadding.
+// Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h); their rows are padded
+// with zeros to a multiple of kRowPadding.
 struct TopkWorkspace {
-  double* query_length;      // (Q,) |v|, non-finite where the row has a non-finite entry
+  double* query_length;      // (Q,) |v|, non-finite if the row has a non-finite entry
   double* database_length;   // (N,); the same memory in a self-search
-  half_t* query_rounded;     // packed u^; likewise
+  half_t* query_rounded;     // packed u^
   half_t* database_rounded;
   half_t* query_low;         // packed u~, the rounded u - u^; written only if a query is searched again
   half_t* database_low;
   double* query_residual;    // (Q,) |u - u^|
   double* query_norm;        // (Q,) |u^|
   double* query_remainder;   // (Q,) |u - u^ - u~|
-  double* margin;            // (Q,) 2 eps; +inf: only brute force can decide; -1: a query without neighbours
-  // Maxima as the bit patterns of non-negative doubles, which order like integers: the longest query and database row,
-  // and over the database |u - u^|, |u^| and |u - u^ - u~|.
+  double* margin;            // (Q,) 2 eps; +inf: only brute force can decide; -1: query without neighbours
+  // Maxima as bit patterns of non-negative doubles, which order like integers: the longest query and database row, and
+  // over the database |u - u^|, |u^| and |u - u^ - u~|.
   unsigned long long* longest_query;
   unsigned long long* longest_database;
   unsigned long long* worst_residual;
@@ -39,8 +39,8 @@ struct TopkWorkspace {
   int32_t* hard;                        // (Q,)
   unsigned* tickets;                    // (blocks of search_finely,)
   uint2* candidates;         // search_tiles: (batch, splits, capacity); search_finely: (blocks, rows, capacity)
-  int32_t* counts;           // the same without capacity; -1: the list outgrew its room
-  unsigned long long* keys;  // search_exactly: (blocks, N + power of two of k); the memory of the candidates
+  int32_t* counts;           // the same without capacity; -1: the list overflowed
+  unsigned long long* keys;  // search_exactly: (blocks, N + power of two of k); shares the memory of the candidates
 };
 
 namespace {
@@ -49,13 +49,13 @@ using Workspace = TopkWorkspace;
 
 constexpr int kThreads = 256;
 constexpr int64_t kRowPadding = 2 * kPanelRows;
-constexpr double kUnit = 128;  // the length that the fast search scales rows to
+constexpr double kUnit = 128;  // row length in the units of the fast search
 
-// Where the candidates of one query are: `splits` lists.
+// The candidates of one query: `splits` lists.
 struct Candidates {
   const uint2* entries;
   const int32_t* counts;
-  int64_t entry_stride, count_stride;  // from split to split
+  int64_t entry_stride, count_stride;  // distance between splits
   int splits;
 };
 
@@ -66,7 +66,7 @@ __device__ __forceinline__ double max_of(const unsigned long long* bits) {
   return value;
 }
 
-__device__ __forceinline__ void raise(unsigned long long* bits, double value) {
+__device__ __forceinline__ void atomic_max(unsigned long long* bits, double value) {
   unsigned long long pattern;
   memcpy(&pattern, &value, sizeof(pattern));
   atomicMax(bits, pattern);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void raise(unsigned long long* bits, double value) {
 
 __device__ __forceinline__ double clamped(double length) { return length < 1e-12 ? 1e-12 : length; }
 
-// The power of two that brings the longest row to a length in [kUnit / 2, kUnit).
+// Returns the power of two that scales the longest row to a length in [kUnit / 2, kUnit).
 __device__ __forceinline__ double unit_scale(double longest) {
   int exponent = 0;
   if (longest > 0) frexp(longest, &exponent);
@@ -85,16 +85,16 @@ __device__ __forceinline__ double row_scale(double length, double longest, bool 
   return normalize ? kUnit / clamped(length) : unit_scale(longest);
 }
 
-// The sum of neighbors.h: lane l of the warp takes d = l mod 32.
+// Computes the exact sum of neighbors.h: lane l of the warp takes d = l mod 32.
 __device__ __forceinline__ double exact_dot(const float* a, const float* b, int64_t dim) {
   double sum = 0;
   for (int64_t d = threadIdx.x % 32; d < dim; d += 32) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
   return warp_sum(sum);
 }
 
-// Larger is better: by similarity, then by the smaller index. No pair has key 0.
+// Larger keys are better: higher similarity first, then smaller index. No pair has key 0.
 __device__ __forceinline__ unsigned long long make_key(float similarity, int64_t index) {
-  const unsigned bits = __float_as_uint(similarity + 0.0f);  // -0 becomes 0, which it equals
+  const unsigned bits = __float_as_uint(similarity + 0.0f);  // -0 becomes 0
   const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - static_cast<unsigned>(index));
 }
@@ -111,7 +111,7 @@ __device__ __forceinline__ void write_key(const TopkProblem& problem, float* sim
                                           int64_t rank, unsigned long long key) {
   const unsigned ordered = static_cast<unsigned>(key >> 32);
   const unsigned bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
-  const bool valid = key != 0 && bits != 0xff800000u;  // -inf counts as missing
+  const bool valid = key != 0 && bits != 0xff800000u;  // -inf means missing
   similarity[i * problem.k + rank] = __uint_as_float(valid ? bits : 0xff800000u);
   index[i * problem.k + rank] = valid ? static_cast<int64_t>(0xffffffffu - static_cast<unsigned>(key)) : -1;
 }

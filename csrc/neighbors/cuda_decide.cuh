@@ -1,7 +1,7 @@
-// The GPU neighbour search: exact similarities decide, of the candidates where those are known to suffice, else of all
-// rows.
+// GPU neighbour search: decision by exact similarities, among the candidates if these are known to suffice, otherwise
+// among all rows.
 //
-// Part of neighbors_cuda.cu, which alone includes it.
+// Included by neighbors_cuda.cu only.
 #pragma once
 
 #include "neighbors/cuda_lists.cuh"
@@ -9,10 +9,10 @@
 namespace scan_fast {
 namespace {
 
-constexpr int64_t kMaxFastK = 1024;  // the keys of one query's candidates must fit in shared memory
+constexpr int64_t kMaxFastK = 1024;  // the keys of one query's candidates must fit into shared memory
 constexpr int kDecideThreads = 128, kExactThreads = 256;
 
-// One block sorts keys[0, size), size a power of two, descending.
+// Sorts keys[0, size) in descending order, by one block. size is a power of two.
 template <typename Keys>
 __device__ __forceinline__ void sort_descending(Keys keys, int64_t size) {
   for (int64_t width = 2; width <= size; width *= 2) {
@@ -32,8 +32,8 @@ __device__ __forceinline__ void sort_descending(Keys keys, int64_t size) {
   __syncthreads();
 }
 
-// One block decides query i; false, for all threads, if its candidates are not known to suffice. keys: max_keys in
-// shared memory, a power of two, at least k.
+// Decides query i, by one block. Returns false to all threads if the candidates are not known to suffice. keys:
+// max_keys in shared memory, a power of two, at least k.
 __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const Workspace& work, int64_t i,
                                              double margin, const Candidates& lists, const Shared<unsigned long long>& keys,
                                              int max_keys, float* similarity, int64_t* index) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const W
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const auto count_of = [&](int s) { return lists.counts[s * lists.count_stride]; };
 
-  if (margin < 0) {  // a query with a non-finite entry
+  if (margin < 0) {  // query with a non-finite entry
     for (int64_t rank = thread; rank < k; rank += threads) write_key(problem, similarity, index, i, rank, 0);
     return true;
   }
@@ -59,13 +59,13 @@ __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const W
   if (warp == 0) {
     float bound = -FLT_MAX;
     if (total > k) {
-      // Entry e of all lists together.
+      // Entry e of the concatenated lists.
       const auto value_at = [&](int e) {
         int s = 0;
         while (e >= count_of(s)) e -= count_of(s++);
         return __uint_as_float(lists.entries[s * lists.entry_stride + e].x);
       };
-      bound = lowered(reached_by(k, total, 40, value_at), margin);
+      bound = subtract_margin(reached_by(k, total, 40, value_at), margin);
     }
     if (thread == 0) shared_bound[0] = bound;
   }
@@ -100,7 +100,7 @@ __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const W
   return true;
 }
 
-// Block b decides query first_query + b by the lists of search_tiles, or leaves it to search_finely.
+// Block b decides query first_query + b from the lists of search_tiles, or passes it on to search_finely.
 __global__ void __launch_bounds__(kDecideThreads)
     decide(TopkProblem problem, Workspace work, int64_t first_query, int splits, int capacity, int max_keys,
            float* __restrict__ similarity, int64_t* __restrict__ index) {
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kDecideThreads)
   }
 }
 
-// Blocks share the hard queries (all: every query): keys of all rows, the k-th largest by radix selection (keys are
-// distinct), a sort.
+// Brute force for the hard queries (`all`: for every query), distributed over blocks: keys of all rows, the k-th
+// largest by radix selection (keys are distinct), a sort.
 __global__ void __launch_bounds__(kExactThreads)
     search_exactly(TopkProblem problem, Workspace work, bool all, int64_t sort_keys, float* __restrict__ similarity,
                    int64_t* __restrict__ index) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kExactThreads)
       }
       if (thread % 32 == 0) keys[j] = key;
     }
-    // The k-th largest key, eight bits at a time from the top.
+    // Find the k-th largest key, eight bits at a time from the top.
     if (thread == 0) {
       chosen[0] = 0ull;
       remaining[0] = static_cast<long long>(k);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kExactThreads)
       }
       __syncthreads();
     }
-    const unsigned long long kth = chosen[0];  // 0 where there are fewer than k neighbours
+    const unsigned long long kth = chosen[0];  // 0 if there are fewer than k neighbours
     for (int64_t e = thread; e < sort_keys; e += kExactThreads) best[e] = 0;
     __syncthreads();
     for (int64_t j = thread; j < n; j += kExactThreads) {

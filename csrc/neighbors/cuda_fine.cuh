@@ -1,16 +1,16 @@
-// The GPU neighbour search: the queries that float16 tiles could not decide, with products of 22 bits and longer lists.
+// GPU neighbour search: products of 22 bits and longer lists, for the queries that float16 tiles could not decide.
 //
-// search_finely: how many queries are undecided is known to the device alone, so a fixed grid shares them, a block for
-// 64 of them x a share of the columns (all of them unless there are fewer blocks of queries than blocks); the last
-// block to finish with 64 queries decides them. Tile 64 x 128, 8 warps (2 x 4) of 32 x 32; 64 columns of dim at a time,
-// high and low parts of both operands (48 KiB), through a ring of two cp.async stages. Three mma.m16n8k16 for each of
-// search_tiles: high x high goes to the total after every 32 columns, so that it is summed in float32 to nearest, and
-// not truncated, over long rows; high x low and low x high share an accumulator of their own. fine_margin says what
-// that is worth. Thread: 3 x 32 accumulators.
+// search_finely: only the device knows the number of undecided queries, so the grid has a fixed size. A work item is 64
+// of these queries x a column split (a single split unless there are fewer blocks of queries than blocks of the grid).
+// The last block to finish with 64 queries decides them. The tile is 64 x 128, 8 warps (2 x 4) of 32 x 32. High and low
+// parts of both operands pass through a ring of two cp.async stages, 64 dimensions at a time (48 KiB). There are three
+// mma.m16n8k16 for each one of search_tiles. high x high is added to the total after every 32 dimensions, so that over
+// long rows it is summed in float32 with rounding to nearest, not truncated. high x low and low x high share a separate
+// accumulator. fine_margin bounds the resulting error. 3 x 32 accumulators per thread.
 //
 // Limit: 6 U N D flops at the float16 rate for U undecided queries.
 //
-// Part of neighbors_cuda.cu, which alone includes it.
+// Included by neighbors_cuda.cu only.
 #pragma once
 
 #include "common/row_groups.cuh"
@@ -21,7 +21,7 @@ namespace scan_fast {
 namespace {
 
 constexpr int kFineRows = 64, kFineColumns = kPanelRows;
-constexpr int kFinePart = (kFineRows + kFineColumns) * kPanelDims;  // the high, or the low, parts of a stage
+constexpr int kFinePart = (kFineRows + kFineColumns) * kPanelDims;  // elements of the high (or low) parts of a stage
 constexpr int kFineStage = 2 * kFinePart;
 constexpr size_t kFineShared = size_t{2} * kFineStage * sizeof(half_t);
 
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t item = blockIdx.x; item < row_blocks * splits; item += gridDim.x) {
     const int64_t row_block = item / splits;
     const int split = static_cast<int>(item % splits);
-    // With splits there are no more items than blocks; without, a block keeps its lists for one item after the other.
+    // With splits there are no more items than blocks. Without, a block reuses its lists for one item after the other.
     const int64_t first_slot = (splits > 1 ? row_block * splits : blockIdx.x) * kFineRows;
     const int64_t my_slot = first_slot + split * kFineRows;
     const auto list_of = [&](int row) { return work.candidates + (my_slot + row) * capacity; };
 
-    __syncthreads();  // the item before is done with shared memory
+    __syncthreads();  // the previous item no longer uses shared memory
     if (thread < kFineRows) {
       const int64_t place = row_block * kFineRows + thread;
       const bool inside = place < undecided;
@@ -66,13 +66,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
 
-    // Thread: 16-byte piece thread % 8 of rows thread / 8 + {0, 32, ...}. A tile of the database lies in memory as it
-    // will in shared memory; the queries are gathered, and each piece moves to its row's new place.
-    const int load_row = thread / 8, piece = thread % 8;
-    const int query_slot = load_row * kPanelDims + (piece ^ load_row % 8) * 8;
-    const int offset = load_row * kPanelDims + piece * 8;
+    // Each thread loads the 16-byte vector thread % 8 of rows thread / 8 + {0, 32, ...}. A database tile has the same
+    // layout in global and in shared memory. Queries are gathered, and each vector is swizzled for its new row.
+    const int load_row = thread / 8, vector = thread % 8;
+    const int query_slot = load_row * kPanelDims + (vector ^ load_row % 8) * 8;
+    const int offset = load_row * kPanelDims + vector * 8;
     const int32_t first_query = query[load_row], second_query = query[load_row + 32];
-    const int64_t query_from[2] = {panel_at(first_query, piece * 8, panels), panel_at(second_query, piece * 8, panels)};
+    const int64_t query_from[2] = {panel_at(first_query, vector * 8, panels),
+                                   panel_at(second_query, vector * 8, panels)};
     int load_tile = static_cast<int>(tiles * split / splits);
     const int last_tile = static_cast<int>(tiles * (split + 1) / splits);
     int load_panel = 0, load_stage = 0;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_next();
     while (tile < last_tile) {
       cp_async_wait<0>();
-      __syncthreads();  // this stage has landed for all, and all are done with the other, which is refilled next
+      __syncthreads();  // this stage has arrived, and no thread reads the other one, which is refilled next
       load_next();
       const Shared<half_t> a_tile = stages + stage * kFineStage, b_tile = a_tile + kFineRows * kPanelDims;
       stage ^= 1;
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-      __syncthreads();  // the lists are complete
+      __syncthreads();  // all candidates of the tile are entered
       lists.make_room<kFineRows * 32 / kThreads>(warp, kThreads / 32, list_of, [&](int row) -> double {
         return margin[row];
       });
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread < kFineRows) work.counts[my_slot + thread] = count[thread];
     if (!is_last_block(work.tickets + row_block, static_cast<unsigned>(splits))) continue;
 
-    // All shares of the columns are done: this block decides.
+    // All column splits are done, so this block decides.
     for (int row = 0; row < kFineRows && row_block * kFineRows + row < undecided; ++row) {
       const int32_t i = query[row];
       const Candidates found{work.candidates + (first_slot + row) * capacity, work.counts + first_slot + row,

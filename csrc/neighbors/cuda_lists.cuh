@@ -1,12 +1,12 @@
-// The GPU neighbour search: a block's lists of candidates, whichever matrix instructions find the values.
+// GPU neighbour search: candidate lists of a block, for any matrix instruction.
 //
 // Every row of a tile has a threshold, a count and a limit in shared memory, and a list of at most `capacity` entries
-// (similarity bits, column) in global memory, which the second cache holds. Threads enter what reaches the threshold,
-// the slot from an atomic. Between two tiles, behind barriers, a warp per row that is over its limit raises the
-// threshold and drops what falls below it. So the set of candidates is the same in every run; only its order in the
-// list varies, and nothing depends on that.
+// (similarity bits, column) in global memory, cached in L2. Threads enter values that reach the threshold, at a slot
+// from an atomic. Between two tiles, separated by barriers, one warp per row over its limit raises the threshold and
+// drops the candidates below it. So the set of candidates is the same in every run; only its order in the list varies,
+// and no result depends on that.
 //
-// Part of neighbors_cuda.cu and neighbors_sm90.cu, which alone include it.
+// Included by neighbors_cuda.cu and neighbors_sm90.cu only.
 #pragma once
 
 #include "neighbors/cuda_common.cuh"
@@ -14,7 +14,7 @@
 namespace scan_fast {
 namespace {
 
-// One warp: the largest value found by bisection that at least k entries reach. Called with count > k.
+// Finds by bisection the largest value that at least k entries reach. Called by one warp, with count > k.
 template <typename ValueAt>
 __device__ __forceinline__ float reached_by(int64_t k, int count, int steps, ValueAt value_at) {
   const int lane = threadIdx.x % 32;
@@ -40,17 +40,17 @@ __device__ __forceinline__ float reached_by(int64_t k, int count, int steps, Val
   return low;
 }
 
-__device__ __forceinline__ float lowered(float reached, double margin) {
+__device__ __forceinline__ float subtract_margin(float reached, double margin) {
   const double bound = static_cast<double>(reached) - margin;
   const float threshold = static_cast<float>(bound);
   return static_cast<double>(threshold) > bound ? nextafterf(threshold, -INFINITY) : threshold;
 }
 
-// One warp raises a row's threshold and drops the candidates that fall below it; returns how many stay.
+// Raises a row's threshold and drops the candidates below it, by one warp. Returns how many stay.
 __device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double margin, float& threshold) {
   const int lane = threadIdx.x % 32;
   const float reached = reached_by(k, count, 14, [&](int e) { return __uint_as_float(list[e].x); });
-  const float bound = lowered(reached, margin);
+  const float bound = subtract_margin(reached, margin);
   threshold = bound > threshold ? bound : threshold;
   int kept = 0;
   for (int base = 0; base < count; base += 32) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double
     if (inside) entry = list[base + lane];
     const bool stays = inside && __uint_as_float(entry.x) >= threshold;
     const unsigned ballot = __ballot_sync(kFullMask, stays);
-    // Entries only move towards the front, and all 32 were read before the ballot.
+    // Safe in place: entries only move towards the front, and all 32 were read before the ballot.
     if (stays) list[kept + __popc(ballot & ((1u << lane) - 1))] = entry;
     kept += __popc(ballot);
     __syncwarp();
@@ -67,30 +67,30 @@ __device__ __forceinline__ int tighten(uint2* list, int count, int64_t k, double
   return kept;
 }
 
-// kTile: how many entries one tile may add to a row.
+// kTile: number of entries that one tile may add to a row.
 template <int kTile>
 struct RowLists {
   Shared<float> threshold;
-  Shared<int> count;  // -1: the list outgrew its room
+  Shared<int> count;  // -1: the list overflowed
   Shared<int> limit;
   int k, capacity;
 
   __device__ __forceinline__ int first_limit() const { return 4 * k < 128 ? 128 : 4 * k; }
-  __device__ __forceinline__ int last_limit() const { return capacity - kTile; }  // the next tile must fit
+  __device__ __forceinline__ int last_limit() const { return capacity - kTile; }  // leaves room for the next tile
   __device__ __forceinline__ void set_limit(int row, int wanted) const {
     wanted = wanted > first_limit() ? wanted : first_limit();
     limit[row] = wanted < last_limit() ? wanted : last_limit();
   }
 
-  // By one thread per row. A margin that is negative or infinite leaves the list empty.
+  // Called by one thread per row. With a negative or infinite margin the list stays empty.
   __device__ __forceinline__ void open(int row, double margin) const {
     threshold[row] = margin >= 0 && margin <= DBL_MAX ? -FLT_MAX : INFINITY;
     count[row] = 0;
     set_limit(row, 0);
   }
 
-  // A thread's values of one row, value_at(c, e) that of column first_column + 8 c + e: the accumulators of mma and of
-  // wgmma alike. Their maximum decides at about one instruction per value whether to look closer.
+  // Enters a thread's values of one row; value_at(c, e) is that of column first_column + 8 c + e, as in the
+  // accumulators of mma and wgmma. Their maximum is tested first, at about one instruction per value.
   template <int kColumns8, typename ListOf, typename ValueAt>
   __device__ __forceinline__ void enter(const TopkProblem& problem, const double* database_length, int row, int query,
                                         ListOf list_of, int first_column, ValueAt value_at) const {
@@ -116,7 +116,8 @@ struct RowLists {
     }
   }
 
-  // By one warp, once its rows first_row, first_row + stride, ... are complete: makes room in them for the next tile.
+  // Called by one warp when its rows first_row, first_row + stride, ... are complete. Makes room in them for the next
+  // tile.
   template <int kRows, typename ListOf, typename MarginOf>
   __device__ __forceinline__ void make_room(int first_row, int stride, ListOf list_of, MarginOf margin_of) const {
     static_assert(kRows <= 32);

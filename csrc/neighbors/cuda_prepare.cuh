@@ -1,6 +1,6 @@
-// The GPU neighbour search: lengths, float16 copies of the rows, and each query's margins.
+// GPU neighbour search: lengths, float16 copies of the rows, and the margin of each query.
 //
-// Part of neighbors_cuda.cu, which alone includes it.
+// Included by neighbors_cuda.cu only.
 #pragma once
 
 #include "neighbors/cuda_common.cuh"
@@ -15,11 +15,11 @@ __global__ void __launch_bounds__(kThreads) measure_rows(const float* __restrict
   const double value = sqrt(exact_dot(x + row * dim, x + row * dim, dim));
   if (threadIdx.x % 32 == 0) {
     length[row] = value;
-    if (value <= DBL_MAX) raise(longest, value);
+    if (value <= DBL_MAX) atomic_max(longest, value);
   }
 }
 
-// residual and norm may be null (a database that is not also the queries), likewise the maxima.
+// residual and norm may be null (for a database that is not the queries), and so may the maxima.
 __global__ void __launch_bounds__(kThreads)
     round_rows(const float* __restrict__ x, int64_t rows, int64_t padded_rows, int64_t dim, int panels, bool normalize,
                const double* __restrict__ length, const unsigned long long* longest, half_t* __restrict__ rounded,
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads)
     norm[row] = norm_squared;
   }
   if (worst_residual != nullptr) {
-    raise(worst_residual, residual_squared);
-    raise(longest_rounded, norm_squared);
+    atomic_max(worst_residual, residual_squared);
+    atomic_max(longest_rounded, norm_squared);
   }
 }
 
-// What rounding left, for the finer product; a fixed grid, and nothing to do where every query is decided.
+// Packs the rounding residuals for the finer product. The grid is fixed; returns at once if every query is decided.
 __global__ void __launch_bounds__(kThreads)
     round_remainders(const float* __restrict__ x, int64_t rows, int64_t padded_rows, int64_t dim, int panels,
                      bool normalize, const double* __restrict__ length, const unsigned long long* longest,
@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(kThreads)
     squared = sqrt(warp_sum(squared));
     if (threadIdx.x % 32 != 0 || row >= rows) continue;
     if (remainder != nullptr) remainder[row] = squared;
-    if (worst_remainder != nullptr) raise(worst_remainder, squared);
+    if (worst_remainder != nullptr) atomic_max(worst_remainder, squared);
   }
 }
 
-// What every bound has in common: the query's |u_i|, the database's largest |u_j|, |u_j - u^_j| and |u^_j|, and how far
-// apart two similarities must be to differ after rounding to float32.
+// Inputs that all bounds share: the query's |u_i|, the database's largest |u_j|, |u_j - u^_j| and |u^_j|, and the
+// distance at which two similarities differ after rounding to float32.
 struct Magnitudes {
   double query, longest, residual, rounded, spacing;
 };
@@ -97,10 +97,10 @@ __device__ __forceinline__ Magnitudes magnitudes(const TopkProblem& problem, con
   return m;
 }
 
-// How much a sum of products may lose per |a||b|: matrix units add 16 aligned products and the sum so far, and may
-// truncate each of the 17, and the result, at 24 bits.
+// Bounds the error of a sum of products per |a||b|. Matrix units add 16 aligned products and the previous sum. They may
+// truncate each of the 17, and the result, to 24 bits.
 __device__ __forceinline__ double truncation(double products) { return (products * 1.125 + 4) * ldexp(1.0, -23); }
-// Beside that, every term may be flushed to zero.
+// In addition, every term may be flushed to zero.
 __device__ __forceinline__ double underflow(double products) { return (products * 1.125 + 4) * ldexp(1.0, -124); }
 
 __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Workspace work) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Wo
     work.margin[i] = -1;
     return;
   }
-  // Where float32 could overflow, far apart similarities can tie: no fast search can tell them apart.
+  // If float32 could overflow, distant similarities can tie, and no fast search can tell them apart.
   if (!problem.normalize && length * max_of(work.longest_database) >= ldexp(1.0, 127)) {
     work.margin[i] = INFINITY;
     return;
@@ -123,9 +123,10 @@ __global__ void __launch_bounds__(kThreads) open_queries(TopkProblem problem, Wo
   work.margin[i] = 2 * 1.001 * bound;
 }
 
-// The margin of search_finely, s^ = u^_i u^_j + (u^_i u~_j + u~_i u^_j). With u = u^ + u~ + e,
+// Returns the margin of search_finely, s^ = u^_i u^_j + (u^_i u~_j + u~_i u^_j). With u = u^ + u~ + e,
 //   |u_i u_j - s^| <= |u~_i||u~_j| + |e_i||u_j| + (|u_i| + |e_i|)|e_j|.
-// The first product is summed 32 columns at a time, and those sums in float32, to nearest; the other two in one go.
+// The first product is summed over 32 dimensions at a time, and these sums in float32 with rounding to nearest. The
+// other two are summed without a break.
 __device__ __forceinline__ double fine_margin(const TopkProblem& problem, const Workspace& work, int64_t i,
                                               int panels) {
   if (!(work.margin[i] <= DBL_MAX)) return work.margin[i];

@@ -1,16 +1,16 @@
-// The GPU neighbour search: float16 tiles and the candidates that they leave.
+// GPU neighbour search: products of float16 tiles, and the candidates among them.
 //
-// search_tiles: 128 x 256 tile per block, 64 columns of dim at a time through a ring of kStages cp.async stages that
-// runs on across tiles; 8 warps (2 x 4) of 64 x 64 with mma.m16n8k16 (float16 in, float32 sums): 128 accumulators a
-// thread. 16-byte pieces of a row are stored at piece ^ (row % 8), in shared memory as in global memory, so that neither
-// cp.async nor ldmatrix meets a bank conflict. Per tile, a thread compares the maximum of its 16 values of a row with the row's threshold; survivors (about
-// k + k ln(N / k) a row) go to the row's list (cuda_lists.cuh).
+// search_tiles: one block per 128 x 256 tile. 64 dimensions at a time pass through a ring of kStages cp.async stages,
+// which continues across tiles. 8 warps (2 x 4) of 64 x 64 use mma.m16n8k16 (float16 operands, float32 sums), with 128
+// accumulators per thread. The 16-byte vector v of a row is stored at v ^ (row % 8), in shared as in global memory, so
+// that neither cp.async nor ldmatrix has bank conflicts. Per tile, a thread compares the maximum of its 16 values of a
+// row with the row's threshold. Candidates (about k + k ln(N / k) per row) go to the row's list (cuda_lists.cuh).
 //
-// Limit: 2 Q N D flops at the float16 rate. Per 64 columns of dim a block moves 48 KiB for 4.2 Mflop, 87 flop per byte
-// of the second cache. float16 rather than bfloat16: same speed, eight times finer, so fewer candidates. Rows are
-// scaled to length 128 to stay clear of float16's subnormal range.
+// Limit: 2 Q N D flops at the float16 rate. Per 64 dimensions a block reads 48 KiB for 4.2 Mflop, 87 flop per byte of
+// L2. float16 instead of bfloat16: same speed, eight times finer, so fewer candidates. Rows are scaled to length 128 to
+// avoid the subnormals of float16.
 //
-// Part of neighbors_cuda.cu, which alone includes it.
+// Included by neighbors_cuda.cu only.
 #pragma once
 
 #include "neighbors/cuda_lists.cuh"
@@ -21,8 +21,8 @@ namespace {
 constexpr int kTileRows = kPanelRows, kTileColumns = 2 * kPanelRows;
 constexpr int kStageHalves = (kTileRows + kTileColumns) * kPanelDims;
 constexpr size_t search_shared(int stages) { return size_t(stages) * kStageHalves * sizeof(half_t); }
-// Three stages take 144 KB. Compute capabilities 8.6, 8.9 and 12.0 have 99 KB for a block, which is two.
-constexpr int kMostStages = 3, kLeastStages = 2;
+// Three stages take 144 KB. On compute capabilities 8.6, 8.9 and 12.0 a block has 99 KB, enough for two.
+constexpr int kMaxStages = 3, kMinStages = 2;
 
 template <int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 64;
-  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kTileRows;  // in the batch
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kTileRows;  // first row within the batch
   const int split = static_cast<int>(blockIdx.y), splits = batch.splits, panels = batch.panels;
   const RowLists<kTileColumns> lists{threshold, count, limit, static_cast<int>(problem.k), batch.capacity};
 
-  // This block's share of the column tiles.
+  // Column tiles of this block's split.
   const int64_t tiles = (problem.n_database + kTileColumns - 1) / kTileColumns;
   const int first_tile = static_cast<int>(tiles * split / splits);
   const int last_tile = static_cast<int>(tiles * (split + 1) / splits);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const auto list_of = [&](int row) { return work.candidates + ((block_row + row) * splits + split) * batch.capacity; };
 
-  // Operands lie in memory as they will in shared memory. Thread: piece thread % 8 of rows thread / 8 + {0, 32, ...}.
+  // Global and shared layout are the same. Each thread loads vector thread % 8 of rows thread / 8 + {0, 32, ...}.
   const int offset = thread / 8 * kPanelDims + thread % 8 * 8;
   const half_t* const query_source =
       work.query_rounded + (batch.first_query + block_row) / kPanelRows * panels * kPanelElements + offset;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int panel = 0, stage = 0;
   for (int tile = first_tile; tile < last_tile;) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // this stage has landed for all, and all are done with the stage that is refilled next
+    __syncthreads();  // this stage has arrived, and no thread reads the stage that is refilled next
     load_next();
 
     const Shared<half_t> a_tile = stages + stage * kStageHalves;
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (++panel < panels) continue;
     panel = 0;
 
-    // The tile is complete: enter what reaches its row's threshold. Thread: rows lane / 4 (+ 8), columns 2 (lane % 4) +
-    // {0, 1}.
+    // The tile is complete: enter values that reach the threshold of their row. A thread has rows lane / 4 (+ 8) and
+    // columns 2 (lane % 4) + {0, 1}.
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int c = 0; c < 8; ++c) sum[m][c][half * 2] = sum[m][c][half * 2 + 1] = 0;
       }
     }
-    __syncthreads();  // the lists are complete
+    __syncthreads();  // all candidates of the tile are entered
     lists.make_room<kTileRows * 32 / kThreads>(warp, kThreads / 32, list_of, [&](int row) {
       return work.margin[batch.first_query + block_row + row];
     });
     ++tile;
-    // The barrier of the next step comes before the next tile reads thresholds.
+    // The barrier of the next step precedes the next tile's reads of thresholds.
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -1,14 +1,14 @@
-// Exact top-k neighbours on the CPU. The definition, and why a fast search can be exact, is in neighbors.h.
+// Exact top-k neighbours on the CPU. neighbors.h has the definition, and explains why a fast search can be exact.
 //
-// Searches in turn, each for the rows that the ones before could not decide:
-//   bfloat16 on AMX tiles (where the processor has them), short lists;
+// Searches in order, each for the rows that the previous ones could not decide:
+//   bfloat16 on AMX tiles (if the CPU has them), short lists;
 //   float32, long lists (its bound is about 100 times tighter);
 //   float64 brute force.
-// Either fast search takes queries block by block (cpu_blocks.cpp), or, where the queries are the database and many are
-// open, multiplies every pair of rows once (cpu_symmetric.cpp). Packing costs N D, the exact similarities of the
+// The fast searches process queries in blocks (cpu_blocks.cpp). If the queries are the database and many are undecided,
+// they multiply every pair of rows once (cpu_symmetric.cpp). Packing costs N D, the exact similarities of the
 // candidates about 2 k Q D.
 //
-// Every search ends in the same exact similarities, so the result does not depend on the processor, on the number of
+// Every search ends with the same exact similarities. So the result does not depend on the CPU, on the number of
 // threads or on which search decided a row.
 #include <numeric>
 
@@ -24,7 +24,7 @@ float Search::exact(int64_t i, int64_t j) const {
   const double sum = kernels().dot(problem.queries + i * dim, problem.database + j * dim, dim);
   const double value =
       problem.normalize ? sum / (cosine_length(queries.length[i]) * cosine_length(database.length[j])) : sum;
-  return static_cast<float>(value) + 0.0f;  // -0 becomes 0, which it equals
+  return static_cast<float>(value) + 0.0f;  // -0 becomes 0
 }
 
 void Search::write(int64_t i, std::vector<Neighbor>& found) const {
@@ -37,22 +37,22 @@ void Search::write(int64_t i, std::vector<Neighbor>& found) const {
   }
 }
 
-// eps of neighbors.h for one rounded query, in the units of the fast search.
+// Returns eps of neighbors.h for one rounded query, in the units of the fast search.
 double Search::error_bound(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed) const {
   const double length = queries.length[i] * queries.scale[i];
-  // Where float32 could overflow, far apart similarities can tie: no fast search can tell them apart.
+  // If float32 could overflow, distant similarities can tie, and no fast search can tell them apart.
   if (!problem.normalize && queries.length[i] * database.longest >= std::ldexp(1.0, 127)) {
     return std::numeric_limits<double>::infinity();
   }
   const double longest = packed.longest + packed.worst_residual;
   const double accumulation = static_cast<double>(problem.dim + 16) * std::ldexp(1.0, -23);
   const double underflow = static_cast<double>(problem.dim + 16) * std::ldexp(1.0, -124);
-  // The exact similarity is rounded to float32: half a unit in the last place, at most, on either side of a tie.
+  // The exact similarity is rounded to float32: at most half a unit in the last place on either side of a tie.
   const double spacing = length * longest * std::ldexp(1.0, -23) +
                          std::ldexp(problem.normalize ? 1.0 : queries.unit * database.unit, -149);
   const double bound = length * packed.worst_residual + std::sqrt(rounded.residual_squared) * packed.longest +
                        accumulation * std::sqrt(rounded.norm_squared) * packed.longest + underflow + spacing;
-  return bound * 1.001;  // for the rounding of this line and of the lengths
+  return bound * 1.001;  // covers the rounding of this expression and of the lengths
 }
 
 void Search::open(int64_t i, const RoundedRow& rounded, const PackedDatabase& packed, CandidateLists& lists,
@@ -74,7 +74,7 @@ bool Search::decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<N
   found.resize(count);
   for (int64_t c = 0; c < count; ++c) found[c] = {lists.value[first + c], lists.index[first + c]};
   const auto make_exact = [&](int64_t begin, int64_t end) {
-    constexpr int64_t kAhead = 4;  // rows on their way from memory
+    constexpr int64_t kAhead = 4;  // prefetch distance in rows
     for (int64_t c = begin; c < end; ++c) {
       const float* const next = problem.database + found[std::min(c + kAhead, end - 1)].index * problem.dim;
       for (int64_t d = 0; d < problem.dim; d += 16) __builtin_prefetch(next + d, 0, 2);
@@ -83,7 +83,7 @@ bool Search::decide(int64_t i, CandidateLists& lists, int64_t row, std::vector<N
   };
   if (k < count) std::nth_element(found.begin(), found.begin() + k, found.end(), better);
   make_exact(0, k);
-  // With k exact similarities known, half the margin decides: a column that lies eps below the least cannot enter.
+  // Once k exact similarities are known, half the margin suffices: a column eps below the least cannot enter.
   double least = std::numeric_limits<double>::infinity();
   for (int64_t c = 0; c < k; ++c) least = std::min(least, static_cast<double>(found[c].similarity));
   const double bound = least * (problem.normalize ? 1.0 : queries.unit * database.unit) - 0.5 * lists.margin[row];
@@ -121,7 +121,7 @@ Rows measure(const float* data, int64_t n, int64_t dim, bool normalize) {
 
 void search_exactly(const Search& search, const std::vector<int64_t>& wanted) {
   const TopkProblem& problem = search.problem;
-  // A few queries share each database row while it is in the first cache.
+  // A few queries share each database row while it is in the L1 cache.
   constexpr int64_t kGroup = 8;
   const int64_t total = static_cast<int64_t>(wanted.size()), k = problem.k;
   parallel_for(ceil_div(total, kGroup), [&](int64_t task, int) {
@@ -135,7 +135,7 @@ void search_exactly(const Search& search, const std::vector<int64_t>& wanted) {
         const int64_t i = wanted[begin + r];
         if (!search.queries.usable(i) || (problem.exclude_self && i == j)) continue;
         const float similarity = search.exact(i, j);
-        // Later rows have larger indices, so one that only reaches the k-th best loses to it.
+        // Later rows have larger indices, so one that only equals the k-th best loses the tie.
         if (!(similarity > bound[r])) continue;
         found[r].push_back({similarity, static_cast<int32_t>(j)});
         if (static_cast<int64_t>(found[r].size()) >= 2 * k + 64) {
@@ -149,15 +149,16 @@ void search_exactly(const Search& search, const std::vector<int64_t>& wanted) {
   });
 }
 
-// Room in a list: twice what is usually kept, and what the final threshold of hard rows lets through.
+// Limit for the lists of a symmetric search.
 constexpr int64_t kSymmetricBytes = int64_t{256} << 20;
 
-// One kind of product for the open queries; returns those still open.
+// Searches the open queries with one kind of product. Returns those that are still open. The capacity of a list is
+// twice what is usually kept, and holds what the final threshold of hard rows lets through.
 std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t>& wanted, bool self_search, bool amx) {
   const TopkProblem& problem = search.problem;
   const int64_t n = problem.n_database, open = static_cast<int64_t>(wanted.size());
-  // A symmetric search does half the work of all rows, and keeps the lists of all rows: shorter ones, of at most four
-  // times the memory of the database.
+  // A symmetric search does half the work for all rows and keeps the lists of all rows. So its lists are shorter and
+  // take at most four times the memory of the database.
   const int64_t symmetric_capacity = 256 + 4 * problem.k;
   const bool symmetric =
       self_search && 2 * open > n && n * symmetric_capacity * 8 <= std::max(kSymmetricBytes, 16 * n * problem.dim);
@@ -179,7 +180,7 @@ SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, 
   std::vector<int64_t> wanted(problem.n_queries);
   std::iota(wanted.begin(), wanted.end(), int64_t{0});
   SearchedAgain again{};
-  // Where most rows are neighbours, there is nothing for a fast search to leave out.
+  // If most rows are neighbours, a fast search has nothing to exclude.
   if (2 * problem.k < problem.n_database) {
     const bool amx = amx_is_usable();
     wanted = search_fast(search, wanted, same, amx);

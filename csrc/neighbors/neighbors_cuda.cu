@@ -1,19 +1,19 @@
-// Exact top-k neighbours on the GPU. The definition, and why a fast search can be exact, is in neighbors.h.
+// Exact top-k neighbours on the GPU. neighbors.h has the definition, and explains why a fast search can be exact.
 //
-// Kernels, in order; no host synchronisation, results independent of the order in which blocks and threads run:
+// Kernels in launch order; no host synchronisation, and results do not depend on the order of blocks and threads:
 //   cuda_prepare.cuh
-//     measure_rows      warp per row: |v| in float64, and the longest row
-//     round_rows        warp per row: u = v * scale as float16 (packed in panels), |u - u^|, |u^| and maxima
-//     open_queries      thread per query: its margin 2 eps, whether it can be searched at all
+//     measure_rows      one warp per row: |v| in float64, and the longest row
+//     round_rows        one warp per row: u = v * scale as float16 (packed in panels), |u - u^|, |u^| and maxima
+//     open_queries      one thread per query: its margin 2 eps, and whether a fast search can decide it
 //   per batch of queries
-//     search_tiles      cuda_search.cuh, block per 128 queries x a share of the columns; on Hopper neighbors_sm90.cu
-//     decide            cuda_decide.cuh, block per query: exact similarities of the candidates, sorted, k best written
-//   grids of fixed size that share what is left, which is usually nothing
-//     round_remainders  cuda_prepare.cuh: what rounding left, as float16
+//     search_tiles      cuda_search.cuh, one block per 128 queries and column split; on Hopper see neighbors_sm90.cu
+//     decide            cuda_decide.cuh, one block per query: exact similarities of the candidates, sort, write k best
+//   grids of fixed size for the undecided queries, usually none
+//     round_remainders  cuda_prepare.cuh: the rounding residuals as float16
 //     search_finely     cuda_fine.cuh: products of 22 bits, longer lists, exact similarities of the candidates
 //     search_exactly    cuda_decide.cuh: float64 against all rows, radix selection
 //
-// This file chooses batches, splits and memory, and launches.
+// This file chooses batches, splits and workspace, and launches the kernels.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -27,7 +27,7 @@ namespace {
 struct Plan {
   int64_t processors, panels;
   int64_t batch, splits, capacity, decide_keys;  // search_tiles and decide
-  int64_t fine_blocks, fine_capacity;            // search_finely; its keys: its capacity
+  int64_t fine_blocks, fine_capacity;            // search_finely, which has fine_capacity keys
   int64_t exact_blocks, sort_keys;               // search_exactly
   bool same, fast;
   size_t bytes;
@@ -43,8 +43,8 @@ int64_t power_of_two(int64_t at_least) {
   return size;
 }
 
-// How search_tiles shares its work: with `units` lists of a block's rows in memory at a time, blocks of queries and
-// shares of the columns such that the last wave of blocks is full, and the waves are few.
+// Divides the work of search_tiles into batches and column splits, with room for `units` times the lists of a block's
+// rows. Few waves of blocks are best, with a full last wave.
 void plan_batches(Plan& plan, int64_t q, int64_t n, int64_t units) {
   const int64_t blocks = ceil_div(q, kTileRows), tiles = ceil_div(n, kTileColumns);
   double best = 0;
@@ -54,7 +54,7 @@ void plan_batches(Plan& plan, int64_t q, int64_t n, int64_t units) {
     if (batch < blocks && batch > whole_wave) batch = batch / whole_wave * whole_wave;
     const int64_t waves = blocks / batch * ceil_div(batch * splits, plan.processors) +
                           ceil_div(blocks % batch * splits, plan.processors);
-    // The first tiles of a share pass unfiltered.
+    // The first tiles of a split are not filtered yet.
     const double cost = static_cast<double>(waves) * (static_cast<double>(ceil_div(tiles, splits)) + 4.0);
     if (splits == 1 || cost < 0.97 * best) {
       best = cost;
@@ -69,7 +69,7 @@ Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
   const int64_t q = problem.n_queries, n = problem.n_database, k = problem.k;
   plan.processors = multiprocessors();
   plan.same = problem.queries == problem.database && q == n;
-  // With most rows being neighbours, there is nothing for a fast search to leave out.
+  // If most rows are neighbours, a fast search has nothing to exclude.
   plan.fast = k <= kMaxFastK && 2 * k < n && q > 0;
   plan.panels = panels_of(problem.dim);
   const auto fit = [&](int64_t entries) { return std::max<int64_t>(list_bytes / (entries * 8), 1); };
@@ -86,7 +86,7 @@ Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
   return plan;
 }
 
-// Lays the arrays out from `base` on (null: to learn the size), each on a 256-byte boundary.
+// Lays out the arrays from `base` on, each aligned to 256 bytes. A null base only computes the size.
 Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
   char* next = static_cast<char*>(base);
   size_t used = 0;
@@ -98,7 +98,7 @@ Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
   const int64_t q = problem.n_queries, n = problem.n_database;
   Workspace work{};
   unsigned long long* scalars;
-  take(scalars, 8 + ceil_div(plan.fine_blocks, 2));  // begins zeroed
+  take(scalars, 8 + ceil_div(plan.fine_blocks, 2));  // zeroed before the first kernel
   if (scalars != nullptr) {
     work.undecided_count = scalars;
     work.longest_query = scalars + 1;
@@ -132,7 +132,7 @@ Workspace lay_out(const TopkProblem& problem, Plan& plan, void* base) {
       take(work.database_low, packed_size(padded(n), plan.panels));
     }
   }
-  // One search comes after the other.
+  // The searches run one after the other, so they share this memory.
   take(work.keys, std::max({plan.exact_blocks * (n + plan.sort_keys), plan.batch * plan.splits * plan.capacity,
                             plan.fine_blocks * kFineRows * plan.fine_capacity}));
   work.candidates = reinterpret_cast<uint2*>(work.keys);
@@ -148,9 +148,9 @@ void search_tiles_portable(const TopkProblem& problem, const TopkWorkspace& work
                            StreamHandle stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(batch.queries, kTileRows)), static_cast<unsigned>(batch.splits));
   constexpr size_t kListHeads = 3 * kTileRows * sizeof(float);
-  const bool roomy = search_shared(kMostStages) + kListHeads <= shared_memory_limit();
-  launch(roomy ? search_tiles<kMostStages> : search_tiles<kLeastStages>, grid, dim3(kThreads),
-         search_shared(roomy ? kMostStages : kLeastStages), stream, problem, work, batch);
+  const bool fits_max_stages = search_shared(kMaxStages) + kListHeads <= shared_memory_limit();
+  launch(fits_max_stages ? search_tiles<kMaxStages> : search_tiles<kMinStages>, grid, dim3(kThreads),
+         search_shared(fits_max_stages ? kMaxStages : kMinStages), stream, problem, work, batch);
 }
 
 size_t topk_neighbors_cuda_workspace(const TopkProblem& problem, int64_t list_bytes) {

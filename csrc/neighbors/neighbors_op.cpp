@@ -1,4 +1,4 @@
-// Tensors in, tensors out for the neighbour search: checks, allocation, device dispatch.
+// Tensor layer of the neighbour search: checks, allocation, device dispatch.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -10,18 +10,19 @@
 #include <limits>
 #include <tuple>
 
-#include "common/variants.h"
+#include "common/sm90_switch.h"
 #include "neighbors/neighbors.h"
 
 namespace scan_fast {
 namespace {
 
-// Indices are 32-bit inside the kernels, with room for a tile.
+// Kernels use 32-bit indices, with room for one more tile.
 constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 256;
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// The Python layer gives the readable errors; these keep a direct caller of the operator from reading foreign memory.
+// The Python layer raises the readable errors. These checks keep a direct caller of the operator from reading out of
+// bounds.
 TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
                          bool exclude_self) {
   TORCH_CHECK_VALUE(queries.dim() == 2 && database.dim() == 2 && queries.size(1) == database.size(1),
@@ -36,10 +37,14 @@ TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, 
           queries.size(1), k, normalize, exclude_self};
 }
 
+#ifdef SCAN_FAST_WITH_SM90
+Sm90Switch sm90_switch("neighbors");
+#endif
+
 #ifdef SCAN_FAST_WITH_CUDA
 TileSearch* gpu_search() {
 #ifdef SCAN_FAST_WITH_SM90
-  if (prefers_sm90(Family::kNeighbors) && search_tiles_sm90_runs_here()) return search_tiles_sm90;
+  if (sm90_switch.on() && search_tiles_sm90_runs_here()) return search_tiles_sm90;
 #endif
   return search_tiles_portable;
 }
@@ -76,7 +81,7 @@ Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int
 }  // namespace
 }  // namespace scan_fast
 
-// searched_again: (2,) int64, SearchedAgain of neighbors.h.
+// searched_again: (2,) int64, see SearchedAgain in neighbors.h.
 TORCH_LIBRARY_FRAGMENT(scan_fast, library) {
   library.def(
       "topk_neighbors(Tensor queries, Tensor database, int k, bool normalize, bool exclude_self)"

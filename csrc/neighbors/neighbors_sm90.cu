@@ -1,21 +1,21 @@
-// The first search of the GPU neighbour search on Hopper. Compiled for sm_90a alone.
+// First search of the GPU neighbour search on Hopper. Compiled for sm_90a only.
 //
-// Operands, lists, and everything before and after this search are those of neighbors_cuda.cu, which calls
-// search_tiles_sm90 in place of its own search_tiles: the same products, bounds and guarantees. Tile 128 x 256 by the
-// main loop of common/tile_products.cuh; persistent blocks take (128 queries, a share of the columns) in turns, so that
-// the blocks at work at one time meet the same columns, in the second cache.
+// Operands, lists, and all steps before and after this search are those of neighbors_cuda.cu, which calls
+// search_tiles_sm90 instead of its own search_tiles: the same products, bounds and guarantees. Tiles are 128 x 256,
+// computed by the main loop of common/tile_products.cuh. Persistent blocks take work items (128 queries, column split)
+// round-robin, so that concurrent blocks read the same columns from the L2 cache.
 //
-//   up to 128 dimensions   the queries stay in shared memory, 32 KB twice, columns pass in 4 stages of 32 KB; the two
-//                          warpgroups take turns, one multiplies while the other filters
-//   more                   both pass in 4 stages of 48 KB; the copies go on while the warpgroups filter
+//   up to 128 dimensions   the queries stay in shared memory, two buffers of 32 KB; columns stream through 4 stages
+//                          of 32 KB; ping-pong: one warpgroup multiplies while the other filters
+//   more                   both operands stream through 4 stages of 48 KB; copies continue while the warpgroups filter
 //
-// The filter is the accumulators' epilogue. The 64 rows of a warpgroup are 16 rows for each of its warps, and the 256
-// columns of a row lie in four lanes, 64 each. So a list belongs to one warp: its threshold needs no barrier but
-// __syncwarp, and per tile a thread compares two maxima of 64 values with two thresholds (about one instruction per
-// value). What passes is entered and what is over its limit tightened as in cuda_lists.cuh. Self is left out by index,
-// padding by column < n.
+// The filter is the epilogue on the accumulators. Each warp has 16 of a warpgroup's 64 rows, and the 256 columns of a
+// row are in four lanes, 64 each. So a list belongs to one warp, and its threshold needs no barrier but __syncwarp. Per
+// tile, a thread compares the maxima of two rows, 64 values each, with their thresholds (about one instruction per
+// value). Candidates are entered, and lists over their limit are tightened, as in cuda_lists.cuh. The query itself is
+// excluded by index, padding by column < n.
 //
-// Limit: 2 Q N D flops at the float16 rate. 128 accumulators a thread, 240 registers.
+// Limit: 2 Q N D flops at the float16 rate. 128 accumulators per thread, 240 registers.
 #include "neighbors/cuda_lists.cuh"
 #include "neighbors/sm90_schedule.cuh"
 
@@ -28,7 +28,7 @@ struct Filter {
   const Workspace& work;
   const TileBatch& batch;
   RowLists<P::kColumns> lists;
-  int first_row;  // of the 16 rows of this warp
+  int first_row;  // first of the 16 rows of this warp
 
   __device__ __forceinline__ uint2* list_of(const SearchSchedule::Run& run, int row) const {
     const int64_t place = static_cast<int64_t>(run.fixed) * kPanelRows + row;
@@ -56,10 +56,10 @@ struct Filter {
           problem, work.database_length, row, query_of(run, row), [&](int r) { return list_of(run, r); },
           moving * P::kColumns + accumulator_column(0), [&](int column8, int e) { return c[4 * column8 + 2 * half + e]; });
     }
-    __syncwarp();  // the lists are complete
+    __syncwarp();  // all candidates of the tile are entered
     lists.template make_room<16>(first_row, 1, [&](int row) { return list_of(run, row); },
                                  [&](int row) { return work.margin[query_of(run, row)]; });
-    __syncwarp();  // thresholds for the next tile
+    __syncwarp();  // publishes the thresholds for the next tile
   }
 
   __device__ __forceinline__ void end(const SearchSchedule::Run& run) const {

@@ -1,17 +1,17 @@
-// The first neighbour search on Hopper: the forms of its main loop, and which block searches what.
+// First neighbour search on Hopper: the variants of its main loop, and the assignment of work to blocks.
 //
-// How large a search must be for a block to use a stage of its ring for the third time, so that what goes wrong where
-// rings wrap shows: its runs, each a share of the columns in tiles of 256, need 2 * 4 + 1 steps in all, one for each
-// panel of 64 dimensions. Which shares and batches there are says plan_batches (neighbors_cuda.cu). On 132
+// How large a search must be for a block to use a stage of its ring for the third time, so that errors in the
+// wrap-around of rings show: the runs of a block (one column split each, in tiles of 256) need 2 * 4 + 1 steps in all,
+// one step per panel of 64 dimensions. plan_batches (neighbors_cuda.cu) chooses splits and batches. On 132
 // multiprocessors with k = 20:
 //                                  D <= 64   D <= 128   D <= 256   D <= 512
 //     self-search of N rows from      5633       4225       3329       2817
 //     1,024 queries, N from          36609      20225      12033       7937
-// The queries that stay (up to 128 dimensions) come to their first buffer again with 3 runs, which 20,000 rows give
-// every block, and no search more: the memory for lists (kListBytes) ends a batch there. Good: (20000, 64),
-// (20000, 128), (20000, 256).
+// The double buffer of the resident queries (up to 128 dimensions) wraps with 3 runs. 20,000 rows give every block that
+// many. No search gives more, because the memory for lists (kListBytes) limits the batch. Use (20000, 64), (20000,
+// 128), (20000, 256).
 //
-// Part of neighbors_sm90.cu, and read by its test.
+// Included by neighbors_sm90.cu and its test only.
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -23,21 +23,21 @@ namespace {
 using NarrowProducts = Products<half_t, 2 * kPanelRows, Resident::kRows, 2, 4>;
 using WideProducts = Products<half_t, 2 * kPanelRows, Resident::kNone, 0, 4>;
 
-// Calls body.operator()<Products>() with the form of the main loop.
+// Calls body.operator()<Products>() with the variant of the main loop.
 template <typename Body>
 auto with_products(const TileBatch& batch, Body body) {
   return batch.panels <= NarrowProducts::kMaxPanels ? body.template operator()<NarrowProducts>()
                                                     : body.template operator()<WideProducts>();
 }
 
-// Items (128 queries, share of the columns), dealt out in turns.
+// Work items (128 queries, column split), assigned to blocks round-robin.
 struct SearchSchedule {
   struct Run {
     int fixed, begin, end, split;
   };
   int row_tiles, splits, tiles, item;
 
-  // The items of the block that runs.
+  // Returns the items of the calling block.
   template <int kColumns>
   __device__ __forceinline__ static SearchSchedule of_block(const TopkProblem& problem, const TileBatch& batch) {
     return {static_cast<int>((batch.queries + kPanelRows - 1) / kPanelRows), batch.splits,
@@ -54,7 +54,7 @@ struct SearchSchedule {
   }
 };
 
-// One a multiprocessor, but no more than there are items.
+// Number of blocks: one per multiprocessor, but no more than there are items.
 inline int64_t search_blocks(const TileBatch& batch) {
   const int64_t items = (batch.queries + kPanelRows - 1) / kPanelRows * batch.splits;
   return items < multiprocessors() ? items : multiprocessors();

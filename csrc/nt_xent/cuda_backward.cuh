@@ -1,10 +1,10 @@
-// NT-Xent on the GPU: W, the weights of the similarities' gradients, and dZ += W Z, portable form.
+// Backward kernel of NT-Xent, portable: W, the weights of the similarities' gradients, and dZ += W Z.
 //
-// Up to kNarrow dimensions one kernel does both: a block owns 64 rows (16 per warp) and walks over tiles of 64 columns;
-// the similarities of a tile stay in registers, are turned into W there, repacked from the layout of a result to that of
-// a left operand, and multiplied with the same shared tile, read transposed. More dimensions would need the similarities
-// anew for every slice of dZ that fits in registers: weights_kernel writes W for some rows to memory instead, as
-// operands, and gather_kernel multiplies.
+// Up to kNarrow dimensions one kernel does both. A block handles 64 rows (16 per warp) and iterates over tiles of 64
+// columns. The similarities of a tile stay in registers and become W there. W is repacked from the accumulator layout
+// to that of a left operand and multiplied with the same shared tile, read transposed. With more dimensions, the
+// similarities would have to be recomputed for every slice of dZ that fits into registers. Instead, weights_kernel
+// writes W for some rows to memory as operands, and gather_kernel multiplies.
 #pragma once
 
 #include <cmath>
@@ -17,26 +17,27 @@ namespace {
 constexpr int kNarrow = 128;
 constexpr int kRows = 64, kColumns = 64;
 
-// What an element of W depends on besides the similarity.
+// Inputs of an element of W, besides the similarity.
 struct RowWeight {
   int row, positive;
   float weight, shift;
 };
 
-// p.scale turns `value`, a product of operands, into log2(exp(s)).
+// p.scale converts `value`, a product of operands, to log2(exp(s)).
 template <bool kFixedShift>
 __device__ __forceinline__ float weight_of(float value, const RowWeight& i, const RowWeight& j, const Params& p) {
   if (j.row < 0 || i.row == j.row || i.positive == j.row) return 0.0f;
   if constexpr (kFixedShift) {
     return exp2_approx((value - kOperandScale * kOperandScale) * p.scale) * (i.weight + j.weight);
   } else {
-    // Probabilities: at tiny temperatures the rounding of s alone could lift their logarithms above zero.
+    // Clamped because these are probabilities: at tiny temperatures the rounding of s alone could lift their logarithms
+    // above zero.
     const float by_i = value * p.scale - i.shift, by_j = value * p.scale - j.shift;
     return exp2_approx(by_i > 0 ? 0.0f : by_i) * i.weight + exp2_approx(by_j > 0 ? 0.0f : by_j) * j.weight;
   }
 }
 
-// Of a row of [z0; z1], or with row -1 of none.
+// Weight of a row of [z0; z1]; row -1 means no row.
 template <bool kFixedShift>
 __device__ __forceinline__ RowWeight row_weight(int row, const float* __restrict__ weight,
                                                 const float* __restrict__ shift, const Params& p) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   float dz[2 * kSteps][4] = {};
   const int steps = steps_of<kNarrow>(p, 0);
-  // Rows of the second view that are no anchors meet weights only in the columns of the first.
+  // Rows of the second view that are not anchors have non-zero weights only in the columns of the first view.
   const bool first_view_only = first_local >= p.sample_count && p.anchors < p.rows();
   const int column_end = static_cast<int>(first_view_only ? p.samples : p.rows());
   const int64_t tiles = (column_end + kColumns - 1) / kColumns;

@@ -1,4 +1,4 @@
-// NT-Xent on the GPU: the backward pass with more dimensions than registers hold of dZ, see cuda_backward.cuh.
+// Backward kernels of NT-Xent, portable, if dZ has too many dimensions for registers; see cuda_backward.cuh.
 #pragma once
 
 #include "nt_xent/cuda_backward.cuh"
@@ -6,10 +6,10 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kWideChunk = 64;  // dimensions (weights_kernel) or columns of W (gather_kernel) of a stage
-constexpr int kSlice = 128;     // dimensions of dZ that a block of gather_kernel makes
+constexpr int kWideChunk = 64;  // dimensions (weights_kernel) or columns of W (gather_kernel) per stage
+constexpr int kSlice = 128;     // dimensions of dZ per block of gather_kernel
 
-// The rows [begin, begin + rows) of this call that a launch handles; W has `stride` columns, a multiple of 64.
+// Rows [begin, begin + rows) of this call for which a launch computes W. W has `stride` columns, a multiple of 64.
 struct WideRows {
   int64_t begin, rows, stride;
 
@@ -17,7 +17,7 @@ struct WideRows {
   __host__ __device__ int64_t elements() const { return row_tiles() * kRows * stride; }
 };
 
-// weights: (parts, row tiles * 64, stride) float16. grid: column tiles, parts of the row tiles.
+// weights: (parts, row tiles * 64, stride) float16. Grid: column tiles, splits of the row tiles.
 template <bool kSplit, bool kFixedShift>
 __global__ void __launch_bounds__(kThreads, 2)
     weights_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight,
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return i < wide.rows ? p.global_row(wide.begin + i) : static_cast<int64_t>(-1);
   };
   const auto column_of = [&](int r) { return first_column + r < p.rows() ? first_column + r : static_cast<int64_t>(-1); };
-  walk_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
+  for_inner_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
       packed, p, begin, end, column_of, row_of, [&](float(&s)[kRows / 32][kColumns / 16][4], int64_t tile) {
         RowWeight of_row[kRows / 32][2];
 #pragma unroll
@@ -73,15 +73,15 @@ constexpr size_t gather_bytes() {
   return 2 * (kRows + kSlice) * kWideChunk * (kSplit ? 2 : 1) * sizeof(half_t);
 }
 
-// partial (p.splits, rows, dim) = W Z for 64 rows and 128 dimensions a block. grid: row tiles, slices, parts of the
-// columns. The warps form a square, 32 rows by 64 dimensions each.
+// partial (p.splits, rows, dim) = W Z, for 64 rows and 128 dimensions per block. Grid: row tiles, slices, column
+// splits. The warps are arranged 2 x 2, with 32 rows by 64 dimensions each.
 template <bool kSplit>
 __global__ void __launch_bounds__(kThreads, 2)
     gather_kernel(const half_t* __restrict__ weights, const half_t* __restrict__ packed, float* __restrict__ partial,
                   WideRows wide, Params p) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   constexpr int kParts = kSplit ? 2 : 1, kWeights = kRows * kWideChunk, kStage = kParts * (kRows + kSlice) * kWideChunk;
-  constexpr int kM = kRows / 32, kN = kSlice / 32;  // 16-row and 16-dimension products of a warp
+  constexpr int kM = kRows / 32, kN = kSlice / 32;  // 16-row and 16-dimension products per warp
   const Shared<half_t> memory = dynamic.as<half_t>();
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, slice = blockIdx.y;
   const int64_t chunks = wide.stride / kWideChunk;
@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto load = [&](int64_t chunk) {
     const Shared<half_t> to = memory + (chunk - begin) % 2 * kStage;
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kWideChunk / 8; i += kThreads) {
-      const int r = i / (kWideChunk / 8), piece = i % (kWideChunk / 8);
+      const int r = i / (kWideChunk / 8), vector = i % (kWideChunk / 8);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const half_t* from = weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + piece * 8;
-        cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, piece)).get(), from);
+        const half_t* from = weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + vector * 8;
+        cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, vector)).get(), from);
       }
     }
     load_tile<kSplit, kWideChunk, kSlice>(to + kParts * kWeights, packed, p, slice, [&](int r) {

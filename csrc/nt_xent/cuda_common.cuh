@@ -1,8 +1,9 @@
-// NT-Xent on the GPU: what every kernel of the family knows, whichever architecture it is written for.
+// GPU kernels of NT-Xent: parameters and operands that all architectures share.
 //
-// Operands. Unit rows times 2^8 in float16, which keeps them away from its subnormals. Float32 inputs are split into
-// hi + lo (22 bits) and a product is hi*hi + hi*lo + lo*hi, three matrix instructions; `reduced` uses hi alone. They lie
-// as (parts, 2N, padded), all rows' hi before all rows' lo, padded with zeros to a multiple of 8.
+// Operands are unit rows times 2^8 in float16; the factor keeps them away from subnormals. Float32 inputs are split
+// into hi + lo (22 bits), and a product is hi*hi + hi*lo + lo*hi, three matrix instructions. `reduced` uses hi alone.
+// The portable layout is (parts, 2N, padded): hi of all rows, then lo of all rows, padded with zeros to a multiple of 8
+// dimensions.
 #pragma once
 
 #include "common/device.h"
@@ -16,15 +17,15 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinNorm = 1e-12f;
 constexpr int kRowThreads = 128;  // kernels with one warp per row or sample
 
-// What the kernels need to know, by value.
+// Parameters of the kernels, passed by value.
 struct Params {
   int64_t samples, sample_begin, sample_count;
-  int64_t local_rows;   // rows that this launch handles: views * sample_count
+  int64_t local_rows;   // rows of this launch: views * sample_count
   int64_t dim, padded;  // D, and D rounded up to a multiple of 8: the row length of the packed operands
-  int64_t anchors;      // 2N or N: rows with a weight
-  int64_t splits;       // backward: parts of the columns, each with a partial result of its own
+  int64_t anchors;      // 2N or N: rows with an upstream gradient
+  int64_t splits;       // backward: column splits, each with its own partial result
   float temperature;
-  float scale;  // from a product of operands to log2(exp(s))
+  float scale;  // converts a product of operands to log2(exp(s))
   bool fixed_shift;
 
   __host__ __device__ int64_t rows() const { return 2 * samples; }

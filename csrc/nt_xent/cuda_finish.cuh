@@ -1,4 +1,4 @@
-// NT-Xent on the GPU: what comes after the products: the parts added in order, the losses, the gradients.
+// Last kernels of NT-Xent: add up the partial results in order, then compute losses and gradients.
 #pragma once
 
 #include <cmath>
@@ -9,10 +9,10 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kCollectRows = 32, kCollectParts = 8;  // rows of a block, threads that share a row's slots
+constexpr int kCollectRows = 32, kCollectParts = 8;  // rows per block, threads per row
 
-// What a round of the forward pass leaves: the sums or maxima so far; after the last round the row's shift (maxima, in
-// log2; 0 where a row has no negatives), or its loss and its lse less 1/tau.
+// Outputs of a forward launch: the sums or maxima so far. After the last launch, a row's shift (maxima, in log2; 0 for
+// a row without negatives), or its loss and its lse minus 1/tau.
 struct Collected {
   float *running, *shift, *losses, *shifted_lse;
   const float* positive;  // (N) products of the two views' unit rows
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kCollectRows* kCollectParts)
   }
 }
 
-// du, the normalise backward, and the output type, for the rows [begin, begin + rows) of this call. partial:
-// (p.splits, rows, dim); its first part is overwritten.
+// Computes du, the backward pass of the normalisation, and the gradient in dtype T, for the rows [begin, begin + rows)
+// of this call. partial: (p.splits, rows, dim); its first split is overwritten.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     finish_backward_kernel(float* __restrict__ partial, const float* __restrict__ unit,
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kRowThreads)
     radial += du * unit[row * p.dim + k];
   }
   radial = warp_sum(radial);
-  // A row shorter than 1e-12 was divided by that constant, so nothing is projected out.
+  // A row shorter than 1e-12 was divided by that constant, so there is no radial part to subtract.
   if (inv_norm[row] >= 1 / kMinNorm) radial = 0;
   T* out = local < p.sample_count ? grad_z0 + local * p.dim : grad_z1 + (local - p.sample_count) * p.dim;
   for (int64_t k = lane; k < p.dim; k += 32) {

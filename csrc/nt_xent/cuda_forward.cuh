@@ -1,8 +1,8 @@
-// NT-Xent on the GPU: sums of exponentials over the columns, portable form.
+// Forward kernel of NT-Xent, portable: sums of exponentials over the columns.
 //
-// The similarities are symmetric: only the tiles on and behind the diagonal of the anchors are formed, and one
-// exponential serves its row and its column (cuda_schedule.cuh). From a temperature of 0.03 on one shift, 1/tau, suits
-// all rows; below, a first pass finds each row's maximum over its negatives and a second sums with it.
+// The similarities are symmetric. Among anchors only tiles on and below the diagonal are formed, and one exponential
+// serves its row and its column (cuda_schedule.cuh). At temperatures of 0.03 and above one shift, 1/tau, suits all
+// rows. Below, a first pass finds each row's maximum over its negatives, and a second pass sums relative to it.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kWalked = 64;  // rows of a walked tile
+constexpr int kInner = 64;  // rows of an inner tile
 
 enum class Pass { kSums, kMaxima, kShiftedSums };
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float nothing() {
   return kPass == Pass::kMaxima ? -INFINITY : 0.0f;
 }
 
-// Positions (cuda_schedule.cuh) as rows of [z0; z1]. Positions fit in 32 bits.
+// Maps positions (cuda_schedule.cuh) to rows of [z0; z1]. Positions fit in 32 bits.
 struct Positions {
   int samples, begin, count;
   bool both;
@@ -43,84 +43,84 @@ struct Positions {
     i -= first_views;
     return samples + (!both || i < begin ? i : i + count);
   }
-  // From an anchor of a first view to its positive, where positions go on from the anchors to the others.
+  // Distance from the anchor of a first view to its positive. Here the others are numbered after the anchors.
   __device__ int positive_offset() const { return both ? count : samples + begin; }
 };
 
 // partial: (slots, anchors). shift: (anchors) in log2, for Pass::kShiftedSums.
-template <bool kSplit, int kOwner, int kChunk, bool kResident, Pass kPass>
+template <bool kSplit, int kOuter, int kChunk, bool kResident, Pass kPass>
 __global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const half_t* __restrict__ packed, const float* __restrict__ shift, float* __restrict__ partial,
-                   ForwardSchedule<kWalked> schedule, Params p) {
-  constexpr int kM = kWalked / 32, kColumns = kOwner / 16;  // 16-row and 8-column products of a warp
-  SCAN_FAST_SHARED(float, walked_part, 2 * kWalked);
-  SCAN_FAST_SHARED(float, owner_part, 2 * kOwner);
+                   ForwardSchedule<kInner> schedule, Params p) {
+  constexpr int kM = kInner / 32, kColumns = kOuter / 16;  // 16-row and 8-column products per warp
+  SCAN_FAST_SHARED(float, inner_part, 2 * kInner);
+  SCAN_FAST_SHARED(float, outer_part, 2 * kOuter);
   const Positions at(p);
   const int anchors = static_cast<int>(schedule.anchors), others = static_cast<int>(schedule.others);
   const int anchor_tiles = static_cast<int>(schedule.anchor_tiles());
   const int offset = at.positive_offset(), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const float limit = kOperandScale * kOperandScale * p.scale;
   const int64_t block = blockIdx.x, block_end = schedule.block_begin(block + 1);
-  int64_t next = schedule.block_begin(block), owner = schedule.owner_of(next);
-  for (int64_t tiles = 0; next < block_end; next += tiles, ++owner) {
-    const int64_t from = next - schedule.prefix(owner), rest = schedule.length(owner) - from;
+  int64_t next = schedule.block_begin(block), outer = schedule.outer_of(next);
+  for (int64_t tiles = 0; next < block_end; next += tiles, ++outer) {
+    const int64_t from = next - schedule.prefix(outer), rest = schedule.length(outer) - from;
     tiles = block_end - next < rest ? block_end - next : rest;
-    const int first_own = static_cast<int>(owner) * kOwner;
-    const int first_walked = static_cast<int>(schedule.first_walked(owner));
-    float own[kColumns][2], own_shift[kColumns][2];
+    const int first_column = static_cast<int>(outer) * kOuter;
+    const int first_inner = static_cast<int>(schedule.first_inner(outer));
+    float column_sum[kColumns][2], column_shift[kColumns][2];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        own[n][c] = nothing<kPass>();
-        const int column = first_own + warp_column<kOwner>() + fragment_column(n, c);
-        own_shift[n][c] = kPass == Pass::kShiftedSums && column < anchors ? shift[column] : 0.0f;
+        column_sum[n][c] = nothing<kPass>();
+        const int column = first_column + warp_column<kOuter>() + fragment_column(n, c);
+        column_shift[n][c] = kPass == Pass::kShiftedSums && column < anchors ? shift[column] : 0.0f;
       }
     }
-    walk_tiles<kSplit, kOwner, kWalked, kChunk, kResident>(
+    for_inner_tiles<kSplit, kOuter, kInner, kChunk, kResident>(
         packed, p, from, from + tiles,
-        [&](int r) { return first_own + r < anchors ? at.row_of_anchor(first_own + r) : -1; },
+        [&](int r) { return first_column + r < anchors ? at.row_of_anchor(first_column + r) : -1; },
         [&](int64_t tile, int r) {
-          const int walked = first_walked + static_cast<int>(tile);
-          if (walked < anchor_tiles) {
-            const int i = walked * kWalked + r;
+          const int inner = first_inner + static_cast<int>(tile);
+          if (inner < anchor_tiles) {
+            const int i = inner * kInner + r;
             return i < anchors ? at.row_of_anchor(i) : -1;
           }
-          const int i = (walked - anchor_tiles) * kWalked + r;
+          const int i = (inner - anchor_tiles) * kInner + r;
           return i < others ? at.row_of_other(i) : -1;
         },
         [&](float(&s)[kM][kColumns][4], int64_t tile) {
-          const int walked = first_walked + static_cast<int>(tile);
-          const bool of_anchors = walked < anchor_tiles, diagonal = tile * kWalked < kOwner && of_anchors;
-          const bool mirrored = of_anchors && !diagonal;
-          // Positions go on from the anchors to the others, and end where there are no rows.
-          const int first = of_anchors ? walked * kWalked : anchors + (walked - anchor_tiles) * kWalked;
+          const int inner = first_inner + static_cast<int>(tile);
+          const bool of_anchors = inner < anchor_tiles, diagonal = tile * kInner < kOuter && of_anchors;
+          const bool transposed = of_anchors && !diagonal;
+          // The others are numbered after the anchors; `end` is behind the last row.
+          const int first = of_anchors ? inner * kInner : anchors + (inner - anchor_tiles) * kInner;
           const int end = of_anchors ? anchors : anchors + others;
-          const bool positives = first < first_own + kOwner + offset && first_own + offset < first + kWalked;
-          if (diagonal || positives || first + kWalked > end || first_own + kOwner > anchors) {
+          const bool positives = first < first_column + kOuter + offset && first_column + offset < first + kInner;
+          if (diagonal || positives || first + kInner > end || first_column + kOuter > anchors) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
               for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
-                  const int i = first + warp_row<kWalked>() + 16 * m + fragment_row(r / 2);
-                  const int j = first_own + warp_column<kOwner>() + fragment_column(n, r);
+                  const int i = first + warp_row<kInner>() + 16 * m + fragment_row(r / 2);
+                  const int j = first_column + warp_column<kOuter>() + fragment_column(n, r);
                   const bool positive = (j < at.count && i == j + offset) || (i < at.count && j == i + offset);
                   if (i >= end || j >= anchors || i == j || positive) s[m][n][r] = -INFINITY;
                 }
               }
             }
           }
-          float walked_sum[kM][2];
+          float inner_sum[kM][2];
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              float sum = nothing<kPass>(), walked_shift = 0;
+              float sum = nothing<kPass>(), inner_shift = 0;
               if constexpr (kPass == Pass::kShiftedSums) {
-                const int i = first + warp_row<kWalked>() + 16 * m + fragment_row(h);
-                if (mirrored && i < end) walked_shift = shift[i];
+                const int i = first + warp_row<kInner>() + 16 * m + fragment_row(h);
+                if (transposed && i < end) inner_shift = shift[i];
               }
 #pragma unroll
               for (int n = 0; n < kColumns; ++n) {
@@ -129,55 +129,55 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const float value = s[m][n][2 * h + c];
                   if constexpr (kPass == Pass::kSums) {
                     const float e = exp2_approx(value * p.scale - limit);
-                    own[n][c] += e;
+                    column_sum[n][c] += e;
                     sum += e;
                   } else if constexpr (kPass == Pass::kMaxima) {
-                    own[n][c] = fmaxf(own[n][c], value * p.scale);
+                    column_sum[n][c] = fmaxf(column_sum[n][c], value * p.scale);
                     sum = fmaxf(sum, value * p.scale);
                   } else {
-                    own[n][c] += exp2_approx(value * p.scale - own_shift[n][c]);
-                    sum += exp2_approx(value * p.scale - walked_shift);
+                    column_sum[n][c] += exp2_approx(value * p.scale - column_shift[n][c]);
+                    sum += exp2_approx(value * p.scale - inner_shift);
                   }
                 }
               }
-              walked_sum[m][h] = sum;
+              inner_sum[m][h] = sum;
             }
           }
-          if (!mirrored) return;
-          // Four lanes share a row, and two warps: those of the owner's two halves.
+          if (!transposed) return;
+          // Four lanes and two warps (the two halves of the outer tile) share a row.
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              float& sum = walked_sum[m][h];
+              float& sum = inner_sum[m][h];
               sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, 1));
               sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, 2));
               if (lane % 4 == 0) {
-                walked_part[thread / 32 % 2 * kWalked + warp_row<kWalked>() + 16 * m + fragment_row(h)] = sum;
+                inner_part[thread / 32 % 2 * kInner + warp_row<kInner>() + 16 * m + fragment_row(h)] = sum;
               }
             }
           }
           __syncthreads();
-          if (thread < kWalked && first + thread < end) {
-            const float left = walked_part[thread], right = walked_part[kWalked + thread];
-            partial[schedule.mirror_slot(owner) * anchors + first + thread] = combined<kPass>(left, right);
+          if (thread < kInner && first + thread < end) {
+            const float left = inner_part[thread], right = inner_part[kInner + thread];
+            partial[schedule.transposed_slot(outer) * anchors + first + thread] = combined<kPass>(left, right);
           }
         });
-    // Eight lanes share a column, and two warps: those of the walked tile's two halves.
+    // Eight lanes and two warps (the two halves of the inner tile) share a column.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float& sum = own[n][c];
+        float& sum = column_sum[n][c];
 #pragma unroll
         for (int with = 4; with < 32; with *= 2) sum = combined<kPass>(sum, __shfl_xor_sync(kFullMask, sum, with));
-        if (lane < 4) owner_part[thread / 64 * kOwner + warp_column<kOwner>() + fragment_column(n, c)] = sum;
+        if (lane < 4) outer_part[thread / 64 * kOuter + warp_column<kOuter>() + fragment_column(n, c)] = sum;
       }
     }
     __syncthreads();
-    if (thread < kOwner && first_own + thread < anchors) {
-      const float upper = owner_part[thread], lower = owner_part[kOwner + thread];
-      partial[schedule.piece_slot(owner, block) * anchors + first_own + thread] = combined<kPass>(upper, lower);
+    if (thread < kOuter && first_column + thread < anchors) {
+      const float upper = outer_part[thread], lower = outer_part[kOuter + thread];
+      partial[schedule.segment_slot(outer, block) * anchors + first_column + thread] = combined<kPass>(upper, lower);
     }
   }
 }

@@ -1,4 +1,4 @@
-// NT-Xent on the GPU, host side: from a problem to the kernels' parameters, and the layout of the workspace.
+// NT-Xent on the GPU, host side: kernel parameters of a problem, column splits, layout of the workspace.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// For a launch that handles `local_rows` rows, with the columns divided into `splits` parts.
+// Parameters of a launch that handles `local_rows` rows with `splits` column splits.
 inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int64_t splits) {
   // Rows are counted in 32 bits inside the tiles; addresses are 64-bit.
   if (problem.rows() > (int64_t{1} << 30)) throw std::runtime_error("nt_xent: more than 2^30 rows");
@@ -32,19 +32,19 @@ inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int6
   return p;
 }
 
-// What one more part of the columns costs in the backward pass, in times that a block needs for a tile of block_rows x
-// tile_columns. A part of dZ is `rows` x D numbers that are written and read, 8 bytes each. A tile is two products of
-// block_rows x tile_columns x D, 2 flops each and three times that when split, and `room` blocks share the GPU. D
-// cancels. 250 flops a byte is what GPUs with matrix units have: 790 TFLOP/s and 3.0 TB/s on an H100. Never less than
-// half a tile, for what waits on memory.
-inline double part_price(int64_t rows, int64_t room, int64_t block_rows, int64_t tile_columns, bool split) {
+// Cost of one more column split in the backward pass, in units of the time that a block needs for a tile of block_rows
+// x tile_columns. A split writes and reads a partial dZ of `rows` x D values, 8 bytes each. A tile is two products of
+// block_rows x tile_columns x D with 2 flops each (three times that for split operands), and `room` blocks share the
+// GPU. D cancels. GPUs with matrix units do about 250 flops per byte: an H100 has 790 TFLOP/s and 3.0 TB/s. At least
+// half a tile, for memory latency.
+inline double split_cost(int64_t rows, int64_t room, int64_t block_rows, int64_t tile_columns, bool split) {
   constexpr double kFlopsPerByte = 250;
   const double tile = static_cast<double>(room * block_rows * tile_columns * (split ? 3 : 1));
   return std::max(0.5, 2 * kFlopsPerByte * static_cast<double>(rows) / tile);
 }
 
-// How many parts of the columns for `blocks` blocks that walk over `tiles` tiles each, `room` of them at a time: as many
-// waves of blocks as there must be, and little to add up afterwards. More parts take memory; they must gain 3 %.
+// Chooses the number of column splits for `blocks` blocks that process `tiles` tiles each, `room` blocks at a time: as
+// few waves of blocks as possible, with little to add up afterwards. More splits need memory, so they must gain 3 %.
 inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double price) {
   int64_t best = 1;
   double least = 0;
@@ -59,8 +59,8 @@ inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double
   return best;
 }
 
-// Hands out parts of the workspace, each aligned to 256 bytes; with a null base it only measures.
-struct Carver {
+// Allocates parts of the workspace, each aligned to 256 bytes. With a null base it only measures the size.
+struct Arena {
   unsigned char* base;
   int64_t used = 0;
   template <typename T>
@@ -74,7 +74,7 @@ struct Carver {
   }
 };
 
-// Blocks of kernels with a warp per row.
+// Grid of a kernel with one warp per row.
 inline dim3 grid_of_rows(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))); }
 
 }  // namespace

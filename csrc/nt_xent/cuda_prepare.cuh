@@ -1,5 +1,5 @@
-// NT-Xent on the GPU: what comes before the products. Forward: unit rows, operands, similarities of the positive pairs.
-// Backward: the operands again, and a weight and a shift per row.
+// First kernels of NT-Xent. Forward: unit rows, operands, similarities of the positive pairs. Backward: the operands
+// again, and a weight and a shift per row.
 #pragma once
 
 #include <cmath>
@@ -9,23 +9,23 @@
 namespace scan_fast {
 namespace {
 
-// How the portable kernels have their operands: (parts, 2N, width), each row at its own number.
+// Operand layout of the portable kernels: (parts, 2N, width), in the order of rows.
 template <bool kSplit>
 struct RowMajor {
   half_t* packed;
-  int64_t width, low;  // `low` elements from hi to lo
+  int64_t width, low;  // low: offset from hi to lo, in elements
 
   RowMajor(half_t* packed_, const Params& p) : packed(packed_), width(p.padded), low(p.rows() * p.padded) {}
   __device__ __forceinline__ int64_t position(int64_t row) const { return row; }
   __device__ __forceinline__ half_t* row_at(int64_t position) const { return packed + position * width; }
-  // hi (and lo) of a unit row's element.
+  // Stores hi (and lo) of an element of a unit row.
   __device__ __forceinline__ void put(half_t* row, int64_t k, float unit) const {
     const float value = unit * kOperandScale;
     const half_t hi = from_float<half_t>(value);
     row[k] = hi;
     if constexpr (kSplit) row[low + k] = from_float<half_t>(value - to_float(hi));
   }
-  // Positions beyond the rows, to be zeroed.
+  // Padding positions, which must be zeroed.
   __host__ __device__ int64_t fillers() const { return 0; }
   __device__ __forceinline__ int64_t filler(int64_t) const { return 0; }
 };
@@ -34,7 +34,7 @@ template <typename T, typename Packing>
 __device__ __forceinline__ void prepare_row(const T* __restrict__ x, int64_t row, float* __restrict__ unit,
                                             float* __restrict__ inv_norm, Packing packing, const Params& p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // Scaled by the largest element, so that neither huge nor tiny rows lose their direction.
+  // Scale by the largest element, so that neither huge nor tiny rows lose their direction.
   float largest = 0;
   for (int64_t k = lane; k < p.dim; k += 32) largest = fmaxf(largest, fabsf(to_float(x[k])));
   largest = warp_max(largest);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void prepare_row(const T* __restrict__ x, int64_t row
     sum += value * value;
   }
   const float root = sqrtf(warp_sum(sum));
-  // norm = largest * root may leave float32's range although every quotient below is within it.
+  // norm = largest * root may be out of float32's range, although every quotient below is within it.
   const bool short_row = largest * root < kMinNorm;
   const auto operand = packing.row_at(packing.position(row));
   for (int64_t k = lane; k < packing.width; k += 32) {
@@ -67,7 +67,8 @@ __device__ __forceinline__ int64_t prepare_filler(int64_t index, Packing packing
   return position;
 }
 
-// A warp per sample: both views' unit rows and operands, and the product of the two in float32. A warp per filler.
+// One warp per sample: unit rows and operands of both views, and their product in float32. One warp per padding
+// position.
 template <typename T, typename Packing>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_forward_kernel(const T* __restrict__ z0, const T* __restrict__ z1, float* __restrict__ unit,
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads)
   prepare_row(z0 + sample * p.dim, sample, unit, inv_norm, packing, p);
   prepare_row(z1 + sample * p.dim, p.samples + sample, unit, inv_norm, packing, p);
   float sum = 0;
-  // Each lane reads what it wrote itself.
+  // Each lane reads only what it wrote itself.
   for (int64_t k = static_cast<int>(threadIdx.x) % 32; k < p.dim; k += 32) {
     sum += unit[sample * p.dim + k] * unit[(p.samples + sample) * p.dim + k];
   }
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x % 32 == 0) positive[sample] = sum;
 }
 
-// The largest |upstream gradient|, the same in every thread.
+// Returns the largest |upstream gradient| to every thread.
 __device__ inline float largest_gradient(const Upstream& upstream, int64_t anchors) {
   SCAN_FAST_SHARED(float, largest_of, 32);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -109,22 +110,22 @@ __device__ inline float largest_gradient(const Upstream& upstream, int64_t ancho
 
 constexpr int kLargestThreads = 1024;
 
-// One block, where so many anchors make it worth a launch.
+// A single block, for so many anchors that a separate launch is cheaper.
 __global__ void __launch_bounds__(kLargestThreads)
     largest_gradient_kernel(Upstream upstream, float* __restrict__ largest, Params p) {
   const float found = largest_gradient(upstream, p.anchors);
   if (threadIdx.x == 0) *largest = found;
 }
 
-// A warp per row: the operands anew, weight_i (zero for rows that are no anchors), shift_i, and once 1 / (all scales)
-// for the sums of W Z. `largest` is null where the blocks find the largest gradient themselves.
+// One warp per row: the operands again, weight_i (zero if row i is not an anchor), shift_i, and once 1 / (all scales)
+// for the sums of W Z. If `largest` is null, the blocks find the largest gradient themselves.
 template <typename Packing>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_backward_kernel(const float* __restrict__ unit, Upstream upstream, const float* __restrict__ shifted_lse,
                             const float* __restrict__ largest, Packing packing, float* __restrict__ weight,
                             float* __restrict__ shift, float* __restrict__ unscale, Params p) {
   const float most = largest == nullptr ? largest_gradient(upstream, p.anchors) : *largest;
-  // The power of two that brings the largest |g| to [2^13, 2^14); kept within float32 for extreme gradients.
+  // Power of two that brings the largest |g| to [2^13, 2^14); kept within float32 for extreme gradients.
   const int exponent = most > 0 && most < INFINITY ? max(-100, min(100, 13 - ilogbf(most))) : 0;
   const float factor = ldexpf(1.0f, exponent);
   if (blockIdx.x == 0 && threadIdx.x == 0) *unscale = 1 / (factor * kOperandScale);

@@ -1,13 +1,28 @@
-// NT-Xent on the GPU: which block forms which tiles of the forward pass. Index arithmetic only, for host and device.
+// Schedule of the NT-Xent forward pass on the GPU: assigns the tiles of similarities to blocks. Index arithmetic only,
+// for host and device.
 //
-// Positions. The anchors of a call are numbered 0 .. A-1 (the handled samples' first views, then second views), the
-// other rows 0 .. O-1. The anchors are cut into owner tiles, all rows into walked tiles. Owner tile o meets
-// its own rows, the anchors behind them, and all other rows. A tile behind the diagonal serves both sides: its
-// exponentials are summed over the walked rows, for the owner, and over the owner's, for the walked rows.
+// Positions. The anchors of a call are numbered 0 .. A-1 (the handled samples' first views, then their second views),
+// the other rows 0 .. O-1. Both are divided into tiles. Similarities are symmetric, so among anchors only tiles on and
+// below the diagonal are formed:
 //
-// Blocks. The tiles of all owners, one after another, are dealt out in equal consecutive runs. A run may cross owners:
-// a piece is what one run has of one owner, and has a slot for the owner's sums. An owner has one slot for the sums that
-// it makes for others' rows. Each slot is written by one block, and the slots of a row are added in order.
+//                     outer tiles (columns)
+//                       0     1     2
+//      inner      0     d                     d  diagonal: summed over the rows only
+//      tiles      1     t     d               t  below the diagonal: summed over the rows for the outer tile, and over
+//      (rows)     2     t     t     d            the columns for the inner tile; the transposed tile is not formed
+//                 ------------------
+//      others     3     o     o     o         o  other rows: summed over the rows only
+//                 4     o     o     o
+//
+// Runs. The tiles of outer tile 0, 1, 2, ... in sequence are divided into equal consecutive runs, one per block:
+//      outer tile     0 0 0 0 0 1 1 1 1 2 2 2
+//      inner tile     0 1 2 3 4 1 2 3 4 2 3 4
+//      block          0 0 0 1 1 1 2 2 2 3 3 3
+// A segment is the part of a run within one outer tile: block 1 has a segment in outer tile 0 and one in outer tile 1.
+//
+// Slots. Each segment has a slot for the sums of its outer tile. Each outer tile has one transposed slot for the sums
+// of its `t` tiles over the columns. Each entry of a slot is written once, and the slots of a row are added in a fixed
+// order, so there are no atomics.
 #pragma once
 
 #include <cstdint>
@@ -16,34 +31,34 @@
 
 namespace scan_fast {
 
-template <int kWalkedRows>
+template <int kInnerRows>
 struct ForwardSchedule {
-  static constexpr int walked_width = kWalkedRows;
-  int64_t anchors, others;         // A, O
-  int64_t owner_begin, owner_end;  // the owners of this launch
+  static constexpr int inner_width = kInnerRows;
+  int64_t anchors, others;         // A and O above
+  int64_t outer_begin, outer_end;  // outer tiles of this launch
   int64_t blocks;
-  int64_t piece_slots;  // slots before those that hold sums for others' rows
-  int owner_width;      // a multiple of the walked tiles'
+  int64_t segment_slots;  // the transposed slots follow these
+  int outer_width;      // a multiple of the inner width
 
-  __host__ __device__ int64_t anchor_tiles() const { return (anchors + walked_width - 1) / walked_width; }
-  __host__ __device__ int64_t other_tiles() const { return (others + walked_width - 1) / walked_width; }
-  __host__ __device__ int64_t owners() const { return (anchors + owner_width - 1) / owner_width; }
-  // The owner's own tiles come first.
-  __host__ __device__ int64_t first_walked(int64_t owner) const { return owner * (owner_width / walked_width); }
-  __host__ __device__ int64_t length(int64_t owner) const {
-    return anchor_tiles() - first_walked(owner) + other_tiles();
+  __host__ __device__ int64_t anchor_tiles() const { return (anchors + inner_width - 1) / inner_width; }
+  __host__ __device__ int64_t other_tiles() const { return (others + inner_width - 1) / inner_width; }
+  __host__ __device__ int64_t outer_tiles() const { return (anchors + outer_width - 1) / outer_width; }
+  // First inner tile of an outer tile: its diagonal.
+  __host__ __device__ int64_t first_inner(int64_t outer) const { return outer * (outer_width / inner_width); }
+  __host__ __device__ int64_t length(int64_t outer) const {
+    return anchor_tiles() - first_inner(outer) + other_tiles();
   }
-  // Tiles of the launch before an owner's first.
-  __host__ __device__ int64_t prefix(int64_t owner) const {
-    const int64_t count = owner - owner_begin;
+  // Number of tiles of the launch before an outer tile's first.
+  __host__ __device__ int64_t prefix(int64_t outer) const {
+    const int64_t count = outer - outer_begin;
     return count * (anchor_tiles() + other_tiles()) -
-           (owner_begin + owner - 1) * count / 2 * (owner_width / walked_width);
+           (outer_begin + outer - 1) * count / 2 * (outer_width / inner_width);
   }
-  __host__ __device__ int64_t total() const { return prefix(owner_end); }
+  __host__ __device__ int64_t total() const { return prefix(outer_end); }
   __host__ __device__ int64_t block_begin(int64_t block) const { return total() * block / blocks; }
   __host__ __device__ int64_t block_of(int64_t tile) const { return ((tile + 1) * blocks - 1) / total(); }
-  __host__ __device__ int64_t owner_of(int64_t tile) const {
-    int64_t low = owner_begin, high = owner_end - 1;
+  __host__ __device__ int64_t outer_of(int64_t tile) const {
+    int64_t low = outer_begin, high = outer_end - 1;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
       if (prefix(middle) <= tile) {
@@ -54,39 +69,40 @@ struct ForwardSchedule {
     }
     return low;
   }
-  __host__ __device__ int64_t pieces(int64_t owner) const {
-    return block_of(prefix(owner + 1) - 1) - block_of(prefix(owner)) + 1;
+  __host__ __device__ int64_t segments(int64_t outer) const {
+    return block_of(prefix(outer + 1) - 1) - block_of(prefix(outer)) + 1;
   }
-  __host__ __device__ int64_t piece_slot(int64_t owner, int64_t block) const {
-    return block - block_of(prefix(owner));
+  __host__ __device__ int64_t segment_slot(int64_t outer, int64_t block) const {
+    return block - block_of(prefix(outer));
   }
-  __host__ __device__ int64_t mirror_slot(int64_t owner) const { return piece_slots + owner - owner_begin; }
-  __host__ __device__ int64_t slots() const { return piece_slots + owner_end - owner_begin; }
+  __host__ __device__ int64_t transposed_slot(int64_t outer) const { return segment_slots + outer - outer_begin; }
+  __host__ __device__ int64_t slots() const { return segment_slots + outer_end - outer_begin; }
 
-  // The k-th slot that holds something for an anchor, k < filled(anchor): others' sums for it, then its owner's pieces.
-  __host__ __device__ int64_t mirrors(int64_t anchor) const {
-    const int64_t owner = anchor / owner_width, end = owner < owner_end ? owner : owner_end;
-    return end > owner_begin ? end - owner_begin : 0;
+  // The k-th slot that holds a value for an anchor, k < filled(anchor): the transposed slots, then the segments of its
+  // own outer tile.
+  __host__ __device__ int64_t transposed_slots(int64_t anchor) const {
+    const int64_t outer = anchor / outer_width, end = outer < outer_end ? outer : outer_end;
+    return end > outer_begin ? end - outer_begin : 0;
   }
   __host__ __device__ int64_t filled(int64_t anchor) const {
-    const int64_t owner = anchor / owner_width;
-    return mirrors(anchor) + (owner < owner_begin || owner >= owner_end ? 0 : pieces(owner));
+    const int64_t outer = anchor / outer_width;
+    return transposed_slots(anchor) + (outer < outer_begin || outer >= outer_end ? 0 : segments(outer));
   }
   __host__ __device__ int64_t filled_slot(int64_t anchor, int64_t k) const {
-    const int64_t count = mirrors(anchor);
-    return k < count ? piece_slots + k : k - count;
+    const int64_t count = transposed_slots(anchor);
+    return k < count ? segment_slots + k : k - count;
   }
 };
 
-// The launch of the owners [begin, end), with at most `most_blocks` blocks.
-template <int kWalkedRows>
-ForwardSchedule<kWalkedRows> make_forward_schedule(int64_t anchors, int64_t others, int owner_width, int64_t begin,
-                                                   int64_t end, int64_t most_blocks) {
-  ForwardSchedule<kWalkedRows> s{anchors, others, begin, end, 1, 0, owner_width};
-  s.blocks = s.total() < most_blocks ? s.total() : most_blocks;
-  // The first owner's run is the longest; it touches at most two blocks more than it fills.
+// Schedule of a launch for the outer tiles [begin, end), with at most `max_blocks` blocks.
+template <int kInnerRows>
+ForwardSchedule<kInnerRows> make_forward_schedule(int64_t anchors, int64_t others, int outer_width, int64_t begin,
+                                                   int64_t end, int64_t max_blocks) {
+  ForwardSchedule<kInnerRows> s{anchors, others, begin, end, 1, 0, outer_width};
+  s.blocks = s.total() < max_blocks ? s.total() : max_blocks;
+  // The first outer tile has the most tiles. At most two more blocks than it fills have a segment in it.
   const int64_t longest = s.length(begin), filled = longest * s.blocks / s.total() + 2;
-  s.piece_slots = filled < longest ? filled : longest;
+  s.segment_slots = filled < longest ? filled : longest;
   return s;
 }
 

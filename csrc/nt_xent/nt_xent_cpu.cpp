@@ -1,17 +1,19 @@
-// NT-Xent on the CPU: threads over tiles, each tile one matrix product and one fused pass of exponentials.
+// CPU kernel of NT-Xent: threads process tiles; a tile is one matrix product and one fused pass of exponentials.
 //
-// Forward. Blocks of rows; a task is one block against a run of others. Its similarities are made in pieces of 128 x 512
-// that stay in the L2 cache, and each exponential counts for its row and its column (upper triangle only). Row and
-// column sums go to slots of their own, added in a fixed order at the end.
-// Backward. W is symmetric, so a tile is made once and used twice: dZ_I += W Z_J and dZ_J += W^T Z_I. The tournament of
-// schedule.h makes this safe and deterministic without a slot per task: no gradient block is in two tasks of a round.
-// Cost: M^2 D + 3 M^2 D multiply-adds-times-two and M^2 exponentials, where plain PyTorch has 6 M^2 D and 2 M^2 with
-// about twelve passes over an M x M matrix; on AVX-512 cores it runs at nearly the rate of the matrix product alone.
+// Forward: rows are divided into blocks, and a task is one block against a run of blocks. Its similarities are computed
+// in tiles of 128 x 512 that stay in the L2 cache. Each exponential is added to its row and its column (upper triangle
+// only). Each task writes row and column sums to separate slots, which are added in a fixed order at the end.
+// Backward: W is symmetric, so each tile is computed once and used twice: dZ_I += W Z_J and dZ_J += W^T Z_I. The
+// tournament of schedule.h makes this safe and deterministic without a slot per task: no gradient block is in two tasks
+// of a round.
+// Cost: 2 (M^2 D + 3 M^2 D) flops and M^2 exponentials. Plain PyTorch needs 6 M^2 D and 2 M^2, with about twelve passes
+// over an M x M matrix. On AVX-512 cores the kernel runs at nearly the rate of the matrix product alone.
 // Memory: the slots (M * min(M / 128, 64) floats) and one tile per thread.
 //
-// One shift, 1/tau, serves every row as long as exp(-2/tau) is a normal float32. For lower temperatures the forward pass
-// keeps a running maximum per row (no triangle) and the backward pass shifts rows and columns by their own lse. Below
-// about 1e-5 the cosines' float32 rounding, divided by tau, decides which negative dominates; results stay finite.
+// One shift, 1/tau, serves every row if exp(-2/tau) is a normal float32. For lower temperatures the forward pass keeps
+// a running maximum per row (full matrix, no triangle) and the backward pass shifts rows and columns by their own lse.
+// Below about 1e-5 the float32 rounding of the cosines, divided by tau, decides which negative dominates; results stay
+// finite.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -30,7 +32,7 @@ namespace {
 constexpr double kMinNorm = 1e-12;
 constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29: room for weights and sums on both sides
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kPieceRows = 128, kPieceColumns = 512;
+constexpr int64_t kTileRows = 128, kTileColumns = 512;
 constexpr int64_t kBackwardBlock = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -40,7 +42,7 @@ double dot(const float* x, const float* y, int64_t count) {
   return sum;
 }
 
-// Rows [begin, begin + size) of [z0; z1] cut for parallel_for, for the passes that are linear in M.
+// Rows per task in the passes that are linear in M.
 constexpr int64_t kRowsPerTask = 64;
 
 void for_each_row(int64_t rows, const std::function<void(int64_t)>& body) {
@@ -52,10 +54,10 @@ void for_each_row(int64_t rows, const std::function<void(int64_t)>& body) {
 
 int64_t positive_of(const NTXentProblem& p, int64_t row) { return row < p.samples ? row + p.samples : row - p.samples; }
 
-// log(1 + exp(x)), the loss of an anchor whose negatives exceed its positive by x in log space.
+// log(1 + exp(x)): the loss of an anchor if log(sum of negatives) exceeds the positive by x.
 double softplus(double x) { return x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
-// The unit rows in the precision of the products, and the products themselves.
+// Unit rows in the precision of the products, and tiles of similarities computed from them.
 class Similarities {
  public:
   Similarities(const NTXentProblem& problem, const float* unit, bool reduced)
@@ -71,7 +73,7 @@ class Similarities {
   bool reduced() const { return reduced_; }
   static int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
-  // tile (rows x columns, ld = padded(columns)) = the cosines; the diagonal, positive pairs and padding are -infinity.
+  // tile (rows x columns, ld = padded(columns)) = the cosines. The diagonal, positive pairs and padding are -infinity.
   void make(int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile) const {
     const int64_t dim = problem_.dim, ld = padded(columns);
     if (reduced_) {
@@ -89,7 +91,7 @@ class Similarities {
     }
   }
 
-  // to (rows x D) = beta * to + W Z_columns, or with `transposed`: to (columns x D) += W^T Z_rows.
+  // to (rows x D) = beta * to + W Z_columns; with `transposed`, to (columns x D) += W^T Z_rows.
   void apply(const float* tile, const uint16_t* tile16, int64_t rows, int64_t columns, int64_t from, bool transposed,
              float beta, float* to) const {
     const int64_t dim = problem_.dim, ld = padded(columns);
@@ -109,16 +111,16 @@ class Similarities {
   std::unique_ptr<uint16_t[]> rounded_;
 };
 
-// log of the sum over the negatives of exp(s_ij - 1/tau) per anchor, with the one shift for all rows.
+// Computes log of the sum over the negatives of exp(s_ij - 1/tau) per anchor, with one shift for all rows.
 std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Similarities& similarities) {
   const float scale = static_cast<float>(kLog2E / problem.temperature);
-  const int64_t block = kPieceRows * std::max<int64_t>(1, (problem.rows() + 8191) / 8192);
+  const int64_t block = kTileRows * std::max<int64_t>(1, (problem.rows() + 8191) / 8192);
   const std::vector<RowBlock> blocks = make_row_blocks(problem, block);
-  const int64_t run = std::max(block, kPieceColumns);
+  const int64_t run = std::max(block, kTileColumns);
   const std::vector<ForwardTask> tasks = make_forward_tasks(blocks, run);
   const int64_t anchors = problem.local_anchors(), slots = static_cast<int64_t>(blocks.size());
   std::vector<float> partial(slots * anchors, 0.0f);
-  const int64_t tile_size = kPieceRows * kPieceColumns, scratch_size = tile_size + run + 16;
+  const int64_t tile_size = kTileRows * kTileColumns, scratch_size = tile_size + run + 16;
   std::vector<float> scratch(max_threads() * scratch_size);
 
   parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t index, int thread) {
@@ -129,19 +131,19 @@ std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Simi
     const int64_t column_begin = blocks[task.column_begin].begin;
     const int64_t column_end = blocks[task.column_end - 1].begin + blocks[task.column_end - 1].size;
     float* row_slot = partial.data() + task.column_begin * anchors + rows.anchor;
-    float piece_sum[kPieceRows];
+    float tile_sum[kTileRows];
     std::fill_n(column_sum, run + 16, 0.0f);
-    for (int64_t i = 0; i < rows.size; i += kPieceRows) {
-      const int64_t height = std::min(kPieceRows, rows.size - i);
-      for (int64_t j = column_begin; j < column_end; j += kPieceColumns) {
-        const int64_t width = std::min(kPieceColumns, column_end - j), ld = Similarities::padded(width);
+    for (int64_t i = 0; i < rows.size; i += kTileRows) {
+      const int64_t height = std::min(kTileRows, rows.size - i);
+      for (int64_t j = column_begin; j < column_end; j += kTileColumns) {
+        const int64_t width = std::min(kTileColumns, column_end - j), ld = Similarities::padded(width);
         similarities.make(rows.begin + i, height, j, width, tile);
         SCAN_FAST_BEST_ISA(nt_xent_exp_sums)
-        (tile, height, ld, ld, scale, piece_sum, task.mirrored ? column_sum + (j - column_begin) : nullptr);
-        for (int64_t r = 0; r < height; ++r) row_slot[i + r] += piece_sum[r];
+        (tile, height, ld, ld, scale, tile_sum, task.symmetric ? column_sum + (j - column_begin) : nullptr);
+        for (int64_t r = 0; r < height; ++r) row_slot[i + r] += tile_sum[r];
       }
     }
-    if (task.mirrored) {
+    if (task.symmetric) {
       std::copy_n(column_sum, column_end - column_begin,
                   partial.data() + task.row * anchors + blocks[task.column_begin].anchor);
     }
@@ -156,23 +158,23 @@ std::vector<double> log_negatives_fixed(const NTXentProblem& problem, const Simi
   return result;
 }
 
-// The same for low temperatures: a running maximum per row.
+// The same for low temperatures, with a running maximum per row.
 std::vector<double> log_negatives_online(const NTXentProblem& problem, const Similarities& similarities) {
   const float scale = static_cast<float>(kLog2E / problem.temperature);
-  const std::vector<RowBlock> blocks = make_row_blocks(problem, kPieceRows);
+  const std::vector<RowBlock> blocks = make_row_blocks(problem, kTileRows);
   std::vector<RowBlock> anchors;
   std::copy_if(blocks.begin(), blocks.end(), std::back_inserter(anchors), [](auto& b) { return b.anchor >= 0; });
-  std::vector<float> scratch(max_threads() * kPieceRows * kPieceColumns);
+  std::vector<float> scratch(max_threads() * kTileRows * kTileColumns);
   std::vector<double> result(problem.local_anchors());
 
   parallel_for(static_cast<int64_t>(anchors.size()), [&](int64_t index, int thread) {
     const RowBlock& rows = anchors[index];
-    float* tile = scratch.data() + thread * kPieceRows * kPieceColumns;
-    float maximum[kPieceRows];
-    double sum[kPieceRows] = {};
-    std::fill_n(maximum, kPieceRows, -kInfinity);
-    for (int64_t j = 0; j < problem.rows(); j += kPieceColumns) {
-      const int64_t width = std::min(kPieceColumns, problem.rows() - j), ld = Similarities::padded(width);
+    float* tile = scratch.data() + thread * kTileRows * kTileColumns;
+    float maximum[kTileRows];
+    double sum[kTileRows] = {};
+    std::fill_n(maximum, kTileRows, -kInfinity);
+    for (int64_t j = 0; j < problem.rows(); j += kTileColumns) {
+      const int64_t width = std::min(kTileColumns, problem.rows() - j), ld = Similarities::padded(width);
       similarities.make(rows.begin, rows.size, j, width, tile);
       SCAN_FAST_BEST_ISA(nt_xent_online_sums)(tile, rows.size, ld, ld, scale, maximum, sum);
     }
@@ -190,7 +192,8 @@ void nt_xent_normalize_cpu(const NTXentProblem& problem, const float* z0, const 
                            float* inv_norm) {
   for_each_row(problem.rows(), [&](int64_t row) {
     const float* x = row < problem.samples ? z0 + row * problem.dim : z1 + (row - problem.samples) * problem.dim;
-    // In double, so that neither huge nor tiny rows lose their direction. NaN passes through max() in this order.
+    // In double, so that neither huge nor tiny rows lose their direction. This order of arguments lets NaN through
+    // max().
     const double norm = std::max(std::sqrt(dot(x, x, problem.dim)), kMinNorm);
     for (int64_t k = 0; k < problem.dim; ++k) unit[row * problem.dim + k] = static_cast<float>(x[k] / norm);
     inv_norm[row] = static_cast<float>(1.0 / norm);
@@ -222,8 +225,8 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
   const bool fixed_shift = problem.temperature >= kFixedShiftTemperature;
   const float scale = static_cast<float>(kLog2E / problem.temperature);
 
-  // exp(s_ij - lse_i) g_i = 2^(scale * cos_ij - scale) * weight_i, or with its own shift 2^(scale * cos_ij - shift_i) g_i.
-  // Padded, because tiles are: the padding meets zeros only.
+  // exp(s_ij - lse_i) g_i = 2^(scale * cos_ij - scale) * weight_i, or with a shift per row 2^(scale * cos_ij - shift_i)
+  // g_i. Padded to the width of a tile; the padding is multiplied by zeros only.
   std::vector<float> weight(rows + 16, 0.0f), shift(rows + 16, scale);
   for_each_row(problem.anchors(), [&](int64_t row) {
     const double lse = shifted_lse[row];
@@ -309,7 +312,7 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
       gradient_row[k] = static_cast<float>(value);
       radial += value * u[k];
     }
-    // A row shorter than 1e-12 was divided by that constant, so nothing is projected out.
+    // A row shorter than 1e-12 was divided by that constant, so there is no radial part to subtract.
     if (inv_norm[row] >= static_cast<float>(1.0 / kMinNorm)) radial = 0.0;
     for (int64_t k = 0; k < dim; ++k) {
       gradient_row[k] = static_cast<float>((gradient_row[k] - radial * u[k]) * inv_norm[row]);

@@ -5,8 +5,8 @@
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
-// 2^x for x <= 127, relative error below 2e-7, exactly zero below -126, NaN for NaN. Adding 1.5 * 2^23 rounds x to an
-// integer n that then stands in the low bits, from where a shift moves it into the exponent of 2^(x - n).
+// 2^x for x <= 127: relative error below 2e-7, exactly zero below -126, NaN for NaN. Adding 1.5 * 2^23 rounds x to an
+// integer n in the low bits. A shift moves n into the exponent of 2^(x - n).
 inline Vec exp2(Vec x) {
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x + magic;
@@ -22,10 +22,10 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? Vec{} : reinterpret_cast<Vec>(bits);
 }
 
-// A probability's logarithm; at tiny temperatures the rounding of s alone could lift it far above zero.
+// Clamps the logarithm of a probability. At tiny temperatures the rounding of s alone could lift it far above zero.
 inline Vec at_most_zero(Vec x) { return x > Vec{} ? Vec{} : x; }
 
-// In a fixed order, so that every run gives the same bits.
+// Sums in a fixed order, so that every run gives the same bits.
 inline float sum_lanes(Vec value) {
   float sum = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
@@ -82,7 +82,7 @@ void nt_xent_online_sums(const float* tile, int64_t rows, int64_t columns, int64
       const float candidate = largest[lane] * scale;
       maximum = candidate > maximum ? candidate : maximum;
     }
-    // Where nothing counts yet, any finite shift does; a NaN is no maximum but reaches the sum.
+    // If all entries are masked so far, any finite shift will do. A NaN is never the maximum, but reaches the sum.
     const float shift = maximum == -__builtin_inff() ? 0.0f : maximum;
     Vec sum = {};
     for (int64_t j = 0; j < columns; j += kLanes) sum += exp2(load(row + j) * scale - shift);

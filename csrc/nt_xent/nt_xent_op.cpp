@@ -1,4 +1,4 @@
-// torch.ops.scan_fast.nt_xent_forward and nt_xent_backward: tensors in, tensors out.
+// Tensor layer of NT-Xent: torch.ops.scan_fast.nt_xent_forward and nt_xent_backward.
 #include <ATen/Context.h>
 #include <torch/library.h>
 #include <torch/types.h>
@@ -11,7 +11,7 @@
 #endif
 
 #include "common/large_buffers.h"
-#include "common/variants.h"
+#include "common/sm90_switch.h"
 #include "nt_xent/nt_xent.h"
 
 namespace scan_fast {
@@ -23,9 +23,10 @@ at::Float32Precision matmul_precision(at::Float32Backend backend) {
   return at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
 }
 
-// Whether float32 products may be rounded to 16 bits, here as in torch.matmul: set_float32_matmul_precision("medium") and
-// torch.backends.mkldnn.matmul.fp32_precision = "bf16" allow it. Context::float32MatmulPrecision() knows the first only,
-// and throws where the settings that came with fp32_precision are in use, such as cuda.matmul.fp32_precision = "tf32".
+// Returns whether float32 products may be rounded to 16 bits, as in torch.matmul.
+// set_float32_matmul_precision("medium") and torch.backends.mkldnn.matmul.fp32_precision = "bf16" allow it.
+// Context::float32MatmulPrecision() knows only the first. It throws if a setting of the fp32_precision API is in use,
+// such as cuda.matmul.fp32_precision = "tf32".
 bool reduced_on_cpu() { return matmul_precision(at::Float32Backend::MKLDNN) == at::Float32Precision::BF16; }
 
 NTXentProblem make_problem(int64_t samples, int64_t dim, double temperature, bool both_anchors, int64_t sample_begin,
@@ -44,10 +45,10 @@ NTXentProblem forward_problem(const Tensor& z0, const Tensor& z1, double tempera
   return make_problem(z0.size(0), z0.size(1), temperature, both_anchors, sample_begin, sample_count);
 }
 
-// What the backward pass reads, checked and in the layout of the kernels.
+// Inputs of the backward pass, checked and in the layout of the kernels.
 struct BackwardInputs {
   NTXentProblem problem;
-  Tensor grad_losses;  // with the strides that came
+  Tensor grad_losses;  // strides as given
   Tensor losses, lse, unit, inv_norm;
 };
 
@@ -105,16 +106,20 @@ DType kernel_dtype(torch::ScalarType dtype) {
   }
 }
 
-// Of CUDA, PyTorch takes "ieee" and "tf32" only: "medium" is known by what it sets for both. 16-bit embeddings carry no
-// more than single 16-bit products keep.
+// For CUDA, PyTorch accepts only "ieee" and "tf32", so "medium" is recognised by the values that it sets for both
+// backends. For 16-bit embeddings a single 16-bit product loses nothing.
 bool reduced_on_gpu(torch::ScalarType dtype) {
   if (dtype != torch::kFloat) return true;
   return reduced_on_cpu() && matmul_precision(at::Float32Backend::CUDA) == at::Float32Precision::TF32;
 }
 
+#if defined(SCAN_FAST_WITH_SM90)
+Sm90Switch sm90_switch("nt_xent");
+#endif
+
 NTXentGpuKernels gpu_kernels(const NTXentProblem& problem, bool reduced) {
 #if defined(SCAN_FAST_WITH_SM90)
-  if (prefers_sm90(Family::kNTXent) && nt_xent_sm90_covers(problem, reduced)) return kNTXentSM90;
+  if (sm90_switch.on() && nt_xent_sm90_covers(problem, reduced)) return kNTXentSM90;
 #else
   static_cast<void>(problem);
   static_cast<void>(reduced);
@@ -152,7 +157,7 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_losses, const Tensor
                                             sample_begin, sample_count);
   const DType out = kernel_dtype(dtype);
   const bool reduced = reduced_on_gpu(dtype);
-  // One gradient for all anchors, as a mean's backward pass expands it, needs no copies.
+  // A single gradient expanded to all anchors, as in the backward pass of a mean, is not copied.
   const bool single = in.grad_losses.dim() == 1 && in.grad_losses.stride(0) == 0;
   const Tensor gradient = single ? in.grad_losses : in.grad_losses.contiguous();
   const NTXentUpstream upstream{gradient.const_data_ptr<float>(), single ? 0 : 1};

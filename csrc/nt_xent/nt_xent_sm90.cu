@@ -1,30 +1,30 @@
-// NT-Xent on Hopper: bulk copies, warpgroup products, warpgroups in turns. Compiled for sm_90a alone.
+// NT-Xent on Hopper: bulk copies, warpgroup products (WGMMA), ping-pong warpgroups. Compiled for sm_90a only.
 //
-// Maths and what is saved: nt_xent.h. Preparation, sums in order and finish are those of the portable kernels
-// (nt_xent_cuda.cu), which also serve what this file does not cover: temperatures below 0.03, D > 256, and D > 128 for
+// nt_xent.h has the formulas and what is saved. The kernels before and after the products are those of nt_xent_cuda.cu.
+// The portable kernels also run what this file does not cover: temperatures below 0.03, D > 256, and D > 128 for
 // float32 accuracy (split operands).
-//   sm90_packing.cuh     the operands in swizzled panels of 128 rows x 64 dimensions
-//   sm90_forward.cuh     128 x 128 tiles of the upper triangle, dealt out in equal runs to persistent blocks
-//   sm90_backward.cuh    128 rows and a part of the columns a block: similarities, weights and W Z in one pass
-//   sm90_plan.cuh        which of their forms, how many blocks and parts; how large a problem must be to fill the rings
-// Both are one block of 3 warpgroups a multiprocessor: one thread copies, two warpgroups multiply in turns.
+//   sm90_packing.cuh     operands in swizzled panels of 128 rows x 64 dimensions
+//   sm90_forward.cuh     128 x 128 tiles of one triangle, in equal runs for persistent blocks
+//   sm90_backward.cuh    128 rows and a column split per block: similarities, weights and W Z in one pass
+//   sm90_plan.cuh        kernel variants, blocks and splits; how large a problem must be to fill the rings
+// Both use one block of 3 warpgroups per multiprocessor: one thread issues copies, two warpgroups multiply alternately.
 //
 // Launches: forward prepare, products, collect (one more products and collect for every 16,384 anchors after the first
-// 16,384); backward prepare, products, finish (one more where more than 4,096 anchors have gradients of their own). No
-// host synchronisation, no atomics: the same input gives the same bits.
+// 16,384); backward prepare, products, finish (one more if more than 4,096 anchors have separate gradients). No host
+// synchronisation, no atomics: the same input gives the same bits.
 //
-// Compiled, with nvcc 13.0: no spills, no stack frames, no serialised products; the multiplying warpgroups use up to
-// 225 of 240 registers. Steady state of a backward tile at D = 128, for a warpgroup: 16 HGMMA back to back, then about
-// 380 instructions for 64 elements a thread, of which 64 EX2. Not yet run on a GPU: what follows are predictions.
-//   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 a cycle at 1.8 GHz:
-//     forward   0.70 us of products, 0.57 us of EX2, 32 KB from the second cache: 6.2 TB/s if nothing else limited it,
-//               about what that cache gives, so expect 70 % of the products' limit
+// Compiled by nvcc 13.0 without spills, stack frames or serialised products; the multiplying warpgroups use up to 225
+// of 240 registers. Steady state of a backward tile at D = 128, per warpgroup: 16 HGMMA back to back, then about 380
+// instructions for 64 elements per thread, of which 64 are EX2. Predictions, not measurements:
+//   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 per cycle at 1.8 GHz:
+//     forward   0.70 us of products, 0.57 us of EX2, 32 KB from L2: 6.2 TB/s if nothing else limited it, about the
+//               bandwidth of L2, so expect 70 % of the products' limit
 //     backward  1.40 us of products, 0.57 us of EX2, 32 KB: 3.1 TB/s
-//   forward and backward of 2N = M rows, without preparation and finish (2 to 4 us each, and their memory traffic):
-//     8192 x 128     16 tiles a block 16 us, 32 a block 45 us       65536 x 128    1.0 ms, 2.9 ms
-//   The backward pass of 65536 rows has 512 blocks (column_splits does not divide the columns), 3.9 times 132.
-// Left undone: a cluster that shares the walked tiles by multicast, which would halve what the forward pass asks of the
-// second cache; the normalisation backwards in the products' kernel where the columns are not divided.
+//   forward and backward of 2N = M rows, without prepare and finish (2 to 4 us each, and their memory traffic):
+//     8192 x 128     16 tiles per block 16 us, 32 per block 45 us       65536 x 128    1.0 ms, 2.9 ms
+//   The backward pass of 65536 rows has 512 blocks (column_splits chooses a single split), 3.9 times 132.
+// Possible next: a cluster that shares the inner tiles by multicast, which would halve the L2 traffic of the forward
+// pass; the backward of the normalisation in the products' kernel if there is a single split.
 #include <algorithm>
 
 #include "nt_xent/cuda_finish.cuh"
@@ -34,20 +34,20 @@
 namespace scan_fast {
 namespace {
 
-constexpr int64_t kManyGradients = 4096;  // from here on the largest is found by a launch of its own
+constexpr int64_t kManyGradients = 4096;  // with more, a separate launch finds the largest
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 struct ForwardWorkspace {
   half_t* packed;
   float *positive, *partial, *running;
-  ForwardWorkspace(Carver& carver, const ForwardPlan& plan, bool reduced) {
+  ForwardWorkspace(Arena& arena, const ForwardPlan& plan, bool reduced) {
     int64_t slots = 0;
     plan.for_rounds([&](const PanelSchedule& s, bool, bool) { slots = std::max(slots, s.slots()); });
-    packed = carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)));
-    positive = carver.take<float>(plan.p.samples);
-    partial = carver.take<float>(slots * plan.positions.anchors());
-    running = carver.take<float>(plan.positions.anchors());
+    packed = arena.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)));
+    positive = arena.take<float>(plan.p.samples);
+    partial = arena.take<float>(slots * plan.positions.anchors());
+    running = arena.take<float>(plan.positions.anchors());
   }
 };
 
@@ -59,18 +59,18 @@ void forward_products(const ForwardPlan& plan, const ForwardWorkspace& parts, co
          plan.positions, plan.p);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 struct BackwardWorkspace {
   half_t* packed;
   float *weight, *shift, *unscale, *largest, *partial;
-  BackwardWorkspace(Carver& carver, const BackwardPlan& plan, bool reduced)
-      : packed(carver.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)))),
-        weight(carver.take<float>(plan.positions.total())),
-        shift(carver.take<float>(plan.positions.total())),
-        unscale(carver.take<float>(1)),
-        largest(carver.take<float>(1)),
-        partial(carver.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
+  BackwardWorkspace(Arena& arena, const BackwardPlan& plan, bool reduced)
+      : packed(arena.take<half_t>(packed_size(plan.positions.total(), plan.panels * (reduced ? 1 : 2)))),
+        weight(arena.take<float>(plan.positions.total())),
+        shift(arena.take<float>(plan.positions.total())),
+        unscale(arena.take<float>(1)),
+        largest(arena.take<float>(1)),
+        partial(arena.take<float>(plan.p.splits * plan.p.local_rows * plan.p.dim)) {}
 };
 
 template <typename B>
@@ -88,23 +88,23 @@ bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced) {
 }
 
 int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
-  Carver carver{nullptr};
-  ForwardWorkspace(carver, ForwardPlan(problem), reduced);
-  return carver.used;
+  Arena arena{nullptr};
+  ForwardWorkspace(arena, ForwardPlan(problem), reduced);
+  return arena.used;
 }
 
 int64_t nt_xent_backward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
-  Carver carver{nullptr};
-  BackwardWorkspace(carver, BackwardPlan(problem, reduced), reduced);
-  return carver.used;
+  Arena arena{nullptr};
+  BackwardWorkspace(arena, BackwardPlan(problem, reduced), reduced);
+  return arena.used;
 }
 
 void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const void* z1, DType dtype, bool reduced,
                           float* losses, float* shifted_lse, float* unit, float* inv_norm, void* workspace,
                           StreamHandle stream) {
   const ForwardPlan plan(problem);
-  Carver carver{static_cast<unsigned char*>(workspace)};
-  const ForwardWorkspace parts(carver, plan, reduced);
+  Arena arena{static_cast<unsigned char*>(workspace)};
+  const ForwardWorkspace parts(arena, plan, reduced);
   dispatch_dtype(dtype, [&]<typename T>() {
     const auto prepare = [&]<bool kSplit>() {
       const Panels<kSplit> packing(parts.packed, plan.panels, plan.positions);
@@ -127,8 +127,8 @@ void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, cons
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream) {
   const BackwardPlan plan(problem, reduced);
   const Params& p = plan.p;
-  Carver carver{static_cast<unsigned char*>(workspace)};
-  const BackwardWorkspace parts(carver, plan, reduced);
+  Arena arena{static_cast<unsigned char*>(workspace)};
+  const BackwardWorkspace parts(arena, plan, reduced);
   const Upstream upstream{grad_losses};
   const float* largest = nullptr;
   if (grad_losses.stride != 0 && problem.anchors() > kManyGradients) {

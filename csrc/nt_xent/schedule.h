@@ -1,4 +1,4 @@
-// How the M x M similarities are cut into tiles: index arithmetic only, shared by the CPU kernel and its tests.
+// Division of the M x M similarities into tiles for the CPU kernel. Index arithmetic only, shared with its tests.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace scan_fast {
 
-// Consecutive rows of [z0; z1] that are all handled by this call or all not, and all of one view.
+// Consecutive rows of [z0; z1] of one view, either all or none of which are handled by this call.
 struct RowBlock {
   int64_t begin;   // first row, in [0, 2N)
   int64_t size;
-  int64_t local;   // index of the first row among the handled rows (view * sample_count + sample - begin), or -1
-  int64_t anchor;  // index of the first row among this call's anchors, or -1
+  int64_t local;   // first row's index among the handled rows (view * sample_count + sample - begin), or -1
+  int64_t anchor;  // first row's index among this call's anchors, or -1
 };
 
-// Cuts all rows into blocks of at most `target` rows, of nearly equal size within each segment.
+// Divides all rows into blocks of at most `target` rows, of nearly equal size within each segment.
 inline std::vector<RowBlock> make_row_blocks(const NTXentProblem& problem, int64_t target) {
   std::vector<RowBlock> blocks;
   const int64_t cuts[4] = {0, problem.sample_begin, problem.sample_begin + problem.sample_count, problem.samples};
@@ -36,14 +36,14 @@ inline std::vector<RowBlock> make_row_blocks(const NTXentProblem& problem, int64
   return blocks;
 }
 
-// Anchor block `row` against the blocks [column_begin, column_end). With `mirrored`, the columns are anchors too and
-// these tiles serve both: one exponential counts for its row and for its column.
+// Anchor block `row` against the blocks [column_begin, column_end). With `symmetric` the columns are anchors too, and
+// each exponential is added to the sum of its row and of its column.
 struct ForwardTask {
   int64_t row, column_begin, column_end;
-  bool mirrored;
+  bool symmetric;
 };
 
-// Every pair of an anchor row and any row in exactly one task; among anchors, only the upper triangle.
+// Covers each pair of an anchor and any row by exactly one task; among anchors, the upper triangle only.
 inline std::vector<ForwardTask> make_forward_tasks(const std::vector<RowBlock>& blocks, int64_t max_columns) {
   const int64_t count = static_cast<int64_t>(blocks.size());
   std::vector<ForwardTask> tasks;
@@ -68,14 +68,14 @@ inline std::vector<ForwardTask> make_forward_tasks(const std::vector<RowBlock>& 
   return tasks;
 }
 
-// Round `round` of a tournament of `players`: pairs in which everybody meets everybody once over the rounds and nobody
-// plays twice in one round (the circle method). Tasks of one round may therefore add to both players' gradients at the
-// same time, and the order of additions to each gradient depends on nothing but the number of players.
+// Round `round` of a round-robin tournament of `players` (the circle method): over all rounds each pair meets once, and
+// in one round no player appears twice. So tasks of one round may add to the gradients of both players at the same
+// time. The order of additions to each gradient depends only on the number of players.
 inline int64_t tournament_rounds(int64_t players) { return players < 2 ? 0 : players - 1 + players % 2; }
 
 inline std::vector<std::pair<int64_t, int64_t>> tournament_round(int64_t players, int64_t round) {
   std::vector<std::pair<int64_t, int64_t>> pairs;
-  const int64_t circle = tournament_rounds(players);  // odd; the player number `circle` sits in the middle
+  const int64_t circle = tournament_rounds(players);  // odd; player number `circle` is the centre of the circle
   if (circle < players) pairs.emplace_back(round, circle);
   for (int64_t k = 1; k <= (circle - 1) / 2; ++k) {
     const int64_t x = (round + k) % circle, y = (round + circle - k) % circle;

@@ -1,13 +1,14 @@
-// NT-Xent on sm_90a: dZ = W Z in one kernel: similarities, weights, and their product with the same columns.
+// Backward kernel of NT-Xent for sm_90a: dZ = W Z in one kernel. It forms similarities, turns them into weights, and
+// multiplies these with the same columns.
 //
-// A block has 128 rows and a part of the columns. The rows stay in shared memory; tiles of columns come through a ring.
-// Each warpgroup forms S (64 rows x kColumns) from the two, turns it into W in registers, and adds W Z to its part of dZ
-// (64 x D, in registers for the whole kernel): the fragment of an accumulator is that of a left operand, and the tile
-// of columns is read again, transposed. The product with tile t - 1 is issued behind the similarities of tile t, and
-// runs while the exponentials of tile t are computed; besides, the two warpgroups take turns.
+// A block has 128 rows and a column split. The rows stay in shared memory; tiles of columns stream through a ring. Each
+// warpgroup forms S (64 rows x kColumns), turns it into W in registers, and adds W Z to its half of dZ (64 x D, in
+// registers for the whole kernel). The fragment layout of an accumulator equals that of a left operand, and the tile of
+// columns is read a second time, transposed. The product W Z of tile t - 1 is issued after the similarities of tile t
+// and runs while the exponentials of tile t are computed. The two warpgroups also alternate (ping-pong).
 //
-// Columns: 128 a tile, or 64 where D > 128 or operands are split, for registers and shared memory. The weights of a
-// tile's columns come with it. What lies beyond the last row is zero, operands and weights, and needs no test.
+// A tile has 128 columns, or 64 if D > 128 or operands are split, because of registers and shared memory. The weights
+// of a tile's columns are copied with it. Operands and weights of padding positions are zero and need no test.
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -21,19 +22,19 @@ struct BackwardTiles {
   static constexpr int kPanels = kPanels_, kParts = kSplit_ ? 2 : 1;
   static constexpr bool kSplit = kSplit_;
   static constexpr int kDim = kPanels * kPanelDims, kColumns = kPanels > 2 || kSplit ? 64 : 128;
-  static_assert(kPanels == 1 || kPanels == 2 || (kPanels == 4 && !kSplit), "no such kernel");
+  static_assert(kPanels == 1 || kPanels == 2 || (kPanels == 4 && !kSplit), "unsupported number of panels");
   static constexpr int kRowBytes = kParts * kPanels * kPanelBytes;
   static constexpr int kColumnPanelBytes = kPanelBytes * kColumns / kPanelRows;
   static constexpr int kColumnBytes = kParts * kPanels * kColumnPanelBytes;
   static constexpr int kStages = (200 * 1024 - kRowBytes) / kColumnBytes > 4 ? 4 : (200 * 1024 - kRowBytes) / kColumnBytes;
-  static_assert(kStages >= 3, "a tile in use, one before it, and one on its way");
+  static_assert(kStages >= 3, "needs the current tile, the previous one and one in flight");
   static constexpr int kWeightBytes = kColumns * static_cast<int>(sizeof(float));
   static constexpr int kBarriersAt = kRowBytes + kStages * (kColumnBytes + kWeightBytes);
   static constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 1) * static_cast<int>(sizeof(MBarrier));
-  static_assert(kSharedBytes + 1024 <= 227 * 1024, "more shared memory than a block can have");
+  static_assert(kSharedBytes + 1024 <= 227 * 1024, "exceeds the shared memory of a block");
 };
 
-// The column tiles [begin, end) of a block: positions kColumns * tile.
+// Work of a block: a row tile and the column tiles [begin, end). Tile t begins at position kColumns * t.
 struct BackwardShare {
   int row_tile, begin, end;
 };
@@ -64,7 +65,7 @@ __device__ __forceinline__ void produce_columns(unsigned char* memory, const Rin
   }
 }
 
-// Issues s = the products of 64 rows with a tile's columns: hi hi, then hi lo and lo hi.
+// Issues s = products of 64 rows with a tile's columns: hi hi, then hi lo and lo hi.
 template <typename B>
 __device__ __forceinline__ void issue_similarities(float (&s)[B::kColumns / 2], uint64_t rows, uint64_t columns) {
 #pragma unroll
@@ -96,8 +97,8 @@ __device__ __forceinline__ void issue_gather(float (&dz)[B::kDim / 2], uint32_t 
   }
 }
 
-// partial: (splits, local rows, D): this block's part of dZ. packed and weight: by position; the handled rows, all of
-// them anchors here, are the positions [0, local rows).
+// partial: (splits, local rows, D), this block's contribution to dZ. packed and weight are indexed by position. The
+// handled rows, all of which are anchors here, are the positions [0, local rows).
 template <typename B>
 __global__ void __launch_bounds__(kProductThreads, 1)
     backward_sm90_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight,

@@ -1,10 +1,10 @@
-// NT-Xent on sm_90a: sums of exponentials over the columns, an epilogue of common/tile_products.cuh.
+// Forward kernel of NT-Xent for sm_90a: sums of exponentials over the columns, an epilogue of common/tile_products.cuh.
 //
-// An owner's 128 columns stay in shared memory while the walked rows pass by (cuda_schedule.cuh). A thread has 2 rows and
-// 32 columns of a tile. It keeps the sums of its columns in registers over a whole run; the sums of its rows are
-// complete within four lanes and leave for memory with each tile. So a tile costs, per element, one FFMA, one
-// exponential and two additions: at 16 exponentials a cycle the exponential unit needs 79 % of the time that the
-// products take at D = 128, which is why the warpgroups take turns.
+// The 128 columns of an outer tile stay in shared memory while the rows of the inner tiles stream through
+// (cuda_schedule.cuh). A thread has 2 rows and 32 columns of a tile. It keeps the sums of its columns in registers over
+// a whole segment. The sums of its rows are completed by four lanes and stored after each tile. So a tile costs, per
+// element, one FFMA, one exponential and two additions. At 16 exponentials per cycle, the exponentials take 79 % of the
+// time of the products at D = 128; hence the ping-pong schedule of the two warpgroups.
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -16,30 +16,30 @@ namespace {
 
 using PanelSchedule = ForwardSchedule<kPanelRows>;
 
-// A block's share of the schedule, as runs of the main loop. Tiles are numbered by packed position.
+// A block's segments of the schedule, as runs of the main loop. Tiles are numbered by packed position.
 struct ForwardRuns {
   struct Run {
     int fixed, begin, end;
-    int64_t piece_slot;
+    int64_t segment_slot;
   };
   PanelSchedule schedule;
-  int64_t at, last, owner;
+  int64_t at, last, outer;
 
   __device__ __forceinline__ explicit ForwardRuns(const PanelSchedule& schedule_)
       : schedule(schedule_),
         at(schedule_.block_begin(blockIdx.x)),
         last(schedule_.block_begin(int64_t{blockIdx.x} + 1)),
-        owner(schedule_.owner_of(at)) {}
+        outer(schedule_.outer_of(at)) {}
   __device__ __forceinline__ bool next(Run& run) {
     if (at >= last) return false;
-    const int64_t from = at - schedule.prefix(owner), rest = schedule.length(owner) - from;
+    const int64_t from = at - schedule.prefix(outer), rest = schedule.length(outer) - from;
     const int64_t tiles = last - at < rest ? last - at : rest;
-    run.fixed = static_cast<int>(owner);
-    run.begin = static_cast<int>(schedule.first_walked(owner) + from);
+    run.fixed = static_cast<int>(outer);
+    run.begin = static_cast<int>(schedule.first_inner(outer) + from);
     run.end = run.begin + static_cast<int>(tiles);
-    run.piece_slot = schedule.piece_slot(owner, blockIdx.x);
+    run.segment_slot = schedule.segment_slot(outer, blockIdx.x);
     at += tiles;
-    ++owner;
+    ++outer;
     return true;
   }
 };
@@ -47,13 +47,13 @@ struct ForwardRuns {
 constexpr int kForwardPartBytes = kMultipliers / 32 * kPanelRows * static_cast<int>(sizeof(float));
 
 struct ForwardSums {
-  static constexpr int kColumnGroups = kPanelRows / 8;  // of 8 columns, 2 of them this thread's
+  static constexpr int kColumnGroups = kPanelRows / 8;  // groups of 8 columns, 2 of which belong to this thread
   float* partial;                                       // (slots, anchors)
   Shared<float> part;                                   // (8 warps, 128 columns)
   const PanelSchedule& schedule;
   float scale, limit;
-  int anchors, anchor_tiles, rows, count, offset;       // positions: `rows` is where they end, see PackedPositions
-  float own[kColumnGroups][2];
+  int anchors, anchor_tiles, rows, count, offset;       // positions (see PackedPositions); rows: their end
+  float column_sum[kColumnGroups][2];
 
   __device__ __forceinline__ ForwardSums(float* partial_, const Shared<float>& part_, const PanelSchedule& schedule_,
                                          const PackedPositions& at, const Params& p)
@@ -70,17 +70,17 @@ struct ForwardSums {
 
   __device__ __forceinline__ void begin(const ForwardRuns::Run&) {
 #pragma unroll
-    for (int t = 0; t < kColumnGroups; ++t) own[t][0] = own[t][1] = 0;
+    for (int t = 0; t < kColumnGroups; ++t) column_sum[t][0] = column_sum[t][1] = 0;
   }
 
-  __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const ForwardRuns::Run& run, int walked) {
-    const int first_row = walked * kPanelRows, first_column = run.fixed * kPanelRows;
-    const bool of_anchors = walked < anchor_tiles, mirrored = of_anchors && walked != run.fixed;
+  __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const ForwardRuns::Run& run, int inner) {
+    const int first_row = inner * kPanelRows, first_column = run.fixed * kPanelRows;
+    const bool of_anchors = inner < anchor_tiles, transposed = of_anchors && inner != run.fixed;
     const int row_end = of_anchors ? anchors : rows;
     const int distance = first_row - first_column;
     const bool positives = (distance > offset - kPanelRows && distance < offset + kPanelRows) ||
                            (distance > -offset - kPanelRows && distance < kPanelRows - offset);
-    if (walked == run.fixed || positives || first_row + kPanelRows > row_end || first_column + kPanelRows > anchors) {
+    if (inner == run.fixed || positives || first_row + kPanelRows > row_end || first_column + kPanelRows > anchors) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = first_row + tile_row(2 * h);
@@ -103,26 +103,26 @@ struct ForwardSums {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float e = exp2_approx(s[4 * t + 2 * h + c] * scale - limit);
-          own[t][c] += e;
+          column_sum[t][c] += e;
           sum += e;
         }
       }
-      if (!mirrored) continue;
+      if (!transposed) continue;
       sum += __shfl_xor_sync(kFullMask, sum, 1);
       sum += __shfl_xor_sync(kFullMask, sum, 2);
       const int i = first_row + tile_row(2 * h);
-      if (threadIdx.x % 4 == 0 && i < anchors) partial[schedule.mirror_slot(run.fixed) * anchors + i] = sum;
+      if (threadIdx.x % 4 == 0 && i < anchors) partial[schedule.transposed_slot(run.fixed) * anchors + i] = sum;
     }
   }
 
-  // Eight lanes and eight warps share a column: the lanes by a butterfly, the warps in order.
+  // Eight lanes and eight warps share a column: lanes are added by a butterfly, warps in order.
   __device__ __forceinline__ void end(const ForwardRuns::Run& run) {
     const int thread = static_cast<int>(threadIdx.x) - 128, lane = thread % 32;
 #pragma unroll
     for (int t = 0; t < kColumnGroups; ++t) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float sum = own[t][c];
+        float sum = column_sum[t][c];
 #pragma unroll
         for (int with = 4; with < 32; with *= 2) sum += __shfl_xor_sync(kFullMask, sum, with);
         if (lane < 4) part[thread / 32 * kPanelRows + 8 * t + 2 * lane + c] = sum;
@@ -137,12 +137,12 @@ struct ForwardSums {
       const float other = part[warp * kPanelRows + thread];
       sum += other;
     }
-    partial[run.piece_slot * anchors + column] = sum;
-    // The second warpgroup writes its part again only after its next turn, which the first passes on after this.
+    partial[run.segment_slot * anchors + column] = sum;
+    // The second warpgroup writes `part` again only after its next turn, which the first grants after this point.
   }
 };
 
-// partial: (slots, anchors) of the schedule, which has owners and walked tiles of 128.
+// partial: (slots, anchors) of the schedule, whose outer and inner tiles are 128 wide.
 template <typename P>
 __global__ void __launch_bounds__(kProductThreads, 1)
     forward_sm90_kernel(const half_t* __restrict__ packed, int panels, float* __restrict__ partial,

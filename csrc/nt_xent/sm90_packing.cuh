@@ -1,9 +1,9 @@
-// NT-Xent on sm_90a: the operands in panels (common/panels.h), in the order of positions.
+// Operands of the sm_90a kernels: panels (common/panels.h) in the order of positions.
 //
-// A call's anchors come first: the handled samples' first views, then (if all rows are anchors) their second views.
-// The other rows follow from the next multiple of 128 on, so that a tile holds rows of one kind, and the tiles of both
-// kinds are numbered through. What lies between and behind is zero. In the backward pass all handled rows count as
-// anchors, since all of them have a gradient. Where one process handles everything, positions are row numbers.
+// The anchors of a call come first: the handled samples' first views, then (if all rows are anchors) their second
+// views. The other rows begin at the next multiple of 128. So a tile holds rows of one kind, and all tiles are numbered
+// consecutively. Padding positions are zero. In the backward pass all handled rows count as anchors, since all of them
+// have a gradient. If one process handles all samples, positions are row numbers.
 #pragma once
 
 #include "common/panels.h"
@@ -31,12 +31,12 @@ struct PackedPositions {
     const int64_t skipped = sample >= begin + count && (both || !second) ? count : 0;
     return first_other() + (second ? samples - count : 0) + sample - skipped;
   }
-  // From the anchor of a first view, a position < count, to its positive.
+  // Distance from the anchor of a first view (a position < count) to its positive.
   __device__ int64_t positive_offset() const { return both ? count : first_other() + samples - count + begin; }
 };
 
-// The columns of a tile that do not count for a row: the row itself, its positive, and those from `end` on. All as
-// offsets from one column, so that a test of element r compares with constants.
+// Columns of a tile that are masked for a row: the row itself, its positive, and all from `end` on. Stored as offsets
+// from one column, so that the test of element r compares with constants.
 struct Excluded {
   int self, positive, end;
 
@@ -52,7 +52,7 @@ struct Excluded {
 template <bool kSplit>
 struct Panels {
   half_t* packed;
-  int panels;  // of hi; as many of lo follow in each tile
+  int panels;  // panels of hi; the same number of lo follow in each tile
   int64_t width;
   PackedPositions positions;
 

@@ -1,10 +1,10 @@
-// The SCAN loss of H heads, forward and backward: the contract of its kernels.
+// Interface of the SCAN loss kernels, forward and backward, for H heads.
 //
 // With logits a (anchors) and n (neighbours) of one head, (B, C) row-major, p = softmax(a), q = softmax(n):
 //   consistency = mean_i -log <p_i, q_i>           computed as lse(a) + lse(n) - lse(a + n)
 //   m = mean_i p_i;  entropy = -sum_c max(m_c, 1e-8) log max(m_c, 1e-8)
 //   total = consistency - entropy_weight * entropy
-// Heads lie one after another, (H, B, C). All sums are float32, in an order that depends on the shape alone.
+// Heads are contiguous, (H, B, C). All sums are float32, in an order that depends only on the shape.
 #pragma once
 
 #include <cstddef>
@@ -14,11 +14,11 @@
 
 namespace scan_fast {
 
-constexpr float kScanLossFloor = 1e-8f;  // of the mean prediction, inside the entropy
+constexpr float kScanLossFloor = 1e-8f;  // lower bound of the mean prediction in the entropy
 
-// Kept for the backward pass, per row: max a, 1 / sum e^(a - max a), max n, 1 / sum e^(n - max n), and the joint shift
-// M and 1 / sum e^(a - max a + n - max n - M). M is 0 unless the sum would then be below kScanLossUnderflow; it is the
-// largest summand's exponent in those rows. How they are laid out is each device's own affair.
+// Saved for the backward pass, per row: max a, 1 / sum e^(a - max a), max n, 1 / sum e^(n - max n), and the joint shift
+// M and 1 / sum e^(a - max a + n - max n - M). M is 0 unless the sum would then be below kScanLossUnderflow; in such
+// rows it is the largest exponent of a summand. Each device has its own layout.
 constexpr int kScanLossRowStats = 6;
 constexpr float kScanLossUnderflow = 1e-25f;
 
@@ -39,7 +39,7 @@ struct ScanLossForward {
 };
 
 struct ScanLossBackward {
-  const float* grad_total;        // (H), or null for zero; so the next two
+  const float* grad_total;        // (H), or null for zero; the same holds for the next two
   const float* grad_consistency;
   const float* grad_entropy;
   const void* anchors;
@@ -55,7 +55,7 @@ size_t scan_loss_cpu_workspace(const ScanLossShape& shape);
 void scan_loss_forward_cpu(DType dtype, const ScanLossShape& shape, const ScanLossForward& arguments);
 void scan_loss_backward_cpu(DType dtype, const ScanLossShape& shape, const ScanLossBackward& arguments);
 
-// On the current device; they throw std::runtime_error where CUDA refuses a launch.
+// These run on the current device. They throw std::runtime_error if CUDA refuses a launch.
 size_t scan_loss_cuda_workspace(const ScanLossShape& shape);
 void scan_loss_forward_cuda(DType dtype, const ScanLossShape& shape, const ScanLossForward& arguments,
                             StreamHandle stream);

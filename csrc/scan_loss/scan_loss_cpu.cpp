@@ -1,7 +1,7 @@
-// The CPU kernel of the SCAN loss: which rows a task takes, and how partial sums are put together.
+// CPU driver of the SCAN loss: assigns rows to tasks and combines partial sums.
 //
-// A task is a block of rows of one head, sized by the shape alone; its column sums and its loss go to its own slot, and
-// slots are added in order. So the bits do not depend on the number of threads.
+// A task is a block of rows of one head, whose size depends only on the shape. Its column sums and its loss go to its
+// own slot, and slots are added in order. So the bits do not depend on the number of threads.
 #include <algorithm>
 #include <functional>
 #include <vector>
@@ -12,7 +12,7 @@
 namespace scan_fast {
 namespace {
 
-// Enough rows that the column sums of a block cost little beside its logits, few enough to share among threads.
+// Large enough that the column sums of a block cost little beside its logits, small enough to occupy all threads.
 constexpr int64_t kElementsPerBlock = 32 * 1024;
 
 struct Blocks {
@@ -25,7 +25,7 @@ Blocks blocks_of(const ScanLossShape& shape) {
   return {rows_each, (shape.rows + rows_each - 1) / rows_each};
 }
 
-// Waking a team of threads costs as much as a block of work: less than that stays on this thread.
+// Waking the threads costs as much as one block of work, so less than that runs on the calling thread.
 void for_blocks(const ScanLossShape& shape, int64_t blocks, const std::function<void(int64_t, int)>& body) {
   if (shape.heads * shape.rows * shape.classes > kElementsPerBlock) return parallel_for(blocks, body);
   for (int64_t block = 0; block < blocks; ++block) body(block, 0);

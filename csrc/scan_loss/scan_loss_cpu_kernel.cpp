@@ -1,26 +1,26 @@
-// The inner loops of the SCAN loss, in vectors of float over the classes of one row at a time; scan_loss_cpu_narrow.cpp
-// holds those for few classes, which are handed over at the end of this file.
+// Inner loops of the SCAN loss, in float vectors over the classes of one row at a time. scan_loss_cpu_narrow.cpp has
+// the loops for few classes; the end of this file calls them.
 //
-// Forward, per row: one pass for the two maxima, one for e^(a - max a), e^(n - max n) and the three sums, one that adds
-// the probabilities to the column sums. <p, q> needs no third exponential: it is the sum of products of the first two.
-// Where that sum underflows (confident rows that disagree), the row is redone with the maximum of a + n.
+// Forward, per row: one pass for the two maxima, one for e^(a - max a), e^(n - max n) and the three sums, and one that
+// adds the probabilities to the column sums. <p, q> needs no third exponential: it is the sum of products of the first
+// two. If that sum underflows (confident rows that disagree), the row is recomputed with the maximum of a + n.
 // Backward: p and q are recomputed the same way, and r = softmax(a + n) is p q / <p, q>:
 //   grad n = k (q - r),   grad a = k (p - r) + e p (u - <p, u>),   u = d entropy / d mean_prob.
-// A row of up to a few thousand classes stays in the L1 cache between its passes, so memory sees each logit once per
-// direction.
+// A row of up to a few thousand classes stays in the L1 cache between its passes, so each logit is read from memory
+// once per direction.
 #include "common/simd.h"
 #include "scan_loss/scan_loss_cpu_kernel.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
-constexpr int64_t kStackClasses = 4096;  // a row of scratch on the stack; larger rows are recomputed instead
+constexpr int64_t kStackClasses = 4096;  // scratch row on the stack; larger rows are recomputed instead
 
 const float kMinusInfinity = -__builtin_inff();
 
 struct RowSums {
   float max_a, max_n, sum_a, sum_n, sum_joint;
-  float shift;  // log sum_joint is short of this much (0 unless the products underflowed)
+  float shift;  // to be added to log sum_joint (0 unless the products underflowed)
 };
 
 // Calls body(class, lanes) for each vector of a row; lanes < kLanes only in the last call.
@@ -31,7 +31,7 @@ inline void for_vectors(int64_t classes, Body body) {
   if (c < classes) body(c, static_cast<int>(classes - c));
 }
 
-// The rare row: the largest a + n, and the sum of exponentials relative to it.
+// Rare case of underflow: finds the largest a + n, and the sum of exponentials relative to it.
 template <typename T>
 __attribute__((noinline)) void joint_sum(const T* a, const T* n, int64_t classes, RowSums& row) {
   const Vec ma = splat(row.max_a), mn = splat(row.max_n);
@@ -48,7 +48,7 @@ __attribute__((noinline)) void joint_sum(const T* a, const T* n, int64_t classes
   row.sum_joint = reduce_add(sum);
 }
 
-// Writes what backward needs, each `stride` floats from the next; returns <p, q> up to e^shift.
+// Writes the row's statistics, `stride` floats apart, and returns <p, q> / e^shift.
 inline float finish_row(const RowSums& row, float* stats, int64_t stride) {
   const float inverse_a = 1.0f / row.sum_a, inverse_n = 1.0f / row.sum_n;
   stats[0] = row.max_a;
@@ -182,7 +182,7 @@ double scan_loss_mean_and_entropy(const float* column_sums, int64_t blocks, int6
     for (int64_t block = 0; block < blocks; ++block) sum += load_lanes(column_sums + block * stride + c, lanes, 0.0f);
     const Vec mean = sum / count;
     store_lanes(mean_prob + c, mean, lanes);
-    const Vec clamped = mean < floor ? splat(floor) : mean;  // keeps NaN
+    const Vec clamped = mean < floor ? splat(floor) : mean;  // NaN stays NaN
     const Vec term = clamped * log(clamped);
     for (int i = 0; i < lanes; ++i) entropy -= static_cast<double>(term[i]);
   });

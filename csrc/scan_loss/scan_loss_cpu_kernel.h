@@ -1,4 +1,4 @@
-// The inner loops of the CPU kernel, compiled per instruction set.
+// Inner loops of the CPU kernel, compiled once per instruction set.
 #pragma once
 
 #include "common/cpu_dispatch.h"
@@ -10,18 +10,18 @@ namespace scan_fast {
 struct ScanLossRows {
   const void* anchors;
   const void* neighbors;
-  float* row_stats;  // (kScanLossRowStats, rows): on the CPU each block of rows keeps its statistics transposed
+  float* row_stats;  // (kScanLossRowStats, rows): the CPU layout is transposed within a block of rows
   int64_t rows, classes;
 };
 
 }  // namespace scan_fast
 
-// column_sums (C) receives the sums of the anchor probabilities; the return value is the sum of the consistencies.
+// Writes the sums of the anchor probabilities to column_sums (C). Returns the sum of the consistencies.
 SCAN_FAST_DECLARE_PER_ISA(double scan_loss_rows_forward(::scan_fast::DType dtype,
                                                         const ::scan_fast::ScanLossRows& block, float* column_sums))
 
-// Adds `blocks` arrays of column sums (each `stride` floats from the next) in order, writes their mean over `rows`, and
-// returns the entropy.
+// Adds `blocks` arrays of column sums, `stride` floats apart, in order; writes their mean over `rows`; returns the
+// entropy.
 SCAN_FAST_DECLARE_PER_ISA(double scan_loss_mean_and_entropy(const float* column_sums, int64_t blocks, int64_t stride,
                                                             int64_t rows, int64_t classes, float* mean_prob))
 
@@ -33,7 +33,7 @@ SCAN_FAST_DECLARE_PER_ISA(void scan_loss_rows_backward(::scan_fast::DType dtype,
                                                        const float* slope, float consistency_scale, float entropy_scale,
                                                        void* grad_anchors, void* grad_neighbors))
 
-// The same two for at most kMaxColumns classes (simd.h), with one row per lane.
+// The same two functions for at most kMaxColumns classes (simd.h), with one row per lane.
 SCAN_FAST_DECLARE_PER_ISA(double scan_loss_narrow_rows_forward(::scan_fast::DType dtype,
                                                                const ::scan_fast::ScanLossRows& block,
                                                                float* column_sums))

@@ -1,8 +1,9 @@
-// The inner loops of the SCAN loss for few classes, with one row per lane.
+// Inner loops of the SCAN loss for few classes, with one row per lane.
 //
-// The maths is that of scan_loss_cpu_kernel.cpp. With 10 classes a vector over classes is mostly padding and every sum
-// is a reduction across lanes; so kLanes rows are transposed in registers (load_columns), and maxima, exponentials,
-// sums and logarithms then run on full vectors, class after class. Column sums stay in lanes until the block ends.
+// The formulas are those of scan_loss_cpu_kernel.cpp. With 10 classes, a vector over classes is mostly padding, and
+// every sum is a reduction across lanes. So kLanes rows are transposed in registers (load_columns). Maxima,
+// exponentials, sums and logarithms then use full vectors, class after class. Column sums stay in lanes until the block
+// ends.
 #include "common/simd.h"
 #include "scan_loss/scan_loss_cpu_kernel.h"
 
@@ -17,8 +18,8 @@ inline Vec largest(const Vec* columns, int64_t classes) {
   return best;
 }
 
-// The rare rows whose <p, q> underflows: their largest a + n becomes `shift`, and `sum_joint` relative to it. A shift
-// of minus infinity (no class is possible for both) leaves the sum at 0, so that the loss is infinite.
+// Rare case of rows whose <p, q> underflows: sets `shift` to their largest a + n, and `sum_joint` relative to it. If no
+// class is possible for both views, the shift is minus infinity, the sum stays 0, and the loss is infinite.
 template <typename T>
 __attribute__((noinline)) void joint_sums(const T* a, const T* n, int64_t classes, int64_t left, const Vec& max_a,
                                           const Vec& max_n, IntVec lost, Vec& sum_joint, Vec& shift) {
@@ -30,7 +31,7 @@ __attribute__((noinline)) void joint_sums(const T* a, const T* n, int64_t classe
   Vec sum = {};
   for (int64_t c = 0; c < classes; ++c) sum += exp(x[c] - best);
   shift = lost ? best : shift;
-  sum_joint = lost & (best > kMinusInfinity) ? sum : sum_joint;
+  sum_joint = (lost & (best > kMinusInfinity)) ? sum : sum_joint;
 }
 
 template <typename T>
@@ -77,7 +78,7 @@ void rows_backward(const ScanLossRows& block, const float* slope, float consiste
                    void* grad_anchors, void* grad_neighbors) {
   const int64_t classes = block.classes;
   const Vec k = splat(consistency_scale), e = splat(entropy_scale);
-  // Zeros, because the transposition also moves columns past the last class.
+  // Zeroed, because the transposition also moves columns past the last class.
   Vec x[kMaxColumns] = {}, y[kMaxColumns] = {}, z[kMaxColumns];
   for (int64_t i = 0; i < block.rows; i += kLanes) {
     const int64_t first = i * classes, left = (block.rows - i) * classes;

@@ -1,26 +1,28 @@
-// The SCAN loss on the GPU: one launch forward, one backward, all heads in both.
+// GPU kernels of the SCAN loss: one launch forward, one backward, each for all heads.
 //
-// Maths: scan_loss.h. Forward reads each logit once (2 H B C elements) and writes six floats per row and C + 1 floats
-// per block; backward reads them again and writes both gradients (4 H B C). The limit is memory: 6 H B C elements over
-// the bandwidth; two exponentials per class and direction stay below the exp unit's rate.
+// scan_loss.h has the formulas. The forward pass reads each logit once (2 H B C elements) and writes six floats per row
+// and C + 1 floats per block. The backward pass reads the logits again and writes both gradients (4 H B C). The limit
+// is memory: 6 H B C elements over the bandwidth. Two exponentials per class and direction stay below the rate of the
+// exponential unit.
 //
-// Up to 1024 classes, a group of 8 or 32 lanes holds a row of both views in registers (common/row_groups.cuh), and the
-// lanes keep the column sums of their classes in registers over all rows of the block. Blocks write their sums to
-// their own slot; the block that finishes a head last (a ticket) adds the slots in order, so the bits are the same in
-// every run. <p, q> is the sum of products of the two exponentials; a warp with a row where that underflows goes
-// through a + n once more. Beyond 1024 classes a block takes one row at a time, re-reading it from the caches.
+// Up to 1024 classes, a group of 8 or 32 lanes holds a row of both views in registers (common/row_groups.cuh), and
+// lanes keep the column sums of their classes in registers over all rows of the block. Each block writes its sums to
+// its own slot. The block that finishes a head last (by a ticket counter) adds the slots in order, so the bits are the
+// same in every run. <p, q> is the sum of products of the two exponentials; a warp with a row in which it underflows
+// computes a + n a second time. Beyond 1024 classes a block processes one row at a time and rereads it from the caches.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Tested on the host with the emulator and compiled for every architecture. docs/gpu-status.md states whether it has
+// run on a GPU.
 #include "common/row_groups.cuh"
 #include "scan_loss/scan_loss.h"
 
 namespace scan_fast {
 namespace {
 
-constexpr int kThreads = 128;      // rows in registers
-constexpr int kWideThreads = 256;  // a block per row
+constexpr int kThreads = 128;      // kernels that hold rows in registers
+constexpr int kWideThreads = 256;  // kernels with one block per row
 constexpr int kMostInRegisters = 1024;
-constexpr int64_t kWideShared = 96 * 1024;  // column sums of a wide block beyond this live in global memory
+constexpr int64_t kWideShared = 96 * 1024;  // if the column sums need more, they are in global memory
 
 struct Finish {
   float* partial;     // (heads, blocks, classes + 1): column sums, then the sum of the consistencies
@@ -29,7 +31,7 @@ struct Finish {
   float entropy_weight;
 };
 
-// The last block of a head turns the partial sums into the results.
+// Computes the results of a head from the partial sums, by its last block.
 __device__ void finish_head(const Finish& f, int64_t head, int blocks, int64_t rows, int classes,
                             const Shared<float>& scratch) {
   const float* partial = f.partial + head * blocks * (classes + 1);
@@ -40,7 +42,7 @@ __device__ void finish_head(const Finish& f, int64_t head, int blocks, int64_t r
     for (int b = 0; b < blocks; ++b) sum += partial[static_cast<int64_t>(b) * (classes + 1) + c];
     const float mean = sum / count;
     f.mean_prob[head * classes + c] = mean;
-    const float clamped = mean < kScanLossFloor ? kScanLossFloor : mean;  // keeps NaN
+    const float clamped = mean < kScanLossFloor ? kScanLossFloor : mean;  // NaN stays NaN
     entropy[0] -= clamped * logf(clamped);
   }
   block_combine(entropy, scratch, Add());
@@ -54,7 +56,7 @@ __device__ void finish_head(const Finish& f, int64_t head, int blocks, int64_t r
   }
 }
 
-// Writes what backward needs and returns the row's consistency.
+// Writes the row's statistics and returns its consistency.
 __device__ __forceinline__ float finish_row(float max_a, float sum_a, float max_n, float sum_n, float shift,
                                             float sum_joint, bool write, float* stats) {
   const float inverse_a = 1.0f / sum_a, inverse_n = 1.0f / sum_n;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t head = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
   float column[kPer] = {}, loss = 0.0f;
-  // The loop bound is the block's, not the group's: every lane takes part in every shuffle.
+  // The loop bound is that of the block, not of the group, because every lane takes part in every shuffle.
   for (int64_t first = static_cast<int64_t>(block) * kGroups; first < rows;
        first += static_cast<int64_t>(blocks) * kGroups) {
     const bool active = first + group < rows;
@@ -112,14 +114,14 @@ __global__ void __launch_bounds__(kThreads)
     float shift = 0.0f;
     const bool underflow = sum_joint < kScanLossUnderflow;
     if (__any_sync(kFullMask, underflow)) {
-      // Rare: the exponentials are still needed for the column sums, so the logits are read again.
+      // Rare: the logits are read again, because the exponentials are still needed for the column sums.
       float best = -infinity(), sum = 0.0f;
       for (int c = lane; c < classes; c += kGroup) {
         best = fmaxf(best, to_float(anchors[row * classes + c]) - max_a +
                                (to_float(neighbors[row * classes + c]) - max_n));
       }
       best = group_max<kGroup>(best);
-      if (best > -infinity()) {  // else no class is possible for both views: the sum stays 0, the loss is infinite
+      if (best > -infinity()) {  // otherwise no class is possible for both views, the sum stays 0, the loss is infinite
         for (int c = lane; c < classes; c += kGroup) {
           sum += exp_negative(to_float(anchors[row * classes + c]) - max_a +
                               (to_float(neighbors[row * classes + c]) - max_n) - best);
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kWideThreads)
   const int64_t head = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
   float* partial = finish.partial + (head * blocks + block) * (classes + 1);
-  // Each thread adds to its own classes only, so no barrier guards these.
+  // Each thread adds to its own classes only, so no barrier is needed.
   float* column = columns_shared ? dynamic.as<float>().get() : partial;
   for (int c = thread; c < classes; c += kWideThreads) column[c] = 0.0f;
   float loss = 0.0f;
@@ -331,9 +333,10 @@ __global__ void __launch_bounds__(kWideThreads)
 
 int64_t rows_at_once(int64_t classes) { return classes > kMostInRegisters ? 1 : classes <= 32 ? 16 : 4; }
 
-// Blocks per head: at least two turns of rows for each, four blocks per multiprocessor, and one block, which needs no
-// ticket, for what one block does in a few turns. Four are resident at once but for rows of more than 512 classes: there
-// the compiler's registers for sm_90 leave room for four forward and three backward, unaligned for three and two.
+// Blocks per head: at least two iterations over rows for each, and four blocks per multiprocessor. If one block can do
+// the work in a few iterations, a single block, which needs no ticket. Four blocks are resident except for rows of more
+// than 512 classes: there the registers (sm_90) allow four forward and three backward, or three and two for unaligned
+// rows.
 int blocks_per_head(const ScanLossShape& shape) {
   if (shape.rows * shape.classes <= 2048) return 1;
   const int64_t turn = rows_at_once(shape.classes), wanted = (shape.rows + 2 * turn - 1) / (2 * turn);
@@ -341,7 +344,7 @@ int blocks_per_head(const ScanLossShape& shape) {
   return static_cast<int>(wanted < share ? wanted : share > 1 ? share : 1);
 }
 
-// Calls launch.operator()<kGroup, kPer, kVector>() for a row that fits registers.
+// Calls launch.operator()<kGroup, kPer, kVector>() for a row that fits into registers.
 template <typename Launch>
 void with_row_layout(int64_t classes, bool vectors, Launch launch) {
   if (classes <= 32) {

@@ -1,14 +1,15 @@
-// The SCAN loss as dispatcher operators.
+// Dispatcher operators of the SCAN loss.
 //
-//   scan_loss           what the public function calls: differentiable, made of the two below
-//   scan_loss_forward   the values, and what the backward pass needs
-//   scan_loss_backward  the gradients
+//   scan_loss           called by the public function: differentiable, made of the two below
+//   scan_loss_forward   values, and tensors for the backward pass
+//   scan_loss_backward  gradients
 //
-// Autograd lives here rather than in Python, because at the usual sizes (1024 x 10) the Python autograd boundary costs
-// more than both kernels. Under torch.compile the node is traced through, so both kernels appear in the graph.
-#include "scan_loss/scan_loss_op.h"
-
+// Autograd is implemented here and not in Python: at the usual sizes (1024 x 10), the Python autograd layer costs more
+// than both kernels. torch.compile traces through the node, so both kernels appear in the graph.
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <optional>
+#include <tuple>
 
 #include "common/large_buffers.h"
 #include "common/op_utils.h"
@@ -16,6 +17,18 @@
 
 namespace scan_fast {
 namespace {
+
+// anchors, neighbors (B, C) or (H, B, C). Returns total, consistency, entropy (() or (H)), mean_prob ((H,) C) and
+// row_stats ((H,) B, 6), all float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
+                                                                                        const at::Tensor& neighbors,
+                                                                                        double entropy_weight);
+
+// Returns the gradients of anchors and neighbors, contiguous, in their dtype.
+std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
+    const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& grad_consistency,
+    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& anchors, const at::Tensor& neighbors,
+    const at::Tensor& mean_prob, const at::Tensor& row_stats, double entropy_weight);
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -78,8 +91,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> scan_loss(const at::Tensor& ancho
   return {total, consistency, entropy};
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
                                                                                         const at::Tensor& neighbors,
                                                                                         double entropy_weight) {
@@ -133,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
   const DType dtype = dtype_of(anchors, "anchors");
   TORCH_CHECK_VALUE(mean_prob.numel() == shape.heads * shape.classes && mean_prob.is_contiguous() &&
                         row_stats.numel() == shape.heads * shape.rows * kScanLossRowStats && row_stats.is_contiguous(),
-                    "mean_prob and row_stats must be what scan_loss_forward returned for these logits");
+                    "mean_prob and row_stats must be those that scan_loss_forward returned for these logits");
   const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
   at::Tensor grad_anchors = empty_large(anchors.sizes(), anchors.options());
   at::Tensor grad_neighbors = empty_large(anchors.sizes(), anchors.options());
@@ -158,6 +169,8 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
   scan_loss_backward_cpu(dtype, shape, arguments);
   return {grad_anchors, grad_neighbors};
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

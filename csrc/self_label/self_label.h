@@ -1,10 +1,10 @@
-// The self-label loss, forward and backward: the contract of its kernels.
+// Interface of the self-label loss kernels, forward and backward.
 //
-// With (B, C) row-major logits of weak and strong views: row i is confident where max softmax(weak_i) > threshold, both
-// in float32; its label t_i is the first largest class. Its weight w_i is 1 / (number of confident rows), or, balanced,
-// 1 / (classes that occur * confident rows of its class); other rows have weight 0, and their strong logits are
-// not read.
-//   loss = sum_i w_i (lse(strong_i) - strong_i[t_i]),  zero where nothing is confident
+// Inputs are (B, C) row-major logits of the weak and the strong view. Row i is confident if max softmax(weak_i) >
+// threshold, both in float32. Its label t_i is the first largest class. Its weight w_i is 1 / (number of confident
+// rows), or with balance 1 / (number of classes that occur * confident rows of its class). Other rows have weight 0,
+// and their strong logits are not read.
+//   loss = sum_i w_i (lse(strong_i) - strong_i[t_i]),  zero if no row is confident
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ struct SelfLabelShape {
   int64_t rows, classes;  // classes < 2^31
 };
 
-// Kept for the backward pass, per confident row: max and 1 / sum e^(strong - max). Zero in other rows. How
-// they are laid out is each device's own affair.
+// Saved for the backward pass, per confident row: max and 1 / sum e^(strong - max). Zero in other rows. Each device has
+// its own layout.
 constexpr int kSelfLabelRowStats = 2;
 
 struct SelfLabelForward {
@@ -48,7 +48,7 @@ size_t self_label_cpu_workspace(const SelfLabelShape& shape);
 void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const SelfLabelForward& arguments);
 void self_label_backward_cpu(DType dtype, const SelfLabelShape& shape, const SelfLabelBackward& arguments);
 
-// On the current device; they throw std::runtime_error where CUDA refuses a launch.
+// These run on the current device. They throw std::runtime_error if CUDA refuses a launch.
 size_t self_label_cuda_workspace(const SelfLabelShape& shape);
 void self_label_forward_cuda(DType dtype, const SelfLabelShape& shape, const SelfLabelForward& arguments,
                              StreamHandle stream);

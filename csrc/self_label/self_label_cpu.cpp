@@ -1,5 +1,5 @@
-// The CPU kernel of the self-label loss: rows over threads, then the weights and the weighted sum in row order, so that
-// the bits do not depend on the number of threads.
+// CPU driver of the self-label loss: processes rows in parallel, then computes the weights and the weighted sum in row
+// order. So the bits do not depend on the number of threads.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -40,7 +40,7 @@ void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const Self
                  arguments.target + first, arguments.row_weight + first, losses + first,
                  arguments.row_stats + first * kSelfLabelRowStats);
   });
-  // The two loops over rows have no branch: which rows are confident is anyone's guess.
+  // The two loops over rows have no branch, because confident rows are unpredictable.
   std::fill(per_class, per_class + shape.classes, 0);
   for (int64_t i = 0; i < shape.rows; ++i) per_class[arguments.target[i]] += arguments.row_weight[i] != 0.0f;
   int64_t confident = 0, present = 0;

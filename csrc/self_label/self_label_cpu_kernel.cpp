@@ -1,10 +1,9 @@
-// The inner loops of the self-label loss, in vectors of float over the classes of one row at a time, or, for few classes
-// (kMaxColumns), over kLanes rows at a time: transposed in registers, one row per lane, so that nothing is reduced
-// across lanes.
+// Inner loops of the self-label loss, in float vectors over the classes of one row at a time. For few classes
+// (kMaxColumns), kLanes rows are transposed in registers, one row per lane, so that nothing is reduced across lanes.
 //
-// The largest probability of a row is 1 / sum e^(x - max), so confidence needs no division per class; the label is the
-// first class that equals the maximum. Rows that are not confident cost one read of their weak logits, nothing else;
-// in the narrow form that holds where none of the kLanes rows is confident.
+// The largest probability of a row is 1 / sum e^(x - max), so the confidence test needs no division per class. The
+// label is the first class that equals the maximum. A row that is not confident costs one read of its weak logits; in
+// the narrow form this holds if none of the kLanes rows is confident.
 #include "common/simd.h"
 #include "self_label/self_label_cpu_kernel.h"
 
@@ -36,10 +35,10 @@ inline int32_t first_equal(const T* x, int64_t classes, float value) {
   for (int64_t c = 0; c < classes; ++c) {
     if (widen(x[c]) == value) return static_cast<int32_t>(c);
   }
-  return 0;  // a row of NaN, which is never confident
+  return 0;  // row of NaN, never confident
 }
 
-// The maximum and the sum of exponentials of each lane.
+// Computes the maximum and the sum of exponentials of each lane.
 inline void max_and_sum(const Vec* columns, int64_t classes, Vec& max, Vec& sum) {
   max = splat(kMinusInfinity);
   for (int64_t c = 0; c < classes; ++c) max = larger(columns[c], max);
@@ -80,7 +79,7 @@ void narrow_rows_forward(const T* weak, const T* strong, int64_t rows, int64_t c
 template <typename T>
 void narrow_rows_backward(const T* strong, int64_t rows, int64_t classes, float scale, const int32_t* target,
                           const float* row_weight, const float* row_stats, T* grad) {
-  Vec x[kMaxColumns] = {};  // zeros, because the transposition also moves the columns past the last class
+  Vec x[kMaxColumns] = {};  // zeroed, because the transposition also moves columns past the last class
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int64_t first = i * classes, left = (rows - i) * classes;
     const int lanes = rows - i < kLanes ? static_cast<int>(rows - i) : kLanes;

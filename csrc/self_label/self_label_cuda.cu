@@ -1,12 +1,13 @@
-// The self-label loss on the GPU: one launch forward, one backward.
+// GPU kernels of the self-label loss: one launch forward, one backward.
 //
-// Maths: self_label.h. A group of 8 or 32 lanes takes a row and reads it once, keeping a running maximum and sum per
-// lane (four logits per step where rows are aligned). Only confident rows read their strong logits. The rows of each
-// class are counted with integer atomics; the block that finishes last (a ticket) turns the counts into weights and
-// adds the weighted losses in a fixed order, so the bits are the same in every run. The limit is memory: 2 B C elements
-// forward at most, 2 B C backward.
+// self_label.h has the formulas. A group of 8 or 32 lanes reads a row once and keeps a running maximum and sum per lane
+// (four logits per step if rows are aligned). Only confident rows read their strong logits. The rows of each class are
+// counted with integer atomics. The block that finishes last (by a ticket counter) turns the counts into weights and
+// adds the weighted losses in a fixed order, so the bits are the same in every run. The limit is memory: at most 2 B C
+// elements forward, 2 B C backward.
 //
-// Not run on a GPU yet: it is tested on the host through common/emulator.h and compiled for every architecture.
+// Tested on the host with the emulator and compiled for every architecture. docs/gpu-status.md states whether it has
+// run on a GPU.
 #include "common/row_groups.cuh"
 #include "self_label/self_label.h"
 
@@ -17,11 +18,11 @@ constexpr int kThreads = 128;
 
 struct Softmax {
   float max, sum;
-  int first;  // the first class that has the maximum
+  int first;  // first class that has the maximum
 };
 
-// One row by one group. Where `active` is false (for the whole group) nothing is read, but the lanes take part.
-// A row without a finite or with an infinite maximum has the sum NaN, as its softmax has.
+// Processes one row by one group. If `active` is false (for the whole group), nothing is read, but the lanes take part
+// in shuffles. If the maximum of a row is infinite or NaN, its sum is NaN, as in softmax.
 template <typename T, int kGroup, bool kVector>
 __device__ __forceinline__ Softmax softmax_of(const T* row, int classes, int lane, bool active) {
   Softmax mine{-infinity(), 0.0f, 0};
@@ -52,7 +53,7 @@ __device__ __forceinline__ Softmax softmax_of(const T* row, int classes, int lan
     }
   }
   const float max = group_max<kGroup>(mine.max);
-  // A lane that saw nothing finite has the sum 0, or NaN if it saw one.
+  // The sum of a lane without a finite value is 0, or NaN if the lane has read one.
   const float sum = group_sum<kGroup>(mine.max == max || mine.max == -infinity()
                                           ? mine.sum
                                           : mine.sum * exp_negative(mine.max - max));
@@ -71,7 +72,7 @@ struct ForwardOutputs {
   unsigned* ticket;  // zero at launch
 };
 
-// The last block: counts to weights, and the weighted sum.
+// Computes weights from counts, and the weighted sum, by the last block.
 __device__ void finish(const ForwardOutputs& out, int64_t rows, int classes, bool balance, const Shared<int>& scratch,
                        const Shared<float>& float_scratch) {
   int counts[2] = {0, 0};  // classes that occur, confident rows

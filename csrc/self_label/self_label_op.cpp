@@ -1,10 +1,9 @@
-// The self-label loss as dispatcher operators: self_label (differentiable, what the public function calls) is made of
-// self_label_forward and self_label_backward. Autograd lives here for the reason given in scan_loss_op.cpp.
-#include "self_label/self_label_op.h"
-
+// Dispatcher operators of the self-label loss. self_label is differentiable and is what the public function calls; it
+// is made of self_label_forward and self_label_backward. scan_loss_op.cpp explains why autograd is implemented here.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <limits>
+#include <tuple>
 
 #include "common/large_buffers.h"
 #include "common/op_utils.h"
@@ -12,6 +11,15 @@
 
 namespace scan_fast {
 namespace {
+
+// weak, strong (B, C). Returns loss (() float32), n_confident (() int64), target (B int32), row_weight (B float32) and
+// row_stats (B, 2 float32).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(
+    const at::Tensor& weak, const at::Tensor& strong, double threshold, bool balance);
+
+// Returns the gradient of strong, contiguous, in its dtype.
+at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& strong, const at::Tensor& target,
+                               const at::Tensor& row_weight, const at::Tensor& row_stats);
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -68,8 +76,6 @@ std::tuple<at::Tensor, at::Tensor> self_label(const at::Tensor& weak, const at::
   return {loss, n_confident};
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(const at::Tensor& weak,
                                                                                          const at::Tensor& strong,
                                                                                          double threshold,
@@ -117,7 +123,7 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
   TORCH_CHECK_VALUE(target.numel() == shape.rows && target.is_contiguous() && target.scalar_type() == at::kInt &&
                         row_weight.numel() == shape.rows && row_weight.is_contiguous() &&
                         row_stats.numel() == shape.rows * kSelfLabelRowStats && row_stats.is_contiguous(),
-                    "target, row_weight and row_stats must be what self_label_forward returned for these logits");
+                    "target, row_weight and row_stats must be those that self_label_forward returned for these logits");
   const auto s = strong.expect_contiguous();
   at::Tensor grad_strong = empty_large(strong.sizes(), strong.options()), holder;
   const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),
@@ -133,6 +139,8 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
   self_label_backward_cpu(dtype, shape, arguments);
   return grad_strong;
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def(

@@ -53,8 +53,8 @@ void many_dimensions() {
   compare(kNTXentPortable, 66, 136, 0.02, true, false, {0, 66}, 3e-6);
 }
 
-void wide_owners() {
-  // On one processor there are enough tiles for owners of 128 rows; 16-bit products only.
+void wide_outer_tiles() {
+  // On one processor there are enough tiles for outer_tiles of 128 rows; 16-bit products only.
   emu::options() = {.detect_races = true, .seed = 4, .multiprocessors = 1};
   for (const bool both : {true, false}) {
     compare(kNTXentPortable, 200, 24, 0.1, both, true, {0, 200}, 2e-3);
@@ -85,7 +85,7 @@ void one_gradient_for_all_losses() {
   CHECK(by_one == by_each);
 }
 
-// More owners than one launch has slots for: the sums so far are kept between launches.
+// More outer tiles than one launch has slots for: the sums so far are kept between launches.
 void several_rounds() {
   emu::options() = {.multiprocessors = 40};
   const int64_t n = 2060, d = 3;
@@ -110,18 +110,18 @@ void several_rounds() {
 }
 
 // Every pair of an anchor and another row in exactly one tile, and every slot of a row written once and read once.
-template <int kWalkedRows>
-void forward_schedule_covers_every_tile_once(const std::vector<int>& owner_widths) {
+template <int kInnerRows>
+void forward_schedule_covers_every_tile_once(const std::vector<int>& outer_widths) {
   for (const int64_t anchors : {1, 64, 65, 200, 700}) {
     for (const int64_t others : {0, 1, 130}) {
-      for (const int width : owner_widths) {
-        for (const int64_t most_blocks : {1, 7, 40, 1000}) {
-          const int64_t owners = (anchors + width - 1) / width;
-          std::set<std::pair<int64_t, int64_t>> met;  // (owner tile, walked tile)
-          for (int64_t begin = 0; begin < owners; begin += 3) {
-            const int64_t end = std::min(owners, begin + 3);
-            const auto s = make_forward_schedule<kWalkedRows>(anchors, others, width, begin, end, most_blocks);
-            std::set<std::pair<int64_t, int64_t>> written;  // (slot, walked tile of the row)
+      for (const int width : outer_widths) {
+        for (const int64_t max_blocks : {1, 7, 40, 1000}) {
+          const int64_t outer_tiles = (anchors + width - 1) / width;
+          std::set<std::pair<int64_t, int64_t>> met;  // (outer tile, inner tile)
+          for (int64_t begin = 0; begin < outer_tiles; begin += 3) {
+            const int64_t end = std::min(outer_tiles, begin + 3);
+            const auto s = make_forward_schedule<kInnerRows>(anchors, others, width, begin, end, max_blocks);
+            std::set<std::pair<int64_t, int64_t>> written;  // (slot, inner tile of the row)
             const auto write = [&](int64_t slot, int64_t tile) {
               CHECK(0 <= slot && slot < s.slots());
               CHECK(written.emplace(slot, tile).second);
@@ -130,28 +130,28 @@ void forward_schedule_covers_every_tile_once(const std::vector<int>& owner_width
             for (int64_t block = 0; block < s.blocks; ++block) {
               int64_t next = s.block_begin(block);
               CHECK(next < s.block_begin(block + 1));
-              for (int64_t owner = s.owner_of(next); next < s.block_begin(block + 1); ++owner) {
-                CHECK(begin <= owner && owner < end);
-                const int64_t from = next - s.prefix(owner);
-                const int64_t tiles = std::min(s.block_begin(block + 1) - next, s.length(owner) - from);
+              for (int64_t outer = s.outer_of(next); next < s.block_begin(block + 1); ++outer) {
+                CHECK(begin <= outer && outer < end);
+                const int64_t from = next - s.prefix(outer);
+                const int64_t tiles = std::min(s.block_begin(block + 1) - next, s.length(outer) - from);
                 CHECK(tiles > 0 && from >= 0);
                 for (int64_t t = from; t < from + tiles; ++t) {
-                  const int64_t walked = s.first_walked(owner) + t;
-                  CHECK(walked < s.anchor_tiles() + s.other_tiles());
-                  CHECK(met.emplace(owner, walked).second);
-                  if (walked < s.anchor_tiles() && t >= width / kWalkedRows) write(s.mirror_slot(owner), walked);
+                  const int64_t inner = s.first_inner(outer) + t;
+                  CHECK(inner < s.anchor_tiles() + s.other_tiles());
+                  CHECK(met.emplace(outer, inner).second);
+                  if (inner < s.anchor_tiles() && t >= width / kInnerRows) write(s.transposed_slot(outer), inner);
                 }
-                for (int64_t tile = s.first_walked(owner); tile < s.first_walked(owner + 1); ++tile) {
-                  write(s.piece_slot(owner, block), tile);
+                for (int64_t tile = s.first_inner(outer); tile < s.first_inner(outer + 1); ++tile) {
+                  write(s.segment_slot(outer, block), tile);
                 }
                 next += tiles;
               }
             }
-            // The last owner's second half may hold no anchors: its sums are made, and nobody reads them.
+            // The last outer's second half may hold no anchors: its sums are made, and nobody reads them.
             std::set<std::pair<int64_t, int64_t>> read;
             for (int64_t tile = 0; tile < s.anchor_tiles(); ++tile) {
-              for (int64_t k = 0; k < s.filled(tile * kWalkedRows); ++k) {
-                CHECK(read.emplace(s.filled_slot(tile * kWalkedRows, k), tile).second);
+              for (int64_t k = 0; k < s.filled(tile * kInnerRows); ++k) {
+                CHECK(read.emplace(s.filled_slot(tile * kInnerRows, k), tile).second);
               }
             }
             for (auto it = written.begin(); it != written.end();) {
@@ -159,10 +159,11 @@ void forward_schedule_covers_every_tile_once(const std::vector<int>& owner_width
             }
             CHECK(read == written);
           }
-          for (int64_t owner = 0; owner < owners; ++owner) {
-            const int64_t tiles = (anchors + kWalkedRows - 1) / kWalkedRows, all = tiles + (others + kWalkedRows - 1) / kWalkedRows;
-            for (int64_t walked = 0; walked < all; ++walked) {
-              CHECK(met.count({owner, walked}) == (walked >= owner * (width / kWalkedRows) ? 1u : 0u));
+          for (int64_t outer = 0; outer < outer_tiles; ++outer) {
+            const int64_t tiles = (anchors + kInnerRows - 1) / kInnerRows;
+            const int64_t all = tiles + (others + kInnerRows - 1) / kInnerRows;
+            for (int64_t inner = 0; inner < all; ++inner) {
+              CHECK(met.count({outer, inner}) == (inner >= outer * (width / kInnerRows) ? 1u : 0u));
             }
           }
         }
@@ -280,11 +281,11 @@ void forward_tasks_cover_every_pair_once() {
             for (int64_t c = task.column_begin; c < task.column_end; ++c) {
               for (int64_t j = blocks[c].begin; j < blocks[c].begin + blocks[c].size; ++j) {
                 ++served[i * 2 * n + j];
-                if (task.mirrored) ++served[j * 2 * n + i];
+                if (task.symmetric) ++served[j * 2 * n + i];
               }
             }
           }
-          if (!task.mirrored) continue;
+          if (!task.symmetric) continue;
           for (int64_t c = task.column_begin; c < task.column_end; ++c) {
             for (int64_t j = 0; j < blocks[c].size; ++j) {
               CHECK(slots.emplace(task.row, blocks[c].anchor + j).second);
@@ -329,7 +330,7 @@ int main() {
   RUN(several_tiles_and_parts);
   RUN(other_gpus);
   RUN(many_dimensions);
-  RUN(wide_owners);
+  RUN(wide_outer_tiles);
   RUN(one_gradient_for_all_losses);
   RUN(several_rounds);
   RUN(low_temperatures);

@@ -112,14 +112,14 @@ void rings_wrap_on_a_whole_gpu() { wrap({132, 1736, 200, true, true, {0, 1736}, 
 
 void rings_wrap_without_races() { wrap({1, 576, 20, true, true, {0, 576}, 5}, 9, true); }
 
-// More owners than one launch has slots for: the sums so far are kept between launches.
+// More outer tiles than one launch has slots for: the sums so far are kept between launches.
 void several_launches() {
   emu::options() = {.seed = 3, .multiprocessors = 2};
   const struct Restored {
-    int64_t usual = most_mirror_slots;
-    ~Restored() { most_mirror_slots = usual; }
+    int64_t usual = max_transposed_slots;
+    ~Restored() { max_transposed_slots = usual; }
   } restored;
-  most_mirror_slots = 2;
+  max_transposed_slots = 2;
   for (const bool both : {true, false}) {
     const NTXentProblem problem{330, 40, 0.1, both, 0, 330};
     CHECK(forward_rings(problem, true).launches == (both ? 3 : 2));

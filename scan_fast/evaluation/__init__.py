@@ -1,4 +1,4 @@
-"""What a clustering is worth: metrics against labels, probes of features, and the label-free selection loss."""
+"""Evaluation: metrics against labels, probes of features, and the label-free selection loss."""
 
 from .metrics import clustering_metrics, confusion, match_clusters, neighbor_purity, row_shares, save_confusion
 from .model_selection import selection_loss

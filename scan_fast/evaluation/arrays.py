@@ -1,4 +1,4 @@
-"""Checked conversion of what callers have (NumPy arrays, tensors on any device, lists) into NumPy arrays."""
+"""Checked conversion of arguments (NumPy arrays, tensors on any device, lists) to NumPy arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def as_array(values: ArrayLike | torch.Tensor) -> NDArray[np.generic]:
-    """Return ``values`` as a NumPy array; 16-bit floats of torch become float32, which NumPy knows."""
+    """Return ``values`` as a NumPy array. bfloat16 becomes float32, because NumPy has no bfloat16."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -16,16 +16,16 @@ def as_array(values: ArrayLike | torch.Tensor) -> NDArray[np.generic]:
 
 
 def as_ids(values: ArrayLike | torch.Tensor, name: str, count: int | None, lowest: int = 0) -> NDArray[np.int64]:
-    """Return ``values`` as (N,) int64, each from ``lowest`` to ``count`` - 1 (without an upper bound for None).
+    """Return ``values`` as (N,) int64, each from ``lowest`` to ``count`` - 1 (no upper bound if None).
 
     Raises:
-        ValueError: naming the argument, for another shape, a type that is not whole, or an id out of range.
+        ValueError: names the argument, for another shape, a dtype that is not integer, or an id out of range.
     """
     array = as_array(values)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be whole numbers of shape (N,), got {array.dtype} {array.shape}")
+        raise ValueError(f"{name} must be integers of shape (N,), got {array.dtype} {array.shape}")
     low, high = int(array.min()), int(array.max())
     if low < lowest or (count is not None and high >= count):
         upper = "" if count is None else f" to {count - 1}"
@@ -36,10 +36,10 @@ def as_ids(values: ArrayLike | torch.Tensor, name: str, count: int | None, lowes
 def as_matrix(
     values: ArrayLike | torch.Tensor, name: str, rows: int | None = None, columns: int | None = None
 ) -> NDArray[np.float64]:
-    """Return ``values`` as (rows, columns) float64; None leaves a size open.
+    """Return ``values`` as (rows, columns) float64; None allows any size.
 
     Raises:
-        ValueError: naming the argument, for another shape or a NaN.
+        ValueError: names the argument, for another shape or a NaN.
     """
     array = as_array(values)
     wrong = array.ndim != 2 or array.dtype.kind not in "fiu"

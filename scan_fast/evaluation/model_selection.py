@@ -1,4 +1,4 @@
-"""The SCAN loss on held-out images: picks the best epoch and head without labels."""
+"""Model selection: the SCAN loss on held-out images, to choose the best epoch and head without labels."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ _ELEMENTS_PER_CHUNK = 1 << 24
 def selection_loss(
     probabilities: Tensor, neighbors: Tensor, *, include_self: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The SCAN loss (arXiv 2005.12320, equation 2) over all pairs of an image and a neighbour, entropy weight 1.
+    """Compute the SCAN loss (arXiv 2005.12320, equation 2) over pairs of image and neighbour, entropy weight 1.
 
-    Everything is computed in log space and by chunks of gathered rows; there is never an N x N matrix.
+    The computation is in log space and in chunks of gathered rows, without an N x N matrix.
 
     Args:
-        probabilities: (H, N, C) the predictions of H heads for N images, each row summing to one; or their logarithms,
-            which are told apart by their negative entries. Logarithms keep the loss finite where probabilities
-            underflow.
-        neighbors: (N, k) int64 the neighbours of each image among the N; -1 (no neighbour) is left out.
-        include_self: count the pair of each image with itself too, as the original project does.
+        probabilities: (H, N, C) predictions of H heads for N images, each row summing to one; or their logarithms,
+            which are recognised by negative entries. Logarithms keep the loss finite if probabilities underflow.
+        neighbors: (N, k) int64 indices of each image's neighbours among the N; -1 means no neighbour.
+        include_self: also count the pair of each image with itself, as the original project does.
 
     Returns:
         total = consistency - entropy, consistency and entropy, each (H,) float64 on the CPU. Lower totals are better.
 
     Raises:
-        ValueError: for wrong shapes or indices, rows that are no probabilities, or where there is no pair.
+        ValueError: for wrong shapes or indices, rows that are not probabilities, or if there is no pair.
     """
     log_p = _log_probabilities(probabilities)
     heads, n, clusters = log_p.shape
@@ -64,9 +63,9 @@ def _log_probabilities(values: Tensor) -> Tensor:
             f"probabilities must be floats of shape (H, N, C), none of them 0, got {values.dtype} {tuple(values.shape)}"
         )
     work = values if values.dtype == torch.float64 else values.float()
-    # Clamped, so that a probability of zero costs much but not infinitely much.
+    # Clamped, so that a probability of zero has a large but finite loss.
     log_p = work if bool((work < 0).any()) else work.clamp_min(torch.finfo(work.dtype).tiny).log()
-    # Rounding to 16 bits moves a sum by less than this; logits are further off.
+    # Rounding to 16 bits changes the sum by less than this; logits deviate more.
     error = log_p.logsumexp(dim=2).abs().amax()
     if not float(error) < 0.02:
         raise ValueError("probabilities must sum to one in each row (or be their logarithms); logits are neither")

@@ -1,4 +1,4 @@
-"""How good features are before any clustering: weighted kNN, k-means and a linear classifier on frozen features."""
+"""Probes of feature quality: weighted kNN, k-means and a linear classifier on frozen features."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def knn_accuracy(
     k: int = 100,
     temperature: float = 0.1,
 ) -> float:
-    """The accuracy of a weighted nearest-neighbour vote (instance discrimination, arXiv 1805.01978, section 3.4).
+    """Compute the accuracy of weighted kNN (instance discrimination, arXiv 1805.01978, section 3.4).
 
     Each of the k most similar bank images (cosine) votes for its class with weight ``exp(similarity / temperature)``.
-    Images with label -1 take no part: neither in the bank nor among the queries. Equal votes go to the smaller class;
-    a query without any neighbour (a feature that is not finite) counts as an error.
+    Images with label -1 are excluded from the bank and from the queries. Ties go to the smaller class. A query without
+    neighbours (its features are not finite) counts as an error.
 
     Args:
         bank: (N, D) features with known classes.
         bank_labels: (N,) integers.
         queries: (Q, D) features, on the device of ``bank``; a bank image is not excluded from its own vote.
         query_labels: (Q,) integers.
-        k: the number of voters, at most the labelled bank images (a larger k is reduced to that).
+        k: number of neighbours that vote; reduced to the number of labelled bank images if larger.
         temperature: positive.
 
     Returns:
         A fraction from 0 to 1.
 
     Raises:
-        ValueError: for wrong shapes, k or temperature, or where the bank or the queries have no label.
+        ValueError: for wrong shapes, k or temperature, or if the bank or the queries have no label.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -57,7 +57,7 @@ def knn_accuracy(
     queries, query_labels = _labelled(queries, query_labels, "queries", "query_labels")
     n_classes = int(bank_labels.max()) + 1
     similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
-    # Relative to the nearest: the same vote, and no overflow for a small temperature.
+    # Relative to the nearest neighbour: the result is the same, and small temperatures do not overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp().masked_fill(index < 0, 0)
     correct = 0
     for start in range(0, queries.shape[0], _QUERIES_PER_CHUNK):
@@ -72,14 +72,14 @@ def knn_accuracy(
 def kmeans_baseline(
     train: ArrayLike | Tensor, test: ArrayLike | Tensor, n_clusters: int, seeds: Sequence[int], *, n_init: int = 1
 ) -> NDArray[np.int64]:
-    """K-means on L2-normalised features: fitted on ``train``, applied to ``test``, once for each seed.
+    """Fit k-means to the L2-normalised features ``train`` and assign those of ``test``, once per seed.
 
     Args:
-        train: (N, D) features, at least as many as clusters.
+        train: (N, D) features, N at least ``n_clusters``.
         test: (M, D) features.
         n_clusters: K.
-        seeds: the seeds of the k-means++ starts.
-        n_init: starts per seed; the one with the lowest inertia is kept.
+        seeds: seeds of the k-means++ initialisations.
+        n_init: initialisations per seed; the one with the lowest inertia is used.
 
     Returns:
         (len(seeds), M) int64 cluster ids of the test images.
@@ -99,17 +99,17 @@ def kmeans_baseline(
 
 
 def kmeans_metrics(assignments: ArrayLike, labels: ArrayLike, n_clusters: int, n_classes: int) -> dict[str, float]:
-    """Mean and standard deviation over seeds of :func:`.metrics.clustering_metrics`.
+    """Compute mean and standard deviation over seeds of :func:`.metrics.clustering_metrics`.
 
     Args:
-        assignments: (S, M) cluster ids, one row for each seed, as :func:`kmeans_baseline` returns.
-        labels: (M,) class ids; -1 for none.
+        assignments: (S, M) cluster ids, one row per seed, from :func:`kmeans_baseline`.
+        labels: (M,) class ids; -1 for no label.
         n_clusters: K.
-        n_classes: the number of classes.
+        n_classes: number of classes.
 
     Returns:
-        ``{"acc_mean", "acc_std", "nmi_mean", ...}``; the standard deviation is the sample's (divided by S - 1), and 0
-        for one seed.
+        ``{"acc_mean", "acc_std", "nmi_mean", ...}``; the standard deviation is that of the sample (divided by S - 1),
+        and 0 for one seed.
 
     Raises:
         ValueError: for wrong shapes or ids.
@@ -135,34 +135,34 @@ def linear_probe(
     weight_decay: float = 1e-3,
     max_iterations: int = 200,
 ) -> float:
-    """The test accuracy of a linear classifier (multinomial logistic regression) on frozen features.
+    """Compute the test accuracy of a linear classifier (multinomial logistic regression) on frozen features.
 
-    Features are standardised by the train set's mean and deviation. The start is zero and the optimiser full-batch
-    L-BFGS in float64, so that the result depends on nothing but the input.
+    Features are standardised by the train set's mean and standard deviation. Weights start at zero, and the optimiser
+    is full-batch L-BFGS in float64, so the result depends only on the input.
 
     Args:
         train: (N, D) features.
-        train_labels: (N,) integers; images with -1 are left out, here and in the test set.
+        train_labels: (N,) integers; images with -1 are excluded, here and in the test set.
         test: (M, D) features, on the device of ``train``.
         test_labels: (M,) integers.
-        weight_decay: the factor of half the squared norm of the weights (not the biases) in the loss.
-        max_iterations: L-BFGS steps at most.
+        weight_decay: factor of half the squared norm of the weights (not the biases) in the loss.
+        max_iterations: maximum number of L-BFGS steps.
 
     Returns:
         A fraction from 0 to 1.
 
     Raises:
-        ValueError: for wrong shapes or values, or without labels.
+        ValueError: for wrong shapes or values, or if there are no labels.
     """
     if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay must not be negative and be finite, got {weight_decay}")
+        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
     train, train_labels = _labelled(train, train_labels, "train", "train_labels")
     test, test_labels = _labelled(test, test_labels, "test", "test_labels")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"test must have train's {train.shape[1]} features, got {test.shape[1]}")
     x, y = train.double(), test.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-    # A feature that does not vary says nothing; dividing by its rounding error would make it loud.
+    # A constant feature carries no information, and dividing by its rounding error would amplify noise.
     scale = torch.where(deviation > 1e-9 * (mean.abs() + 1), deviation, torch.inf)
     x, y = (x - mean) / scale, (y - mean) / scale
     n_classes = int(train_labels.max()) + 1

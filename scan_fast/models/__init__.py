@@ -1,4 +1,4 @@
-"""The networks: backbones, heads, and strict loading of weights."""
+"""Networks: backbones, heads, and strict loading of weights."""
 
 from .backbones import ModelConfig, build_backbone
 from .heads import ClusterModel, PretextModel

@@ -1,4 +1,4 @@
-"""Batch normalisation with what follows it in a residual block."""
+"""Batch normalisation fused with the residual addition and ReLU of a residual block."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..ops.batch_norm import batch_norm
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, then the addition of a residual and ReLU where asked for, in one kernel.
+    """:class:`torch.nn.BatchNorm2d` with an optional residual addition and ReLU, in one kernel.
 
-    Parameters, buffers and results are those of the separate layers, up to the rounding of a 16-bit ``x`` between them.
+    Parameters, buffers and results equal those of separate layers, except for their 16-bit rounding between layers.
 
     Args:
         channels: C.
-        relu: whether ReLU follows.
+        relu: apply ReLU last.
     """
 
     def __init__(self, channels: int, *, relu: bool = True) -> None:

@@ -1,9 +1,9 @@
-"""A convolution that in bfloat16 on a processor takes what is faster there than PyTorch's own.
+"""Convolution that in bfloat16 on a CPU uses faster algorithms than PyTorch's own.
 
-Where there is AMX, that is the kernel of :mod:`scan_fast.ops.convolution`. Elsewhere, oneDNN's gradient of the weights
-of a convolution with small output maps (4x4: the last stage of a ResNet for 32-pixel images, which holds most of its
-weights) runs at a tenth of the rate of a matrix product; written as one, patches times gradients, it takes a fifth of
-the time.
+With AMX, it uses the kernel of :mod:`scan_fast.ops.convolution`. Without, it computes the weight gradient of
+convolutions with small output maps as one matrix product, patches times gradients, in a fifth of the time. (Such a map
+is 4x4, in the last stage of a ResNet for 32-pixel images, which has most of its weights. There, oneDNN's weight
+gradient runs at a tenth of the rate of a matrix product.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..ops.convolution import conv2d, conv2d_fork, pays
 
 LARGEST_MAP = 16
-"""Positions of an output map up to which the product is faster: at 8x8 both take the same time."""
+"""Largest output map, in positions, for which the product is faster. At 8x8 both take the same time."""
 
 Pair = tuple[int, int]
 
@@ -30,7 +30,7 @@ class Conv2d(nn.Conv2d):
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         if not _in_bfloat16_on_cpu(x):
             return super().forward(x)
-        if self._takes_kernel(x):
+        if self._use_kernel(x):
             return conv2d(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
@@ -43,12 +43,12 @@ class Conv2d(nn.Conv2d):
         return out
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x as :meth:`forward`, and return x as well, for a shortcut around this layer."""
-        if _in_bfloat16_on_cpu(x) and self._takes_kernel(x):
+        """Return the result of :meth:`forward`, and x itself for a shortcut around this layer."""
+        if _in_bfloat16_on_cpu(x) and self._use_kernel(x):
             return conv2d_fork(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         return self(x), x
 
-    def _takes_kernel(self, x: Tensor) -> bool:
+    def _use_kernel(self, x: Tensor) -> bool:
         return (
             self.stride[0] == self.stride[1]
             and self.padding[0] == self.padding[1]
@@ -85,14 +85,14 @@ class _SmallMapConvolution(torch.autograd.Function):
                 grad, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
             )[0]
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        # The transposed copy costs less than what the product saves by it.
+        # The transposed copy costs less than it saves in the product.
         product = rows.t().contiguous() @ patches(x, weight.shape[-2:], ctx.stride, ctx.padding)
         grad_weight = product.unflatten(1, (*weight.shape[-2:], weight.shape[1])).permute(0, 3, 1, 2)
         return grad_x, grad_weight, None, None
 
 
 def patches(x: Tensor, kernel: Pair | torch.Size, stride: Pair, padding: Pair) -> Tensor:
-    """Return what each output position sees of images (B, C, H, W): (B * H' * W', kernel height * kernel width * C)."""
+    """Return the input patches of (B, C, H, W) per output position: (B * H' * W', kernel height * kernel width * C)."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    seen = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, H', W', C, kernel)
-    return seen.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+    windows = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, H', W', C, kernel)
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)

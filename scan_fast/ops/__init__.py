@@ -1,1 +1,1 @@
-"""The operators: one module per kernel family, plus their plain PyTorch twins in :mod:`scan_fast.ops.reference`."""
+"""Operators: one module per kernel family; :mod:`scan_fast.ops.reference` has the same in plain PyTorch."""

@@ -1,7 +1,7 @@
-"""The operator of the views: uint8 images and a recipe per image in, a normalised view out, in one native kernel.
+"""Operator that renders one view (augmented version) of each image by one native kernel, from uint8 images and recipes.
 
-It has no plain PyTorch twin here: the same views come from :class:`scan_fast.views.TorchRenderer`, which the tests hold
-it to. The layout of a recipe is that of ``csrc/augment/augment.h``.
+:class:`scan_fast.views.TorchRenderer` renders the same views in plain PyTorch, and the tests compare the two.
+``csrc/augment/augment.h`` defines the layout of a recipe.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from . import native
 
 RECIPE_HEADER = 9
-"""Words before the operations: top, left, height, width, flip, and the cutout's top, left, bottom, right."""
+"""Words before the operations: top, left, height, width, flip, and top, left, bottom, right of the cutout."""
 RECIPE_STEP = 7
 """Words of an operation: its number and six arguments."""
 
 
 class Operation(IntEnum):
-    """The operations of a recipe, as numbered by ``Operation`` of ``csrc/augment/augment.h``."""
+    """Operations of a recipe, numbered as in ``csrc/augment/augment.h``."""
 
     IDENTITY = 0
     BRIGHTNESS = 1
@@ -52,21 +52,21 @@ def augment(
 
     Args:
         images: (N, H, W, 3) uint8.
-        recipes: (n, RECIPE_HEADER + steps * RECIPE_STEP) int32 on the CPU; float arguments are their bits.
+        recipes: (n, RECIPE_HEADER + steps * RECIPE_STEP) int32 on the CPU; float arguments are stored as their bits.
         size: side of the view in pixels.
-        scale, shift: the normalised value of channel c is level * scale[c] + shift[c], rounded after each of the two.
-        dtype: float32 or bfloat16; uint8 for the levels before normalisation and cutout.
-        indices: (n,) int64 on the CPU, the image of each recipe; by default recipe i is for image i, and n = N.
+        scale, shift: per channel c the result is value * scale[c] + shift[c], rounded after each operation.
+        dtype: float32 or bfloat16; uint8 for pixel values before normalisation and cutout.
+        indices: (n,) int64 on the CPU, image of each recipe; by default recipe i is for image i, and n = N.
 
     Returns:
         (n, 3, size, size) in channels_last memory, or (n, size, size, 3) uint8; on the images' device.
 
     Raises:
-        ValueError: for another shape or dtype, a box outside the image, an index or operation that does not exist, or
-            where there is no compiled kernel for the images' device.
+        ValueError: for another shape or dtype, a box outside the image, an unknown index or operation, or a device
+            without a compiled kernel.
     """
     if not native.has_kernel("augment", images.device.type):
-        raise ValueError(f"images are on {images.device}, for which this build has no compiled kernel of the views")
+        raise ValueError(f"images are on {images.device}, for which this build has no kernel that renders views")
     return torch.ops.scan_fast.augment.default(images, indices, recipes, size, scale, shift, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation, addition of a residual and ReLU in one operator.
+"""Batch normalisation, addition of a residual and ReLU as one operator.
 
 The operators ``scan_fast::batch_norm``, ``batch_norm_forward`` and ``batch_norm_backward`` and their autograd are
 registered by the compiled module (``csrc/batch_norm/batch_norm_op.cpp``).
@@ -29,18 +29,18 @@ def batch_norm(
 ) -> Tensor:
     """Normalise each channel of a batch of images, add a residual, and apply ReLU (arXiv 1502.03167, 1512.03385).
 
-    Statistics and sums are float32 (combined in float64), whatever the dtype of ``x``.
+    Statistics and sums are float32 (combined in float64) for every dtype of ``x``.
 
     Args:
-        x: (N, C, H, W) float32, bfloat16 or float16; the kernel takes channels-last layout.
+        x: (N, C, H, W) float32, bfloat16 or float16; the kernel requires channels-last layout.
         weight, bias: (C,) float32.
-        running_mean, running_var: (C,) float32, updated in place in training; None in training where none are kept.
+        running_mean, running_var: (C,) float32, updated in place in training; may both be None in training.
         residual: of the shape and dtype of ``x``, added after the normalisation.
-        training: normalise with the statistics of the batch, not with the running ones.
-        momentum: share of the batch's statistics in the running ones, of the unbiased variance there.
+        training: normalise with the statistics of the batch instead of the running ones.
+        momentum: weight of the batch in the running statistics, which use the unbiased variance.
         eps: added to the variance.
-        relu: whether to apply ReLU last.
-        impl: "auto", "native" or "reference"; "auto" takes the kernel for channels-last inputs that have one.
+        relu: apply ReLU last.
+        impl: "auto", "native" or "reference"; "auto" uses the kernel for channels-last inputs if there is one.
 
     Returns:
         (N, C, H, W) of the dtype and layout of ``x``.
@@ -48,7 +48,7 @@ def batch_norm(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or fewer than two values per channel in training.
     """
-    if impl != "reference" and _takes_kernel(impl, x, residual, weight):
+    if impl != "reference" and _use_kernel(impl, x, residual, weight):
         return torch.ops.scan_fast.batch_norm.default(
             x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu
         )
@@ -57,11 +57,11 @@ def batch_norm(
     )
 
 
-def _takes_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+def _use_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
     if impl == "native":
         return native.use_native(impl, x, "batch_norm_forward")
-    # A compiler fuses the plain operators by itself. A kernel takes its operands as they are. Whether it is trusted is
-    # asked last: that may run its self-test.
+    # torch.compile fuses the plain operators by itself. The kernel requires its operands in this layout. use_native
+    # comes last, because it may run a self-test.
     return (
         not torch.compiler.is_compiling()
         and x.ndim == 4

@@ -1,6 +1,6 @@
-"""All self-tests at once, each in a process of its own: behind ``scan-fast info --check``.
+"""Run all self-tests, each in a separate process, for ``scan-fast info --check``.
 
-``python -m scan_fast.ops.check FAMILY KERNELS DEVICE`` is such a process: it prints its verdict as one line of JSON.
+``python -m scan_fast.ops.check FAMILY KERNELS DEVICE`` is such a process. It prints its verdict as one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import asdict
 
 import torch
 
-from . import native, self_test, trust
+from . import native, self_test, trust, verdicts
 from .families import GPU_FAMILIES
+from .verdicts import Verdict
 
 LIMIT_SECONDS = 60.0
-"""Of a process, in which importing PyTorch takes most of the time."""
+"""Time limit of a process. Importing PyTorch takes most of it."""
 
-Row = tuple[str, str, trust.Verdict]
+Row = tuple[str, str, Verdict]
 """Family, kernel set, verdict."""
 
 
@@ -28,7 +29,7 @@ def device_of(text: str) -> torch.device:
     """Return the device to check.
 
     Raises:
-        ValueError: where there is nothing to check on it, in one line.
+        ValueError: if there is nothing to check on it; a one-line message.
     """
     try:
         device = torch.device(text)
@@ -55,12 +56,12 @@ def check(
     limit: float = LIMIT_SECONDS,
     command: Callable[[str, str], Sequence[str]] | None = None,
 ) -> Iterator[Row]:
-    """Test every family and kernel set anew; verdicts on GPUs go into the user's cache.
+    """Test every family and kernel set again. Verdicts on GPUs are stored in the user's cache.
 
     Args:
         device: "cpu" or a GPU with its number.
-        limit: seconds for each; one that crashes or hangs has failed, and the next goes on.
-        command: makes the command line of a process from the family and the kernel set.
+        limit: seconds per test. A test that crashes or hangs has failed, and the next one runs.
+        command: returns the command line of a test process for a family and a kernel set.
     """
     for family in GPU_FAMILIES:
         for kernels in trust.kernel_sets(family.name, device):
@@ -72,31 +73,31 @@ def _command(device: torch.device) -> Callable[[str, str], Sequence[str]]:
     return lambda family, kernels: [sys.executable, "-m", "scan_fast.ops.check", family, kernels, str(device)]
 
 
-def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.device, limit: float) -> trust.Verdict:
+def _verdict_of(words: Sequence[str], family: str, kernels: str, device: torch.device, limit: float) -> Verdict:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=limit)
         code = process.returncode
         if code == 0:
-            # The last line: a library may have its say before.
-            return trust.Verdict(**json.loads(output.splitlines()[-1]))
+            # The last line, because libraries may print before it.
+            return Verdict(**json.loads(output.splitlines()[-1]))
         last = (errors.strip().splitlines() or ["nothing on standard error"])[-1]
         reason = f"its process ended with signal {-code}" if code < 0 else f"its process ended with {code}: {last}"
     except subprocess.TimeoutExpired:
-        reason = f"no end after {limit:.0f} s"
+        reason = f"no result after {limit:.0f} s"
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the GPU may hold it for longer
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the GPU driver may delay its end
             process.communicate(timeout=5)
     except (ValueError, LookupError, TypeError):
         reason = "its process printed no verdict"
-    verdict = trust.Verdict(False, "crashed", reason)
+    verdict = Verdict(False, "crashed", reason)
     if device.type in trust.DEVICE_TYPES:
-        trust.keep(trust.key_of(family, kernels, device), verdict)
+        verdicts.keep(trust.key_of(family, kernels, device), verdict)
     return verdict
 
 
 def table(rows: Sequence[Row], device: torch.device) -> str:
-    """Return what was found as text for the terminal."""
+    """Format the verdicts as a table for the terminal."""
     lines = [
         f"self-tests on {trust.describe(device)}:",
         f"  {'family':<12} {'kernels':<9} {'verdict':<8} {'ms':>8}  {'error/allowed':>13}",

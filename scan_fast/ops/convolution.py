@@ -1,8 +1,8 @@
-"""bfloat16 convolutions on the AMX tiles of a processor.
+"""bfloat16 convolutions on the AMX tiles of a CPU.
 
 The operators ``scan_fast::conv2d``, ``conv2d_forward``, ``conv2d_grad_input`` and ``conv2d_grad_weight`` and their
-autograd are registered by the compiled module (``csrc/convolution/convolution_op.cpp``). There is no twin in plain
-PyTorch: :func:`torch.nn.functional.conv2d` is the same thing.
+autograd are registered by the compiled module (``csrc/convolution/convolution_op.cpp``). Their reference is
+:func:`torch.nn.functional.conv2d`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor
 from . import native
 
 _BLOCK = 32
-"""Images that the kernel takes at once; what is missing of the last block is computed for nothing."""
+"""Images that the kernel processes at once. The last block is padded, and computing the padding is wasted."""
 
 
 def is_usable(device: str) -> bool:
-    """Return whether a device has kernels for :func:`conv2d`: processors with AMX."""
+    """Return whether a device has kernels for :func:`conv2d`. Only CPUs with AMX do."""
     return native.has_kernel("conv2d_forward", device) and bool(
         torch.ops.scan_fast.conv2d_is_usable.default((_BLOCK, 32, 1, 1), (32, 32, 1, 1), 1, 0)
     )
 
 
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Return whether :func:`conv2d` takes these operands and is faster than PyTorch's convolution.
+    """Return whether :func:`conv2d` supports these operands and is faster than PyTorch's convolution.
 
     It needs AMX, channels that are multiples of 32, a square kernel, and a batch that fills most of its last block of
-    32 images. A compiler gets the plain operators.
+    32 images. Under torch.compile the answer is False.
     """
     batch = x.shape[0]
     return (
@@ -50,25 +50,25 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
     Args:
         x: (N, C, H, W) bfloat16 in channels-last layout; C a multiple of 32.
         weight: (O, C, k, k) float32 in channels-last layout, rounded to bfloat16 for the product; O a multiple of 32.
-        stride, padding: of both directions; padding below k.
+        stride, padding: for both directions; the padding must be below k.
 
     Returns:
         (N, O, H', W') bfloat16 in channels-last layout.
 
     Raises:
-        ValueError: for another dtype, layout or shape, or a processor without AMX.
+        ValueError: for another dtype, layout or shape, or a CPU without AMX.
     """
     return torch.ops.scan_fast.conv2d.default(x, weight, stride, padding)
 
 
 def conv2d_fork(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """Convolve images as :func:`conv2d`, and return them as well, for a shortcut around the convolution.
+    """Convolve images like :func:`conv2d`, and also return them, for a shortcut around the convolution.
 
-    The gradients of both results meet in the kernel, which rounds their sum once; autograd would write, read and add
-    whole images.
+    The kernel adds the gradients of both results and rounds their sum once. Autograd would write, read and add whole
+    images.
 
     Returns:
-        what :func:`conv2d` returns, and the values of ``x`` in its memory; neither may be changed in place.
+        the result of :func:`conv2d`, and ``x`` as a tensor on the same memory. Neither may be changed in place.
     """
     return torch.ops.scan_fast.conv2d_fork.default(x, weight, stride, padding)
 

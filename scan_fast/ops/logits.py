@@ -1,4 +1,4 @@
-"""The argument checks that the losses on two sets of logits share."""
+"""Argument checks for losses on two sets of logits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def check_logits(first_name: str, first: Tensor, second_name: str, second: Tenso
 
     Args:
         first_name: the first argument's name, for the message.
-        first: decides what the second has to be like.
+        first: reference for the shape, dtype and device.
         second_name: the second argument's name.
-        second: is compared with the first.
-        dimensions: the allowed numbers of dimensions, and how each is written.
+        second: tensor to compare with the first.
+        dimensions: allowed numbers of dimensions, with the shape to print for each.
     """
     shape = first.shape
     if len(shape) not in dimensions:

@@ -1,4 +1,4 @@
-"""Finds the compiled module and decides, per call, which implementation runs."""
+"""Load the compiled module, and decide for each call which implementation runs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Impl = Literal["auto", "native", "reference"]
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
 OPERATORS = tuple(FAMILY_OF)
-"""The entry operator of each family, as registered by the compiled module under ``torch.ops.scan_fast``."""
+"""Entry operator of each family, as registered by the compiled module in ``torch.ops.scan_fast``."""
 
 GPU_KERNELS = {family.name: (family.sm90, family.portable) for family in FAMILIES.values() if family.sm90 is not None}
-"""The families with kernels for sm_90a, and their sources: those, then the portable ones."""
+"""CUDA sources of the families with kernels for sm_90a: the source of those, then the portable one."""
 
-_C: Any = None
 load_error: str | None = None
+"""Reason why the compiled module was not loaded, or None."""
 try:
-    from scan_fast import _C as _compiled
-
+    from scan_fast import _C
+except ImportError as error:
+    load_error = str(error)
+    _C = None  # type: ignore[assignment]
+else:
     missing = [name for name in OPERATORS if not torch._C._dispatch_has_kernel(f"scan_fast::{name}")]
     if missing:
         load_error = f"scan_fast._C was built from other sources and lacks {', '.join(missing)}"
-    else:
-        _C = _compiled
-except ImportError as error:
-    load_error = str(error)
+        _C = None  # type: ignore[assignment]
 
-# Which operator has a kernel for which device. Fixed at import, so that torch.compile sees a constant.
+# Pairs of operator and device type with a kernel. They are fixed at import, so that torch.compile sees a constant.
 _KERNELS = frozenset(
     (operator, device)
     for operator in OPERATORS
@@ -42,11 +42,21 @@ _KERNELS = frozenset(
 )
 
 
-def kernel_choice() -> str:
-    """Return what the environment variable SCAN_FAST_GPU_KERNELS asks for.
+def build_info() -> dict[str, Any]:
+    """Return facts about the build of the compiled module, or ``{"error": reason}`` if it is not loaded."""
+    if _C is None:
+        return {"error": load_error}
+    return dict(_C.build_info())
 
-    ``"auto"``: the kernels for sm_90a of a family once :mod:`scan_fast.ops.trust` trusts them; ``"sm90"``: those,
-    without a test; ``"portable"``: never. In any case the portable kernels do what those for sm_90a do not cover.
+
+def kernel_choice() -> str:
+    """Return the value of the environment variable SCAN_FAST_GPU_KERNELS, ``"auto"`` if it is not set.
+
+    With ``"auto"`` a family uses its kernels for sm_90a once :mod:`scan_fast.ops.trust` trusts them, with ``"sm90"``
+    without a test, and with ``"portable"`` never. The portable kernels compute what those for sm_90a do not cover.
+
+    Raises:
+        ValueError: for another value.
     """
     mode = os.environ.get("SCAN_FAST_GPU_KERNELS", "auto")
     if mode not in ("auto", "portable", "sm90"):
@@ -55,21 +65,21 @@ def kernel_choice() -> str:
 
 
 SM90_FAMILIES: set[str] = set()
-"""The families that take their kernels for sm_90a on a GPU of compute capability 9.0, as of now."""
+"""Families that use their kernels for sm_90a on a GPU of compute capability 9.0 at present."""
 
 
 def has_sm90(family: str) -> bool:
     """Return whether this build has kernels for sm_90a of a family."""
-    return family in GPU_KERNELS and _C is not None and bool(_C.build_info().get("sm90_kernels"))
+    return family in GPU_KERNELS and bool(build_info().get("sm90_kernels"))
 
 
 def takes_sm90(family: str) -> bool:
-    """Return whether a family takes its kernels for sm_90a on a GPU that has it."""
+    """Return whether a family uses its kernels for sm_90a on a GPU of compute capability 9.0."""
     return family in SM90_FAMILIES
 
 
 def take_sm90(family: str, on: bool) -> None:
-    """Have a family take its kernels for sm_90a on a GPU that has it, or not; nothing where it has none."""
+    """Switch the kernels for sm_90a of a family on or off; do nothing if this build has none."""
     if has_sm90(family):
         _C.prefer_sm90(family, on)
         (SM90_FAMILIES.add if on else SM90_FAMILIES.discard)(family)
@@ -83,33 +93,25 @@ _warned = False
 
 
 def is_available() -> bool:
-    """Return True where the compiled module was found and loaded."""
+    """Return whether the compiled module is loaded."""
     return _C is not None
 
 
 def has_kernel(operator: str, device: str) -> bool:
-    """Return whether an operator of :data:`OPERATORS` is compiled for a device type, "cpu" or "cuda"."""
+    """Return whether an operator of :data:`OPERATORS` is compiled for a device type, ``"cpu"`` or ``"cuda"``."""
     return (operator, device) in _KERNELS
 
 
-def build_info() -> dict[str, Any]:
-    """Return what the compiled module was built with, or ``{"error": reason}`` where there is none."""
-    if _C is None:
-        return {"error": load_error}
-    return dict(_C.build_info())
-
-
 def empty_large(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return what torch.empty does; on the CPU, large memory comes from the pool of freed results, which is faster."""
+    """Return an uninitialised tensor; on the CPU a large one reuses the memory of freed results, which is faster."""
     if _C is None or device.type != "cpu":
         return torch.empty(sizes, dtype=dtype, device=device)
-    out: torch.Tensor = _C.empty_large(sizes, dtype)
-    return out
+    return _C.empty_large(sizes, dtype)
 
 
 def amx_peak_rate() -> float:
-    """Return the flops per second of one thread's AMX tiles out of the first cache, measured now; 0 without AMX."""
-    return 0.0 if _C is None else float(_C.amx_peak_rate())
+    """Measure the flops per second of one thread's AMX tiles with operands in the first cache; 0 without AMX."""
+    return 0.0 if _C is None else _C.amx_peak_rate()
 
 
 def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
@@ -117,16 +119,16 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
 
     Args:
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
-        tensor: an input of the call; its device and dtype decide whether a kernel exists.
-        operator: the dispatcher operator that would run, e.g. ``"scan_loss_forward"``.
+        tensor: input of the call, whose device and dtype decide whether there is a kernel.
+        operator: entry operator of the family, e.g. ``"scan_loss_forward"``.
 
     Returns:
-        True for the compiled kernel. ``"auto"`` falls back to the reference where there is no compiled module (with
-        one warning per process), no kernel for the device, for float64, and on a GPU where the kernel is not trusted
+        True for the compiled kernel. ``"auto"`` uses the reference if there is no compiled module (with one warning per
+        process), if there is no kernel for the device or the dtype, and if the kernel is not trusted on this GPU
         (:mod:`scan_fast.ops.trust`).
 
     Raises:
-        ValueError: for an unknown ``impl``, or ``"native"`` with an input no kernel takes.
+        ValueError: for an unknown ``impl``, or for ``"native"`` if no kernel takes the input.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
@@ -136,7 +138,7 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
     kind = device.type
     reason = _why_not(tensor.dtype, kind, operator)
     if reason is None:
-        # A processor's kernels are not asked about: this is all that they pay.
+        # The kernels of a CPU need no trust, so this is all that a call costs there.
         if kind not in trust.DEVICE_TYPES or impl == "native":
             return True
         return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)

@@ -1,4 +1,4 @@
-"""Top-k neighbours: validation, the operator ``scan_fast::topk_neighbors`` and its fake, and the ``impl`` switch."""
+"""Top-k neighbour operator: argument checks, its fake kernel, and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class NeighborResult:
-    """The neighbours, and how hard they were to find.
+    """Neighbours, and how many queries needed further searches.
 
     Attributes:
-        similarity: (Q, k) float32, descending; -inf where there is no k-th neighbour.
-        index: (Q, k) int64; -1 where there is no k-th neighbour.
-        searched_again: int64 scalar: queries that the first search could not decide, because of many duplicates or
-            near ties, and that were searched again with finer products. They cost time, not exactness. Zero for the
-            reference, which searches once, in float64, and where most rows are neighbours.
-        searched_exactly: int64 scalar: those among them that only brute force in float64 could decide.
+        similarity: (Q, k) float32, descending; -inf for missing neighbours.
+        index: (Q, k) int64; -1 for missing neighbours.
+        searched_again: int64 scalar: number of queries that the first search could not decide, because of many
+            duplicates or near ties, and that were searched again with finer products. They cost time, not exactness.
+            Zero if most rows are neighbours, and for the reference, which searches once, in float64.
+        searched_exactly: int64 scalar: number of those that only brute force in float64 could decide.
     """
 
     similarity: Tensor
@@ -70,14 +70,14 @@ def search(
     exclude_self: bool = True,
     impl: str = "auto",
 ) -> NeighborResult:
-    """Search like :func:`scan_fast.topk_neighbors`, and also return how many queries were searched again, and how.
+    """Search like :func:`scan_fast.topk_neighbors`, and also return how many queries needed further searches.
 
     Args:
         x: (N, D) float32, bfloat16 or float16 (float64 through the reference).
         k: neighbours per query, from 1 to the number of candidates.
         queries: (Q, D), or None to search ``x`` against itself.
         metric: ``"cosine"`` or ``"dot"``.
-        exclude_self: leave out row i for query i; without effect where ``queries`` are given.
+        exclude_self: exclude row i for query i; has no effect if ``queries`` is given.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:

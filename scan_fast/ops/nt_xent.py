@@ -1,9 +1,10 @@
-"""NT-Xent: argument checks, the compiled operators' fakes and autograd, and the form for several processes.
+"""NT-Xent operator: argument checks, fake kernels, autograd, and the loss over several processes.
 
 Under ``torch.set_float32_matmul_precision("medium")`` the kernels round the operands of their matrix products to 16
-bits, where the processor has fast products for them; sums and exponentials stay in float32. Of the newer settings,
-``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` means that on a CPU; for CUDA there is none. On a GPU it is so
-for 16-bit embeddings, which carry no more; float32 embeddings are otherwise split into two 16-bit parts.
+bits if the CPU or GPU has fast products for them. Sums and exponentials stay in float32. In the newer API,
+``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` has this effect on a CPU; CUDA has no equivalent. On a GPU,
+16-bit embeddings always use 16-bit operands, which lose nothing, and float32 embeddings are otherwise split into two
+16-bit parts.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, reducti
 
 
 def nt_xent_distributed(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, impl: str) -> Tensor:
-    """The mean loss over this rank's anchors, with all ranks' rows as negatives; see :class:`scan_fast.NTXentLoss`.
+    """Compute the mean loss of this rank's anchors against the rows of all ranks; see :class:`scan_fast.NTXentLoss`.
 
     The gradient is that of the sum of all ranks' losses. Communication per step: four integers and the embeddings in
     the forward pass and, with the compiled kernels, three numbers per anchor in the backward pass. On a GPU the host
-    waits for none of it, but for the first call with a shape. The kernels run where every rank takes them: one whose
-    GPU does not makes all take the reference.
+    waits for this only in the first call with a new shape. The kernels run only if every rank can use them; otherwise
+    all ranks use the reference.
 
     Raises:
-        ValueError: as :func:`scan_fast.nt_xent`, and where the ranks' shapes or dtypes differ. On a GPU only the ranks
+        ValueError: as :func:`scan_fast.nt_xent`, and if shapes or dtypes differ between ranks. On a GPU only the ranks
             whose shape is new to them raise.
     """
     both = _check(z0, z1, temperature, anchors)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return nt_xent(z0, z1, temperature, anchors=anchors, reduction="mean", impl=impl)
     with_kernel = native.use_native(impl, z0, "nt_xent_forward")
-    # What a rank tells the others stays as it was the first time: not all read it every time.
-    with_kernel = _offered.setdefault((dist.get_world_size(), impl, z0.dtype, z0.device), with_kernel)
+    # A rank always sends its first answer, because not every rank reads it in every call.
+    with_kernel = _local_choices.setdefault((dist.get_world_size(), impl, z0.dtype, z0.device), with_kernel)
     if _check_ranks_agree(z0, with_kernel, every_time=not z0.is_cuda):
         return _DistributedNTXent.apply(z0, z1, float(temperature), both).mean()
     n = z0.shape[0]
@@ -117,9 +118,9 @@ if native.is_available():
 
 
 class _NTXent(torch.autograd.Function):
-    """The loss. Only the forward pass's results are saved; the backward pass makes the similarities anew.
+    """Autograd of the loss. Saves only the results of the forward pass; the backward pass recomputes the similarities.
 
-    The reduction is part of it, so that its gradient reaches the kernel as one number instead of one per anchor.
+    Includes the reduction, so that the kernel receives one gradient instead of one per anchor.
     """
 
     @staticmethod
@@ -154,31 +155,30 @@ class _NTXent(torch.autograd.Function):
 
 
 def _all_gather(local: Tensor) -> Tensor:
-    """(world, *local.shape), by rank."""
+    """Gather the tensors of all ranks: (world, *local.shape), by rank."""
     gathered = local.new_empty((dist.get_world_size(), *local.shape))
     dist.all_gather_into_tensor(gathered.flatten(), local.contiguous().flatten())
     return gathered
 
 
-_offered: dict[tuple[object, ...], bool] = {}
-"""Whether this process would take the kernel, by the number of ranks, impl, dtype and device."""
-_agreed: dict[tuple[object, ...], tuple[Tensor, bool]] = {}
-"""What this process has compared with the other ranks: the description that travelled, on the device, and whether all
-take the kernel, by its key."""
+_local_choices: dict[tuple[object, ...], bool] = {}
+"""The first choice of this process (kernel or reference), by number of ranks, impl, dtype and device."""
+_common_choices: dict[tuple[object, ...], tuple[Tensor, bool]] = {}
+"""Results of earlier comparisons between ranks: the description that was sent, on the device, and whether all ranks use
+the kernel, by its key."""
 
 
 def _check_ranks_agree(z: Tensor, with_kernel: bool, *, every_time: bool) -> bool:
-    """Return whether all ranks take the kernel: its collectives and the reference's are different ones.
+    """Return whether all ranks use the kernel. Its collectives differ from those of the reference.
 
-    A description of fixed length travels first in every call. Reading it makes the host wait for the device, so
-    without ``every_time`` a rank reads it only when it comes with a shape for the first time. Where one rank has a new
-    shape and another has not, the former raises.
+    Every call first sends a description of fixed length. Reading it makes the host wait for the device. So without
+    ``every_time`` a rank reads it only for a shape that is new to it. If only some ranks have a new shape, those raise.
 
     Raises:
-        ValueError: where the ranks' shapes or dtypes differ: they would hang or exchange garbage in the gather.
+        ValueError: if shapes or dtypes differ between ranks; the gather would hang or exchange garbage.
     """
     key = (dist.get_world_size(), z.shape, z.dtype, z.device, with_kernel)
-    known = _agreed.get(key)
+    known = _common_choices.get(key)
     if known is None:
         local = torch.tensor([*z.shape, _DTYPES.index(z.dtype), int(with_kernel)], device=z.device)
     else:
@@ -191,17 +191,17 @@ def _check_ranks_agree(z: Tensor, with_kernel: bool, *, every_time: bool) -> boo
         shapes = [f"({rows}, {columns}) {_DTYPES[dtype]}" for rows, columns, dtype, _ in described]
         raise ValueError(f"every rank must pass z0 and z1 of one shape and dtype, got by rank: {', '.join(shapes)}")
     all_take_it = all(other[3] for other in described)
-    _agreed[key] = local, all_take_it
+    _common_choices[key] = local, all_take_it
     return all_take_it
 
 
 def _views_of_all_ranks(gathered: Tensor) -> tuple[Tensor, Tensor]:
-    """From (world, 2, n, D) to the two views of all samples, (world * n, D) each, in order of rank."""
+    """Split (world, 2, n, D) into the two views of all samples, (world * n, D) each, in order of rank."""
     return gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)
 
 
 class _DistributedNTXent(torch.autograd.Function):
-    """The losses of this rank's anchors against the rows of all ranks."""
+    """Autograd of the losses of this rank's anchors against the rows of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, z0: Tensor, z1: Tensor, temperature: float, both: bool) -> Tensor:
@@ -229,7 +229,7 @@ class _DistributedNTXent(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is the sum of what every rank's loss sends to this rank's rows."""
+    """All-gather whose backward pass sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:

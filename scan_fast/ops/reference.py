@@ -1,7 +1,7 @@
-"""The plain PyTorch twins of the compiled kernels: short, differentiable by autograd, on any device and dtype.
+"""Plain PyTorch implementations of what the compiled kernels compute, differentiable, for any device and dtype.
 
-They are the definition of what the kernels compute, the fallback where no kernel exists, and the oracle in tests (in
-float64). Everything is computed in float32, or in float64 for float64 inputs.
+They define the result of the kernels, serve as fallback if there is no kernel, and are the oracle of the tests (in
+float64). They compute in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool) -> Tensor:
-    """Per-anchor NT-Xent losses (SimCLR, arXiv 2002.05709, equation 1).
+    """Compute NT-Xent losses per anchor (SimCLR, arXiv 2002.05709, equation 1).
 
     Args:
-        z0: (N, D) embeddings of the first views; normalised here.
+        z0: (N, D) embeddings of the first views; need not be normalised.
         z1: (N, D) embeddings of the second views.
-        temperature: the divisor of the cosine similarities.
-        both_anchors: 2N anchors (rows of z0, then of z1), or only the N rows of z0; the negatives are always all other
-            2N - 2 rows.
+        temperature: divisor of the cosine similarities.
+        both_anchors: True for 2N anchors (rows of z0, then of z1), False for the N rows of z0. The negatives are always
+            all other 2N - 2 rows.
 
     Returns:
         (2N,) or (N,) losses.
@@ -41,18 +41,18 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool) -> T
 
 
 def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The SCAN loss (arXiv 2005.12320, equation 2) of H heads, in log space.
+    """Compute the SCAN loss (arXiv 2005.12320, equation 2) of H heads, in log space.
 
-    ``-log <softmax(a), softmax(n)> = lse(a) + lse(n) - lse(a + n)`` equals the original where that is healthy, and
-    keeps the gradient where the original's clamped logarithm loses it (confident rows that disagree).
+    ``-log <softmax(a), softmax(n)> = lse(a) + lse(n) - lse(a + n)`` equals the original formula except for confident
+    rows that disagree. There the clamped logarithm of the original has no gradient, and this form has one.
 
     Args:
         anchors: (H, B, C) logits.
         neighbors: (H, B, C) logits.
-        entropy_weight: the weight of the entropy of the mean prediction.
+        entropy_weight: weight of the entropy of the mean prediction.
 
     Returns:
-        total, consistency and entropy, each (H,), where total = consistency - entropy_weight * entropy.
+        total, consistency and entropy, each (H,), with total = consistency - entropy_weight * entropy.
     """
     dtype = _compute_dtype(anchors)
     log_p = anchors.to(dtype).log_softmax(dim=-1)
@@ -64,19 +64,19 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> tupl
 
 
 def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on confident samples (arXiv 2005.12320, section 2.3), with static shapes.
+    """Compute the cross-entropy on confident samples (arXiv 2005.12320, section 2.3), with static shapes.
 
-    A sample is confident where the largest weak probability is strictly above the threshold; its label is the first
-    largest class. With balancing, each class that occurs among the confident samples weighs the same.
+    A sample is confident if its largest weak probability is strictly above the threshold. Its label is the first
+    largest class. With balancing, each class that occurs among the confident samples has the same weight.
 
     Args:
         weak: (B, C) logits of the weakly augmented images; no gradient flows into them.
         strong: (B, C) logits of the strongly augmented images.
         threshold: in [0, 1].
-        balance: whether to weigh classes equally.
+        balance: weight classes equally.
 
     Returns:
-        the loss (zero where nothing is confident) and the number of confident samples (int64).
+        the loss (zero if no sample is confident) and the number of confident samples (int64).
     """
     dtype = _compute_dtype(strong)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: boo
             weight = weight / per_class[target].clamp_min(1)
         weight = weight / weight.sum().clamp_min(torch.finfo(dtype).tiny)
     losses = F.cross_entropy(strong.to(dtype), target, reduction="none")
-    # A confident row may not be dropped by multiplying with zero: an unconfident row's infinite loss must not spread.
+    # Select, do not multiply by zero: the loss of a row that is not confident may be infinite.
     loss = torch.where(confident, losses * weight, torch.zeros_like(losses)).sum()
     return loss, count
 
@@ -107,16 +107,16 @@ def batch_norm(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """Batch normalisation (arXiv 1502.03167), addition of a residual and ReLU.
+    """Apply batch normalisation (arXiv 1502.03167), add a residual, and apply ReLU.
 
     Args:
         x: (N, C, H, W).
-        residual: of its shape, or None.
-        weight, bias, running_mean, running_var: (C,); the running ones are updated in place in training.
+        residual: tensor of the shape of ``x``, or None.
+        weight, bias, running_mean, running_var: (C,); running statistics are updated in place in training.
         training: normalise with the statistics of the batch.
-        momentum: of the running statistics.
+        momentum: weight of the batch in the running statistics.
         eps: added to the variance.
-        relu: whether to apply ReLU last.
+        relu: apply ReLU last.
     """
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
@@ -127,19 +127,19 @@ def batch_norm(
 def topk_neighbors(
     queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool, rows_per_chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Exact k best database rows per query, by float64 dot products rounded to float32, ties to the smaller index.
+    """Find the exact k best database rows per query by float64 dot products rounded to float32, ties to smaller index.
 
     Args:
         queries: (Q, D).
         database: (N, D).
         k: neighbours per query.
-        normalize: divide each row by its length (at least 1e-12) first: cosine similarity.
+        normalize: divide each row by its length (at least 1e-12) first, for cosine similarity.
         exclude_self: row i of the queries is row i of the database and is not its own neighbour.
-        rows_per_chunk: queries handled at a time, which bounds the memory.
+        rows_per_chunk: number of queries processed at a time, which bounds the memory.
 
     Returns:
-        similarity (Q, k) float32 and index (Q, k) int64. A pair whose similarity involves a non-finite row never
-        counts; missing neighbours have index -1 and similarity -inf.
+        similarity (Q, k) float32 and index (Q, k) int64. A non-finite row has no neighbours and is never a neighbour.
+        Missing neighbours have index -1 and similarity -inf.
     """
     q, x = queries.detach().to(torch.float64), database.detach().to(torch.float64)
     bad_query, bad_row = ~q.isfinite().all(dim=1), ~x.isfinite().all(dim=1)
@@ -150,7 +150,7 @@ def topk_neighbors(
         stop = min(start + rows_per_chunk, q.shape[0])
         similarity = q[start:stop] @ x.T
         if normalize:
-            # Dividing after the sum keeps the exact zeros and ties of integer-valued rows.
+            # Division after the sum keeps exact zeros and ties of integer-valued rows.
             similarity /= q_length[start:stop, None] * x_length
         similarity = similarity.to(torch.float32)
         similarity.masked_fill_(bad_row, -torch.inf)
@@ -158,7 +158,7 @@ def topk_neighbors(
         if exclude_self:
             rows = torch.arange(start, stop, device=q.device)
             similarity[rows - start, rows] = -torch.inf
-        # A stable sort keeps the smaller index first among equals; topk gives no such promise.
+        # A stable sort keeps the smaller index first among equals; topk does not guarantee it.
         value, index = similarity.sort(dim=1, descending=True, stable=True)
         value, index = value[:, :k], index[:, :k]
         similarities.append(value)

@@ -1,4 +1,4 @@
-"""The SCAN loss operator: argument checks, the shapes torch.compile needs, and the choice of implementation.
+"""SCAN loss operator: argument checks, fake kernels for torch.compile, and the choice of implementation.
 
 The operators ``scan_fast::scan_loss``, ``scan_loss_forward`` and ``scan_loss_backward`` and their autograd are
 registered by the compiled module (``csrc/scan_loss/scan_loss_op.cpp``).

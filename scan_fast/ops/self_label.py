@@ -1,4 +1,4 @@
-"""The self-label loss operator: argument checks, the shapes torch.compile needs, and the choice of implementation.
+"""Self-label loss operator: argument checks, fake kernels for torch.compile, and the choice of implementation.
 
 The operators ``scan_fast::self_label``, ``self_label_forward`` and ``self_label_backward`` and their autograd are
 registered by the compiled module (``csrc/self_label/self_label_op.cpp``).

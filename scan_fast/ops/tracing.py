@@ -1,4 +1,4 @@
-"""Which CUDA kernels ran: :func:`trace_launches`, for tests and for benchmarks that must say what they measured."""
+"""Trace the launches of CUDA kernels, for tests, and for benchmarks that name the kernels they measured."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from . import native
 
 
 def short_name(signature: str) -> str:
-    """Return a kernel's name with its template arguments: ``"prepare_kernel<float>"``.
+    """Return a kernel's name with its template arguments, e.g. ``"prepare_kernel<float>"``.
 
     Args:
         signature: its C++ signature, e.g. ``"void scan_fast::(anonymous namespace)::prepare_kernel<float>(float*)"``.
     """
     name = re.sub(r"\(anonymous namespace\)::|\bscan_fast::", "", signature).removeprefix("void ")
-    # Casts of template arguments, (bool)1 or (Kind)2, are no parameter lists.
+    # Casts of template arguments, such as (bool)1 or (Kind)2, are not parameter lists.
     return re.sub(r"\(.*", "", re.sub(r"\([\w ]+\)(?=-?\d)", "", name)).strip()
 
 
 @contextmanager
 def trace_launches() -> Iterator[list[str]]:
-    """Collect the names of the CUDA kernels of this package that are launched in the block, each once, in order.
+    """Collect the names of this package's CUDA kernels that are launched in the block, each once, in order.
 
     Yields:
-        a list that is filled when the block ends. It stays empty on the CPU, without the compiled module, and for
-        launches that a replayed CUDA graph makes. Traces do not nest, and see all threads of the process.
+        a list that is filled when the block ends. It stays empty on the CPU, without the compiled module, and if a
+        replayed CUDA graph launches the kernels. Traces do not nest, and see all threads of the process.
     """
     names: list[str] = []
     if not native.is_available():

@@ -1,85 +1,55 @@
-"""Which kernels ``impl="auto"`` trusts on a GPU.
+"""Decides which kernels ``impl="auto"`` uses on a GPU.
 
-A kernel that nobody has run on a model of GPU may be wrong there without a sign. So the first use of a family in a
-process, on a GPU, is decided by the first of these that has an answer:
+A kernel that nobody has run on a model of GPU may be wrong there without a sign. So the first of these that has an
+answer decides about a family at its first use in a process:
 
-1. SCAN_FAST_SELF_TEST=off trusts everything; SCAN_FAST_GPU_KERNELS=sm90 trusts the kernels for sm_90a where they are.
+1. SCAN_FAST_SELF_TEST=off trusts everything; SCAN_FAST_GPU_KERNELS=sm90 trusts the kernels for sm_90a if there are any.
 2. gpu_status.json: this very source, as built in, has passed the GPU suite on this model.
 3. The user's cache: the verdict of an earlier self-test of this build on this model with this driver and PyTorch.
-4. The self-test (:mod:`scan_fast.ops.self_test`), whose verdict goes into that cache.
+4. The self-test (:mod:`scan_fast.ops.self_test`), whose verdict goes into that cache (:mod:`scan_fast.ops.verdicts`).
 
-Where the answer is no, the reference runs, with one warning. On GPUs of compute capability 9.0 both kernel sets of a
-family are judged: the portable one must be right, since the other does not cover everything, and the other is taken if
-it is right too. ``impl="native"`` asks nobody. Processors are not asked about either: the test suite runs on them.
+If the answer is no, the reference runs, with one warning. On GPUs of compute capability 9.0 both kernel sets of a
+family are judged: the portable one must be right, since the other does not cover everything, and the other is used if
+it is right too. ``impl="native"`` skips the decision. So do CPUs, on which the test suite runs.
 
-The decision never raises, holds for the life of the process, and costs a look into a dict from then on. torch.compile
-takes it as a constant.
+The decision never raises, holds for the life of the process, and costs a dict lookup afterwards. torch.compile treats
+it as a constant.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
 import platform
 import re
-import socket
-import tempfile
 import threading
-import time
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from scan_fast import gpu_status
 
+from . import verdicts
 from .families import FAMILIES
+from .verdicts import Verdict
 
 if TYPE_CHECKING:
     from .self_test import Result
 
 DEVICE_TYPES = frozenset({"cuda"})
-"""The device types on which kernels need to be trusted."""
-
-_STALE_SECONDS = 120.0
-"""A self-test takes less than a second: one that began longer ago and has no verdict crashed or hangs."""
-
-_KINDS = ("passed", "failed", "running")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is known about a kernel set on a GPU.
-
-    Attributes:
-        passed: whether it may be used.
-        how: ``"verified"``, ``"self-test passed"``, ``"self-test failed"``, ``"crashed"`` or ``"not possible"``.
-        reason: why not, in words; empty if it passed.
-        worst: the largest error of the self-test as a share of what is allowed; None without a self-test.
-        milliseconds: of the self-test.
-    """
-
-    passed: bool
-    how: str
-    reason: str = ""
-    worst: float | None = None
-    milliseconds: float | None = None
-
+"""Device types on which kernels need to be trusted."""
 
 _decided: dict[tuple[str, str, int], bool] = {}
-_known_here: dict[str, Verdict] = {}
 _sm90: dict[str, bool] = {}
 _warned: set[tuple[str, str]] = set()
 _lock = threading.RLock()
 
 
 def takes_kernel(family: str, device_type: str, index: int) -> bool:
-    """Return whether ``impl="auto"`` takes the kernels of a family on a GPU; test them if nothing is known.
+    """Return whether ``impl="auto"`` uses the kernels of a family on a GPU; test them if nothing is known.
 
     Args:
         family: a name of :data:`scan_fast.ops.families.FAMILIES`.
@@ -90,12 +60,12 @@ def takes_kernel(family: str, device_type: str, index: int) -> bool:
     return _decide(family, device_type, index) if decided is None else decided
 
 
-# As torch.compiler.assume_constant_result does, which would import the compiler: a trace takes the answer as it is.
+# As torch.compiler.assume_constant_result does, which would import the compiler: a trace treats the answer as constant.
 takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_kernel_on(family: str, device: torch.device | str) -> bool:
-    """Return what :func:`takes_kernel` does, True for the CPU; a GPU without a number is the current one."""
+    """Return :func:`takes_kernel` of a device; True for the CPU. A GPU without a number is the current one."""
     device = torch.device(device)
     if device.type not in DEVICE_TYPES:
         return True
@@ -114,7 +84,7 @@ def kernel_sets(family: str, device: torch.device) -> tuple[str, ...]:
 
 
 def standing(family: str, kernels: str, device: torch.device) -> str:
-    """Return what is known about a kernel set on a device, in words; nothing is tested."""
+    """Return in words what is known about a kernel set on a device, without a test."""
     verdict = _known(family, kernels, device)
     return "not tested yet" if verdict is None else verdict.how + (f": {verdict.reason}" if verdict.reason else "")
 
@@ -136,7 +106,7 @@ def _decide(family: str, device_type: str, index: int) -> bool:
                 answer = True
             else:
                 answer = _judge(family, device, native.KERNEL_CHOICE == "auto")
-        except Exception as error:  # whatever is wrong with a machine, plain PyTorch may still work there
+        except Exception as error:  # plain PyTorch may still work on a broken machine
             answer = False
             _warn(family, "portable", device, Verdict(False, "not possible", _first_line(error)))
         if answer is None:
@@ -146,7 +116,7 @@ def _decide(family: str, device_type: str, index: int) -> bool:
 
 
 def _judge(family: str, device: torch.device, with_sm90: bool) -> bool | None:
-    """Decide about a family; None where that has to wait, and the reference runs until then."""
+    """Decide about a family; None if that has to wait, and the reference runs until then."""
     portable = _known(family, "portable", device)
     if portable is None:
         if _capturing(device):
@@ -162,10 +132,10 @@ def _judge(family: str, device: torch.device, with_sm90: bool) -> bool | None:
 
 
 def _judge_sm90(family: str, device: torch.device) -> None:
-    """Have the family take its kernels for sm_90a if they are right; the portable ones are known to be.
+    """Make the family use its kernels for sm_90a if they are right; the portable ones are known to be.
 
-    The switch is one for all GPUs of the process. So the test runs before any GPU has been decided upon, and one that
-    refuses them later switches them off for all.
+    One switch serves all GPUs of the process. So the test runs before any GPU is decided, and a GPU that refuses them
+    later switches them off for all.
     """
     from . import native
 
@@ -184,30 +154,30 @@ def _judge_sm90(family: str, device: torch.device) -> None:
 def run_test(family: str, kernels: str, device: torch.device) -> Verdict:
     """Run a self-test now, whatever is known, and keep the verdict for later processes.
 
-    Where the test itself was not possible, as without memory, nothing is kept.
+    If the test itself is not possible, for example without memory, nothing is kept.
     """
     from . import self_test
 
     key = key_of(family, kernels, device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # an error of somebody else's kernel shows here, and is not this family's
-    keep_running(key)
+        torch.cuda.synchronize(device)  # an error of another kernel shows here, not in the test
+    verdicts.keep_running(key)
     try:
         verdict = verdict_of(self_test.run(family, kernels, device))
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _forget(key)
+        verdicts.forget(key)
         return Verdict(False, "not possible", _first_line(error))
     except Exception as error:
         verdict = Verdict(False, "self-test failed", _explained(error, device))
     except BaseException:
-        _forget(key)
+        verdicts.forget(key)
         raise
-    keep(key, verdict)
+    verdicts.keep(key, verdict)
     return verdict
 
 
 def verdict_of(result: Result) -> Verdict:
-    """Return the verdict of a self-test that came to an end."""
+    """Return the verdict of a finished self-test."""
     how = "self-test passed" if result.passed else "self-test failed"
     return Verdict(result.passed, how, result.reason, round(result.worst, 4), round(result.milliseconds, 1))
 
@@ -240,40 +210,35 @@ def _warn(family: str, kernels: str, device: torch.device, verdict: Verdict) -> 
     where = describe(device)
     if verdict.how == "not possible":
         what = f"its {kernels} kernels could not be tested ({verdict.reason})"
-        mend = "call it once beforehand" if _capturing(device) else "`scan-fast info --check` tries again"
+        remedy = "call it once beforehand" if _capturing(device) else "`scan-fast info --check` tries again"
     elif verdict.how == "crashed":
         what = f"an earlier process crashed or hung while it tested its {kernels} kernels"
-        mend = "`scan-fast info --check` tries again"
+        remedy = "`scan-fast info --check` tries again"
     else:
         what = f"its {kernels} kernels failed their self-test ({verdict.reason})"
-        mend = '`scan-fast info --check` tests again, impl="native" runs them all the same'
-    warnings.warn(f"scan_fast: {family} takes {runs} on {where}, because {what}; {mend}", RuntimeWarning, stacklevel=2)
+        remedy = '`scan-fast info --check` tests again, impl="native" runs them all the same'
+    warnings.warn(
+        f"scan_fast: {family} takes {runs} on {where}, because {what}; {remedy}", RuntimeWarning, stacklevel=2
+    )
 
 
 # ---- what is known -------------------------------------------------------------------------------------------------
 
 
 def _known(family: str, kernels: str, device: torch.device) -> Verdict | None:
-    """Return what the record, this process or the user's cache says; None if nothing."""
+    """Return the verdict of this process, the record or the user's cache; None if there is none."""
     key = key_of(family, kernels, device)
-    name = json.dumps(key)
-    if name in _known_here:
-        return _known_here[name]
+    verdict = verdicts.of_process(key)
+    if verdict is not None:
+        return verdict
     source = FAMILIES[family].source(kernels)
     if source is not None and gpu_status.passed_on(source, key["source"], key["gpu"]):
         return Verdict(True, "verified")
-    entry = _read(key)
-    if entry is None:
-        return None
-    if entry["verdict"] == "running":
-        return None if _is_alive(entry) else Verdict(False, "crashed", "an earlier process crashed or hung in it")
-    verdict = Verdict(**entry["details"])
-    _known_here[name] = verdict
-    return verdict
+    return verdicts.of_cache(key)
 
 
 def key_of(family: str, kernels: str, device: torch.device) -> dict[str, str]:
-    """Return what a verdict is about: another value of any of these asks for another test."""
+    """Return the key of a verdict: a change of any of its values requires another test."""
     from . import native
 
     source = FAMILIES[family].source(kernels)
@@ -290,7 +255,7 @@ def key_of(family: str, kernels: str, device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def _module() -> str:
-    """Return what tells one build of the compiled module from another: its architectures and host code count, too."""
+    """Return an identifier of the build of the compiled module; architectures and host code count, too."""
     from . import native
 
     if native._C is None:
@@ -306,7 +271,7 @@ def _name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """Return a device's model and number, or its number alone where it cannot be asked."""
+    """Return a device's model and number, or its number alone if the model is unknown."""
     with contextlib.suppress(Exception):
         return f"{_name(device)} ({device})"
     return str(device)
@@ -322,7 +287,7 @@ def _capturing(device: torch.device) -> bool:
 
 @functools.cache
 def _driver() -> str:
-    """Return the version of NVIDIA's driver: what the kernel module says, else what its management library says."""
+    """Return the version of NVIDIA's driver, from its kernel module or its management library."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
         if found:
@@ -340,99 +305,3 @@ def _driver() -> str:
     except (OSError, AttributeError, UnicodeDecodeError):
         pass
     return "unknown"
-
-
-# ---- the user's cache: one small file per key -----------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Return where verdicts are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "scan-fast" / "gpu-verdicts"
-
-
-def keep(key: dict[str, str], verdict: Verdict) -> None:
-    """Keep a verdict for this process and later ones; a cache that cannot be written is none."""
-    _known_here[json.dumps(key)] = verdict
-    _write({"key": key, "verdict": "passed" if verdict.passed else "failed", "details": asdict(verdict)})
-
-
-def keep_running(key: dict[str, str]) -> None:
-    """Write down that this process is about to test, so that a crash is known next time."""
-    pid = os.getpid()
-    _write(
-        {"key": key, "verdict": "running", "pid": pid, "started": _started(pid), "host": _host(), "time": time.time()}
-    )
-
-
-def _path(key: dict[str, str]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / f"{key['family']}-{key['kernels']}-{digest[:24]}.json"
-
-
-def _forget(key: dict[str, str]) -> None:
-    with contextlib.suppress(OSError, RuntimeError):
-        _path(key).unlink()
-
-
-def _write(entry: dict[str, Any]) -> None:
-    """Put an entry in the place of what is there, in one step."""
-    temporary = None
-    try:
-        path = _path(entry["key"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(entry, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):  # the latter where there is no home
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _read(key: dict[str, str]) -> dict[str, Any] | None:
-    """Return the entry of a key; None where there is none that makes sense."""
-    try:
-        entry = json.loads(_path(key).read_text(encoding="utf-8"))
-        if entry["key"] != key or entry["verdict"] not in _KINDS:
-            return None
-        if entry["verdict"] == "running":
-            float(entry["time"])
-        elif Verdict(**entry["details"]).passed is not (entry["verdict"] == "passed"):
-            return None
-        return dict(entry)
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-
-
-def _is_alive(entry: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a "running" entry still works on it.
-
-    Where that process cannot be seen, on another machine or in another container, it is believed for a while.
-    """
-    if not -_STALE_SECONDS < time.time() - float(entry["time"]) < _STALE_SECONDS:
-        return False
-    if entry.get("host") != _host():
-        return True
-    started = _started(entry.get("pid"))
-    return started is not None and started == entry.get("started")
-
-
-def _host() -> str | None:
-    """Return what tells this run of this machine, or this container, from others."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: object) -> str | None:
-    """Return when a process began, in the system's own measure; None if it has ended or cannot be seen."""
-    try:
-        # Fields from the third on: the second is a name in parentheses that may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        return None

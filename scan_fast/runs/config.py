@@ -39,7 +39,16 @@ class ConfigError(ValueError):
 
 
 class OptimizerConfig(Settings):
-    """The optimiser. ``momentum`` and ``nesterov`` apply to SGD."""
+    """Optimizer of a stage.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate, which the schedule multiplies.
+        momentum: momentum of SGD; the others ignore it.
+        nesterov: Nesterov momentum, for SGD.
+        weight_decay: weight decay; decoupled from the gradient with ``adamw``.
+        decay_all: also decay biases and normalization weights, as the reference does.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
@@ -47,23 +56,35 @@ class OptimizerConfig(Settings):
     nesterov: bool = False
     weight_decay: float = Field(default=1e-4, ge=0)
     decay_all: bool = True
-    """Let biases and normalisation weights decay too, as the reference does."""
 
 
 class ScheduleConfig(Settings):
-    """The learning rate: linear warm-up over ``warmup_epochs``, then ``name``."""
+    """Factor on the learning rate: linear warm-up, then a constant, a cosine or steps.
+
+    Attributes:
+        name: shape after the warm-up.
+        warmup_epochs: epochs of linear warm-up.
+        floor: end of the cosine, as a fraction of the learning rate.
+        decay_rate: factor of each step, for ``step``.
+        decay_epochs: epochs after which a step is taken, for ``step``.
+        every: change the factor at each epoch or at each training step.
+    """
 
     name: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: int = Field(default=0, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
-    """End of the cosine, as a fraction of the learning rate."""
     decay_rate: float = Field(default=0.1, gt=0, le=1)
     decay_epochs: tuple[int, ...] = ()
     every: Literal["epoch", "step"] = "epoch"
 
 
 class TrainingConfig(Settings):
-    """Settings that all learned stages share."""
+    """Settings of every stage that trains.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images in a training step.
+    """
 
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=512, ge=2)
@@ -79,12 +100,20 @@ class PretextConfig(TrainingConfig):
     monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks on the test images (needs labels); 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
+    """Neighbours that vote in the kNN check."""
     monitor_temperature: float = Field(default=0.1, gt=0)
     """Temperature of the kNN check's weighted vote."""
 
 
 class MiningConfig(Settings):
-    """Nearest neighbours in the space that stage one learned."""
+    """Nearest neighbours in the space that stage one learned.
+
+    Attributes:
+        k: neighbours of each training image.
+        test_k: neighbours of each held-out image among the held-out images; they serve the selection of a head.
+        features: space of the search: the projector's output or the backbone's features.
+        backend: implementation of the search. All are exact; ``faiss`` needs the package faiss.
+    """
 
     k: int = Field(default=20, ge=1)
     test_k: int = Field(default=5, ge=1)
@@ -100,17 +129,22 @@ class ClusteringConfig(TrainingConfig):
     objective: ObjectiveConfig = SCANSettings()
     """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)
+    """Heads that train side by side; the one with the best score is kept."""
     neighbors: int | None = Field(default=None, ge=1)
     """Number of mined neighbours to draw from; None: all."""
     include_self: bool = True
     """Let an image be drawn as its own neighbour, as the reference does."""
     update: Literal["full", "heads"] = "full"
+    """Train the whole network, or the heads on a frozen backbone."""
     cached_views: int | None = Field(default=None, ge=1)
     """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
     take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
     initialize: Literal["random", "kmeans"] = "random"
+    """First weights of the heads: random, or the centres of k-means on the features."""
     view: View = StrongView(kind="strong", size=None)
+    """View of anchors and neighbours in training."""
     evaluate_every: int = Field(default=1, ge=1)
+    """Epochs between evaluations, among which the best epoch is selected."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,7 +157,9 @@ class SelfLabelConfig(TrainingConfig):
     """Stage three: learning from confident assignments."""
 
     threshold: float = Field(default=0.99, ge=0, le=1)
+    """An image is confident if its largest probability is strictly above this."""
     balance: bool = True
+    """Give each cluster that occurs among the confident images of a batch the same total weight."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the moving average of the weights; None: no average."""
     ema_mode: Literal["teacher", "write_back"] = "teacher"
@@ -131,12 +167,20 @@ class SelfLabelConfig(TrainingConfig):
     weights after every step, as the reference does. This multiplies the learning rate by 1 - ema and keeps the batch
     statistics of the start."""
     weak_view: View = PlainView(kind="plain", size=None)
+    """View that gives the labels."""
     view: View = StrongView(kind="strong", size=None)
+    """View that learns them."""
     evaluate_every: int = Field(default=10, ge=1)
+    """Epochs between evaluations; they are reported, not used to select."""
 
 
 class EvaluationConfig(Settings):
-    """Measurements beside the stages."""
+    """Evaluation, and comparison with k-means.
+
+    Attributes:
+        batch_size: images in a forward pass.
+        baseline_seeds: runs of k-means, over which mean and deviation are reported.
+    """
 
     batch_size: int = Field(default=512, ge=1)
     baselines: bool = True
@@ -145,7 +189,13 @@ class EvaluationConfig(Settings):
 
 
 class RuntimeConfig(Settings):
-    """How a run is carried out. This is not part of the experiment, so it may change when a run is resumed."""
+    """Execution of a run. None of it belongs to the experiment, so it may change when a run is resumed.
+
+    Attributes:
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads of PyTorch on the CPU. Default: PyTorch's, but no more than the cores of the container.
+        tensorboard: also write metrics for TensorBoard; needs the package tensorboard.
+    """
 
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
@@ -160,7 +210,13 @@ class RuntimeConfig(Settings):
 
 
 class Config(Settings):
-    """The configuration of a run."""
+    """The configuration of a run.
+
+    Attributes:
+        name: name of the run in its folder's name and in the report.
+        preset: preset of the configuration file that was applied.
+        seed: seed of everything random.
+    """
 
     name: str = "run"
     preset: str | None = None

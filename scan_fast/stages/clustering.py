@@ -195,7 +195,8 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     for number, head in enumerate(model.cluster_head):
         # One thread: several add up the centres in the order in which they finish, and no two runs agree in all bits.
         with threadpool_limits(1, user_api="openmp"):
-            kmeans = KMeans(model.n_clusters, n_init=3, random_state=context.config.seed * 1000 + number).fit(unit)
+            seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
+            kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()
         assert isinstance(head, nn.Linear)
         head.weight.copy_(2 * sharpness * centers / scale)

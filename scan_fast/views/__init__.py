@@ -1,4 +1,4 @@
-"""Views: random parameters by sample, and renderers that turn images and parameters into pixels."""
+"""Views (augmented versions of images): random parameters per sample, and renderers that compute the pixels."""
 
 from .maker import Renderer, ViewMaker
 from .parameters import AffineView, Params, PlainView, SimCLRView, StrongView, View

@@ -1,7 +1,7 @@
-"""Colour operations on (n, 3, H, W) float32 batches of whole grey levels 0..255, with PIL's arithmetic.
+"""Colour operations on (n, 3, H, W) float32 batches of integer pixel values 0..255, with PIL's arithmetic.
 
-An image enhanced by a factor f is PIL's blend of a degenerate image d and the image x: trunc(clip(d + f (x - d))). Each
-function takes one factor per image, (n,) float32, and returns a new batch of whole grey levels.
+Enhancing an image by a factor f is PIL's blend of a degenerate image d and the image x: trunc(clip(d + f (x - d))).
+Each function takes one factor per image, (n,) float32, and returns a new batch of integer pixel values.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the luma (PIL's ImageEnhance.Color)."""
+    """Blend with luma (PIL's ImageEnhance.Color)."""
     return _blend(luma(x), x, factor)
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """Replace by the luma."""
+    """Replace by luma."""
     return luma(x).expand(-1, 3, -1, -1)
 
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the smoothed image: a 3x3 kernel of ones, 5 in the middle, over 13; border pixels are kept."""
+    """Blend with the smoothed image: a 3x3 kernel of ones with 5 in the middle, over 13; border pixels are kept."""
     smooth = x.clone()
     if min(x.shape[-2:]) > 2:
         rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
@@ -75,7 +75,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     angle.add_(step)
     angle.sub_((angle / 256).floor_(), alpha=256)
     # Back to RGB: channel c is v (1 - s t), where t in 0..1 is a trapezoid of the hue. In units of 1/255 all three are
-    # whole, so the numerator v (255^2 - s t) < 2^24 is exact, and one true division is all the rounding there is.
+    # integers. So the numerator v (255^2 - s t) < 2^24 is exact, and the only rounding is that of one true division.
     angle.mul_(6)
     divisor = torch.full((), 65025.0, device=x.device)
     out = torch.empty_like(x)
@@ -92,13 +92,13 @@ def hue_angles(x: Tensor) -> Tensor:
 
 
 def _value_chroma_angle(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the highest channel, how far the lowest is below it, and PIL's 8-bit hue, each (n, H, W)."""
+    """Return the highest channel, its distance from the lowest, and PIL's 8-bit hue, each (n, H, W)."""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     lowest = torch.minimum(torch.minimum(r, g), b)
     chroma = value - lowest
-    # The hue depends on which channel is which, on the chroma, and on how far the middle channel is below the highest:
-    # value - middle = 2 value + lowest - r - g - b. All whole, so it is looked up.
+    # The hue depends on the order of the channels, on the chroma, and on value - middle = 2 value + lowest - r - g - b.
+    # All are integers, so the hue is looked up.
     row = (2 * value).add_(lowest).sub_(r).sub_(g).sub_(b).add_(chroma, alpha=256).to(torch.int32)
     row.add_(g >= b, alpha=1 << 16).add_(r >= b, alpha=1 << 17).add_(g >= r, alpha=1 << 18)
     return value, chroma, _angles(x.device).index_select(0, row.flatten()).view(value.shape)
@@ -109,15 +109,15 @@ def _angles(device: torch.device) -> Tensor:
     """Tabulate PIL's 8-bit hue, (2^19,) float32, by channel order, chroma and value - middle.
 
     The order is three bits: g >= b, r >= b, g >= r, lowest first.
-    PIL takes (max - c) / chroma of each channel. The lowest has 1 and the highest 0, so the hue in sixths of the circle
-    is a whole number plus or minus the middle channel's quotient in float32, rounded once; the truncation to 8 bits is
-    that of PIL's float64 expressions.
+    PIL computes (max - c) / chroma per channel. It is 1 for the lowest and 0 for the highest channel. So the hue in
+    sixths of the circle is an integer plus or minus the middle channel's quotient in float32, rounded once. The
+    truncation to 8 bits follows PIL's float64 expressions.
     """
     order = torch.arange(8).view(8, 1, 1)
     chroma = torch.arange(256.0).view(1, 256, 1)
     quotient = torch.arange(256.0).view(1, 1, 256) / chroma.clamp(min=1)
     g_over_b, r_over_b, g_over_r = ((order >> bit) & 1 == 1 for bit in range(3))
-    # As PIL does, red is asked first and then green, where channels are equal; a tie's quotient 0 gives both one hue.
+    # For equal channels PIL tests red first, then green. A tie has quotient 0, which gives the same hue either way.
     red = torch.where(g_over_b, 1 - quotient, quotient - 1)
     green = torch.where(r_over_b, 1 + quotient, 3 - quotient)
     blue = torch.where(g_over_r, 3 + quotient, 5 - quotient)
@@ -128,24 +128,24 @@ def _angles(device: torch.device) -> Tensor:
 
 
 def histograms(x: Tensor) -> Tensor:
-    """Count grey levels: (n, 3, 256) int64."""
+    """Count pixel values per channel: (n, 3, 256) int64."""
     n = x.shape[0] * 3
-    levels = x.reshape(n, -1).to(torch.int64)
+    values = x.reshape(n, -1).to(torch.int64)
     counts = torch.zeros((n, 256), dtype=torch.int64, device=x.device)
-    return counts.scatter_add_(1, levels, torch.ones_like(levels)).view(-1, 3, 256)
+    return counts.scatter_add_(1, values, torch.ones_like(values)).view(-1, 3, 256)
 
 
 def tables(x: Tensor, kind: Tensor, amount: Tensor, index: Mapping[str, int]) -> Tensor:
-    """Return the lookup tables of the operations that treat each grey level alike.
+    """Return the lookup tables of the operations that depend only on the pixel value.
 
     Args:
-        x: (n, 3, H, W) the images; some tables depend on their content.
-        kind: (n,) int64 numbers of operations.
+        x: (n, 3, H, W) images; some tables depend on their content.
+        kind: (n,) int64 operation numbers.
         amount: (n,) float32 magnitudes.
-        index: the number of each operation by name.
+        index: operation numbers by name.
 
     Returns:
-        (n, 3, 256) float32 whole grey levels.
+        (n, 3, 256) float32 integer pixel values.
     """
     ramp = torch.arange(256, dtype=torch.float32, device=x.device)
     table = ramp.expand(len(x), 3, 256).clone()
@@ -171,30 +171,30 @@ def tables(x: Tensor, kind: Tensor, amount: Tensor, index: Mapping[str, int]) ->
 
 
 def _autocontrast(x: Tensor, ramp: Tensor) -> Tensor:
-    """Stretch each channel's range to 0..255; a channel of one level stays."""
+    """Stretch each channel's range to 0..255; a channel with a single value is unchanged."""
     low, high = (f(x.flatten(2), dim=2, keepdim=True).double() for f in (torch.amin, torch.amax))
-    # In float64, term by term as PIL computes it, because the result is truncated.
-    # A tensor numerator, because torch divides a plain number by multiplying with the reciprocal.
+    # In float64, term by term as in PIL, because the result is truncated. The numerator is a tensor, because torch
+    # divides a Python number by multiplying with the reciprocal.
     scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)
     stretched = (ramp.double() * scale).add_(-low * scale).trunc_().clamp_(0, 255)
     return torch.where(high > low, stretched, ramp.double()).float()
 
 
 def _equalize(counts: Tensor) -> Tensor:
-    """Flatten each channel's histogram, in PIL's integer arithmetic; (n, 3, 256) counts to a table."""
-    levels = torch.arange(256, device=counts.device)
-    last = torch.where(counts > 0, levels, -1).amax(dim=2, keepdim=True)
+    """Return tables that flatten each channel's histogram, in PIL's integer arithmetic; counts are (n, 3, 256)."""
+    values = torch.arange(256, device=counts.device)
+    last = torch.where(counts > 0, values, -1).amax(dim=2, keepdim=True)
     total = counts.sum(dim=2, keepdim=True)
     step = (total - counts.gather(2, last)) // 255
     below = counts.cumsum(dim=2) - counts
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where(step > 0, table, levels).float()
+    return torch.where(step > 0, table, values).float()
 
 
 def apply_tables(x: Tensor, table: Tensor) -> Tensor:
-    """Look every grey level up in its image's and channel's table; table is (n, 3, 256)."""
+    """Look up every pixel value in the table of its image and channel; table is (n, 3, 256)."""
     n = x.shape[0] * 3
-    # 32-bit positions in the flattened tables: half the traffic of gather's 64-bit ones.
+    # 32-bit positions in the flattened tables need half the memory traffic of gather's 64-bit ones.
     position = x.reshape(n, -1).to(torch.int32)
     position += torch.arange(0, 256 * n, 256, dtype=torch.int32, device=x.device).unsqueeze(1)
     return table.reshape(-1).index_select(0, position.reshape(-1)).view(x.shape)

@@ -1,22 +1,22 @@
-"""The DALI pipelines behind :class:`~scan_fast.views.render_dali.DaliRenderer`; importing this module needs DALI.
+"""DALI pipelines of :class:`~scan_fast.views.render_dali.DaliRenderer`; importing this module requires DALI.
 
-Images travel in two ways. The crop pipeline has one DALI sample per image, because every crop has a shape of its own.
-Each operation that follows has a pipeline, whose sample is a *block*: the images that undergo it next, as one
-(n, S, S, 3) "video" whose frames are the images. A DALI operator costs microseconds per sample and per run, whatever
-the sample holds, so blocks make small images cheap; and as the blocks are gathered anew for each operation, an image
-passes through those that it needs and through no others, without DALI's conditions, which cost as much again.
+There are two kinds of DALI samples. The crop pipeline has one sample per image, because every crop has its own shape.
+Each later operation has a pipeline whose sample is a *block*: the images that undergo the operation, as one (n, S, S,
+3) "video" whose frames are the images. A DALI operator costs microseconds per sample and per run, whatever the sample
+holds, so blocks make small images cheap. Blocks are gathered again for each operation, so an image passes only through
+the operations that it needs, without DALI's conditionals, which cost as much again.
 
-The arithmetic is PIL's in the operators that DALI has: whole grey levels after every operation, each within one level
-of PIL. Three devices make it fast on the CPU, where turning float32 into uint8 is DALI's slowest
-step (5 ns per level) and a table lookup its fastest (1 ns):
+The arithmetic follows PIL as far as DALI's operators allow: integer pixel values after every operation, each within one
+of PIL's. On the CPU, converting float32 to uint8 is DALI's slowest step (5 ns per value) and a table lookup its fastest
+(1 ns). Three techniques make it fast:
 
-- `brightness_contrast` on uint8 is exact to a rounding, and a shift by half a level turns its rounding into truncation.
-- Blends are made in 16-bit fixed point and looked up in a table, which divides, truncates and clips.
-- A function of two levels is a table of 65,536 entries. The hue needs four: three for PIL's 8-bit hue and the chroma
-  (one per lowest channel; what the two others decide), one for the colour that a hue and a chroma make.
+- `brightness_contrast` on uint8 is exact up to rounding; a shift by half a unit turns its rounding into truncation.
+- Blends are computed in 16-bit fixed point and looked up in a table, which divides, truncates and clips.
+- A function of two pixel values is a table of 65,536 entries. The hue needs four: three for PIL's 8-bit hue and the
+chroma (one per pair of channels), and one for the colour of a hue and a chroma.
 
-A named argument of a DALI operator lives on the CPU. On a GPU, what follows from the pixels (the mean of `contrast`)
-is therefore not an argument but a term of a sum; ``on_device=True`` builds that form on the CPU too, for the tests.
+Named arguments of DALI operators are on the CPU. So on a GPU, a value computed from the pixels (the mean of `contrast`)
+is a term of a sum instead of an argument. ``on_device=True`` builds this variant on the CPU too, for the tests.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from nvidia.dali import fn, math, pipeline_def, types
 from ..ops.augment import Operation
 from .color import hue_angles
 
-#: Numbers that an operation reads: an amount, or a map's six.
+#: Number of arguments of an operation: one amount, or the six values of a map.
 ARGUMENTS = 6
 
-# DALI rounds where PIL truncates. A little less than a half, so that a whole number stays itself after the shift.
+# DALI rounds and PIL truncates. Slightly less than a half, so that integers stay the same after the shift.
 _TRUNCATE = -0.4999 / 255
 
-Levels = npt.NDArray[np.int64]
+Values = npt.NDArray[np.int64]
 
 
 def crop_pipeline(resize: bool, **options: Any) -> Any:
-    """Build the pipeline that cuts boxes out of images, resizes them where asked, and mirrors some.
+    """Build the pipeline that crops boxes out of images, resizes them if `resize` is set, and mirrors some.
 
-    Inputs: images (H, W, 3) uint8; start, shape (2,) int32 in pixels; size (2,) float32, the width negative to mirror.
-    Without `resize`, every box has the wanted size.
+    Inputs: images (H, W, 3) uint8; start, shape (2,) int32 in pixels; size (2,) float32, with a negative width to
+    mirror.
+    Without `resize`, every box must have the output size.
     """
 
     @pipeline_def(**options)
@@ -63,10 +64,10 @@ def crop_pipeline(resize: bool, **options: Any) -> Any:
 
 
 def decode_pipeline(sides: Sequence[int], **options: Any) -> Any:
-    """Build the pipeline that decodes boxes of JPEG files, not turned upright, and resizes parts of them.
+    """Build the pipeline that decodes boxes of JPEG files in their stored orientation, and resizes parts of them.
 
-    Inputs: encoded (bytes,) uint8, on the CPU; box (4,) int32: top, left, height and width of what is decoded; box0,
-    box1, ..., one for each of `sides`, within it.
+    Inputs: encoded (bytes,) uint8, on the CPU; box (4,) int32: top, left, height and width of the part to decode; box0,
+    box1, ..., one within it for each of `sides`.
     """
 
     @pipeline_def(**options)
@@ -81,13 +82,13 @@ def decode_pipeline(sides: Sequence[int], **options: Any) -> Any:
             axes=[0, 1],
             output_type=types.RGB,
             adjust_orientation=False,
-            # As libjpeg does by default.
+            # The default of libjpeg.
             jpeg_fancy_upsampling=True,
         )
         views = []
         for i, side in enumerate(sides):
-            own = fn.external_source(name=f"box{i}")
-            part = fn.slice(image, start=own[:2], shape=own[2:], axes=[0, 1])
+            view_box = fn.external_source(name=f"box{i}")
+            part = fn.slice(image, start=view_box[:2], shape=view_box[2:], axes=[0, 1])
             views.append(fn.resize(part, size=[side, side], minibatch_size=options["batch_size"]))
         return tuple(views)
 
@@ -97,17 +98,17 @@ def decode_pipeline(sides: Sequence[int], **options: Any) -> Any:
 def block_pipeline(
     operation: Operation, side: int, largest_factor: float, on_device: bool = False, **options: Any
 ) -> Any:
-    """Build the pipeline that takes blocks of images through an operation.
+    """Build the pipeline that applies an operation to blocks of images.
 
-    Inputs: block (n, S, S, 3) uint8; arguments (n, ARGUMENTS) float32: the amount of each image's operation, or a map's
-    six numbers.
+    Inputs: block (n, S, S, 3) uint8; arguments (n, ARGUMENTS) float32: the amount of each image's operation, or the six
+    values of a map.
 
     Args:
-        operation: what to do.
+        operation: operation to apply.
         side: S.
         largest_factor: bound on the blend factors of saturation, contrast and sharpness.
-        on_device: build the form that a GPU needs.
-        options: of DALI's pipeline.
+        on_device: build the variant for a GPU.
+        options: options of DALI's pipeline.
     """
     on_device = on_device or options["device_id"] is not None
     graph = _Graph(side, largest_factor, on_device, _device(options))
@@ -117,7 +118,7 @@ def block_pipeline(
         device = _device(options)
         x = fn.external_source(name="block", device=device, layout="FHWC", no_copy=device == "cpu")
         arguments = fn.external_source(name="arguments")
-        # An input that leads to no output would be dropped, and could then not be fed; not all operations read it.
+        # DALI drops inputs without an output, which then cannot be fed, and not every operation reads the arguments.
         return graph.apply(operation, x, arguments), arguments
 
     return build()
@@ -128,19 +129,19 @@ def _device(options: dict[str, Any]) -> str:
 
 
 class _Graph:
-    """The operations on (n, S, S, 3) uint8 blocks; `row` is their (n, ARGUMENTS) float32 argument on the CPU."""
+    """Operations on (n, S, S, 3) uint8 blocks; `row` is the (n, ARGUMENTS) float32 tensor of arguments on the CPU."""
 
     def __init__(self, side: int, largest_factor: float, on_device: bool, device: str) -> None:
         self.side = side
         self.on_device = on_device
         self.device = device
-        # A blend with a factor above 1 leaves 0..255 on both sides. The finest fixed point that still tells the results
-        # apart in 16 bits; the products before may wrap.
+        # A blend with a factor above 1 leaves 0..255 on both sides. `unit` is the finest fixed point in which 16 bits
+        # still hold all results; the products may wrap.
         self.overshoot = 255 * max(0.0, largest_factor - 1)
         self.unit = int(65535 / (255 + 2 * self.overshoot + 1))
 
     def apply(self, operation: Operation, x: Any, row: Any) -> Any:
-        """Return the block after an operation: the method of its name."""
+        """Apply the operation by calling the method of its name."""
         return getattr(self, operation.name.lower())(x, row)
 
     def brightness(self, x: Any, row: Any) -> Any:
@@ -168,7 +169,7 @@ class _Graph:
 
     def hue(self, x: Any, row: Any) -> Any:
         tables = _hue_tables()
-        # Two neighbouring channels are the low and the high byte of a 16-bit number.
+        # Two adjacent channels are the low and the high byte of a 16-bit number.
         rg, gb = (
             fn.reinterpret(x[:, :, :, first : first + 2], dtype=types.UINT16, shape=[-1, self.side, self.side])
             for first in (0, 1)
@@ -177,21 +178,21 @@ class _Graph:
         lows = low * _number(257)
         rg, gb = rg - lows, gb - lows
         rb = (rg & _number(255)) + (gb & _number(255 << 8))
-        # 256 hue + chroma: in 16 bits the sum goes round the circle by itself.
+        # 256 hue + chroma: the 16-bit sum wraps around the circle.
         colour = _lookup(rg, tables["rg"], types.UINT16) + _lookup(gb, tables["gb"], types.UINT16)
         colour = colour + _lookup(rb, tables["rb"], types.UINT16)
         shift = fn.cast(row[:, 0] * 256.0, dtype=types.UINT16)
         colour = colour + self._per_image(shift, dims=2)
-        # Three levels in the bytes of one number; they do not carry, because low + chroma is the highest level.
+        # Three channels in the bytes of one number. They do not carry, because low + chroma is the highest channel.
         packed = _lookup(colour, tables["colour"], types.INT32)
         packed = packed + _lookup(low, np.arange(256) * 0x010101, types.INT32)
-        levels = fn.reinterpret(packed, dtype=types.UINT8, shape=[-1, self.side, self.side, 4], layout="FHWC")
-        return fn.slice(levels, start=[0], shape=[3], axes=[3])
+        channels = fn.reinterpret(packed, dtype=types.UINT8, shape=[-1, self.side, self.side, 4], layout="FHWC")
+        return fn.slice(channels, start=[0], shape=[3], axes=[3])
 
     def autocontrast(self, x: Any, row: Any) -> Any:
         low = fn.reductions.min(x, axes=[1, 2], keep_dims=True)
         width = fn.reductions.max(x, axes=[1, 2], keep_dims=True) - low
-        # A channel of one level stays.
+        # A channel with a single value is unchanged.
         stretched = _lookup(_pair(width, x - low), _autocontrast_table(), types.UINT8)
         return _layout(stretched + low * fn.cast(width == 0, dtype=types.UINT8))
 
@@ -223,17 +224,17 @@ class _Graph:
         return fn.warp_affine(x, matrix=fn.per_frame(matrix), fill_value=0, interp_type=interpolation)
 
     def _blend(self, x: Any, degenerate: Any, factor: Any) -> Any:
-        """Return trunc(clip(d + f (x - d))), f in steps of 1 / unit."""
+        """Return trunc(clip(d + f (x - d))), with f in steps of 1 / unit."""
         steps = math.floor(factor * float(self.unit) + 0.5)
         weight = self._per_image(fn.cast(steps, dtype=types.UINT16))
         rest = self._per_image(fn.cast(fn.cast(self.unit - steps, dtype=types.INT32) & 65535, dtype=types.UINT16))
         table = np.clip(np.arange(65536) // self.unit, 0, 255)
-        # Above the highest result lie the negative ones.
+        # Entries above the highest result are negative results, wrapped.
         table[int((255 + self.overshoot) * self.unit) + 1 :] = 0
         return _layout(_lookup(x * weight + degenerate * rest, table, types.UINT8))
 
     def _per_image(self, values: Any, dims: int = 3) -> Any:
-        """Turn (n,) numbers on the CPU into (n, 1, ..., 1), with `dims` ones, where the pixels are."""
+        """Reshape (n,) values on the CPU to (n, 1, ..., 1), with `dims` ones, on the device of the pixels."""
         values = fn.reshape(values, shape=[-1] + [1] * dims)
         return values.gpu() if self.device == "gpu" else values
 
@@ -250,12 +251,12 @@ def _gray(x: Any) -> Any:
 
 
 def _layout(x: Any) -> Any:
-    """Name the axes again: arithmetic with unnamed operands forgets them."""
+    """Restore the layout: arithmetic with operands without a layout drops it."""
     return fn.reshape(x, layout="FHWC")
 
 
 def _pair(high: Any, low: Any) -> Any:
-    """Return 256 high + low of two uint8."""
+    """Return 256 * high + low for two uint8."""
     return high * _number(256) + low
 
 
@@ -263,44 +264,44 @@ def _number(value: int) -> Any:
     return types.Constant(value, dtype=types.UINT16)
 
 
-def _lookup(x: Any, table: Levels, dtype: Any) -> Any:
+def _lookup(x: Any, table: Values, dtype: Any) -> Any:
     keys = np.arange(len(table)).tolist()
     return fn.lookup_table(x, keys=keys, values=table.astype(np.float64).tolist(), dtype=dtype)
 
 
 @cache
-def _autocontrast_table() -> Levels:
-    """Tabulate trunc(255 x / width) of x levels above the lowest, by width and x; 0 where the width is."""
+def _autocontrast_table() -> Values:
+    """Tabulate trunc(255 x / width), by width and distance x from the lowest value; 0 if the width is 0."""
     width, above = np.arange(256)[:, None], np.arange(256)[None, :]
     scale = 255.0 / np.maximum(width, 1)
     return np.where(width > 0, np.minimum((above * scale).astype(np.int64), 255), 0).reshape(-1)
 
 
 @cache
-def _hue_tables() -> dict[str, Levels]:
-    """Tabulate PIL's 8-bit hue and the colours of a hue, by pairs of levels.
+def _hue_tables() -> dict[str, Values]:
+    """Tabulate PIL's 8-bit hue, and the colours of a hue, by pairs of pixel values.
 
     A pair is the number first + 256 second. "lower" holds the lower of the two.
-    "rg", "gb" and "rb" hold 256 hue + chroma by two channels' levels above the lowest. One of the three is 0 in any
-    colour, so each table knows the colours without its third channel, less what the others say of them; the sum of the
-    three, in 16 bits, is that of the color.
-    "colour" holds the three channels above the lowest, one per byte, by hue and chroma. PIL truncates the saturation to
-    8 bits, which makes the lowest level rise by less than one; the mean of that is in the table.
+    "rg", "gb" and "rb" hold 256 hue + chroma by the distances of two channels from the lowest channel. One of the three
+    channels has distance 0 in any colour. Each table covers the colours without its third channel, minus what the other
+    tables contribute for them. The 16-bit sum of the three is 256 hue + chroma of the colour.
+    "colour" holds the distances of the three channels from the lowest, one per byte, by hue and chroma. PIL truncates
+    the saturation to 8 bits, which raises the lowest channel by less than one; the table includes the mean of that.
     """
     first, second = np.meshgrid(np.arange(256), np.arange(256))
     none = np.zeros_like(first)
 
-    def number(r: Levels, g: Levels, b: Levels) -> Levels:
+    def number(r: Values, g: Values, b: Values) -> Values:
         return 256 * _angle(r, g, b) + np.maximum(np.maximum(r, g), b)
 
     rg = number(first, second, none)
     gb = np.where(second > 0, number(none, first, second) - number(none, first, none), 0)
-    # Blue alone comes from "gb", whatever the red; with red, "rb" corrects it.
+    # "gb" contributes blue alone for any red; if there is red, "rb" corrects it.
     both = (first > 0) & (second > 0)
     rb = np.where(both, number(first, none, second) - number(none, none, second) - number(first, none, none), 0)
 
     sixths = 6 * np.arange(256)[:, None]
-    # How far each channel is below the highest, in 255ths of the chroma: a trapezoid of the hue.
+    # Distance of each channel from the highest, in 255ths of the chroma: a trapezoid of the hue.
     red = 2 * 255 - np.abs(sixths - 3 * 255)
     green, blue = (np.abs(sixths - centre * 255) - 255 for centre in (2, 4))
     chroma = np.arange(256)[None, :]
@@ -313,6 +314,6 @@ def _hue_tables() -> dict[str, Levels]:
     return {name: table.astype(np.int64).reshape(-1) for name, table in tables.items()}
 
 
-def _angle(r: Levels, g: Levels, b: Levels) -> Levels:
-    levels = torch.from_numpy(np.stack((r, g, b)).astype(np.float32))
-    return hue_angles(levels.unsqueeze(0)).squeeze(0).numpy().astype(np.int64)
+def _angle(r: Values, g: Values, b: Values) -> Values:
+    pixels = torch.from_numpy(np.stack((r, g, b)).astype(np.float32))
+    return hue_angles(pixels.unsqueeze(0)).squeeze(0).numpy().astype(np.int64)

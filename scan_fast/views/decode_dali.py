@@ -1,7 +1,7 @@
-"""JPEG files decoded by DALI, and of each no more than its views need: on a GPU by nvJPEG, else by libjpeg-turbo.
+"""Decode JPEG files with DALI, and only the parts that views need: with nvJPEG on a GPU, otherwise with libjpeg-turbo.
 
-What the other files are, and what is wrong with one that DALI refuses, is for the pool of threads in
-:class:`~scan_fast.data.files.ImageFiles` to find out, so that both ways leave out and report the same files.
+Other files, and files that DALI refuses, are left to the thread pool of :class:`~scan_fast.data.files.ImageFiles`. So
+both ways skip and report the same files.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from torch import Tensor
 from ..data.decode import JPEG_END, Box, stored_box, upright
 from ..data.files import ImageFiles, in_pixels
 
-# Decoded pixels of one run: what a batch of photographs would take at once is gigabytes.
+# Decoded pixels per run. A whole batch of photographs would take gigabytes.
 _RUN_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 27}
 _RUN_FILES = 1024
 
 
 class DaliDecoder:
-    """Cuts boxes out of files as :meth:`.files.ImageFiles.cut` does, with DALI for the JPEGs among them.
+    """Crop boxes out of files like :meth:`.files.ImageFiles.cut`, with DALI for the JPEG files.
 
-    On the CPU the decoded levels are the pool's, on a GPU nvJPEG's. The resize is DALI's: within one level of PIL's,
-    but for the edge of a box that shrinks, where DALI repeats the outermost pixels. Nothing is decoded at a reduced
-    scale, whatever ``data.decode`` says; what lies outside the boxes is left out instead.
+    On the CPU the decoded pixel values are those of the thread pool, on a GPU those of nvJPEG. The resize is DALI's:
+    within one of PIL's values, except at the edge of a box that shrinks, where DALI repeats the outermost pixels.
+    Images are never decoded at a reduced scale, for any ``data.decode``; instead, pixels outside the boxes are not
+    decoded.
 
     Args:
         graphs: the module :mod:`scan_fast.views.dali_graphs`.
-        device: where to decode and to resize.
+        device: device to decode and resize on.
     """
 
     def __init__(self, graphs: ModuleType, device: torch.device) -> None:
         self._graphs = graphs
         self.device = device
         self._pipelines: dict[tuple[Any, ...], Any] = {}
-        # One batch at a time, beside the one that is rendered.
+        # Decodes one batch at a time, while another one is rendered.
         self._lock = threading.Lock()
 
     def cut(
         self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
     ) -> list[Tensor]:
-        """Cut boxes out of the centre squares of files, each file read and decoded once, and resize them.
+        """Crop boxes out of the centre squares of files, and resize them. Each file is read and decoded once.
 
         Args:
             files: the files.
             indices, frame, boxes, sides: as in :meth:`.files.ImageFiles.cut`.
 
         Returns:
-            Several times (n, side, side, 3) uint8, on the device.
+            One (n, side, side, 3) uint8 tensor per side, on the device.
 
         Raises:
             DataError: for a file that can no longer be read.
@@ -60,7 +61,7 @@ class DaliDecoder:
         out = [torch.empty((len(indices), side, side, 3), dtype=torch.uint8, device=self.device) for side in sides]
         numbers = indices.tolist()
         rows = files.jpeg[indices].nonzero().squeeze(1)
-        # For a file that was cut off, decoders make up what is missing.
+        # Decoders would fill in the missing part of a truncated file, so truncated files are left to the pool.
         data = {
             row: encoded
             for row, encoded in zip(rows.tolist(), files.encoded(indices[rows]), strict=True)
@@ -89,7 +90,7 @@ class DaliDecoder:
         wanted: dict[int, list[Box]],
         out: Sequence[Tensor],
     ) -> bool:
-        """Fill these rows of `out`, or return False where DALI refuses one of the files."""
+        """Fill these rows of `out`. Return False if DALI refuses one of the files."""
         sides = tuple(target.shape[1] for target in out)
         key = (sides, files.workers)
         if key not in self._pipelines:
@@ -114,7 +115,7 @@ class DaliDecoder:
             else:
                 results = pipeline.run(cuda_stream=torch.cuda.current_stream(self.device))
         except (RuntimeError, ValueError, IndexError):
-            # What failed once does not run again.
+            # A pipeline that failed cannot run again.
             del self._pipelines[key]
             return False
         rows = torch.tensor(part, device=self.device)
@@ -128,7 +129,7 @@ class DaliDecoder:
 
 
 def _boxes(files: ImageFiles, number: int, frame: int, boxes: Sequence[Sequence[int]]) -> list[Box]:
-    """Return the box around all views of a file, and the views' boxes, in pixels of the image as it is stored."""
+    """Return the box around all views of a file, and the boxes of the views, in pixels of the stored image."""
     header = files.header(number)
     views = [stored_box(in_pixels(box, frame, header.height, header.width), header) for box in boxes]
     top, left = (min(box[axis] for box in views) for axis in (0, 1))
@@ -137,7 +138,7 @@ def _boxes(files: ImageFiles, number: int, frame: int, boxes: Sequence[Sequence[
 
 
 def _parts(wanted: dict[int, list[Box]], pixels: int) -> list[list[int]]:
-    """Split rows into parts whose boxes have at most so many pixels together, or that are one row."""
+    """Split rows into parts whose boxes have at most `pixels` pixels together, or that are a single row."""
     parts: list[list[int]] = []
     room = 0
     for row, ((_, _, height, width), *_) in wanted.items():

@@ -1,4 +1,4 @@
-"""Geometric operations on (n, 3, H, W) float32 batches of whole grey levels: crops, affine maps, boxes."""
+"""Geometric operations on (n, 3, H, W) float32 batches of integer pixel values: crops, affine maps, boxes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .parameters import Params
 
 
 def crop_resize(x: Tensor, side: int, params: Params) -> Tensor:
-    """Cut each image's box out, resize it to (side, side) with PIL's antialiased bilinear filter, and mirror it.
+    """Crop each image's box, resize it to (side, side) with PIL's antialiased bilinear filter, and mirror it.
 
-    Both directions are one matrix product per image: out = Wy x Wx, where a column of W holds the filter's taps. The
-    mirror is a reversal of Wx. Like PIL, this rounds to whole levels after the horizontal and again after the vertical
-    pass; newer Pillows shrink tall crops vertically first, which moves some of their pixels by one level.
+    Both passes are one matrix product per image: out = Wy x Wx, where the columns of W hold the filter taps. Mirroring
+    reverses Wx. As in PIL, values are rounded to integers after the horizontal and after the vertical pass. Newer
+    versions of Pillow shrink tall crops vertically first, which changes some pixels by one.
     """
     n, _, height, width = x.shape
     flip = params["flip"]
@@ -32,13 +32,13 @@ def crop_resize(x: Tensor, side: int, params: Params) -> Tensor:
 
 
 def _taps(start: Tensor, length: Tensor, flip: Tensor, source: int, side: int) -> Tensor:
-    """Return (n, source, side) filter matrices: column j weighs the source pixels that make output pixel j."""
+    """Return (n, source, side) filter matrices: column j has the weights of the source pixels for output pixel j."""
     device = start.device
     start, length, flip = start.view(-1, 1), length.view(-1, 1), flip.view(-1, 1)
     ratio = length.float() / side
     slope = 1 / ratio.clamp(min=1)
-    # Positions are relative to the box. A pixel outside it is infinitely far away and has no weight, as if the crop
-    # were cut out first.
+    # Positions are relative to the box. Pixels outside it are infinitely far away and get no weight, as if the box were
+    # cropped first.
     index = torch.arange(source, device=device) - start
     pixel = torch.where((index >= 0) & (index < length), (index.float() + 0.5) * slope, math.inf)
     centre = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) * ratio
@@ -57,7 +57,7 @@ def _mirror(x: Tensor, flip: Tensor) -> None:
 def matrices(kind: Tensor, amount: Tensor, side: int, index: Mapping[str, int]) -> Tensor:
     """Return the (n, 6) float64 maps from output to input pixels of the strong view's geometric operations.
 
-    (a, b, c, d, e, f) is PIL's order: the output point (x, y) shows the input at (a x + b y + c, d x + e y + f).
+    (a, b, c, d, e, f) is in PIL's order: output point (x, y) shows the input at (a x + b y + c, d x + e y + f).
     """
     amount = amount.double()
     m = torch.zeros((len(kind), 6), dtype=torch.float64, device=kind.device)
@@ -76,10 +76,9 @@ def matrices(kind: Tensor, amount: Tensor, side: int, index: Mapping[str, int]) 
 
 
 def fixed_point(matrix: Tensor) -> Tensor:
-    """Turn maps into PIL's steps through the input in 16.16 fixed point.
+    """Convert maps to PIL's steps through the input in 16.16 fixed point.
 
-    For pure shifts PIL takes floating-point positions instead; rounding those down to whole pixels first gives the same
-    pixels.
+    For pure shifts PIL uses floating-point positions. Rounding these down to whole pixels gives the same pixels.
 
     Args:
         matrix: (n, 6) float64 maps from output to input pixels.
@@ -98,7 +97,7 @@ def fixed_point(matrix: Tensor) -> Tensor:
 
 
 def affine_nearest(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample with the nearest pixel and black outside, as PIL's Image.transform(AFFINE, NEAREST).
+    """Resample with the nearest pixel and black outside, like PIL's Image.transform(AFFINE, NEAREST).
 
     Args:
         x: (n, 3, H, W).
@@ -117,7 +116,7 @@ def affine_nearest(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def affine_bilinear(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample bilinearly with black outside and round to whole levels; matrix (n, 6) maps output to input pixels."""
+    """Resample bilinearly with black outside and round to integers; matrix (n, 6) maps output to input pixels."""
     n, _, height, width = x.shape
     a, b, c, d, e, f = matrix.unbind(1)
     # grid_sample's coordinates run from -1 to 1 over each side.

@@ -1,4 +1,4 @@
-"""Renders views of a source's images: parameters by sample, pixels by a renderer."""
+"""Render views of a source's images: draw parameters per sample, then let a renderer compute the pixels."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ..data.sources import Source
 from ..random import Key, stream_key
 from .parameters import Params, View
 
-#: Turns (n, H, W, 3) uint8 images and their parameters into the (n, 3, size, size) normalised view.
+#: Maps (n, H, W, 3) uint8 images, a view specification and parameters to the normalised view (n, 3, size, size).
 Renderer = Callable[[Tensor, View, Params], Tensor]
 
 
 @runtime_checkable
 class DecodingRenderer(Protocol):
-    """A renderer that cuts boxes out of files by itself, as :meth:`scan_fast.data.files.ImageFiles.cut`."""
+    """Renderer that crops boxes out of files itself, with the interface of ``ImageFiles.cut``."""
 
     def cut(
         self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
     ) -> list[Tensor]:
-        """Return several times (n, side, side, 3) uint8, on the renderer's device."""
+        """Return one (n, side, side, 3) uint8 tensor per side, on the renderer's device."""
         ...
 
 
 class ViewMaker:
-    """Makes views of a source's images: parameters by sample, pixels by the renderer.
+    """Render views of a source's images.
 
     Args:
         source: the images.
-        renderer: one of the renderers; they take the same parameters.
-        seed: the run's seed.
-        stage: the stage's name; another stage draws other parameters.
-        crop: "file" cuts each view's box out of the file itself, where there are files, not out of the source's images.
+        renderer: computes the pixels; all renderers take the same parameters.
+        seed: seed of the run.
+        stage: name of the stage; each stage draws different parameters.
+        crop: "file" crops each view's box out of the file, if there are files; "image" crops the source's images.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ViewMaker:
         self.renderer = renderer
         self.key: Key = stream_key(seed, stage)
         self.files = source.files if crop == "file" else None
-        # Reading may go on in several threads; a renderer is in one at a time.
+        # Several threads may read; renderers are not thread-safe.
         self._rendering = threading.Lock()
 
     def __call__(
@@ -59,18 +59,18 @@ class ViewMaker:
     def render(
         self, views: Sequence[tuple[View, int]], images: Tensor, *, epoch: int, samples: Tensor | None = None
     ) -> list[Tensor]:
-        """Render several views of some images, each of which is read once.
+        """Render several views of some images; each image is read once.
 
         Args:
-            views: what to make, and the number of each view, so that two views of one sample differ; an open size is
-                the source's.
+            views: view specifications, each with its view number, so that two views of one sample differ. A size of
+                None means that of the source.
             images: (n,) int64 indices of the images.
             epoch: 0-based epoch.
-            samples: (n,) int64 numbers that the parameters are drawn by; `images` by default. A neighbour is drawn by
-                its anchor's number, so that two anchors with one neighbour do not share its view.
+            samples: (n,) int64 sample numbers that key the random parameters; `images` by default. A neighbour is keyed
+                by its anchor's number, so that two anchors with the same neighbour get different views.
 
         Returns:
-            For each view (n, 3, size, size) normalised, on the renderer's device.
+            One normalised (n, 3, size, size) tensor per view, on the renderer's device.
         """
         numbers = images if samples is None else samples
         size = self.source.size
@@ -94,5 +94,5 @@ _BOX = ("top", "left", "height", "width")
 
 
 def _whole(params: Params, side: int) -> Params:
-    """Return the parameters for an image that has been cut and resized already."""
+    """Return the parameters with a box that covers the whole image, for images that are already cropped and resized."""
     return {**params, **{name: torch.full_like(params[name], side * (i > 1)) for i, name in enumerate(_BOX)}}

@@ -1,4 +1,4 @@
-"""The normalisation that every renderer ends with."""
+"""Normalisation of pixel values, the last step of every renderer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return what turns levels 0..255 into normalised values: ``level * scale + shift``, per channel.
+    """Return scale and shift per channel: a pixel value 0..255 is normalised as ``value * scale + shift``.
 
     Args:
         mean, std: per-channel normalisation in [0, 1].
 
     Raises:
-        ValueError: unless there are 3 of each and every std is above 0.
+        ValueError: unless there are 3 values each and every std is above 0.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")

@@ -1,7 +1,8 @@
-"""Views: which random parameters each image gets. What they look like is the renderer's business.
+"""View specifications, and the random parameters of views. A view is one augmented version of an image.
 
-A view's :meth:`sample` returns CPU tensors with one row per image; every renderer draws from the same rows, so their
-images can be compared. The keys:
+A view specification (:class:`SimCLRView`, :class:`StrongView`, :class:`PlainView`, :class:`AffineView`) states how
+views are drawn. Its :meth:`sample` draws the parameters of one view per image, as CPU tensors with one row per image.
+Every renderer uses the same rows, so their images can be compared. The keys:
 
 ======================  ========================  ================================================================
 key                     shape, dtype              meaning
@@ -9,17 +10,17 @@ key                     shape, dtype              meaning
 top, left,              (n,) int64                crop box in source pixels, resized to (size, size); every view
 height, width
 flip                    (n,) bool                 mirror left-right, after the crop; every view
-brightness, contrast    (n,) float32              blend factors; 1 means "leave alone"; simclr, affine
-saturation              (n,) float32              likewise; simclr
-hue                     (n,) float32              shift as a fraction of the colour circle; 0 means "leave alone";
+brightness, contrast    (n,) float32              blend factors; 1 means no change; simclr, affine
+saturation              (n,) float32              blend factor; simclr
+hue                     (n,) float32              shift as a fraction of the colour circle; 0 means no change;
                                                   simclr
 order                   (n, 4) int64              order of 0 brightness, 1 contrast, 2 saturation, 3 hue; simclr
-grayscale               (n,) bool                 replace by the luma; simclr
+grayscale               (n,) bool                 replace by luma; simclr
 operation               (n, operations) int64     index into STRONG_OPERATIONS; strong
-magnitude               (n, operations) float32   in the operation's unit, sign included; strong
-matrix                  (n, 6) float32            a, b, c, d, e, f: the output point (x, y) shows the input at
+magnitude               (n, operations) float32   in the unit of the operation, with sign; strong
+matrix                  (n, 6) float32            a, b, c, d, e, f: output point (x, y) shows the input at
                                                   (a x + b y + c, d x + e y + f), in pixels; affine
-cutout                  (n, 4) int64              top, left, bottom, right of the box that is zero after
+cutout                  (n, 4) int64              top, left, bottom, right of the box that is set to zero after
                                                   normalisation; strong, affine
 ======================  ========================  ================================================================
 """
@@ -44,9 +45,9 @@ Strength = Annotated[float, Field(ge=0)]
 
 CROP_TRIES = 10
 
-#: The strong view's operations with the range of their magnitude, as the SCAN reference trains with them. The enhance
-#: factors only ever weaken. Rotate is in degrees, shear a slope, translate a fraction of the side, solarize a grey
-#: level and posterize a number of bits.
+#: Operations of the strong view with the range of their magnitude, as in the SCAN reference code. Enhancement factors
+#: are below 1, so they only weaken. Rotate is in degrees, shear a slope, translate a fraction of the side, solarize a
+#: pixel value, posterize a number of bits.
 STRONG_OPERATIONS: tuple[tuple[str, float, float], ...] = (
     ("identity", 0.0, 1.0),
     ("autocontrast", 0.0, 1.0),
@@ -77,20 +78,24 @@ def _check_range(name: str, value: Range, low: float) -> None:
 
 
 class _View(Settings):
-    """What the views share: the side of the square image they make, None for the source's own."""
+    """Base of the views.
+
+    Attributes:
+        size: side of the square image in pixels; None: that of the source.
+    """
 
     size: int | None = Field(default=None, ge=1)
 
     def resolved(self, size: int) -> Self:
-        """Return this view with `size` filled in where it was left open."""
+        """Return this specification with `size` filled in if it is None."""
         return self if self.size is not None else self.model_copy(update={"size": size})
 
     @property
     def side(self) -> int:
-        """The side of the view's images in pixels.
+        """Side of the view in pixels.
 
         Raises:
-            ValueError: where it has not been resolved.
+            ValueError: if `size` is None.
         """
         if self.size is None:
             raise ValueError("view.size is None: call view.resolved(source.size) first")
@@ -104,7 +109,7 @@ def _integers(uniform: Tensor, high: Tensor | int) -> Tensor:
 
 
 def _centre_box(n: int, side: int, height: int, width: int) -> Params:
-    """Return the centred crop of `side` pixels, or the largest centred square of a smaller image."""
+    """Return the centred crop of `side` pixels, or the largest centred square if the image is smaller."""
     edge = min(side, height, width)
     return {
         "top": torch.full((n,), (height - edge) // 2),
@@ -115,7 +120,7 @@ def _centre_box(n: int, side: int, height: int, width: int) -> Params:
 
 
 def _cutout_box(uniform: Tensor, length: int, side: int) -> Tensor:
-    """Return (n, 4) boxes around a uniform centre, of a half side uniform(1..length) // 2, clipped at the borders."""
+    """Return (n, 4) boxes with a uniform centre and a half side uniform(1..length) // 2, clipped at the borders."""
     half = (_integers(uniform[:, 0], max(length, 1)) + 1) // 2
     if length == 0:
         half = torch.zeros_like(half)
@@ -124,13 +129,23 @@ def _cutout_box(uniform: Tensor, length: int, side: int) -> Tensor:
 
 
 def _factor(uniform: Tensor, strength: float) -> Tensor:
-    """Return blend factors uniform in [max(0, 1 - strength), 1 + strength]."""
+    """Return blend factors, uniform in [max(0, 1 - strength), 1 + strength]."""
     low = max(0.0, 1.0 - strength)
     return low + uniform * (1.0 + strength - low)
 
 
 class SimCLRView(_View):
-    """SimCLR's view: resized crop, flip, colour jitter in random order, grayscale (Chen et al., ICML 2020, app. A)."""
+    """SimCLR's view: resized crop, flip, colour jitter in random order, grayscale (Chen et al., ICML 2020, app. A).
+
+    Attributes:
+        scale: area of the crop, as a fraction of the image's, uniform.
+        ratio: aspect ratio of the crop, log-uniform.
+        flip: probability of mirroring left-right.
+        brightness, contrast, saturation: blend factors uniform in 1 +- strength, not below 0.
+        hue: shift uniform in +-hue, as a fraction of the color circle.
+        jitter: probability of the four color operations.
+        grayscale: probability of replacing colors by their luma.
+    """
 
     kind: Literal["simclr"] = "simclr"
     scale: Range = (0.2, 1.0)
@@ -150,7 +165,7 @@ class SimCLRView(_View):
         return self
 
     def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
-        """Draw the parameters of images of (height, width) pixels; the keys are in the module's table."""
+        """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         u = uniforms(key, epoch, samples, view, 2 * CROP_TRIES + 10)
         tries, u = u[:, : 2 * CROP_TRIES], u[:, 2 * CROP_TRIES :]
         crop_height, crop_width = _crop_sizes(tries, self.scale, self.ratio, height, width)
@@ -176,9 +191,9 @@ class SimCLRView(_View):
 
 
 def _crop_sizes(uniform: Tensor, scale: Range, ratio: Range, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return (n,) heights and widths of the first of ten tries that fits the image; 0 where none does.
+    """Return (n,) heights and widths of the first of ten tries that fits the image; 0 if none does.
 
-    As torchvision's RandomResizedCrop: the area uniform in `scale`, the aspect uniform in log(ratio).
+    Like torchvision's RandomResizedCrop: the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`.
     """
     u = uniform.double().view(-1, CROP_TRIES, 2)
     area = height * width * (scale[0] + u[..., 0] * (scale[1] - scale[0]))
@@ -192,7 +207,7 @@ def _crop_sizes(uniform: Tensor, scale: Range, ratio: Range, height: int, width:
 
 
 def _fallback_size(ratio: Range, height: int, width: int) -> tuple[int, int]:
-    """Return the size of the central crop taken when no try fits: the whole image, its aspect clamped to `ratio`."""
+    """Return the size of the central crop if no try fits: the whole image, with its aspect clamped to `ratio`."""
     if width / height < min(ratio):
         return round(width / min(ratio)), width
     if width / height > max(ratio):
@@ -201,7 +216,13 @@ def _fallback_size(ratio: Range, height: int, width: int) -> tuple[int, int]:
 
 
 class StrongView(_View):
-    """SCAN's strong view: flip, crop, `operations` of STRONG_OPERATIONS with replacement, cutout."""
+    """SCAN's strong view: flip, crop, `operations` of STRONG_OPERATIONS with replacement, cutout.
+
+    Attributes:
+        operations: random operations on each image.
+        cutout: longest side in pixels of the box that is cut out, 0 for none.
+        flip: probability of mirroring left-right.
+    """
 
     kind: Literal["strong"] = "strong"
     operations: int = Field(default=4, ge=0)
@@ -209,7 +230,7 @@ class StrongView(_View):
     flip: Probability = 0.5
 
     def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
-        """Draw the parameters of images of (height, width) pixels; the keys are in the module's table."""
+        """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         k = self.operations
         u = uniforms(key, epoch, samples, view, 6 + 3 * k)
         box = _centre_box(len(samples), self.side, height, width)
@@ -238,18 +259,18 @@ _OPERATION_TABLE = (
 
 
 class PlainView(_View):
-    """The image itself, centre-cropped to `size` where it is larger: for weak views and evaluation."""
+    """Unchanged views, centre-cropped to `size` if the image is larger: for weak views and evaluation."""
 
     kind: Literal["plain"] = "plain"
 
     def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
-        """Return the centre box; nothing is random."""
+        """Return the centre box. Nothing is random."""
         n = len(samples)
         return {**_centre_box(n, self.side, height, width), "flip": torch.zeros(n, dtype=torch.bool)}
 
 
 class AffineView(_View):
-    """Small affine changes and mild intensity jitter: for digits and other images that must not be mirrored.
+    """Views with small affine changes and mild intensity jitter, for digits and other images that must not be mirrored.
 
     Attributes:
         degrees: rotation, uniform in +-degrees.
@@ -257,7 +278,7 @@ class AffineView(_View):
         scale: zoom, log-uniform.
         shear: slope of the x shear, as degrees, uniform in +-shear.
         brightness, contrast: blend factors uniform in 1 +- strength.
-        cutout: longest side of the box that is cut out, 0 for none.
+        cutout: longest side of the cutout box, 0 for none.
     """
 
     kind: Literal["affine"] = "affine"
@@ -275,7 +296,7 @@ class AffineView(_View):
         return self
 
     def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
-        """Draw the parameters of images of (height, width) pixels; the keys are in the module's table."""
+        """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         n = len(samples)
         u = uniforms(key, epoch, samples, view, 10)
         return {
@@ -288,7 +309,7 @@ class AffineView(_View):
         }
 
     def _matrix(self, u: Tensor) -> Tensor:
-        """Return (n, 6) maps from output to input: the inverse of shear, zoom, rotate and shift about the centre."""
+        """Return (n, 6) maps from output to input: the inverse of shear, zoom, rotation and shift about the centre."""
         centred = 2 * u - 1
         angle = torch.deg2rad(centred[:, 0] * self.degrees)
         slope = torch.tan(torch.deg2rad(centred[:, 1] * self.shear))

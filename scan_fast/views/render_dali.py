@@ -1,9 +1,9 @@
-"""The DALI renderer: the views of the other renderers, made by NVIDIA DALI's operators, on a GPU or the CPU.
+"""DALI renderer: renders the views of the other renderers with NVIDIA DALI's operators, on a GPU or the CPU.
 
-It takes the same parameters and makes the same views: each operation is within one grey level of PIL's. The pipelines
-are in :mod:`scan_fast.views.dali_graphs`; `equalize` alone is torch's, because DALI's follows OpenCV's formula, and a
-crop that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. Nothing random is
-left to DALI, so a view depends on its parameters alone, and DALI needs no checkpoint.
+It takes the same parameters and renders the same views: each operation is within one of PIL's pixel values. The
+pipelines are in :mod:`scan_fast.views.dali_graphs`. `equalize` uses torch, because DALI's follows OpenCV's formula. A
+crop that shrinks may differ more at its edge, where DALI repeats the outermost pixels for the filter. DALI draws
+nothing at random, so a view depends only on its parameters, and DALI needs no checkpoint.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install nvidia-dali-cuda130"
 
-# Pixels of one run of the crop, whose samples are images: many small ones, so that DALI's cost per run is shared, few
-# large ones. The operations after it have a run each for as many images.
+# Pixels per run of the crop pipeline, whose samples are images: many small images, which share DALI's cost per run, or
+# few large ones. Each later operation has one run for the same number of images.
 _RUN_PIXELS = {"cpu": 1 << 23, "cuda": 1 << 24}
 _RUN_IMAGES = 8192
 _GPU_THREADS = 4
@@ -56,19 +56,19 @@ def _graphs() -> ModuleType:
 
 
 class DaliRenderer:
-    """Renders views with DALI.
+    """Render views with DALI.
 
     Args:
         mean, std: per-channel normalisation in [0, 1].
-        device: where to render; images are moved there.
-        dtype: of the result, float32 or bfloat16.
-        threads: DALI's CPU threads; by default torch's on the CPU, and four beside a GPU.
-        decodes: whether DALI decodes JPEG files too; by default on a GPU. On the CPU its resize makes it slower than
-            the pool of threads that decodes for the other renderers (``python -m benchmarks.views --photos FOLDER``).
+        device: device to render on; images are moved there.
+        dtype: dtype of the result, float32 or bfloat16.
+        threads: DALI's CPU threads; by default torch's number on the CPU, and four with a GPU.
+        decodes: decode JPEG files with DALI as well; by default on a GPU only. On the CPU its resize makes it slower
+            than the thread pool of the other renderers (``python -m benchmarks.views --photos FOLDER``).
 
     Raises:
-        DataError: where DALI is not installed.
-        ValueError: for a mean, std or dtype that cannot be.
+        DataError: if DALI is not installed.
+        ValueError: for an invalid mean, std or dtype.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DaliRenderer:
         self._options = {
             "device_id": None if on_cpu else self.device.index or 0,
             "num_threads": self.threads,
-            # Every run is fed by hand and waited for; what works ahead is the loader.
+            # Every run is fed and awaited explicitly; the loader prefetches.
             "prefetch_queue_depth": 1,
             "seed": 0,
         }
@@ -109,20 +109,20 @@ class DaliRenderer:
 
         Args:
             images: (n, H, W, 3) uint8 on any device.
-            view: what to make; its size must be resolved.
-            params: from ``view.sample`` for these images.
+            view: view specification with a resolved size.
+            params: parameters from ``view.sample`` for these images.
 
         Returns:
             (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
         """
-        levels = self.pixels(images, view, params)
+        pixels = self.pixels(images, view, params)
         n, side = len(images), view.side
         out = native.empty_large((n, side, side, 3), self.dtype, self.device)
-        # By rows of pixels: torch is many times slower where the innermost dimension is that of three channels.
+        # By rows of pixels: torch is many times slower if the innermost dimension is the three channels.
         scale, shift = self._scale.repeat(side), self._shift.repeat(side)
-        # In parts that stay in a CPU's caches.
+        # In chunks that stay in a CPU's caches.
         part = max(1, _CACHED_PIXELS // side) if self.device.type == "cpu" else max(1, n * side)
-        for some, target in zip(levels.view(-1, 3 * side).split(part), out.view(-1, 3 * side).split(part), strict=True):
+        for some, target in zip(pixels.view(-1, 3 * side).split(part), out.view(-1, 3 * side).split(part), strict=True):
             values = target if self.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
             values.copy_(some).mul_(scale).add_(shift)
             if values is not target:
@@ -134,7 +134,7 @@ class DaliRenderer:
 
     @torch.no_grad()
     def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
-        """Render one view before normalisation and cutout: (n, size, size, 3) uint8."""
+        """Render one view without normalisation and cutout: (n, size, size, 3) uint8."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images must be (n, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
         images = images.to(self.device, non_blocking=True)
@@ -153,18 +153,18 @@ class DaliRenderer:
     def cut(
         self, files: ImageFiles, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]
     ) -> list[Tensor]:
-        """Cut boxes out of files, see :meth:`.decode_dali.DaliDecoder.cut`; where DALI does not decode, by the pool."""
+        """Crop boxes out of files with DALI, or with the thread pool if DALI does not decode."""
         if self._decoder is None:
             return files.cut(indices, frame, boxes, sides)
         return self._decoder.cut(files, indices, frame, boxes, sides)
 
     def _run(self, images: Tensor, view: View, params: Params) -> Tensor:
-        """Render images that one run may hold: (n, S, S, 3) uint8."""
+        """Render the images of one run: (n, S, S, 3) uint8."""
         out = self._crop(images, view, params)
         operations, arguments = (part.contiguous() for part in operations_of(view, params))
-        arguments = _readable(operations, arguments)
+        arguments = _graph_arguments(operations, arguments)
         for code, amounts in zip(operations.unbind(1), arguments.unbind(1), strict=True):
-            # IDENTITY is 0: its images come first, and stay.
+            # IDENTITY is 0, so its images come first; they are unchanged.
             idle, *counts = code.bincount(minlength=1).tolist()
             rows = code.argsort(stable=True)[idle:]
             where = rows.to(self.device)
@@ -173,11 +173,11 @@ class DaliRenderer:
             blocks = zip(where.split(counts), some.split(counts), amounts[rows].split(counts), strict=True)
             for number, (place, block, amount) in enumerate(blocks, start=1):
                 if len(block):
-                    _put(out, place, self._through(Operation(number), block, view, amount))
+                    _write_rows(out, place, self._apply(Operation(number), block, view, amount))
         return out
 
     def _crop(self, images: Tensor, view: View, params: Params) -> Tensor:
-        """Cut, resize and mirror: (n, S, S, 3) uint8 that may be written to."""
+        """Crop, resize and mirror: a writable (n, S, S, 3) uint8 tensor."""
         side = view.side
         box = torch.stack([params[name] for name in ("top", "left", "height", "width")], dim=1).int()
         resize = bool((box[:, 2:] != side).any())
@@ -191,16 +191,16 @@ class DaliRenderer:
         feeds = {"images": images, "start": box[:, :2].contiguous(), "shape": box[:, 2:].contiguous(), "size": size}
         return torch.from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
 
-    def _through(self, operation: Operation, levels: Tensor, view: View, arguments: Tensor) -> Tensor:
-        """Take images through one operation, each with its own argument: (n, S, S, 3) uint8."""
+    def _apply(self, operation: Operation, pixels: Tensor, view: View, arguments: Tensor) -> Tensor:
+        """Apply one operation to images, each with its own argument: (n, S, S, 3) uint8."""
         if operation == Operation.EQUALIZE:
-            return _equalize(levels)
+            return _equalize(pixels)
         key = (operation, view.side, _largest_factor(view))
         if key not in self._pipelines:
             self._pipelines[key] = self._build.block_pipeline(*key, batch_size=self.threads, **self._options)
-        # DALI shares work among its threads by samples.
+        # DALI distributes samples over its threads.
         blocks = self.threads if self.device.type == "cpu" else 1
-        feeds = {"block": levels.chunk(blocks), "arguments": arguments.chunk(blocks)}
+        feeds = {"block": pixels.chunk(blocks), "arguments": arguments.chunk(blocks)}
         results = [torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -213,12 +213,12 @@ class DaliRenderer:
 
 
 def _array(value: Tensor) -> Any:
-    """Return what DALI takes without a copy: of a torch tensor it would ask for the CUDA stream, even on the CPU."""
+    """Return an array that DALI uses without a copy. For torch tensors it requires a CUDA stream, even on the CPU."""
     return value.numpy() if value.device.type == "cpu" else value
 
 
-def _put(images: Tensor, rows: Tensor, some: Tensor) -> None:
-    """Write images into these rows; on the CPU by NumPy, which copies them 8 times faster than index_copy_."""
+def _write_rows(images: Tensor, rows: Tensor, some: Tensor) -> None:
+    """Write images into these rows; on the CPU with NumPy, which is 8 times faster than index_copy_."""
     if images.device.type == "cpu":
         images.numpy()[rows.numpy()] = some.numpy()
     else:
@@ -229,16 +229,16 @@ def _largest_factor(view: View) -> float:
     return 1 + max(view.saturation, view.contrast) if isinstance(view, SimCLRView) else 1.0
 
 
-def _equalize(levels: Tensor) -> Tensor:
-    """Equalize (n, S, S, 3) uint8 with PIL's formula; that of DALI's operator is OpenCV's, many levels away."""
-    planar = levels.permute(0, 3, 1, 2).float()
-    kind = torch.full((len(levels),), STRONG_INDEX["equalize"], device=levels.device)
+def _equalize(pixels: Tensor) -> Tensor:
+    """Equalize (n, S, S, 3) uint8 with PIL's formula; DALI's operator uses OpenCV's, which differs by many values."""
+    planar = pixels.permute(0, 3, 1, 2).float()
+    kind = torch.full((len(pixels),), STRONG_INDEX["equalize"], device=pixels.device)
     table = color.tables(planar, kind, kind.float(), STRONG_INDEX)
     return color.apply_tables(planar, table).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _readable(operations: Tensor, arguments: Tensor) -> Tensor:
-    """Turn the fused kernel's arguments into those of the graphs: (n, steps, 6) float32."""
+def _graph_arguments(operations: Tensor, arguments: Tensor) -> Tensor:
+    """Convert the arguments of the fused kernel to those of the DALI graphs: (n, steps, 6) float32."""
     out = torch.zeros((*operations.shape, 6))
     out[..., : arguments.shape[-1]] = arguments.view(torch.float32)
     first = out[..., 0]
@@ -254,14 +254,14 @@ def _readable(operations: Tensor, arguments: Tensor) -> Tensor:
     first[posterize] = 256 - torch.exp2(8 - first[posterize])
     nearest = rows(Operation.NEAREST)
     if nearest.any():
-        out[nearest] = _map_of(arguments[nearest])
+        out[nearest] = _pixel_maps(arguments[nearest])
     return out
 
 
-def _map_of(fixed: Tensor) -> Tensor:
-    """Turn PIL's steps in 16.16 fixed point back into maps of pixel centres, (n, 6) float32.
+def _pixel_maps(fixed: Tensor) -> Tensor:
+    """Convert PIL's steps in 16.16 fixed point back to maps of pixel centres, (n, 6) float32.
 
-    Half a step more, so that a position that is a whole pixel does not fall to the one before it in float32.
+    Adds half a step, so that float32 does not round a position at a whole pixel down to the previous pixel.
     """
     start_x, ax, bx, start_y, dy, ey = (fixed.double() / 65536).unbind(1)
     half_step = 0.5 / 65536

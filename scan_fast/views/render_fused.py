@@ -1,9 +1,9 @@
-"""The fused renderer: a batch becomes a view in one native kernel, with the pixels of the torch renderer.
+"""Fused renderer: renders one view per image by one native kernel, with the pixels of the torch renderer.
 
-A view's parameters are written down as a recipe per image (see :mod:`scan_fast.ops.augment`); the kernel follows them.
-The levels equal the torch renderer's but for the resize, which here is PIL's own fixed-point arithmetic and there
-float32: a level may differ by one before the colour operations. They are the same on every device, for any number of
-threads and in any batch.
+The parameters of a view are encoded as a recipe per image (see :mod:`scan_fast.ops.augment`), which the kernel
+executes. Pixel values equal those of the torch renderer except for the resize: here it is PIL's fixed-point arithmetic,
+there float32, so a value may differ by one before the colour operations. They are the same on every device, for any
+number of threads and in any batch.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _STRONG = torch.tensor([_OPERATION[name] for name, _, _ in STRONG_OPERATIONS], d
 
 
 class FusedRenderer:
-    """Renders views with the native kernel.
+    """Render views with the native kernel.
 
     Args:
         mean, std: per-channel normalisation in [0, 1].
-        device: where to render; images are moved there.
-        dtype: of the result, float32 or bfloat16.
+        device: device to render on; images are moved there.
+        dtype: dtype of the result, float32 or bfloat16.
 
     Raises:
-        DataError: where this build has no kernel for the device.
-        ValueError: for a mean, std or dtype that cannot be.
+        DataError: if this build has no kernel for the device.
+        ValueError: for an invalid mean, std or dtype.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class FusedRenderer:
 
         Args:
             images: (n, H, W, 3) uint8 on any device; with `indices`, (N, H, W, 3).
-            view: what to make; its size must be resolved.
-            params: from ``view.sample`` for these images.
-            indices: (n,) int64 on the CPU, to take the images out of a larger tensor without a copy.
+            view: view specification with a resolved size.
+            params: parameters from ``view.sample`` for these images.
+            indices: (n,) int64 on the CPU, selects images of a larger tensor without a copy.
 
         Returns:
             (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
@@ -82,7 +82,7 @@ class FusedRenderer:
         return self._render(images, view, params, self.dtype, indices)
 
     def pixels(self, images: Tensor, view: View, params: Params, indices: Tensor | None = None) -> Tensor:
-        """Render one view before normalisation and cutout: (n, size, size, 3) uint8."""
+        """Render one view without normalisation and cutout: (n, size, size, 3) uint8."""
         return self._render(images, view, params, torch.uint8, indices)
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class FusedRenderer:
 
 
 def recipes(view: View, params: Params) -> Tensor:
-    """Write a view's parameters down as the kernel reads them: (n, words) int32 on the CPU."""
+    """Encode the parameters of a view as recipes for the kernel: (n, words) int32 on the CPU."""
     params = {name: value.cpu() for name, value in params.items()}
     operations, arguments = operations_of(view, params)
     n, steps = operations.shape
@@ -114,7 +114,7 @@ def _bits(values: Tensor) -> Tensor:
 def operations_of(view: View, params: Params) -> tuple[Tensor, Tensor]:
     """Return the operations after the crop, (n, steps) int32, and their arguments, (n, steps, 1 or 6) int32.
 
-    An argument is a float's bits; of a nearest map, the fixed-point numbers of :func:`geometry.fixed_point`.
+    Arguments are the bits of floats, or for a nearest map the fixed-point values of :func:`geometry.fixed_point`.
     """
     n = len(params["flip"])
     if isinstance(view, SimCLRView):

@@ -1,9 +1,9 @@
-"""The torch renderer: a batch of images becomes a view, each image with its own parameters, on any device.
+"""Renderer in plain torch: renders one view per image of a batch, each with its own parameters, on any device.
 
-The semantics are those of torchvision on PIL images: integer grey levels after every operation, PIL's rounding and
-truncation, antialiased bilinear crops, nearest resampling with black fill for the geometric operations. Images travel
-as (n, 3, H, W) float32 that hold whole numbers 0..255; float32 represents every intermediate of PIL's integer
-arithmetic exactly. The per-operation arithmetic is in `colour` (point and neighbourhood operations) and `geometry`.
+Results are those of torchvision on PIL images: integer pixel values after every operation, PIL's rounding and
+truncation, antialiased bilinear crops, nearest resampling with black fill for geometric operations. Images are (n, 3,
+H, W) float32 with integer values 0..255. float32 represents every intermediate of PIL's integer arithmetic exactly. The
+arithmetic is in `color` (pointwise and neighbourhood operations) and `geometry`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import color, geometry
 from .normalization import scale_and_shift
 from .parameters import STRONG_INDEX, AffineView, Params, SimCLRView, StrongView, View
 
-# A CPU renders a batch in parts whose float32 pixels stay in its caches: a third less time for images of 224 pixels.
+# On a CPU, a batch is rendered in chunks that stay in its caches: a third less time for images of 224 pixels.
 _CHUNK_BYTES = 3 << 20
 
 _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -25,12 +25,12 @@ _POINTWISE = ("autocontrast", "equalize", "solarize", "contrast", "brightness", 
 
 
 class TorchRenderer:
-    """Renders views with torch operations.
+    """Render views with torch operations.
 
     Args:
         mean, std: per-channel normalisation in [0, 1].
-        device: where to render; images and parameters are moved there.
-        dtype: of the result.
+        device: device to render on; images and parameters are moved there.
+        dtype: dtype of the result.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class TorchRenderer:
 
         Args:
             images: (n, H, W, 3) uint8 on any device.
-            view: what to make; its size must be resolved.
-            params: from ``view.sample`` for these images.
+            view: view specification with a resolved size.
+            params: parameters from ``view.sample`` for these images.
 
         Returns:
             (n, 3, size, size) normalised, channels_last, in the renderer's dtype and on its device.
@@ -74,7 +74,7 @@ class TorchRenderer:
 
     @torch.no_grad()
     def pixels(self, images: Tensor, view: View, params: Params) -> Tensor:
-        """Render one view before normalisation and cutout: (n, 3, size, size) float32 of whole grey levels."""
+        """Render one view without normalisation and cutout: (n, 3, size, size) float32 integer pixel values."""
         if len(images) == 0:
             return torch.empty((0, 3, view.side, view.side), device=self.device)
         params = {name: value.to(self.device, non_blocking=True) for name, value in params.items()}
@@ -84,8 +84,8 @@ class TorchRenderer:
         if isinstance(view, SimCLRView):
             _jitter(x, params)
         elif isinstance(view, StrongView):
-            for level in range(view.operations):
-                x = _strong_level(x, params["operation"][:, level], params["magnitude"][:, level])
+            for step in range(view.operations):
+                x = _strong_operation(x, params["operation"][:, step], params["magnitude"][:, step])
         elif isinstance(view, AffineView):
             x = geometry.affine_bilinear(x, params["matrix"])
             _update(x, params["brightness"] != 1, color.brightness, params["brightness"])
@@ -93,14 +93,14 @@ class TorchRenderer:
         return x
 
     def _normalise(self, x: Tensor, cutout: Tensor | None, out: Tensor) -> None:
-        """Write (x / 255 - mean) / std to `out` and set the cutout boxes to zero; x is used up."""
+        """Write (x / 255 - mean) / std to `out` and set the cutout boxes to zero. Overwrites x."""
         out.copy_(x.mul_(self._scale).add_(self._shift))
         if cutout is not None:
             out.masked_fill_(geometry.box_mask(cutout.to(out.device), out.shape[-1]), 0)
 
 
 def _update(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *args: Tensor) -> None:
-    """Apply an operation in place to the chosen images, with their rows of the arguments."""
+    """Apply an operation in place to the chosen images, with the matching rows of the arguments."""
     index = chosen.nonzero().squeeze(1)
     if index.numel() == 0:
         return
@@ -119,7 +119,7 @@ _JITTER: tuple[tuple[str, float, Callable[[Tensor, Tensor], Tensor]], ...] = (
 
 
 def _jitter(x: Tensor, params: Params) -> None:
-    """Apply the colour jitter in each image's own order, then the grayscale, in place."""
+    """Apply the colour jitter in the order of each image, then grayscale, in place."""
     order = params["order"]
     for position in range(4):
         for index, (name, neutral, operation) in enumerate(_JITTER):
@@ -128,8 +128,8 @@ def _jitter(x: Tensor, params: Params) -> None:
     _update(x, params["grayscale"], color.grayscale)
 
 
-def _strong_level(x: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
-    """Apply one of the strong view's operations to each image; the 14 of them are four kinds of work."""
+def _strong_operation(x: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
+    """Apply one operation of the strong view to each image. The 14 operations fall into four groups."""
     side = x.shape[-1]
 
     def chosen(*names: str) -> Tensor:

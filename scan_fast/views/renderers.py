@@ -1,4 +1,4 @@
-"""Which renderer makes the pixels of a run."""
+"""Choice of the renderer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ RendererName = Literal["torch", "dali", "fused"]
 
 
 def automatic_renderer(device: torch.device | str) -> RendererName:
-    """Return what ``data.renderer=auto`` takes on a device: fused where its kernel is compiled and trusted, else torch.
+    """Return the renderer of ``data.renderer=auto``: fused if its kernel is compiled and trusted on the device, else
+    torch.
 
-    The first call on a GPU may test the kernel (:mod:`scan_fast.ops.trust`).
+    The first call on a GPU may run the kernel's self-test (:mod:`scan_fast.ops.trust`).
     """
     device = torch.device(device)
     trusted = native.has_kernel("augment", device.type) and trust.takes_kernel_on("augment", device)
@@ -33,7 +34,7 @@ def renderer_for(
     """Return a renderer by name, for images normalised with `mean` and `std`.
 
     Raises:
-        DataError: where the one that is asked for is not possible on the device.
+        DataError: if the requested renderer cannot run on the device.
     """
     chosen = automatic_renderer(device) if name == "auto" else name
     if chosen == "dali":
@@ -42,9 +43,9 @@ def renderer_for(
 
 
 def make_renderer(config: DataConfig, splits: Splits, device: torch.device) -> Renderer:
-    """Return the renderer that a configuration asks for.
+    """Return the renderer that a configuration requests.
 
     Raises:
-        DataError: where it is not possible on the device.
+        DataError: if it cannot run on the device.
     """
     return renderer_for(config.renderer, splits.mean, splits.std, device)

@@ -1,6 +1,5 @@
 """The end-to-end benchmark: both sides compute the same, its counts are right, its result is what it measured."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import baseline, end_to_end, record, report, targets
+from benchmarks import baseline, end_to_end, targets
 from benchmarks.stage_pairs import (
     Images,
     Pair,
@@ -29,6 +28,7 @@ from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.training.context import Context, open_context
 from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
+from tools.docs import benchmarks as pages
 
 SMALL = ("model.width=0.125", "pretext.batch_size=16", "clustering.batch_size=16", "selflabel.batch_size=16")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -191,10 +191,10 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
             assert set(entry["ours"]["parts"]) == set(end_to_end.PARTS)
     assert "differ by" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="quick"):
-        report.load(tmp_path)
+        pages.load(tmp_path)
     # What the page and the targets make of it.
     file.write_text(json.dumps(result | {"quick": False}))
-    report.write(tmp_path, tmp_path / "page.md")
+    pages.write(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert f"| **{result['stages'][0]['ratio']:.2f}** |" in page
     values = {target: target.value(result) for target in targets.CPU_STAGE_TARGETS}
@@ -215,13 +215,3 @@ def test_stage_targets_are_missed_by_less_and_by_nothing() -> None:
         assert not target.is_met(target.value({"stages": []}))
     assert targets.StageTarget("pretext", times=3.9).is_met(3.9)
     assert not targets.StageTarget("search", times=1.0).is_met(targets.StageTarget("search", times=1.0).value(result))
-
-
-def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
-    for name in record.NAMES:
-        assert importlib.util.find_spec(f"benchmarks.{name}") is not None
-        words = record.command(name, "cpu", tmp_path, Path("/images"))
-        assert words[words.index("--json") + 1] == str(tmp_path / f"cpu-{name}.json")
-        assert ("/images" in words) == (name == "end_to_end")
-    assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
-    assert {*record.NAMES} == {*report.ORDER}

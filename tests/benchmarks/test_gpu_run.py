@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import gpu_run
-from benchmarks.gpu import archive, schedule
-from benchmarks.gpu.watch import EXIT_TIME
+from benchmarks.gpu_run import archive, schedule
+from benchmarks.gpu_run import run as gpu_run
+from benchmarks.gpu_run.watch import EXIT_TIME
 from scan_fast.data.errors import DataError
 from scan_fast.runs.config import find_config, load_config
 
@@ -193,7 +192,7 @@ EPOCHS = ["pretext.epochs=15", "clustering.epochs=3", "selflabel.epochs=3"]
 
 
 def arguments(small: Path, folder: Path, *more: str, minutes: float = 10) -> list[str]:
-    options = ["--minutes", str(minutes), "--device", "cpu", "--archive", str(small), "--carry", str(folder / "none")]
+    options = ["--minutes", str(minutes), "--device", "cpu", "--archive", str(small)]
     options += ["--out", str(folder / "out"), "--run-folder", str(folder / "run")]
     return [*options, *more, *SMALL]
 
@@ -205,9 +204,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def start(small: Path, folder: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "benchmarks.gpu_run", *arguments(small, folder, *EPOCHS)]
-    return subprocess.Popen(
-        command, cwd=gpu_run.carried.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, cwd=gpu_run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(folder: Path, process: "subprocess.Popen[str]", stage: str) -> None:
@@ -272,7 +269,7 @@ def test_time_that_ends_in_the_middle(small: Path, tmp_path: Path, capsys: pytes
     run = tmp_path / "run" / "run" / "metrics.jsonl"
     first = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu_run", *arguments(small, tmp_path, *many, minutes=100_000)],
-        cwd=gpu_run.carried.ROOT,
+        cwd=gpu_run.ROOT,
     )
     wait_for(tmp_path, first, "pretext")  # type: ignore[arg-type]
     first.terminate()
@@ -333,23 +330,3 @@ def test_a_folder_of_another_run_is_one_line(small: Path, tmp_path: Path, capsys
     (tmp_path / "run" / "run" / "notes.txt").write_text("something else")
     assert gpu_run.main(arguments(small, tmp_path, *EPOCHS), time.monotonic()) == gpu_run.EXIT_USAGE
     assert "is not empty and is no run folder" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_without_pydantic_and_wheels_it_says_so(small: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['pydantic'] = None; from benchmarks import gpu_run; "
-        "sys.exit(gpu_run.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *arguments(small, tmp_path)]
-    done = subprocess.run(command, cwd=gpu_run.carried.ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout == f"gpu_run: no wheels were carried: {tmp_path / 'none' / 'wheels'} holds none\n"
-
-
-def test_importing_it_leaves_the_driver_for_later() -> None:
-    code = "import sys, benchmarks.gpu_run; print([m for m in ('torch', 'scan_fast', 'pydantic') if m in sys.modules])"
-    environment = os.environ | {"PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=gpu_run.carried.ROOT, env=environment, capture_output=True, text=True
-    )
-    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -11,25 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    batch_norm,
-    convolution,
-    eager,
-    harness,
-    memory,
-    neighbors,
-    nt_xent,
-    report,
-    scan_loss,
-    self_label,
-    targets,
-)
+from benchmarks import eager, family, harness, memory, neighbors, nt_xent, targets
 from benchmarks.ceilings import Work, limit
+from benchmarks.family import Target
 from benchmarks.harness import Case, Contender, Effort
 from scan_fast.ops import native, reference
+from scan_fast.ops.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = [module.FAMILY for module in (nt_xent, scan_loss, self_label, neighbors, batch_norm, convolution)]
+BENCHMARKS = list(family.load_all().values())
 BRIEF = Effort(rounds=5, sample_seconds=1e-4, case_seconds=5, least_rounds=5)
 CEILINGS = {"gemm_float32": 1e12, "gemm_bfloat16": 4e12, "copy_bytes": 1e10}
 
@@ -63,7 +53,7 @@ def test_a_wrong_or_broken_contender_is_not_timed() -> None:
     assert results["wrong"]["failed"].startswith("wrong: error 5.0e-02")
     assert results["broken"]["failed"] == "RuntimeError: out of luck"
     assert results["absent"]["skipped"] == "not installed"
-    assert "not installed" in harness.table(list(results.values()))
+    assert "not installed" in family.table(list(results.values()))
 
 
 def test_medians_tell_a_slow_contender_from_a_fast_one() -> None:
@@ -122,29 +112,38 @@ def test_memory_beyond_counts_temporaries_and_not_outputs() -> None:
 
 
 @pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_family_measures_ours_and_eager(family: harness.Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", BENCHMARKS, ids=lambda of: of.name)
+def test_every_family_measures_ours_and_eager(of: family.Family, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    size = family.quick_sizes[0]
-    result = harness.run_family(family, "cpu", [size], harness.QUICK, ["scan-fast", "eager"], file=file)
+    size = of.quick_sizes[0]
+    result = family.run_family(of, "cpu", [size], harness.QUICK, ["scan-fast", "eager"], file=file)
     assert json.loads(file.read_text()) == result
-    ours, plain = result["cases"][0]["contenders"]
-    assert (ours["name"], plain["name"]) == ("scan-fast", "eager")
+    ours, *plain = result["cases"][0]["contenders"]
+    assert ours["name"] == "scan-fast" and [r["name"] for r in plain] == ["eager"] * (of.name != "augment")
     if "AMX" in ours.get("skipped", ""):
         pytest.skip(ours["skipped"])
-    assert ours["seconds"] > 0 and plain["seconds"] > 0 and ours["limit_seconds"] > 0
+    assert ours["seconds"] > 0 and ours["limit_seconds"] > 0 and all(r["seconds"] > 0 for r in plain)
     # Of results in bfloat16, half a unit in the last of eight bits.
-    assert ours["error"] < (0.004 if family is convolution.FAMILY else 1e-5)
+    assert ours["error"] < (0.004 if of.name == "convolution" else 1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_names_of_contenders_do_not_depend_on_what_is_installed(family: harness.Family) -> None:
-    names = [contender.name for contender in family.case(family.quick_sizes[0], "cpu").contenders]
-    assert names[0] == "scan-fast" and "eager" in names and len(set(names)) == len(names)
-    for target in (*targets.CPU_TARGETS, *targets.CUDA_TARGETS):
-        if target.family == family.name:
-            on_cuda_only = {nt_xent.INF_CL, neighbors.FAISS_GPU}
-            assert {target.contender, target.peer} <= {*names, *on_cuda_only}
+@pytest.mark.parametrize("of", BENCHMARKS, ids=lambda of: of.name)
+def test_names_of_contenders_do_not_depend_on_what_is_installed(of: family.Family) -> None:
+    names = [contender.name for contender in of.case(of.quick_sizes[0], "cpu").contenders]
+    assert names[0] == "scan-fast" and len(set(names)) == len(names)
+    on_cuda_only = {nt_xent.INF_CL, neighbors.FAISS_GPU}
+    for target in (target for of_device in of.targets.values() for target in of_device):
+        assert target.contender in names
+        assert target.times is None or target.peer in {*names, *on_cuda_only}
+
+
+@pytest.mark.parametrize("of", BENCHMARKS, ids=lambda of: of.name)
+def test_every_family_has_the_sizes_that_others_ask_for(of: family.Family) -> None:
+    of_family = FAMILIES[of.name]
+    assert len(of.sizes["cpu"]) > 0 and set(of.memory_sizes) == set(of.sizes) == {"cpu", "cuda"}
+    has_cuda = of_family.portable is not None
+    assert bool(of.sizes["cuda"]) == bool(of.suite_sizes) == has_cuda
+    assert not has_cuda or (len(of.suite_sizes) >= 2 and len(of.quick_sizes) >= 2)
 
 
 def test_the_checked_reference_agrees_with_autograd_in_float64() -> None:
@@ -152,6 +151,21 @@ def test_the_checked_reference_agrees_with_autograd_in_float64() -> None:
     loss = reference.nt_xent(*z, nt_xent.TEMPERATURE, True).mean()
     expected = (loss, *torch.autograd.grad(loss, z))
     assert harness.relative_error(nt_xent._exact(*z), expected) < 1e-12
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_oracle_of_nt_xent_is_the_reference_block_by_block(both: bool) -> None:
+    z = [x.requires_grad_() for x in torch.randn(2, 37, 11, dtype=torch.float64).unbind()]
+    with torch.no_grad():
+        z[1][3] = 0
+    upstream = torch.linspace(-1, 2, 74 if both else 37, dtype=torch.float64)
+    losses = reference.nt_xent(*z, nt_xent.TEMPERATURE, both)
+    expected = (losses.detach(), *torch.autograd.grad(losses, z, upstream))
+    found = nt_xent.exact_losses(*(x.detach() for x in z), upstream, both, rows_per_block=16)
+    # A row of zeros has no direction; the reference differentiates its clamped length, which says nothing here.
+    for ours, theirs in zip(found, expected, strict=True):
+        rows = theirs.abs() < 1e6
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-11, atol=1e-12)
 
 
 def test_the_neighbor_check_rejects_what_is_not_a_nearest_neighbor() -> None:
@@ -182,15 +196,15 @@ def test_the_tiled_search_is_the_plain_one() -> None:
 
 def test_targets_are_met_by_ratio_and_by_memory() -> None:
     contenders = [{"name": "scan-fast", "seconds": 1.0, "memory_bytes": 31e6}, {"name": "eager", "seconds": 2.5}]
-    faster = targets.Target("f", "s", times=2.2)
+    faster = Target("s", times=2.2)
     assert faster.value(contenders) == 2.5 and faster.is_met(2.5) and not faster.is_met(2.1)
-    smaller = targets.Target("f", "s", megabytes=32.0)
+    smaller = Target("s", megabytes=32.0)
     assert smaller.value(contenders) == 31.0 and smaller.is_met(31.0) and not smaller.is_met(33.0)
-    missing = targets.Target("f", "s", peer="nobody", times=1.0)
+    missing = Target("s", peer="nobody", times=1.0)
     assert missing.value(contenders) is None and not missing.is_met(None)
-    quick = targets.Target("f", "s", microseconds=12.0)
+    quick = Target("s", microseconds=12.0)
     assert quick.value(contenders) == 1e6 and quick.is_met(12.0) and not quick.is_met(12.1)
-    near = targets.Target("f", "s", share=0.6)
+    near = Target("s", share=0.6)
     assert near.value([{"name": "scan-fast", "of_limit": 0.7}]) == 0.7 and near.is_met(0.6) and not near.is_met(0.59)
     assert near.value(contenders) is None
 
@@ -203,49 +217,6 @@ def test_targets_of_views_read_the_kernel_alone() -> None:
     assert target.value({"results": []}) is None and not target.is_met(None)
 
 
-def result_file(folder: Path, **changes: Any) -> None:
-    entry = {"error": 0.0, "seconds_p10": 1e-3, "seconds_p90": 3e-3, "rounds": 5}
-    ours = entry | {"name": "scan-fast", "seconds": 1e-3, "limit_seconds": 5e-4, "of_limit": 0.5, "bound": "memory"}
-    plain = entry | {"name": "eager", "seconds": 2e-3, "memory_bytes": 3 * 2**20}
-    absent = {"name": "peer", "skipped": "not | installed"}
-    environment = {"device": "a CPU", "threads": 2, "torch": "9", "commit": "abc"}
-    result = {
-        "benchmark": "scan_loss",
-        "title": "SCAN",
-        "device": "cpu",
-        "environment": environment,
-        "ceilings": CEILINGS,
-        "quick": False,
-        "cases": [{"size": size, "contenders": [ours, plain, absent]} for size in ("8x2", "9x3")],
-    }
-    (folder / "cpu-scan_loss.json").write_text(json.dumps(result | changes))
-
-
-def test_the_report_shows_what_the_files_say(tmp_path: Path) -> None:
-    page = tmp_path / "docs" / "page.md"
-    page.parent.mkdir()
-    result_file(tmp_path)
-    report.write(tmp_path, page)
-    text = page.read_text()
-    assert "| scan-fast | 1 ms | 1 ms - 3 ms | 2.00 | 50% (memory) |  |" in text
-    assert "| eager | 2 ms | 1 ms - 3 ms | 1.00 |  | 3.0 MiB |" in text
-    assert "not / installed" in text
-    picture = page.parent / "benchmarks" / "cpu-scan_loss.svg"
-    assert "(benchmarks/cpu-scan_loss.svg)" in text
-    drawn = picture.read_bytes()
-    report.write(tmp_path, page)
-    assert picture.read_bytes() == drawn
-    result_file(tmp_path, quick=True)
-    with pytest.raises(SystemExit, match="--quick"):
-        report.write(tmp_path, page)
-
-
-def test_the_committed_page_shows_the_committed_results(tmp_path: Path) -> None:
-    page = tmp_path / "benchmarks.md"
-    report.write(report.RESULTS, page)
-    assert page.read_text() == report.PAGE.read_text()
-
-
 BLOCKED = """
 import sys
 class Only:
@@ -255,9 +226,11 @@ class Only:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Only())
 import torch, scan_fast
-from benchmarks import batch_norm, gpu_status
-from benchmarks.gpu import about, checks, step, suite, timings
-from benchmarks import neighbors, nt_xent, scan_loss, self_label, targets
+from benchmarks import family, targets
+from tools.gpu import about, cases, checks, status, step, suite, timings
+family.load_all()
+for name, kernels in checks.SETS:
+    assert list(cases.cases_of(name, "tiny", kernels))
 print(scan_fast.scan_loss(torch.zeros(2, 3), torch.zeros(2, 3))[1].item())
 """
 

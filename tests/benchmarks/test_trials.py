@@ -1,4 +1,4 @@
-"""Trials of recipes: shared stages are done once, results are kept and continued, the page shows what the files say."""
+"""Trials of recipes: shared stages run once, results are kept and continued."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, trials
+from benchmarks import trials
 from scan_fast.stages.pipeline import run_stage
 
 SHORT = ["pretext.epochs=1", "clustering.epochs=1", "clustering.heads=1", "selflabel.epochs=1", "mining.k=3"]
@@ -43,29 +43,3 @@ def test_shared_stages_are_done_once_and_files_are_continued(tmp_path: Path, mon
         run(monkeypatch, file, "--seeds", "0", "--", "base: mining.k=4")
     with pytest.raises(SystemExit):
         run(monkeypatch, file, "--config", "cifar10", "--seeds", "0", "--", "base")
-
-
-def test_the_table_has_means_and_deviations(tmp_path: Path) -> None:
-    seeds = {
-        str(s): {"pretext": {"knn_acc": 0.9 + s / 100, "cpu_seconds": 10.4 + s}, "mining": {"purity": 0.5}}
-        for s in (0, 2)
-    }
-    result = {
-        "config": "digits",
-        "set": ["mining.k=3"],
-        "environment": {"device": "a processor", "commit": "0123456789abcdef"},
-        "trials": {"base": {"changes": [], "seeds": seeds}, "more": {"changes": ["a.b=1"], "seeds": {"0": seeds["0"]}}},
-    }
-    (tmp_path / "t.json").write_text(json.dumps(result))
-    page = report.fill("before\n<!-- trials: t.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
-    assert "| trial | changes | seeds | kNN | pretext, s | purity |" in page
-    assert "| base |  | 2 | 91.0 ± 1.4 | 11 | 50.0 ± 0.0 |" in page
-    assert "| more | `a.b=1` | 1 | 90.0 | 10 | 50.0 |" in page
-    assert "a processor, commit `0123456789ab`; configuration `digits` with `mining.k=3`" in page
-    assert "old" not in page and page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n")
-    assert report.fill(page, tmp_path) == page
-
-
-def test_the_committed_tables_show_the_committed_trials() -> None:
-    text = report.RECIPES.read_text()
-    assert report.fill(text, report.RESULTS) == text

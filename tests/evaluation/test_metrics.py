@@ -122,7 +122,7 @@ def test_tensors_of_any_integer_type() -> None:
         (([0, 2], [0, 1], 2, 2), "clusters must be from 0 to 1, got 0 to 2"),
         (([0, -1], [0, 1], 2, 2), "clusters must be from 0 to 1, got -1"),
         (([0, 1], [0, 2], 2, 2), "labels must be from -1 to 1, got 0 to 2"),
-        (([0.0, 1.0], [0, 1], 2, 2), "clusters must be whole numbers"),
+        (([0.0, 1.0], [0, 1], 2, 2), "clusters must be integers"),
         (([0, 1], [-1, -1], 2, 2), "at least one label"),
         (([], [], 2, 2), "at least one label"),
         (([0, 1], [0, 1], 2, 2, [[0.5, 0.5]]), r"probabilities must be numbers of shape \(2, 2\)"),

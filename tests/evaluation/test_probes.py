@@ -143,5 +143,5 @@ def test_linear_probe_ignores_unlabelled_and_scale() -> None:
     assert clean > 0.9 > linear_probe(x, flipped, x, labels)
     with pytest.raises(ValueError, match="test must have train's 3 features, got 2"):
         linear_probe(x, labels, x[:, :2], labels)
-    with pytest.raises(ValueError, match="weight_decay must not be negative"):
+    with pytest.raises(ValueError, match="weight_decay must be finite and not negative"):
         linear_probe(x, labels, x, labels, weight_decay=-1.0)

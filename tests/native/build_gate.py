@@ -59,8 +59,10 @@ def find_cuobjdump() -> Path | None:
 
 
 def kernels() -> list[str]:
-    """Return the CUDA sources of the module as CMakeLists.txt lists them, relative to csrc/."""
-    return re.findall(r"^\s*\$\{CSRC\}/(\S+\.cu)\s*$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    """Return the CUDA sources of the module, relative to csrc/."""
+    from scan_fast.ops.families import GPU_FAMILIES
+
+    return [f"{source}.cu" for family in GPU_FAMILIES for source in (family.portable, family.sm90) if source]
 
 
 def architectures(source: str) -> tuple[str, ...]:

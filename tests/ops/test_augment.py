@@ -1,4 +1,4 @@
-"""The views' operator: each operation against PIL, boxes, layouts, formats, threads, and refused input."""
+"""The augment operator: operations against PIL, boxes, layouts, dtypes, threads, and errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scan_fast.ops import native
 from scan_fast.ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
 
-# Where the kernels are tested alone, these may be missing.
+# A machine that tests only the kernels may lack these.
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 ImageEnhance = pytest.importorskip("PIL.ImageEnhance")
@@ -33,7 +33,7 @@ SCALE, SHIFT = (0.01, 0.02, 0.03), (-0.5, 0.25, -1.5)
 
 
 def images_of(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise, a narrow range, two levels, greys, one level, and a smooth ramp."""
+    """Return noise, a narrow range, two values, greys, a constant and a smooth ramp."""
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, height, width, 3), generator=g)
     images[1::6] = 90 + images[1::6] // 9
@@ -50,16 +50,16 @@ def bits(value: float) -> int:
 
 
 def recipe(box: tuple[int, int, int, int], *steps: tuple[int, ...], flip: bool = False) -> list[int]:
-    """One recipe without cutout; a step is an operation and its first argument's bits, or all six."""
+    """Return a recipe without cutout. A step is an operation and the bits of its first argument, or all six words."""
     padded = [[*step, *[0] * (RECIPE_STEP - len(step))] for step in steps]
     return [*box, int(flip), 0, 0, 0, 0, *(word for step in padded for word in step)]
 
 
-def levels(images: torch.Tensor, recipes: list[list[int]], size: int, **options: torch.Tensor) -> torch.Tensor:
+def render(images: torch.Tensor, recipes: list[list[int]], size: int, **options: torch.Tensor) -> torch.Tensor:
     return augment(images, torch.tensor(recipes, dtype=torch.int32), size, SCALE, SHIFT, torch.uint8, **options).cpu()
 
 
-def by_pil(images: torch.Tensor, operation: object, values: list[float]) -> torch.Tensor:
+def pil_results(images: torch.Tensor, operation: object, values: list[float]) -> torch.Tensor:
     pairs = zip(images, values, strict=True)
     return torch.from_numpy(np.stack([np.array(operation(Image.fromarray(i.numpy()), v)) for i, v in pairs]))  # type: ignore[operator]
 
@@ -93,12 +93,12 @@ def test_operation_equals_pil(operation: Operation, side: int, device: str) -> N
         values[values == 0] = 8  # PIL's posterize keeps at least one bit
     images = images_of(n, side, side)
     recipes = [recipe((0, 0, side, side), (operation, bits(v))) for v in values]
-    assert torch.equal(levels(images.to(device), recipes, side), by_pil(images, pil, values.tolist()))
+    assert torch.equal(render(images.to(device), recipes, side), pil_results(images, pil, values.tolist()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_hue_of_every_kind_of_colour_equals_torchvision(device: str) -> None:
-    # Every triple of a lattice that holds the multiples of 5 and 17, where PIL's truncation meets whole numbers.
+    # Every triple of a lattice that holds the multiples of 5 and 17, at which PIL truncates exact integers.
     steps = torch.tensor(sorted({*range(0, 256, 17), *range(0, 256, 15), 1, 2, 127, 128, 254}))
     cube = torch.cartesian_prod(steps, steps, steps).to(torch.uint8)
     side = int(np.ceil(np.sqrt(len(cube))))
@@ -106,8 +106,8 @@ def test_hue_of_every_kind_of_colour_equals_torchvision(device: str) -> None:
     image[0, : len(cube)] = cube
     image = image.view(1, side, side, 3)
     for shift in (-0.5, -0.0312, 0.1, 0.37):
-        got = levels(image.to(device), [recipe((0, 0, side, side), (Operation.HUE, bits(shift)))], side)
-        assert torch.equal(got, by_pil(image, tv.adjust_hue, [shift]))
+        got = render(image.to(device), [recipe((0, 0, side, side), (Operation.HUE, bits(shift)))], side)
+        assert torch.equal(got, pil_results(image, tv.adjust_hue, [shift]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -130,7 +130,7 @@ def test_crop_and_resize_equal_pil(source: tuple[int, int], side: int, device: s
         for size in ((side, h), (side, side)):
             image = image.resize(size, Image.Resampling.BILINEAR)
         expected.append(np.array(tv.hflip(image) if i % 2 == 0 else image))
-    assert torch.equal(levels(images.to(device), recipes, side), torch.from_numpy(np.stack(expected)))
+    assert torch.equal(render(images.to(device), recipes, side), torch.from_numpy(np.stack(expected)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,12 +142,12 @@ def test_affine_maps_equal_a_float64_sum_over_pixels(side: int, device: str) -> 
     maps = torch.eye(2, 3).flatten() + 0.3 * torch.randn((n, 6), generator=g)
     maps[:, [2, 5]] += torch.randn((n, 2), generator=g) * side / 4
     steps = [(Operation.BILINEAR, *(bits(v) for v in row)) for row in maps.numpy()]
-    got = levels(images.to(device), [recipe((0, 0, side, side), step) for step in steps], side)
+    got = render(images.to(device), [recipe((0, 0, side, side), step) for step in steps], side)
     a, b, c, d, e, f = (v.view(n, 1, 1) for v in maps.double().unbind(1))
     y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
     px, py = (a * x + b * y + c - 0.5).flatten(1), (d * x + e * y + f - 0.5).flatten(1)
     grid = torch.arange(side).double()
-    # The weight of pixel (row, column) is a product of two triangles; outside there is nothing.
+    # The weight of pixel (row, column) is a product of two triangles; pixels outside the image are black.
     wx = (1 - (px.unsqueeze(2) - grid).abs()).clamp(min=0)
     wy = (1 - (py.unsqueeze(2) - grid).abs()).clamp(min=0)
     exact = torch.einsum("npi,npj,nijc->npc", wy, wx, images.double()).view(n, side, side, 3)
@@ -155,7 +155,7 @@ def test_affine_maps_equal_a_float64_sum_over_pixels(side: int, device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operations_follow_one_another(device: str) -> None:
+def test_operations_run_in_sequence(device: str) -> None:
     side, n = 24, 30
     images = images_of(n, side, side)
     chain = [Operation.SHARPNESS, Operation.EQUALIZE, Operation.CONTRAST, Operation.AUTOCONTRAST, Operation.HUE]
@@ -163,8 +163,8 @@ def test_operations_follow_one_another(device: str) -> None:
     steps = [(operation, bits(value)) for operation, value in zip(chain, values, strict=True)]
     expected = images
     for operation, value in zip(chain, values, strict=True):
-        expected = by_pil(expected, AGAINST_PIL[operation][1], [value] * n)
-    assert torch.equal(levels(images.to(device), [recipe((0, 0, side, side), *steps)] * n, side), expected)
+        expected = pil_results(expected, AGAINST_PIL[operation][1], [value] * n)
+    assert torch.equal(render(images.to(device), [recipe((0, 0, side, side), *steps)] * n, side), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -189,7 +189,7 @@ def test_normalisation_cutout_and_bfloat16(device: str) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
-def test_any_recipe_gives_the_same_levels_alone_gathered_and_threaded(data: st.DataObject) -> None:
+def test_pixels_do_not_depend_on_batch_gather_or_threads(data: st.DataObject) -> None:
     n, height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     size = data.draw(st.integers(1, 40))
     images = images_of(n, height, width)
@@ -210,25 +210,25 @@ def test_any_recipe_gives_the_same_levels_alone_gathered_and_threaded(data: st.D
                 words = [bits(data.draw(st.floats(0, 300 if operation == Operation.SOLARIZE else 2, width=32)))]
             steps.append((operation, *words))
         recipes.append(recipe(box, *steps, flip=data.draw(st.booleans())))
-    together = levels(images, recipes, size)
+    together = render(images, recipes, size)
     order = data.draw(st.permutations(range(n)))
-    gathered = levels(images, [recipes[i] for i in order], size, indices=torch.tensor(order))
+    gathered = render(images, [recipes[i] for i in order], size, indices=torch.tensor(order))
     assert torch.equal(gathered, together[order])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(levels(images, recipes, size), together)
+        assert torch.equal(render(images, recipes, size), together)
     finally:
         torch.set_num_threads(threads)
     for i in range(n):
-        assert torch.equal(levels(images[i : i + 1], recipes[i : i + 1], size), together[i : i + 1])
+        assert torch.equal(render(images[i : i + 1], recipes[i : i + 1], size), together[i : i + 1])
 
 
 def test_strided_images_and_empty_batches() -> None:
     images = images_of(10, 12, 14)
     strided = images[::2, :, 1:13]
     recipes = [recipe((0, 0, 12, 12), (Operation.EQUALIZE,))] * 5
-    assert torch.equal(levels(strided, recipes, 12), levels(strided.contiguous(), recipes, 12))
+    assert torch.equal(render(strided, recipes, 12), render(strided.contiguous(), recipes, 12))
     empty = torch.zeros((0, RECIPE_HEADER + RECIPE_STEP), dtype=torch.int32)
     out = augment(images[:0], empty, 7, SCALE, SHIFT, torch.float32)
     assert out.shape == (0, 3, 7, 7)
@@ -236,7 +236,7 @@ def test_strided_images_and_empty_batches() -> None:
     assert none.shape == (0, 7, 7, 3)
 
 
-def test_operator_is_registered_as_torch_wants_it() -> None:
+def test_operator_passes_opcheck() -> None:
     images = images_of(2, 8, 8)
     recipes = torch.tensor([recipe((0, 0, 8, 8))] * 2, dtype=torch.int32)
     for dtype in (torch.uint8, torch.bfloat16):
@@ -244,7 +244,7 @@ def test_operator_is_registered_as_torch_wants_it() -> None:
         torch.library.opcheck(torch.ops.scan_fast.augment.default, arguments)
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_raises() -> None:
     images = images_of(2, 8, 8)
     good = torch.tensor([recipe((0, 0, 8, 8), (Operation.IDENTITY,))] * 2, dtype=torch.int32)
 

@@ -24,7 +24,7 @@ NAMES = ("y", "running_mean", "running_var", "grad_x", "grad_weight", "grad_bias
 
 
 def problem(shape, dtype=torch.float32, *, residual=False, seed=0, device="cpu", mean=0.4, spread=1.7):
-    """x, weight, bias, running_mean, running_var, residual and upstream gradient."""
+    """Return x, weight, bias, running_mean, running_var, residual and upstream gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -41,7 +41,7 @@ def problem(shape, dtype=torch.float32, *, residual=False, seed=0, device="cpu",
 
 
 def run(inputs, impl, *, training=True, relu=True, running=True, gate=None):
-    """Everything that a call gives, by name. With a gate, that decides which gradients pass, and not the ReLU."""
+    """Return all results of a call, by name. A gate, if given, replaces the ReLU's mask in the backward pass."""
     *tensors, residual, upstream = (t if t is None else t.detach().clone() for t in inputs)
     x, weight, bias, mean, var = tensors
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
@@ -54,9 +54,9 @@ def run(inputs, impl, *, training=True, relu=True, running=True, gate=None):
 
 
 def errors(found, inputs, **options):
-    """Per result its error against float64 and its size, in the Euclidean norm.
+    """Return per result its error against float64 and its Euclidean norm.
 
-    The ReLU's gradient at a value that rounding moved across zero is right on both sides: the sign is that of `found`.
+    Rounding may move a value across zero, where both gradients of the ReLU are right. The sign is taken from `found`.
     """
     gate = (found["y"] > 0).double() if options["relu"] else torch.ones_like(found["y"], dtype=torch.float64)
     exact = run([t if t is None else t.double() for t in inputs], "reference", gate=gate, **options)
@@ -69,7 +69,7 @@ def errors(found, inputs, **options):
 
 
 def check(inputs, *, training=True, relu=True, running=True):
-    """The kernel errs at most twice as much as plain PyTorch in the same dtype, and a few units in the last place."""
+    """Check that errors are at most twice those of PyTorch in the same dtype, plus a few units in the last place."""
     options = {"training": training, "relu": relu, "running": running}
     ours, plain = run(inputs, "native", **options), run(inputs, "reference", **options)
     allowed = errors(plain, inputs, **options)
@@ -126,7 +126,7 @@ def test_a_constant_channel_becomes_its_bias(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_what_is_not_finite_spreads_as_in_pytorch(residual, training, device):
+def test_non_finite_values_propagate_as_in_pytorch(residual, training, device):
     inputs = problem((4, 20, 6, 6), residual=residual, device=device)
     inputs[1].abs_()
     inputs[0][1, 0, 2, 3], inputs[0][1, 5, 2, 3], inputs[0][2, 19, 0, 0] = torch.nan, torch.inf, -torch.inf
@@ -150,7 +150,7 @@ def test_without_running_statistics(residual, device):
         batch_norm(*inputs[:3], None, None, training=False, impl="native")
 
 
-def test_auto_takes_the_kernel_where_it_can(monkeypatch):
+def test_auto_uses_the_kernel_if_possible(monkeypatch):
     taken = []
 
     def plain(*arguments, **options):
@@ -179,7 +179,7 @@ def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     assert not auto(x)
 
 
-def test_native_takes_channels_last_alone():
+def test_native_requires_channels_last():
     inputs = problem((4, 16, 5, 5))
     for x in (inputs[0].contiguous(), inputs[0][:, :, ::2], inputs[0][:, ::2]):
         channels = x.shape[1]
@@ -201,7 +201,7 @@ def test_the_upstream_gradient_may_have_any_layout_and_dtype(layout):
     torch.testing.assert_close(x.grad, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
-def test_gradients_where_only_some_are_wanted():
+def test_gradients_of_some_inputs():
     inputs = problem((4, 16, 5, 5), residual=True)
     expected = run(inputs, "native")
     leaves = [t.clone() for t in (*inputs[:3], inputs[5])]
@@ -303,7 +303,7 @@ def test_compiles_without_graph_breaks():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_wrong_input():
+def test_wrong_input_raises():
     x, weight, bias, mean, var, residual, _ = problem((4, 16, 5, 5), residual=True)
     for changed, message in [
         ({"x": x[0]}, r"x must be \(N, C, H, W\) in channels-last layout, got shape \[16, 5, 5\]"),

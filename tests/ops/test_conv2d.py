@@ -1,4 +1,4 @@
-"""bfloat16 convolutions on AMX tiles: the values of a float64 convolution of the same rounded numbers."""
+"""bfloat16 convolutions on AMX tiles against float64 convolutions of the same rounded values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scan_fast.models.backbones import BasicBlock
 from scan_fast.models.convolution import Conv2d
 from scan_fast.ops.convolution import conv2d, conv2d_fork, is_usable, pays
 
-pytestmark = pytest.mark.skipif(not is_usable("cpu"), reason="this processor has no AMX")
+pytestmark = pytest.mark.skipif(not is_usable("cpu"), reason="this CPU has no AMX")
 
 CASES = [  # (batch, in channels, out channels, height, width, kernel, stride, padding)
     (32, 64, 64, 32, 32, 3, 1, 1),
@@ -51,19 +51,19 @@ def weights(out_channels: int, in_channels: int, kernel: int) -> Tensor:
 
 
 def exact(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return leaves and result of the float64 convolution of the rounded numbers."""
+    """Return the inputs and the result of the float64 convolution of the rounded values."""
     x64, weight64 = x.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
     return x64, weight64, F.conv2d(x64, weight64, stride=stride, padding=padding)
 
 
 def assert_rounded(found: Tensor, expected: Tensor, terms: Tensor, unit: float) -> None:
-    """Every element errs by half a unit in the last place of its format, and by float32 sums of its terms."""
+    """Check each element to half a unit in the last place of its dtype, plus the rounding of float32 sums."""
     bound = 0.501 * unit * expected.abs() + 2e-6 * terms + 1e-30
     assert bool(((found.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_element_is_that_of_float64(case: tuple[int, ...]) -> None:
+def test_matches_float64(case: tuple[int, ...]) -> None:
     batch, in_channels, out_channels, height, width, kernel, stride, padding = case
     torch.manual_seed(0)
     x, weight = images(batch, in_channels, height, width), weights(out_channels, in_channels, kernel)
@@ -118,7 +118,7 @@ def test_any_geometry(
         assert float(error) <= 0.004 * float(expected.detach().norm())
 
 
-def test_values_that_are_not_finite_stay_where_they_belong() -> None:
+def test_non_finite_values_do_not_spread() -> None:
     x, weight = images(33, 32, 6, 6), weights(64, 32, 3)
     x[32, 5, 2, 3] = torch.inf
     x[4, 1, 0, 0] = torch.nan
@@ -180,7 +180,7 @@ def test_without_gradients_a_fork_returns_its_images() -> None:
     assert torch.equal(y, conv2d(x, weight))
 
 
-def test_gradients_come_only_where_they_are_wanted_and_once() -> None:
+def test_gradients_of_some_inputs_and_double_backward() -> None:
     x, weight = images(32, 32, 4, 4), weights(32, 32, 3).requires_grad_()
     y = conv2d(x, weight, 1, 1)
     y.float().sum().backward(retain_graph=True)
@@ -206,12 +206,12 @@ def test_gradients_come_only_where_they_are_wanted_and_once() -> None:
         (images(2, 32, 1, 1), weights(32, 32, 5), "no kernel for shapes"),
     ],
 )
-def test_a_bad_operand_is_named(x: Tensor, weight: Tensor, message: str) -> None:
+def test_wrong_operands_raise(x: Tensor, weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         conv2d(x, weight, 1, 1)
 
 
-def test_where_the_kernel_is_not_taken() -> None:
+def test_operands_for_which_the_kernel_does_not_pay() -> None:
     weight = weights(64, 32, 3)
     assert pays(images(64, 32, 4, 4), weight, 1, 1)
     assert not pays(images(2, 32, 4, 4), weight, 1, 1)  # most of a block would be empty
@@ -220,7 +220,7 @@ def test_where_the_kernel_is_not_taken() -> None:
     assert not pays(images(64, 32, 4, 4), weight.bfloat16(), 1, 1)
 
 
-def test_operators_are_well_formed() -> None:
+def test_operators_pass_opcheck() -> None:
     x, weight = images(3, 32, 5, 4), weights(64, 32, 3)
     y = conv2d(x, weight, 2, 1)
     checks = ("test_schema", "test_faketensor")
@@ -232,7 +232,7 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.scan_fast.conv2d_grad_weight.default, (y, x, 3, 2, 1), test_utils=checks)
 
 
-def test_the_layer_takes_it_under_autocast_alone() -> None:
+def test_the_layer_uses_the_kernel_only_under_autocast() -> None:
     torch.manual_seed(0)
     layer = Conv2d(32, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     x = torch.randn(32, 32, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -245,7 +245,7 @@ def test_the_layer_takes_it_under_autocast_alone() -> None:
 
 
 @pytest.mark.parametrize(("in_channels", "stride"), [(64, 1), (32, 2)])
-def test_a_block_errs_no_more_than_with_pytorchs_convolutions(
+def test_a_block_is_as_accurate_as_with_pytorchs_convolutions(
     in_channels: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -264,5 +264,5 @@ def test_a_block_errs_no_more_than_with_pytorchs_convolutions(
     ours, exact_ones = gradients(True), gradients(False)
     monkeypatch.setattr(convolution, "pays", lambda *_: False)
     for found, plain, expected in zip(ours, gradients(True), exact_ones, strict=True):
-        # Rounding moves a few values across the ReLU, others in the two cases.
+        # Rounding moves a few values across the zero of the ReLU, different ones in the two cases.
         assert float((found - expected).norm()) <= 1.25 * float((plain - expected).norm())

@@ -1,4 +1,4 @@
-"""The tile products behind the CPU kernels: MKL's and our own, against float64."""
+"""Matrix products of the CPU kernels, by MKL and by the portable code, against float64."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_matches_float64(m, n, k, layout, kernel, beta, padding):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """The environment variables lower the instruction set and leave MKL out; the product stays the same."""
+    """Environment variables select a lower instruction set and disable MKL; the product stays the same."""
     code = """
 import torch
 from scan_fast import _C

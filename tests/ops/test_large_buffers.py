@@ -1,4 +1,4 @@
-"""Large CPU results take their memory from a pool: it is reused, bounded, and never shared by two live tensors."""
+"""The memory pool of large CPU results: reused, bounded, and never shared by two live tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _gradients(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_freed_memory_serves_the_next_call() -> None:
     native._C.release_pooled()
-    logits = torch.randn(1024, 512)  # 2 MB a gradient
+    logits = torch.randn(1024, 512)  # 2 MB per gradient
     addresses = {gradient.data_ptr() for gradient in _gradients(logits)}
     assert native._C.pooled_bytes() >= 4 << 20
     again = _gradients(logits)
@@ -32,7 +32,7 @@ def test_freed_memory_serves_the_next_call() -> None:
     assert native._C.pooled_bytes() == 0
 
 
-def test_living_gradients_are_not_overwritten() -> None:
+def test_live_gradients_are_not_overwritten() -> None:
     inputs = [torch.randn(1024, 300, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     kept = [_gradients(logits) for logits in inputs]
     spans = sorted((g.data_ptr(), g.data_ptr() + g.numel() * 4) for pair in kept for g in pair)
@@ -44,8 +44,8 @@ def test_living_gradients_are_not_overwritten() -> None:
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_what_waits_is_bounded_and_can_be_released() -> None:
-    logits = torch.randn(4096, 4096)  # 64 MB a gradient
+def test_the_pool_is_bounded_and_can_be_released() -> None:
+    logits = torch.randn(4096, 4096)  # 64 MB per gradient
     kept = [_gradients(logits) for _ in range(3)]
     del kept
     assert 0 < native._C.pooled_bytes() <= CAPACITY

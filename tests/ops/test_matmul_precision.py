@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason="the compiled 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
-# The settings are global, and PyTorch itself refuses some mixes of them, so the cases run in a process of their own.
+# The settings are global, and PyTorch itself refuses some mixes of them, so the cases run in a separate process.
 CODE = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""Top-k neighbours: every result is proved against float64 similarities, ties and all."""
+"""Top-k neighbours: every result is checked against float64 similarities, ties included."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def integers(n: int, d: int, largest: int, seed: int = 0) -> Tensor:
 
 
 class Truth(NamedTuple):
-    """All similarities: valid pairs, and the float32 values between which each similarity lies; all (Q, N)."""
+    """Valid pairs, and float32 bounds of each similarity; all (Q, N)."""
 
     valid: Tensor
     low: Tensor
@@ -46,10 +46,10 @@ class Truth(NamedTuple):
 
 
 def truth_of(x: Tensor, metric: str = "cosine", queries: Tensor | None = None) -> Truth:
-    """All similarities from float64 products.
+    """Return all similarities from float64 products.
 
-    The order of a float64 sum is not part of the definition, so a similarity is only known to lie between two float32
-    values, ``low`` and ``high``; they are the same number unless the sum is within about 1e-15 of a rounding boundary.
+    The order of a float64 sum is not part of the definition. So a similarity is known only to be between two float32
+    values, ``low`` and ``high``. They are equal unless the sum is within about 1e-15 of a rounding boundary.
     """
     q64 = (x if queries is None else queries).detach().cpu().double()
     x64 = x.detach().cpu().double()
@@ -94,7 +94,7 @@ def prove(
     falling = similarity[:, :-1] > similarity[:, 1:]
     tied = similarity[:, :-1] == similarity[:, 1:]
     assert (falling | tied & (index[:, :-1] < index[:, 1:]))[present[:, 1:]].all(), "the order is wrong"
-    # Nobody who was left out may be better than the last one chosen.
+    # No excluded row may be better than the last one chosen.
     left_out = valid.clone()
     left_out[torch.arange(index.shape[0])[:, None].expand_as(index)[present], index[present]] = False
     last_value, last_index = similarity[:, -1:], index[:, -1:]
@@ -107,13 +107,13 @@ def clustered(n: int, d: int) -> Tensor:
 
 
 def near_tied(n: int, d: int) -> Tensor:
-    """Copies of ten rows, each entry moved by at most one unit in the last place."""
+    """Return copies of ten rows, each entry changed by at most one unit in the last place."""
     x = normal(10, d, seed=3)[torch.arange(n) % 10]
     toward = integers(n, d, 1, seed=4) * torch.inf
     return torch.where(toward.isnan(), x, x.nextafter(toward))
 
 
-def broken(n: int, d: int) -> Tensor:
+def with_bad_rows(n: int, d: int) -> Tensor:
     x = normal(n, d, seed=5)
     x[::7, 0] = torch.nan
     x[3::11, d - 1] = torch.inf
@@ -134,7 +134,7 @@ DATA = {
     "integers": lambda: integers(700, 9, 2),
     "zeros": lambda: normal(300, 16) * (torch.arange(300) % 3 == 0)[:, None],
     "all zero": lambda: torch.zeros(200, 5),
-    "broken rows": lambda: broken(400, 20),
+    "broken rows": lambda: with_bad_rows(400, 20),
     "all broken": lambda: torch.full((90, 4), torch.nan),
     "one good": lambda: torch.cat([torch.full((90, 4), torch.inf), normal(1, 4)]),
     "non-negative": lambda: normal(800, 64).relu() + 0.1,
@@ -172,7 +172,7 @@ def test_large(metric: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("n", [63, 64, 65, 449, 1023])
-def test_a_search_among_themselves_equals_a_search_of_a_copy(n: int, metric: str, device: str) -> None:
+def test_a_self_search_equals_a_search_of_a_copy(n: int, metric: str, device: str) -> None:
     # A self-search multiplies each pair once and offers it to both rows; a copy of the rows is searched row by row.
     x = torch.cat([normal(n - 30, 70), clustered(30, 70)])[torch.randperm(n, generator=generator(1))].to(device)
     x[n // 2] = torch.nan
@@ -218,8 +218,8 @@ def test_easy_data_is_searched_once(device: str) -> None:
 @needs_native
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-def test_tight_clusters_never_come_to_brute_force(metric: str, device: str) -> None:
-    # All similarities lie closer together than 16-bit products resolve, and than their lists hold.
+def test_tight_clusters_never_need_brute_force(metric: str, device: str) -> None:
+    # Similarities differ by less than 16-bit products resolve, and there are more of them than lists hold.
     center = torch.nn.functional.normalize(normal(1, 32, seed=1), dim=1)
     x = (center + (3e-3 if metric == "cosine" else 3e-5) * normal(3000, 32, seed=2)).to(device)
     result = search(x, 10, queries=x[:200], metric=metric, impl="native")
@@ -232,13 +232,13 @@ def test_tight_clusters_never_come_to_brute_force(metric: str, device: str) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @needs_native
 def test_replays_in_a_cuda_graph() -> None:
-    # Nothing about a search depends on the host: the replay decides itself which rows need another search.
+    # No step of a search depends on the host: the replay itself decides which rows need another search.
     x = normal(3000, 32).cuda()
     search(x, 10, impl="native")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = search(x, 10, impl="native")
-    for make in (normal, clustered, lambda n, d: normal(2, d)[torch.arange(n) % 2], broken):
+    for make in (normal, clustered, lambda n, d: normal(2, d)[torch.arange(n) % 2], with_bad_rows):
         x.copy_(make(3000, 32))
         graph.replay()
         prove(result.similarity, result.index, x, 10)
@@ -255,12 +255,12 @@ def test_replays_in_a_cuda_graph() -> None:
     q=st.integers(0, 70),
     d=st.integers(1, 80),
     share=st.floats(0, 1),
-    levels=st.sampled_from([0, 1, 3]),
+    n_values=st.sampled_from([0, 1, 3]),
     metric=st.sampled_from(["cosine", "dot"]),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(device: str, n: int, q: int, d: int, share: float, levels: int, metric: str, seed: int) -> None:
-    draw = (lambda rows, s: integers(rows, d, levels, s)) if levels else (lambda rows, s: normal(rows, d, s))
+def test_any_shape(device: str, n: int, q: int, d: int, share: float, n_values: int, metric: str, seed: int) -> None:
+    draw = (lambda rows, s: integers(rows, d, n_values, s)) if n_values else (lambda rows, s: normal(rows, d, s))
     x, queries = draw(n, seed).to(device), draw(q, seed + 1).to(device)
     k = 1 + int(share * (n - 1))
     prove(*scan_fast.topk_neighbors(x, k, queries=queries, metric=metric, impl="native"), x, k, metric, queries)
@@ -276,7 +276,7 @@ def test_queries_and_their_duplicates(impl: str, device: str) -> None:
     queries = torch.cat([x[7:9], normal(3, 32, seed=9).to(device), torch.full((1, 32), torch.nan, device=device)])
     similarity, index = scan_fast.topk_neighbors(x, 4, queries=queries, impl=impl)
     prove(similarity, index, x, 4, queries=queries)
-    assert index[:2, 0].tolist() == [7, 8]  # queries are not themselves rows: nothing is excluded
+    assert index[:2, 0].tolist() == [7, 8]  # given queries are not rows of x, so nothing is excluded
     # Not excluding self gives the same as asking for x explicitly.
     own = scan_fast.topk_neighbors(x, 3, exclude_self=False, impl=impl)
     assert torch.equal(own[1], scan_fast.topk_neighbors(x, 3, queries=x, impl=impl)[1])
@@ -286,7 +286,7 @@ def test_queries_and_their_duplicates(impl: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_inputs_mean_their_float32_values(dtype: torch.dtype, impl: str, device: str) -> None:
+def test_sixteen_bit_inputs_are_converted_to_float32(dtype: torch.dtype, impl: str, device: str) -> None:
     x = normal(400, 65).to(device, dtype)
     prove(*scan_fast.topk_neighbors(x, 10, impl=impl), x.float(), 10)
 
@@ -327,7 +327,7 @@ def test_number_of_threads_does_not_matter() -> None:
 
 
 def digests() -> dict[str, str]:
-    """The results on all data, as hashes; a child process with another instruction set must find the same."""
+    """Return hashes of the results on all data, to compare with child processes of other instruction sets."""
     found = {}
     for name, make in DATA.items():
         for metric in ("cosine", "dot"):
@@ -340,7 +340,7 @@ def digests() -> dict[str, str]:
 
 @needs_native
 def test_every_instruction_set_gives_the_same_bits() -> None:
-    # "avx512" is AVX-512 without AMX. Where the processor lacks one, the child runs the best it has.
+    # "avx512" is AVX-512 without AMX. If the CPU lacks an instruction set, the child uses the best available one.
     children = {
         isa: subprocess.Popen(
             [sys.executable, __file__],
@@ -371,7 +371,7 @@ def test_agrees_with_faiss(impl: str) -> None:
     np.testing.assert_allclose(similarity.numpy(), theirs[:, 1:], atol=1e-6)
     separated = np.abs(np.diff(theirs, axis=1)).min(axis=1) > 1e-5
     assert separated.sum() > 500
-    # Rank 10 would need the gap to their twelfth; ranks 1 to 9 are safe where all gaps are wide.
+    # Rank 10 would need the gap to their twelfth; ranks 1 to 9 are safe if all gaps are wide.
     assert (index.numpy()[separated, :9] == at[separated, 1:10]).all()
 
 
@@ -446,7 +446,7 @@ def test_reference_chunks_do_not_matter() -> None:
         ({"queries": torch.zeros(2, 3, device="meta")}, "queries must be on the device of x, cpu, got meta"),
     ],
 )
-def test_wrong_input_is_named(arguments: dict[str, object], message: str) -> None:
+def test_wrong_input_raises(arguments: dict[str, object], message: str) -> None:
     full: dict[str, object] = {"x": torch.zeros(5, 3), "k": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         scan_fast.topk_neighbors(**full)  # type: ignore[arg-type]

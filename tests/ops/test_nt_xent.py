@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scan_fast import NTXentLoss, nt_xent
 from scan_fast.ops import native, reference, trust
-from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _offered
+from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _local_choices
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMPLS = ["reference", *(["native"] if native.is_available() else [])]
@@ -23,7 +23,7 @@ needs_native = pytest.mark.skipif(not native.is_available(), reason="scan_fast._
 
 
 def views(n, d, *, seed=0, dtype=torch.float32, device="cpu", close=0.5):
-    """Two correlated views, so that positives differ from negatives."""
+    """Return two correlated views, so that positives differ from negatives."""
     generator = torch.Generator().manual_seed(seed)
     z0 = torch.randn(n, d, generator=generator)
     z1 = close * z0 + (1 - close) * torch.randn(n, d, generator=generator)
@@ -31,7 +31,7 @@ def views(n, d, *, seed=0, dtype=torch.float32, device="cpu", close=0.5):
 
 
 def oracle(z0, z1, temperature, anchors):
-    """The definition in float64: one cross-entropy per anchor over all rows but itself, which is cut out."""
+    """Compute the definition in float64: one cross-entropy per anchor over all rows except the anchor."""
     z0, z1 = (z.detach().double().cpu().requires_grad_() for z in (z0, z1))
     unit = F.normalize(torch.cat([z0, z1]), dim=1)
     n = z0.shape[0]
@@ -39,7 +39,7 @@ def oracle(z0, z1, temperature, anchors):
     others = torch.arange(2 * n) != anchors_index[:, None]
     logits = (unit[anchors_index] @ unit.T / temperature)[others].view(len(anchors_index), 2 * n - 1)
     positive = (anchors_index + n) % (2 * n)
-    target = positive - (positive > anchors_index).long()  # its place once the anchor is cut out
+    target = positive - (positive > anchors_index).long()  # its index without the anchor
     return F.cross_entropy(logits, target, reduction="none"), (z0, z1)
 
 
@@ -48,7 +48,7 @@ def gradients(losses, inputs, upstream):
 
 
 def assert_matches(z0, z1, temperature, anchors, impl):
-    """Losses and gradients for a random upstream gradient; the allowed error grows with the logits' own rounding."""
+    """Check losses and gradients for a random upstream gradient; the tolerance grows with rounding of the logits."""
     expected, inputs = oracle(z0, z1, temperature, anchors)
     losses = nt_xent(z0, z1, temperature, anchors=anchors, reduction="none", impl=impl)
     assert losses.dtype == torch.float32
@@ -56,7 +56,7 @@ def assert_matches(z0, z1, temperature, anchors, impl):
     torch.testing.assert_close(losses.double().cpu(), expected, rtol=2e-6, atol=3e-6 * resolution)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7)).double()
     for ours, exact in zip(gradients(losses, (z0, z1), upstream), gradients(expected, inputs, upstream), strict=True):
-        # du / tau / |x|, where du is exact to float32: a short row's gradient is large or, at D = 1, cancels to zero.
+        # du / tau / |x| with du exact to float32: the gradient of a short row is large or, at D = 1, cancels to zero.
         longest = max(
             float(exact.abs().max()), *(float((1 / z.detach().norm(dim=1)).nan_to_num(posinf=0).max()) for z in inputs)
         )
@@ -92,7 +92,7 @@ def test_matches_the_definition_for_any_shape(n, d, temperature, anchors, impl, 
 @pytest.mark.parametrize("anchors", ["both", "first"])
 @pytest.mark.parametrize("temperature", [0.5, 0.0301, 0.02, 0.003])
 def test_several_blocks_against_the_reference(device, anchors, temperature):
-    """More rows than one tile holds, on both sides of the temperature below which rows need shifts of their own."""
+    """More rows than one tile holds, at temperatures with one shift for all rows and with one per row."""
     z0, z1 = views(701, 72, device=device, seed=3)
     exact0, exact1 = (z.detach().double().requires_grad_() for z in (z0, z1))
     upstream = torch.linspace(-1, 2, 1402 if anchors == "both" else 701, device=device)
@@ -107,7 +107,7 @@ def test_several_blocks_against_the_reference(device, anchors, temperature):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_golden_value(impl):
-    """The original implementation's result on this input."""
+    """The result equals that of the original implementation."""
 
     def grid(k):
         return torch.tensor([[math.sin((i * 6 + j) * k) for j in range(6)] for i in range(8)])
@@ -248,7 +248,7 @@ def test_zero_rows(device, impl):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_identical_and_opposite_rows(device, impl):
-    """All similarities at their bounds, where the one shift for all rows is at its limits too."""
+    """All similarities are at their bounds, the worst case for one shift for all rows."""
     base = torch.tensor([[1.0, 2.0, -1.0]], device=device)
     same = base.expand(6, 3).clone().requires_grad_()
     assert_matches(same, same.detach().clone().requires_grad_(), 0.05, "both", impl)
@@ -430,20 +430,20 @@ def test_autocast(device, impl):
         ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got \'max\''),
     ],
 )
-def test_wrong_arguments(impl, change, message):
+def test_wrong_arguments_raise(impl, change, message):
     arguments = {"z0": torch.zeros(3, 5), "z1": torch.zeros(3, 5), "temperature": 0.5, "impl": impl, **change}
     with pytest.raises(ValueError, match=message):
         nt_xent(**arguments)
 
 
-def test_unknown_impl():
+def test_unknown_impl_raises():
     with pytest.raises(ValueError, match="impl must be"):
         nt_xent(torch.zeros(2, 2), torch.zeros(2, 2), impl="fast")
 
 
 @needs_native
 def test_local_ranges_make_up_the_whole():
-    """What the ranks of a distributed run compute, without processes: any split gives the full result's rows."""
+    """Any split of the samples gives the rows of the full result, as in a distributed run."""
     z0, z1 = (z.detach() for z in views(300, 24))
     ops = torch.ops.scan_fast
     for both in (True, False):
@@ -467,7 +467,7 @@ def test_without_a_process_group_gathering_changes_nothing():
 
 
 def _rank(rank, store_path, world, n, results):
-    """One rank, in a process of its own: puts (rank, losses and gradients per case, error text) in the queue."""
+    """Run one rank in its own process: put (rank, losses and gradients per case, error text) into the queue."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store_path}", rank=rank, world_size=world)
     answers = {}
@@ -483,7 +483,7 @@ def _rank(rank, store_path, world, n, results):
         refusal = "nothing was raised"
     except ValueError as error:
         refusal = str(error)
-    # As on a GPU: a shape that all ranks had is not read again, and a rank with a new one raises by itself.
+    # As on a GPU: a shape that all ranks know is not read again, and only a rank with a new shape raises.
     once = []
     for rows in (n, n if rank == 0 else n - 1):
         try:
@@ -491,15 +491,15 @@ def _rank(rank, store_path, world, n, results):
             once.append("agreed")
         except ValueError as error:
             once.append(str(error))
-    # As on two GPUs of which one is not trusted: ranks that would take different paths all take the reference.
+    # As on two GPUs of which one is not trusted: all ranks use the reference.
     trust.DEVICE_TYPES = frozenset({"cpu"})
     trust._decided["nt_xent", "cpu", 0] = rank == 0
-    _offered.clear()
+    _local_choices.clear()
     taken = []
     forward = _DistributedNTXent.apply
     _DistributedNTXent.apply = lambda *arguments: (taken.append("kernel"), forward(*arguments))[1]
     for impl, trusted_by_all in (("auto", False), ("auto", True), ("native", True)):
-        # A decision that comes later, as after a CUDA graph, changes nothing: the ranks would hear of it too late.
+        # A later decision, as after a CUDA graph, changes nothing: the other ranks would not know it in time.
         trust._decided["nt_xent", "cpu", 0] = trusted_by_all or rank == 0
         z0, z1 = (z[rank * n : (rank + 1) * n].clone().requires_grad_() for z in full)
         loss = NTXentLoss(0.1, gather_distributed=True, impl=impl if native.is_available() else "auto")(z0, z1)
@@ -516,7 +516,7 @@ def _rank(rank, store_path, world, n, results):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 def test_two_processes(tmp_path):
-    """Two ranks give the loss and the gradient of the full batch, and refuse batches of different sizes."""
+    """Two ranks give the loss and the gradient of the full batch, and raise for batches of different sizes."""
     world, n = 2, 21
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
@@ -536,7 +536,7 @@ def test_two_processes(tmp_path):
             expected, inputs = oracle(*views(world * n, 19, seed=5), 0.1, anchors)
             cases = [answers[impl, anchors] for _, answers, _, _ in by_rank]
             assert sum(case[0] for case in cases) / world == pytest.approx(expected.mean().item(), rel=1e-5)
-            # The mean over ranks, as DistributedDataParallel takes it, is the gradient of the mean over all anchors.
+            # The mean over ranks, as in DistributedDataParallel, is the gradient of the mean over all anchors.
             for view, exact in enumerate(torch.autograd.grad(expected.mean(), inputs)):
                 ours = torch.cat([torch.tensor(case[1 + view]) for case in cases]) / world
                 torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
@@ -551,7 +551,7 @@ def test_two_processes(tmp_path):
 
 
 def test_reference_is_the_definition_of_the_gradient():
-    """The reference twin itself against finite differences."""
+    """The gradient of the reference equals finite differences."""
     z0, z1 = views(3, 4, dtype=torch.float64)
     for both in (True, False):
         assert torch.autograd.gradcheck(lambda a, b, both=both: reference.nt_xent(a, b, 0.4, both), (z0, z1))

@@ -1,4 +1,4 @@
-"""The SCAN loss: compiled kernel and reference against float64, on every device there is."""
+"""The SCAN loss: compiled kernel and reference against float64, on every available device."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def logits(shape, dtype=torch.float32, scale=3.0, seed=0, device="cpu"):
 
 
 def oracle(anchors, neighbors, entropy_weight, upstream):
-    """Values and gradients by autograd through the reference, in float64."""
+    """Return values and gradients by autograd through the reference, in float64."""
     a, n = (x.detach().double().requires_grad_() for x in (anchors, neighbors))
     heads = (a, n) if a.ndim == 3 else (a[None], n[None])
     values = [v if a.ndim == 3 else v[0] for v in reference.scan_loss(*heads, entropy_weight)]
@@ -118,7 +118,7 @@ def test_a_bad_row_spoils_its_own_gradient_only(rows):
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_golden_values(impl):
-    """Values of the original implementation."""
+    """The values equal those of the original implementation."""
     a, n = (3 * torch.sin(torch.arange(40, dtype=torch.float64) * k).view(8, 5).float() for k in (0.7, 1.3))
     total, consistency, entropy = scan_loss(a, n, 5.0, impl=impl)
     assert total.item() == pytest.approx(-5.6649861, abs=1e-6)
@@ -130,7 +130,7 @@ def test_golden_values(impl):
 @pytest.mark.parametrize("classes", [5, 40, 1100, 4200])
 @pytest.mark.parametrize("size", [40.0, 200.0, 3e4])
 def test_confident_rows_that_disagree_keep_their_gradient(size, classes, device):
-    """<p, q> underflows in float32; the loss is still exact and pulls the two predictions together."""
+    """<p, q> underflows in float32, but the loss is exact and its gradient brings the two predictions together."""
     a, n = (torch.zeros(4, classes, device=device) for _ in range(2))
     a[:, 0] = size
     n[:, 1] = size
@@ -176,8 +176,8 @@ def test_nan_and_inf_stay_visible(classes, device):
     assert scan_loss(a, n, impl="native")[1] == torch.inf
 
 
-def test_a_class_that_nobody_has():
-    """Below 1e-8 the mean prediction is held there, without a gradient."""
+def test_a_class_without_images():
+    """A mean prediction below 1e-8 is clamped and has no gradient."""
     a, n = logits((16, 12), seed=1), logits((16, 12), seed=2)
     a[:, 5] = -60.0
     check(a, n)
@@ -289,7 +289,7 @@ def test_float64_goes_through_the_reference():
         scan_loss(a, n, impl="native")
 
 
-def test_wrong_input():
+def test_wrong_input_raises():
     a = torch.zeros(4, 3)
     for arguments, message in [
         ((torch.zeros(3), torch.zeros(3)), r"anchors must be logits.*\(3,\)"),

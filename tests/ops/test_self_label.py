@@ -1,4 +1,4 @@
-"""The self-label loss: compiled kernel and reference against float64, on every device there is."""
+"""The self-label loss: compiled kernel and reference against float64, on every available device."""
 
 import math
 
@@ -21,7 +21,7 @@ SHAPES = [(1, 1), (1, 2), (7, 10), (7000, 9), (130, 33), (65, 100), (9, 1000), (
 
 
 def views(shape, dtype=torch.float32, seed=0, device="cpu"):
-    """Weak logits of which about half the rows are confident, and strong ones."""
+    """Return weak logits, about half of whose rows are confident, and strong logits."""
     generator = torch.Generator().manual_seed(seed)
     weak = torch.randn(shape, generator=generator)
     rows = torch.arange(0, shape[0], 2)
@@ -76,16 +76,16 @@ def test_few_classes(rows, dtype):
     """One row per lane up to 32 classes, one row at a time from 33 on; row counts around the vector widths."""
     for classes in range(1, 34):
         weak, strong = views((rows, classes), dtype, seed=classes)
-        weak[-1, :2] = 30.0  # a tie: the first class, and a confidence of one half
+        weak[-1, :2] = 30.0  # a tie: the label is the first class, and the confidence is one half
         if rows > 20:
-            weak[:16] = 0.0  # a whole vector of rows without a confident one, where there is more than one class
+            weak[:16] = 0.0  # a vector of rows without a confident one, if there is more than one class
         check(weak, strong)
         check(weak, strong, threshold=0.3, balance=False)
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_golden_values(impl):
-    """Values of the original implementation."""
+    """The values equal those of the original implementation."""
     weak, strong = (
         s * torch.sin(torch.arange(40, dtype=torch.float64) * k).view(8, 5).float() for s, k in ((9, 0.7), (3, 1.3))
     )
@@ -97,7 +97,7 @@ def test_golden_values(impl):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", ["native", "reference"])
-def test_nothing_confident(impl, device):
+def test_no_confident_row(impl, device):
     weak, strong = torch.zeros(5, 4, device=device), torch.ones(5, 4, device=device, requires_grad=True)
     loss, count = self_label_loss(weak, strong, 0.5, impl=impl)
     assert loss == 0 and count == 0
@@ -229,7 +229,7 @@ def test_float64_goes_through_the_reference():
         self_label_loss(weak, strong, 0.9, impl="native")
 
 
-def test_wrong_input():
+def test_wrong_input_raises():
     a = torch.zeros(4, 3)
     for arguments, message in [
         ((torch.zeros(3), torch.zeros(3)), r"weak must be logits \(B, C\), got shape \(3,\)"),
@@ -246,6 +246,10 @@ def test_wrong_input():
             self_label_loss(*arguments)
 
 
-def test_module_returns_the_loss_alone():
+def test_module_returns_only_the_loss():
     weak, strong = views((6, 4))
     assert torch.equal(SelfLabelLoss(0.9)(weak, strong), self_label_loss(weak, strong, 0.9)[0])
+    weak = 20 * torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 0, 0, 1]), 4).float()
+    unbalanced = SelfLabelLoss(0.9, balance=False)(weak, strong)
+    assert torch.equal(unbalanced, self_label_loss(weak, strong, 0.9, balance=False)[0])
+    assert not torch.equal(unbalanced, SelfLabelLoss(0.9)(weak, strong))

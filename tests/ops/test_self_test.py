@@ -1,4 +1,4 @@
-"""The self-tests pass for kernels that are right, fail for one wrong value, and disturb nothing."""
+"""Self-tests pass for correct kernels, fail for one wrong value, and leave the caller's state unchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_table_covers_every_family_with_gpu_kernels() -> None:
-    assert set(self_test.TESTS) == {family.name for family in GPU_FAMILIES}
+    assert all(callable(self_test.findings_of(family.name)) for family in GPU_FAMILIES)
     assert {family.operator for family in FAMILIES.values()} == set(native.OPERATORS)
 
 
-@pytest.mark.parametrize("family", sorted(self_test.TESTS))
+@pytest.mark.parametrize("family", [family.name for family in GPU_FAMILIES])
 def test_the_cpu_kernels_pass(family: str) -> None:
     result = self_test.run(family, "portable", CPU)
     assert result.passed and result.reason == ""
@@ -43,8 +43,8 @@ WRONG = [
 ]
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tuple, tuple], None]) -> None:
-    """Have an operator's results changed in place; `change` gets the arguments and the results."""
+def corrupt(monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tuple, tuple], None]) -> None:
+    """Change the results of an operator in place by calling `change` with its arguments and results."""
     right = getattr(torch.ops.scan_fast, operator)
 
     def wrong(*arguments):
@@ -56,7 +56,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tupl
 
 
 def change_one_value(x: torch.Tensor) -> None:
-    """Make one value of many another: the last of the large ones, by a tenth or so."""
+    """Change one large value by about a tenth."""
     flat = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 and not x.is_contiguous() else x.view(-1)
     at = int((flat.abs() >= flat.abs().float().mean()).nonzero()[-1]) if x.is_floating_point() else flat.numel() - 1
     flat[at] = flat[at] * 1.1 + 0.01 if x.is_floating_point() else flat[at] ^ 1
@@ -71,18 +71,18 @@ def test_one_wrong_value_is_found(family: str, operator: str, output: int, monke
             calls.append(operator)
             change_one_value(results[output])
 
-    spoil(monkeypatch, operator, change)
+    corrupt(monkeypatch, operator, change)
     if operator == "augment":
-        # On the CPU a view is held to that of each image by itself: only batches are wrong here.
+        # On the CPU the test compares a batch with single images, so only batches are corrupted here.
         monkeypatch.undo()
-        spoil(monkeypatch, operator, lambda a, r: change_one_value(r[0]) if a[0].shape[0] > 1 else None)
+        corrupt(monkeypatch, operator, lambda a, r: change_one_value(r[0]) if a[0].shape[0] > 1 else None)
     result = self_test.run(family, "portable", CPU)
     assert not result.passed
     assert result.reason and result.worst >= 1
 
 
-def test_not_a_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, "scan_loss_backward", lambda _, results: results[1].view(-1)[3:4].fill_(float("nan")))
+def test_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupt(monkeypatch, "scan_loss_backward", lambda _, results: results[1].view(-1)[3:4].fill_(float("nan")))
     result = self_test.run("scan_loss", "portable", CPU)
     assert not result.passed and result.worst == float("inf")
 
@@ -95,7 +95,7 @@ def test_a_lost_tile_of_a_long_run_is_found(dtype: torch.dtype, monkeypatch: pyt
         if results[0].shape == (3072, 96) and results[0].dtype == dtype:
             results[0][448:512, 20] = 0
 
-    spoil(monkeypatch, "nt_xent_backward", change)
+    corrupt(monkeypatch, "nt_xent_backward", change)
     result = self_test.run("nt_xent", "portable", CPU)
     assert not result.passed and result.reason.startswith("gradients of 3072x96")
 
@@ -108,7 +108,7 @@ def test_a_lost_tile_of_a_long_sum_is_found(dtype: torch.dtype, monkeypatch: pyt
         if arguments[0].shape == (3072, 96) and arguments[0].dtype == dtype:
             results[0][448:512] += torch.tensor(1 - 64 / 7500).log()
 
-    spoil(monkeypatch, "nt_xent_forward", change)
+    corrupt(monkeypatch, "nt_xent_forward", change)
     result = self_test.run("nt_xent", "portable", CPU)
     assert not result.passed and result.reason.startswith("losses of 3072x96")
 
@@ -122,12 +122,12 @@ def test_a_lost_tile_of_a_long_search_is_found(monkeypatch: pytest.MonkeyPatch) 
             tile = index[512:640]
             tile[(tile >= 1280) & (tile < 1408)] = 0
 
-    spoil(monkeypatch, "topk_neighbors", change)
+    corrupt(monkeypatch, "topk_neighbors", change)
     result = self_test.run("neighbors", "portable", CPU)
     assert not result.passed and result.reason.startswith("6144x128")
 
 
-def test_what_a_kernel_raises_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_kernels_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
@@ -207,7 +207,7 @@ def test_transformations_of_functions() -> None:
 
 def test_float32_is_tested_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    spoil(monkeypatch, "nt_xent_forward", lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    corrupt(monkeypatch, "nt_xent_forward", lambda *_: seen.add(torch.get_float32_matmul_precision()))
     with medium():
         self_test.run("nt_xent", "portable", CPU)
     assert seen == {"highest"}
@@ -216,7 +216,7 @@ def test_float32_is_tested_in_full_precision(monkeypatch: pytest.MonkeyPatch) ->
 def test_generators_and_threads_stay_as_they_are() -> None:
     torch.manual_seed(3)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    for family in self_test.TESTS:
+    for family in (family.name for family in GPU_FAMILIES):
         self_test.run(family, "portable", CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads

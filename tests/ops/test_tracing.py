@@ -1,4 +1,4 @@
-"""The trace of launched kernels: names as people write them, and nothing of the CPU."""
+"""The trace of kernel launches: readable names, and nothing on the CPU."""
 
 import re
 from pathlib import Path
@@ -26,8 +26,8 @@ def test_names_are_short(signature: str, name: str) -> None:
     assert short_name(signature) == name
 
 
-def test_kernels_for_sm90_are_told_by_their_names() -> None:
-    # The GPU suite relies on it.
+def test_only_sm90_kernels_have_sm90_in_their_names() -> None:
+    # The GPU suite relies on this.
     for name, path in gpu_status.kernels_of(CSRC).items():
         texts = [path.read_text()]
         texts += [h.read_text() for h in path.parent.glob("sm90_*.cuh")] if name.endswith("_sm90") else []
@@ -43,7 +43,7 @@ def test_kernels_for_sm90_are_told_by_their_names() -> None:
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
 )
-def test_a_trace_sees_what_a_gpu_runs(device: str) -> None:
+def test_a_trace_lists_the_kernels_of_a_gpu(device: str) -> None:
     logits = torch.randn(8, 5, device=device)
     with trace_launches() as names:
         scan_loss(logits, logits.flip(0))

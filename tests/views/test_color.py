@@ -1,4 +1,4 @@
-"""Each colour operation against PIL and torchvision on PIL images, with the same parameters."""
+"""Colour operations against PIL and torchvision on PIL images, with the same parameters."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_grayscale_equals_pil_for_every_luma(device: str) -> None:
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.0312, -0.001, 0.002, 0.0456, 0.1, 0.25, 0.5])
 def test_hue_equals_torchvision(shift: float, device: str) -> None:
-    # A lattice of the colour cube with every level of each channel, and all images of the test set.
-    levels = torch.cat((torch.arange(0, 256, 5), torch.tensor([1, 127, 128, 254])))
-    cube = torch.cartesian_prod(levels, levels, levels).to(torch.uint8).view(1, 1, -1, 3)
+    # A lattice of the colour cube with every value of each channel, and all test images.
+    values = torch.cat((torch.arange(0, 256, 5), torch.tensor([1, 127, 128, 254])))
+    cube = torch.cartesian_prod(values, values, values).to(torch.uint8).view(1, 1, -1, 3)
     for images in (cube, varied(60, 32, 32)):
         factors = torch.full((len(images),), shift)
         expected = each_by_pil(images, lambda im, f: tv.adjust_hue(im, f), factors)

@@ -1,4 +1,4 @@
-"""Boxes of files decoded by DALI against PIL: which files, which pixels, and what becomes of broken ones."""
+"""Boxes of files decoded by DALI against PIL: files, pixels, and broken files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decoder(request: pytest.FixtureRequest) -> DaliDecoder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs of each orientation, with and without subsampled colours, in colour and grey, and other files."""
+    """Write photographs of each orientation, with and without chroma subsampling, colour and grey, and other files."""
     root = tmp_path_factory.mktemp("files")
     sizes = [(150, 220), (220, 150), (97, 131), (300, 300)]
     for i in range(16):
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(root: Path, **options: Any) -> ImageFiles:
+def open_files(root: Path, **options: Any) -> ImageFiles:
     names = sorted(path.name for path in root.iterdir())
     return FileSource(ImagePaths(names, root), None, FRAME, workers=2, resident=False, **options).files
 
@@ -65,7 +65,7 @@ def boxes_of(n: int, seed: int = 0) -> Tensor:
     return torch.cat((start, torch.randint(8, FRAME // 2 + 1, (n, 2), generator=g)), dim=1)
 
 
-def by_pil(path: Path, box: list[int], side: int) -> np.ndarray:
+def pil_crop(path: Path, box: list[int], side: int) -> np.ndarray:
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGB")
     edge = min(image.size)
@@ -75,8 +75,8 @@ def by_pil(path: Path, box: list[int], side: int) -> np.ndarray:
     return np.array(part.resize((side, side), Image.Resampling.BILINEAR))
 
 
-def test_boxes_are_those_of_pil(folder: Path, decoder: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, sides = opened(folder), [96, 24]
+def test_boxes_equal_pil(folder: Path, decoder: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, sides = open_files(folder), [96, 24]
     n = len(files)
     boxes = [boxes_of(n, seed) for seed in (1, 2)]
     by_pool: list[str] = []
@@ -101,16 +101,16 @@ def test_boxes_are_those_of_pil(folder: Path, decoder: DaliDecoder, monkeypatch:
     for part, several, side in zip(got, boxes, sides, strict=True):
         assert part.device.type == decoder.device.type
         for row in range(n):
-            expected = by_pil(folder / files.names[row], several[row].tolist(), side)
+            expected = pil_crop(folder / files.names[row], several[row].tolist(), side)
             found = (part[row].cpu().int() - torch.from_numpy(expected).int()).abs()
-            # A box that shrinks has the outermost pixels repeated for the filter; nvJPEG has an inverse transform of
-            # its own.
+            # A box that shrinks has the outermost pixels repeated for the filter; nvJPEG has its own
+            # inverse transform.
             assert int(found[2:-2, 2:-2].max()) <= (1 if on_cpu else 6), files.names[row]
             assert float((found <= 1).float().mean()) > (0.97 if on_cpu else 0.9)
 
 
 def test_bits_do_not_depend_on_the_batch(folder: Path, decoder: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, boxes = opened(folder), boxes_of(18)
+    files, boxes = open_files(folder), boxes_of(18)
     (whole,) = decoder.cut(files, torch.arange(18), FRAME, [boxes], [32])
     monkeypatch.setattr(decode_dali, "_RUN_PIXELS", dict.fromkeys(("cpu", "cuda"), 5000))
     some = torch.tensor([17, 3, 8, 3, 16])
@@ -126,20 +126,20 @@ def test_parts_hold_what_fits_and_every_row_once() -> None:
     assert decode_dali._parts({}, 100) == []
 
 
-def _cut_off(path: Path) -> None:
+def _truncate(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
 
-def _no_image(path: Path) -> None:
+def _overwrite(path: Path) -> None:
     path.write_bytes(b"\xff\xd8\xff\xe0 this was a photograph \xff\xd9")
 
 
-@pytest.mark.parametrize("spoil", [_cut_off, _no_image, Path.unlink])
-def test_files_that_break_are_named_as_by_the_pool(tmp_path: Path, decoder: DaliDecoder, spoil: Any) -> None:
+@pytest.mark.parametrize("spoil", [_truncate, _overwrite, Path.unlink])
+def test_broken_files_raise_the_error_of_the_pool(tmp_path: Path, decoder: DaliDecoder, spoil: Any) -> None:
     for i, pixels in enumerate(varied(5, 64, 64).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
-    files, boxes = opened(tmp_path), boxes_of(5)
+    files, boxes = open_files(tmp_path), boxes_of(5)
     spoil(tmp_path / "3.jpg")
     messages = []
     for cut in (files.cut, lambda *arguments: decoder.cut(files, *arguments)):
@@ -154,21 +154,20 @@ def test_files_that_break_are_named_as_by_the_pool(tmp_path: Path, decoder: Dali
     )
 
 
-def test_a_file_that_was_replaced_is_cut_as_by_the_pool(tmp_path: Path, decoder: DaliDecoder) -> None:
+def test_a_replaced_file_is_cropped_as_by_the_pool(tmp_path: Path, decoder: DaliDecoder) -> None:
     for i, pixels in enumerate(varied(3, 200, 200).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
-    files, boxes = opened(tmp_path), boxes_of(3)
+    files, boxes = open_files(tmp_path), boxes_of(3)
     Image.fromarray(varied(1, 40, 50)[0].numpy()).save(tmp_path / "1.jpg")
-    # The box of the former picture is not within the new one: DALI refuses, the pool looks again.
+    # The box of the old picture is not within the new one: DALI refuses, and the pool reads the header again.
     boxes[1] = torch.tensor([FRAME - 20, FRAME - 20, 20, 20])
     (found,) = decoder.cut(files, torch.arange(3), FRAME, [boxes], [32])
     assert torch.equal(found.cpu(), files.cut(torch.arange(3), FRAME, [boxes], [32])[0])
 
 
-def test_views_of_files_go_on_where_a_run_was_interrupted(folder: Path) -> None:
-    source = FileSource(
-        ImagePaths(sorted(p.name for p in folder.iterdir()), folder), None, FRAME, workers=2, resident=False
-    )
+def test_views_of_files_do_not_depend_on_interruptions(folder: Path) -> None:
+    images = ImagePaths(sorted(p.name for p in folder.iterdir()), folder)
+    source = FileSource(images, None, FRAME, workers=2, resident=False)
     views = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
 
     def views_of(renderer: Any, batch: Tensor) -> list[Tensor]:
@@ -188,7 +187,7 @@ def test_views_of_files_go_on_where_a_run_was_interrupted(folder: Path) -> None:
 
 
 def test_on_the_cpu_the_pool_decodes_unless_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, boxes = opened(folder), [boxes_of(18)]
+    files, boxes = open_files(folder), [boxes_of(18)]
     expected = files.cut(torch.arange(18), FRAME, boxes, [32])
     asked = DaliRenderer(MEAN, STD, "cpu", decodes=True).cut(files, torch.arange(18), FRAME, boxes, [32])
     assert not torch.equal(asked[0], expected[0])

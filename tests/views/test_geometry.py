@@ -1,4 +1,4 @@
-"""Each geometric operation against PIL and torchvision, with the same parameters."""
+"""Geometric operations against PIL and torchvision, with the same parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scan_fast.views.parameters import STRONG_INDEX, AffineView
 
 @pytest.mark.parametrize("name", PIL_OPERATIONS)
 @pytest.mark.parametrize("side", [8, 32, 75, 96])
-def test_geometric_operations_pick_pils_pixels(name: str, side: int, device: str) -> None:
+def test_geometric_operations_equal_pil(name: str, side: int, device: str) -> None:
     n = 41
     images = varied(n, side, side)
     limit = 30.0 if name == "rotate" else 0.1
@@ -64,11 +64,11 @@ def test_crop_resize_equals_torchvision(source: tuple[int, int], side: int, devi
             difference = (got[i].int() - pixels.int()).abs()
             assert int(difference.max()) <= 1
             unequal += share * float((difference > 0).float().mean()) / n
-    # PIL holds its taps in 22 bits, so a mean of pixels that is exactly half a level may fall either way.
+    # PIL stores its taps in 22 bits, so a mean exactly between two integers may be rounded either way.
     assert unequal < 0.02
 
 
-def test_whole_boxes_leave_the_pixels_alone() -> None:
+def test_boxes_of_the_whole_image_change_nothing() -> None:
     images = varied(6, 16, 16)
     got = interleaved(geometry.crop_resize(planar(images), 16, boxes([(0, 0, 16, 16)] * 6, [False, True] * 3)))
     assert torch.equal(got[0::2], images[0::2])
@@ -84,7 +84,7 @@ def test_same_size_crops_copy_the_pixels() -> None:
 
 
 def test_affine_bilinear_equals_torchvision_on_tensors(device: str) -> None:
-    """The same map, given to torchvision as angle, shift, zoom and shear."""
+    """torchvision receives the same map as angle, shift, zoom and shear."""
     size = 24
     images = varied(12, size, size)
     x = planar(images, device)
@@ -98,7 +98,7 @@ def test_affine_bilinear_equals_torchvision_on_tensors(device: str) -> None:
 
 
 def test_affine_views_matrix_undoes_shear_zoom_rotation_and_shift() -> None:
-    """Moving the input's centre forward and taking it back ends where it began, for each image's own map."""
+    """Applying the transform and then the matrix maps the input's centre to itself, for the map of each image."""
     view = AffineView(size=10, degrees=30, translate=0.2, scale=(0.7, 1.4), shear=20)
     params = view.sample(stream_key(0, "s"), 0, torch.arange(500), 0, 10, 10)
     a, b, c, d, e, f = params["matrix"].double().unbind(1)

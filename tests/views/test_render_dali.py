@@ -1,4 +1,4 @@
-"""The DALI renderer against PIL: every operation, whole views, and what a view must not depend on."""
+"""The DALI renderer against PIL: every operation, complete views, and independence of batch and threads."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def difference(dali: DaliRenderer, images: Tensor, view: View, params: Params) -
     return (dali.pixels(images, view, params).cpu().int() - expected.int()).abs()
 
 
-# The share of levels that must be PIL's own. Where it is 1, the arithmetic is whole; elsewhere DALI's float32, or the
-# 16-bit fixed point of a blend, falls on the other side of a whole level now and then.
+# Share of pixel values that must equal PIL's. It is 1 for integer arithmetic. Otherwise DALI's float32, or the 16-bit
+# fixed point of a blend, sometimes rounds to the other side of an integer.
 STRONG_SHARE = {
     "autocontrast": 0.95,
     "color": 0.9,
@@ -64,7 +64,7 @@ STRONG_SHARE = {
 
 @pytest.mark.parametrize("side", [32, 5, 1])
 @pytest.mark.parametrize("kind", range(len(STRONG_OPERATIONS)), ids=[name for name, _, _ in STRONG_OPERATIONS])
-def test_strong_operations_are_within_one_level_of_pil(kind: int, side: int, dali: DaliRenderer) -> None:
+def test_strong_operations_are_within_one_of_pil(kind: int, side: int, dali: DaliRenderer) -> None:
     name, low, high = STRONG_OPERATIONS[kind]
     view = StrongView(size=side, operations=1, cutout=0, flip=0.5)
     images = varied(120, side, side)
@@ -78,7 +78,7 @@ def test_strong_operations_are_within_one_level_of_pil(kind: int, side: int, dal
 
 
 def jitter(n: int, **values: Tensor) -> Params:
-    """Parameters of a SimCLR view that does nothing but what is given."""
+    """Return parameters of a SimCLR view that only applies the given operations."""
     params = drawn(SimCLRView(size=32, flip=0, jitter=0, grayscale=0, scale=(1, 1), ratio=(1, 1)), n, 32)
     return {**params, **values}
 
@@ -87,9 +87,7 @@ def jitter(n: int, **values: Tensor) -> Params:
     ("name", "low", "high", "share"),
     [("brightness", 0.6, 1.4, 0.999), ("contrast", 0.6, 1.4, 0.99), ("saturation", 0.6, 1.4, 0.8)],
 )
-def test_jitter_is_within_one_level_of_pil(
-    name: str, low: float, high: float, share: float, dali: DaliRenderer
-) -> None:
+def test_jitter_is_within_one_of_pil(name: str, low: float, high: float, share: float, dali: DaliRenderer) -> None:
     images, view = varied(120, 32, 32), SimCLRView(size=32)
     params = jitter(120, **{name: torch.linspace(low, high, 120)})
     operation: Any = getattr(tv, f"adjust_{name}")
@@ -107,12 +105,12 @@ def test_blends_with_large_factors_clip_on_both_sides(dali: DaliRenderer) -> Non
         factors = params[name].tolist()
         expected = [tv.pil_to_tensor(operation(Image.fromarray(i.numpy()), f)) for i, f in zip(images, factors)]  # noqa: B905
         found = (dali.pixels(images, view, params).cpu().int() - torch.stack(expected).permute(0, 2, 3, 1).int()).abs()
-        # A factor in steps of 1/85 moves the farthest colours by two levels.
+        # A factor in steps of 1/85 changes the farthest colours by two.
         assert int(found.max()) <= 2
         assert float((found <= 1).float().mean()) > 0.99
 
 
-def test_grayscale_is_within_one_level_of_pil(dali: DaliRenderer) -> None:
+def test_grayscale_is_within_one_of_pil(dali: DaliRenderer) -> None:
     images = varied(120, 32, 32)
     params = jitter(120, grayscale=torch.ones(120, dtype=torch.bool))
     found = difference(dali, images, SimCLRView(size=32), params)
@@ -120,10 +118,10 @@ def test_grayscale_is_within_one_level_of_pil(dali: DaliRenderer) -> None:
     assert float((found == 0).float().mean()) > 0.99
 
 
-def test_hue_is_within_one_level_of_pil_for_the_whole_colour_cube(dali: DaliRenderer) -> None:
-    # Every pair of levels with a lattice of the third, 64 x 64 pixels to an image; the shift goes round the circle.
-    levels = torch.cat((torch.arange(0, 256, 8), torch.tensor([1, 127, 254, 255])))
-    cube = torch.cartesian_prod(levels, levels, levels).to(torch.uint8)
+def test_hue_is_within_one_of_pil_for_the_whole_colour_cube(dali: DaliRenderer) -> None:
+    # Every pair of values with a lattice of the third, 64 x 64 pixels per image; the shift covers the circle.
+    values = torch.cat((torch.arange(0, 256, 8), torch.tensor([1, 127, 254, 255])))
+    cube = torch.cartesian_prod(values, values, values).to(torch.uint8)
     cube = cube[: len(cube) // 4096 * 4096].view(-1, 64, 64, 3)
     n = len(cube)
     view = SimCLRView(size=64)
@@ -134,19 +132,19 @@ def test_hue_is_within_one_level_of_pil_for_the_whole_colour_cube(dali: DaliRend
         expected = [tv.pil_to_tensor(tv.adjust_hue(Image.fromarray(i.numpy()), float(f))) for i, f in zip(cube, shift)]  # noqa: B905
         found = (dali.pixels(cube, view, params).cpu().int() - torch.stack(expected).permute(0, 2, 3, 1).int()).abs()
         assert int(found.max()) <= 1
-        # PIL rounds the saturation to 8 bits, which is a third number beside chroma and hue.
+        # PIL rounds the saturation to 8 bits, a third value besides chroma and hue.
         assert float((found == 0).float().mean()) > 0.85
 
 
 @pytest.mark.parametrize(
     ("source", "side", "n"), [(32, 32, 120), (8, 8, 120), (24, 40, 60), (64, 32, 40), (96, 24, 24)]
 )
-def test_crops_are_within_one_level_of_pil(source: int, side: int, n: int, dali: DaliRenderer) -> None:
+def test_crops_are_within_one_of_pil(source: int, side: int, n: int, dali: DaliRenderer) -> None:
     view = SimCLRView(size=side, jitter=0, grayscale=0)
     images = varied(n, source, source)
     params = drawn(view, n, source)
     found = difference(dali, images, view, params)
-    # When it shrinks, DALI repeats the pixels at the edge of the crop for the filter, where PIL leaves them out.
+    # If a crop shrinks, DALI repeats the pixels at its edge for the filter; PIL omits them.
     shrunk = (params["height"] > side) | (params["width"] > side)
     inner = found[:, 2:-2, 2:-2]
     assert int(found[~shrunk].max() if (~shrunk).any() else 0) <= 1
@@ -156,15 +154,13 @@ def test_crops_are_within_one_level_of_pil(source: int, side: int, n: int, dali:
 
 @pytest.mark.parametrize(("source", "side", "n"), [(32, 32, 240), (40, 32, 120), (33, 17, 60)])
 @pytest.mark.parametrize("kind", VIEWS, ids=lambda k: k.__name__)
-def test_whole_views_are_those_of_the_torch_renderer(
-    kind: type, source: int, side: int, n: int, dali: DaliRenderer
-) -> None:
+def test_views_agree_with_the_torch_renderer(kind: type, source: int, side: int, n: int, dali: DaliRenderer) -> None:
     view: View = kind(size=side)
     images, params = varied(n, source, source), drawn(kind(size=side), n, source, epoch=3)
     plain = TorchRenderer(MEAN, STD, dali.device)
     expected = plain.pixels(images, view, params).permute(0, 2, 3, 1)
     found = dali.pixels(images, view, params).float() - expected
-    # Several operations in turn add their roundings up, and an equalized flat image amplifies one.
+    # Several operations accumulate rounding errors, and equalizing a flat image amplifies one.
     assert abs(float(found.mean())) < 0.2
     assert float((found.abs() <= 1).float().mean()) > (0.9 if kind is SimCLRView else 0.99)
     assert float((found.abs() <= 4).float().mean()) > (0.95 if kind is SimCLRView else 0.995)
@@ -174,8 +170,8 @@ def test_whole_views_are_those_of_the_torch_renderer(
     assert torch.equal(values[same], expected_values[same])
 
 
-def test_views_have_the_distribution_of_pils(dali: DaliRenderer) -> None:
-    # One image, many views: the grey levels of each channel are distributed as PIL's.
+def test_pixel_values_are_distributed_as_with_pil(dali: DaliRenderer) -> None:
+    # One image, many views: the pixel values of each channel are distributed as with PIL.
     image = varied(1, 32, 32)
     for view in (SimCLRView(size=32), StrongView(size=32, cutout=0)):
         n = 400
@@ -203,11 +199,11 @@ def test_bits_do_not_depend_on_batch_or_threads(kind: type, dali: DaliRenderer, 
         assert torch.equal(renderer(images[part], view, params), whole[part])
     monkeypatch.setattr(render_dali, "_RUN_IMAGES", 10)
     assert torch.equal(DaliRenderer(MEAN, STD, dali.device)(images, view, drawn(view, 36, 32)), whole)
-    # What a later run does must not reach into an earlier one's result.
+    # A later run must not change the result of an earlier one.
     assert torch.equal(whole, kept)
 
 
-def test_the_graphs_of_a_gpu_give_the_same_levels_on_the_cpu(monkeypatch: Any) -> None:
+def test_the_graphs_of_a_gpu_give_the_same_pixels_on_the_cpu(monkeypatch: Any) -> None:
     pytest.importorskip("nvidia.dali", reason=f"DALI is not installed: {render_dali.INSTALL}")
     from scan_fast.views import dali_graphs
 
@@ -220,7 +216,7 @@ def test_the_graphs_of_a_gpu_give_the_same_levels_on_the_cpu(monkeypatch: Any) -
     assert int(found.max()) <= 1
 
 
-def test_bfloat16_is_the_rounded_float32_and_inputs_are_left_alone(dali: DaliRenderer) -> None:
+def test_bfloat16_is_the_rounded_float32_and_inputs_are_unchanged(dali: DaliRenderer) -> None:
     for view in (SimCLRView(size=16), StrongView(size=16, cutout=8), AffineView(size=16), PlainView(size=16)):
         images, params = varied(20, 16, 16), drawn(view, 20, 16)
         before, kept = images.clone(), {k: v.clone() for k, v in params.items()}
@@ -241,14 +237,14 @@ def test_empty_batches_and_wrong_input(dali: DaliRenderer) -> None:
 
 
 @needs_dali
-def test_configuration_chooses_dali() -> None:
+def test_configuration_selects_dali() -> None:
     config = DataConfig(source="digits", renderer="dali")
     assert isinstance(make_renderer(config, open_splits(config), torch.device("cpu")), DaliRenderer)
     automatic = config.model_copy(update={"renderer": "auto"})
     assert isinstance(make_renderer(automatic, open_splits(config), torch.device("cpu")), FusedRenderer)
 
 
-def test_without_dali_the_message_says_what_to_install(monkeypatch: Any) -> None:
+def test_without_dali_the_error_names_the_package(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(render_dali.importlib.util, "find_spec", lambda name: None)
     config = DataConfig(source="digits", renderer="dali")

@@ -1,4 +1,4 @@
-"""The fused renderer: whole views equal PIL's, agree with the torch renderer's, and depend on nothing else."""
+"""The fused renderer: views equal PIL's, agree with the torch renderer, and depend only on their parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scan_fast.views.renderers import automatic_renderer
 
 @pytest.fixture
 def device(device: str) -> str:
-    """Only devices that the kernel is compiled for."""
+    """Restrict to devices with a compiled kernel."""
     if not native.has_kernel("augment", device):
         pytest.skip(f"no compiled kernel for {device}")
     return device
@@ -36,7 +36,7 @@ VIEWS = [SimCLRView, StrongView, PlainView, AffineView]
 
 @pytest.mark.parametrize(("source", "side", "n"), SIZES)
 @pytest.mark.parametrize("kind", VIEWS[:3], ids=lambda k: k.__name__)
-def test_levels_equal_pil(kind: type, source: int, side: int, n: int, device: str) -> None:
+def test_pixels_equal_pil(kind: type, source: int, side: int, n: int, device: str) -> None:
     view: View = kind(size=side)
     images = varied(n, source, source)
     params = view.sample(KEY, 0, torch.arange(n), 0, source, source)
@@ -51,17 +51,17 @@ def test_views_agree_with_the_torch_renderer(kind: type, source: int, side: int,
     images = varied(n, source, source)
     params = view.sample(KEY, 3, torch.arange(n), 1, source, source)
     fused, plain = FusedRenderer(MEAN, STD, device), TorchRenderer(MEAN, STD, device)
-    levels = fused.pixels(images, view, params).float()
+    pixels = fused.pixels(images, view, params).float()
     expected = plain.pixels(images, view, params).permute(0, 2, 3, 1)
-    difference = (levels - expected).abs()
+    difference = (pixels - expected).abs()
     values, expected_values = fused(images, view, params), plain(images, view, params)
     assert values.dtype == torch.float32 and values.is_contiguous(memory_format=torch.channels_last)
     if isinstance(view, (StrongView, PlainView)):
-        assert torch.equal(levels, expected)
+        assert torch.equal(pixels, expected)
         assert torch.equal(values, expected_values)
         return
-    # The torch renderer resamples in float32, so a tie falls the other way now and then; the colour operations after it
-    # can carry that further.
+    # The torch renderer resamples in float32, so a tie is sometimes rounded the other way; later colour operations can
+    # amplify that.
     assert float((difference == 0).float().mean()) > 0.98
     assert float((difference <= 1).float().mean()) > 0.997
     same = (difference == 0).permute(0, 3, 1, 2)
@@ -72,10 +72,10 @@ def test_crops_alone_differ_from_the_torch_renderers_only_at_ties(device: str) -
     view = SimCLRView(size=32, jitter=0, grayscale=0)
     images = varied(120, 64, 64)
     params = view.sample(KEY, 0, torch.arange(120), 0, 64, 64)
-    levels = FusedRenderer(MEAN, STD, device).pixels(images, view, params)
+    pixels = FusedRenderer(MEAN, STD, device).pixels(images, view, params)
     expected = TorchRenderer(MEAN, STD, device).pixels(images, view, params).permute(0, 2, 3, 1)
-    difference = (levels.float() - expected).abs()
-    # Either pass may meet a tie, which moves a level by one; hardly ever do both at one pixel.
+    difference = (pixels.float() - expected).abs()
+    # A tie in either pass changes a value by one; ties in both passes at one pixel are rare.
     assert float(difference.max()) <= 2
     assert float((difference > 1).float().mean()) < 1e-4
     assert float((difference > 0).float().mean()) < 0.02
@@ -108,7 +108,7 @@ def test_bfloat16_is_the_rounded_float32(device: str) -> None:
     assert torch.equal(half, single.to(torch.bfloat16))
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_unchanged() -> None:
     images = varied(12, 16, 16)
     before = images.clone()
     for view in (SimCLRView(size=16), StrongView(size=16), AffineView(size=16), PlainView(size=16)):
@@ -149,7 +149,7 @@ def test_empty_batches_and_wrong_input() -> None:
         FusedRenderer(MEAN, STD, "cpu", torch.float64)
 
 
-def test_configuration_chooses_the_renderer() -> None:
+def test_configuration_selects_the_renderer() -> None:
     config = DataConfig(source="digits")
     splits = open_splits(config)
     cpu = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_configuration_chooses_the_renderer() -> None:
     assert isinstance(make_renderer(config.model_copy(update={"renderer": "torch"}), splits, cpu), TorchRenderer)
 
 
-def test_a_renderer_that_is_not_possible_is_a_data_error() -> None:
+def test_an_unavailable_renderer_raises() -> None:
     meta = torch.device("meta")
     assert automatic_renderer("meta") == "torch"
     config = DataConfig(source="digits", renderer="fused")

@@ -1,4 +1,4 @@
-"""Whole views against the same sequence of PIL and torchvision operations, with the same parameters."""
+"""Complete views against the same sequence of PIL and torchvision operations, with the same parameters."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_views_equal_pil(view: View, source: int, device: str) -> None:
     expected = torch.stack([view_by_pil(images[i], view, params, i) for i in range(n)])
     difference = (got.cpu().permute(0, 2, 3, 1) - expected.float()).abs().flatten(1)
     if not isinstance(view, SimCLRView):
-        # No resampling by fractions: every pixel of every image is PIL's.
+        # Without fractional resampling every pixel equals PIL's.
         assert float(difference.max()) == 0
         return
-    # One level of the crop can be carried further by the colour operations after it, above all by the hue's 8-bit
-    # quantisation; most images are equal to the last bit.
+    # A difference of one after the crop can be amplified by the colour operations, above all by the 8-bit quantisation
+    # of the hue; most images are equal to the last bit.
     assert float((difference == 0).float().mean()) > 0.97
     assert float((difference <= 2).float().mean()) > 0.9995
 
@@ -66,11 +66,11 @@ def test_images_do_not_depend_on_the_batch(view: View) -> None:
     whole = render(images, view, view.sample(KEY, 0, samples, 0, 32, 32))
     for part in (samples[5:6], samples[[30, 2, 11]]):
         alone = render(images[part], view, view.sample(KEY, 0, part, 0, 32, 32))
-        # A matrix product may sum in another order in another batch; a tie then falls the other way, by one level.
+        # In another batch a matrix product may sum in another order, and a tie is rounded the other way.
         assert float((alone - whole[part]).abs().gt(1e-6).float().mean()) < 0.01
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_unchanged() -> None:
     images = varied(12, 16, 16)
     before = images.clone()
     for view in (SimCLRView(size=16), StrongView(size=16), AffineView(size=16), PlainView(size=16)):
@@ -95,7 +95,7 @@ def test_an_empty_batch_renders_to_an_empty_batch() -> None:
         assert out.shape == (0, 3, 8, 8)
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_raises() -> None:
     render = TorchRenderer(MEAN, STD, "cpu")
     view = PlainView(size=8)
     params = view.sample(KEY, 0, torch.arange(2), 0, 8, 8)

@@ -1,4 +1,4 @@
-"""What the views draw: determinism, ranges, and the distributions of the reference's transforms."""
+"""Random parameters of views: determinism, ranges, and the distributions of the reference transforms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_parameters_do_not_depend_on_the_batch(view: View) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS[:3], ids=lambda v: v.kind)
-def test_epochs_views_stages_and_seeds_draw_anew(view: View) -> None:
+def test_epochs_views_stages_and_seeds_draw_different_parameters(view: View) -> None:
     samples = torch.arange(50)
     draws = [
         view.sample(stream_key(seed, stage), epoch, samples, index, 32, 32)
@@ -75,7 +75,7 @@ def test_boxes_lie_inside_the_image(height: int, width: int, low: float, ratio: 
     ("height", "width", "scale"), [(32, 32, (0.2, 1.0)), (96, 40, (0.5, 1.0)), (20, 200, (0.9, 1.0))]
 )
 def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
-    """The third case finds no fitting try for most images and falls back to the central crop."""
+    """In the third case no try fits for most images, so they get the central crop."""
     p = SimCLRView(size=32, scale=scale).sample(KEY, 0, torch.arange(4000), 0, height, width)
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_simclr_parameters_have_the_stated_distributions() -> None:
     assert min(orders.values()) > 0.8 * n / 24 and max(orders.values()) < 1.2 * n / 24
 
 
-def test_simclr_strength_zero_leaves_colours_alone() -> None:
+def test_simclr_strength_zero_keeps_colours() -> None:
     view = SimCLRView(size=8, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0, flip=0)
     p = view.sample(KEY, 0, torch.arange(100), 0, 8, 8)
     assert bool((p["brightness"] == 1).all() and (p["contrast"] == 1).all() and (p["hue"] == 0).all())
@@ -130,14 +130,14 @@ def test_strong_parameters_have_the_stated_distributions() -> None:
     assert operation.shape == magnitude.shape == (20_000, 4)
     counts = operation.flatten().bincount(minlength=14)
     assert int(counts.min()) > 80_000 / 14 * 0.93 and int(counts.max()) < 80_000 / 14 * 1.07
-    # With replacement: four different operations come with probability 14*13*12*11 / 14^4 = 0.6253.
+    # With replacement: four different operations have probability 14*13*12*11 / 14^4 = 0.6253.
     different = (operation.sort(dim=1).values.diff(dim=1) != 0).all(dim=1).float().mean()
     assert abs(float(different) - 0.6253) < 0.015
     for index, (name, low, high) in enumerate(STRONG_OPERATIONS):
         values = magnitude[operation == index]
         assert float(values.min()) >= low and float(values.max()) <= high
         if name == "posterize":
-            # int(uniform(4, 8)): 8 bits never come.
+            # int(uniform(4, 8)) is never 8.
             assert values.unique().tolist() == [4, 5, 6, 7]
         else:
             assert abs(float(values.mean()) - (low + high) / 2) < 0.02 * (high - low), name
@@ -154,8 +154,8 @@ def test_strong_view_crops_a_larger_image_at_every_place() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 16])
-def test_cutout_boxes_are_the_references(length: int) -> None:
-    """Side uniform(1..length), half of it either way of a uniform centre, clipped at the borders."""
+def test_cutout_boxes_equal_the_reference(length: int) -> None:
+    """The side is uniform(1..length), centred at a uniform position, and clipped at the borders."""
     top, left, bottom, right = StrongView(size=32, cutout=length).sample(KEY, 0, MANY, 0, 32, 32)["cutout"].unbind(1)
     assert int(top.min()) >= 0 and int(left.min()) >= 0 and int(bottom.max()) <= 32 and int(right.max()) <= 32
     # Away from the border the box is square and of even side.
@@ -180,7 +180,7 @@ def test_resolved_fills_only_an_open_size() -> None:
         PlainView().sample(KEY, 0, torch.arange(1), 0, 8, 8)
 
 
-def test_views_are_told_apart_by_kind() -> None:
+def test_kind_selects_the_view() -> None:
     adapter = TypeAdapter(View)
     assert adapter.validate_python({"kind": "strong", "cutout": 32}) == StrongView(cutout=32)
     assert adapter.validate_python({"kind": "affine", "scale": [0.9, 1.2]}) == AffineView(scale=(0.9, 1.2))

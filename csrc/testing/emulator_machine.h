@@ -1,0 +1,148 @@
+// The state of the emulated machine, shared by the emulator's own sources.
+#pragma once
+
+#if defined(__x86_64__)
+#else
+#include <ucontext.h>
+#endif
+
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "testing/emulator.h"
+
+namespace scan_fast::emu {
+
+constexpr int kWarp = 32;
+
+enum class State { kReady, kAtBarrier, kAtCollective, kAtMBarrier, kAtNamedBarrier, kAtWgmma, kDone };
+
+// What a warp knows of the others: see emulator_races.cpp.
+using Clock = std::vector<unsigned>;
+inline void join(Clock& into, const Clock& other) {
+  if (into.size() < other.size()) into.resize(other.size(), 0);
+  for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
+struct PendingCopy {
+  void* dst;
+  unsigned char bytes[16];
+  int group;
+};
+
+// The accumulators of a thread while a wgmma holds them.
+struct HeldResult {
+  float* registers;
+  std::vector<float> values;
+  int pending;  // products that have not run yet
+};
+
+struct Fiber {
+  State state = State::kDone;
+  unsigned index = 0;
+  Collective kind{};
+  unsigned mask = 0;
+  Slot mine{};
+  std::vector<PendingCopy> copies;
+  int open_group = 0;
+  // Waiting at a memory barrier for this parity, at a named barrier, or for all but this many groups of wgmma.
+  const void* mbarrier = nullptr;
+  unsigned parity = 0;
+  int named_barrier = 0;
+  int wgmma_pending = 0;
+  // wgmma: products issued, the open group, whether a fence came after the last wait.
+  size_t products = 0;
+  int wgmma_group = 0;
+  bool fenced = false;
+  std::vector<HeldResult> held;
+  unsigned char* stack = nullptr;
+  bool started = false;
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  void* fake_stack = nullptr;
+};
+
+struct Warp {
+  Slot slots[kWarp];
+  unsigned epoch = 0;
+  Clock clock;  // by warp
+};
+
+struct Reader {
+  unsigned warp, warp_epoch, lanes, time;
+};
+
+struct Cell {  // two bytes of shared memory; valid in block epoch `epoch` only
+  uint64_t epoch = 0;
+  int writer = -1;
+  unsigned writer_warp_epoch = 0, writer_time = 0;
+  bool writer_atomic = false;
+  std::vector<Reader> readers;
+};
+
+struct Region {
+  std::string name;
+  unsigned char* base = nullptr;
+  size_t bytes = 0;
+  std::vector<Cell> cells;
+  ~Region();
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  unsigned threads = 0;
+  Fiber* current = nullptr;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr error;
+  uint64_t epoch = 1;  // grows at every barrier and block, over the life of the process
+  uint64_t random = 0;
+  const void* kernel = nullptr;
+  size_t static_bytes = 0;  // of the arrays that threads have come to
+  std::unique_ptr<Region> dynamic;
+  std::unordered_map<const void*, std::unique_ptr<Region>> statics;
+#if defined(__x86_64__)
+  void* scheduler_stack_pointer = nullptr;
+#else
+  ucontext_t scheduler_context;
+#endif
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+};
+
+extern Machine machine;
+
+// The running fiber waits in its state until the scheduler makes it ready.
+void to_scheduler();
+std::string where();
+uint64_t next_random(uint64_t& state);
+
+// emulator.cpp: what a matrix unit makes of 16 products and the sum so far. Units align the 17 to the largest and may cut
+// each off at 24 bits, and the result again.
+float truncated_sum(const float (&addends)[17]);
+
+// emulator_launch.cpp: whether the GPU would launch this grid; whether it has the kernel's shared memory, as far as known.
+void check_grid(dim3 grid, dim3 block);
+void check_shared_memory();
+
+// emulator_races.cpp
+void touch_as(unsigned thread, const void* pointer, size_t bytes, Access access);
+// Publishes what the thread's warp has done and knows, for those who acquire the clock.
+void release(unsigned thread, Clock& clock);
+void acquire(unsigned thread, const Clock& clock);
+
+// emulator_hopper.cpp. complete_hopper reports whether anything moved.
+void reset_hopper();
+bool complete_hopper();
+void check_hopper_finished();
+std::string waiting_for(const Fiber& fiber);
+
+}  // namespace scan_fast::emu

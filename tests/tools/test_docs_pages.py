@@ -1,0 +1,92 @@
+"""Pages that are written from results: they show what the files say, and the committed ones are up to date."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.docs import benchmarks as pages
+from tools.docs import record
+
+CEILINGS = {"gemm_float32": 1e12, "gemm_bfloat16": 4e12, "copy_bytes": 1e10}
+
+
+def result_file(folder: Path, **changes: Any) -> None:
+    entry = {"error": 0.0, "seconds_p10": 1e-3, "seconds_p90": 3e-3, "rounds": 5}
+    ours = entry | {"name": "scan-fast", "seconds": 1e-3, "limit_seconds": 5e-4, "of_limit": 0.5, "bound": "memory"}
+    plain = entry | {"name": "eager", "seconds": 2e-3, "memory_bytes": 3 * 2**20}
+    absent = {"name": "peer", "skipped": "not | installed"}
+    environment = {"device": "a CPU", "threads": 2, "torch": "9", "commit": "abc"}
+    result = {
+        "benchmark": "scan_loss",
+        "title": "SCAN",
+        "device": "cpu",
+        "environment": environment,
+        "ceilings": CEILINGS,
+        "quick": False,
+        "cases": [{"size": size, "contenders": [ours, plain, absent]} for size in ("8x2", "9x3")],
+    }
+    (folder / "cpu-scan_loss.json").write_text(json.dumps(result | changes))
+
+
+def test_the_report_shows_what_the_files_say(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    result_file(tmp_path)
+    pages.write(tmp_path, page)
+    text = page.read_text()
+    assert "| scan-fast | 1 ms | 1 ms - 3 ms | 2.00 | 50% (memory) |  |" in text
+    assert "| eager | 2 ms | 1 ms - 3 ms | 1.00 |  | 3.0 MiB |" in text
+    assert "not / installed" in text
+    picture = page.parent / "benchmarks" / "cpu-scan_loss.svg"
+    assert "(benchmarks/cpu-scan_loss.svg)" in text
+    drawn = picture.read_bytes()
+    pages.write(tmp_path, page)
+    assert picture.read_bytes() == drawn
+    result_file(tmp_path, quick=True)
+    with pytest.raises(SystemExit, match="--quick"):
+        pages.write(tmp_path, page)
+
+
+def test_the_committed_page_shows_the_committed_results(tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    pages.write(pages.RESULTS, page)
+    assert page.read_text() == pages.PAGE.read_text()
+
+
+def test_the_table_has_means_and_deviations(tmp_path: Path) -> None:
+    seeds = {
+        str(s): {"pretext": {"knn_acc": 0.9 + s / 100, "cpu_seconds": 10.4 + s}, "mining": {"purity": 0.5}}
+        for s in (0, 2)
+    }
+    result = {
+        "config": "digits",
+        "set": ["mining.k=3"],
+        "environment": {"device": "a processor", "commit": "0123456789abcdef"},
+        "trials": {"base": {"changes": [], "seeds": seeds}, "more": {"changes": ["a.b=1"], "seeds": {"0": seeds["0"]}}},
+    }
+    (tmp_path / "t.json").write_text(json.dumps(result))
+    page = pages.fill("before\n<!-- trials: t.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    assert "| trial | changes | seeds | kNN | pretext, s | purity |" in page
+    assert "| base |  | 2 | 91.0 ± 1.4 | 11 | 50.0 ± 0.0 |" in page
+    assert "| more | `a.b=1` | 1 | 90.0 | 10 | 50.0 |" in page
+    assert "a processor, commit `0123456789ab`; configuration `digits` with `mining.k=3`" in page
+    assert "old" not in page and page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n")
+    assert pages.fill(page, tmp_path) == page
+
+
+def test_the_committed_tables_show_the_committed_trials() -> None:
+    text = pages.RECIPES.read_text()
+    assert pages.fill(text, pages.RESULTS) == text
+
+
+def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
+    for name in record.NAMES:
+        assert importlib.util.find_spec(f"benchmarks.{name}") is not None
+        words = record.command(name, "cpu", tmp_path, Path("/images"))
+        assert words[words.index("--json") + 1] == str(tmp_path / f"cpu-{name}.json")
+        assert ("/images" in words) == (name == "end_to_end")
+    assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
+    assert {*record.NAMES} == {*pages.ORDER}

@@ -1,0 +1,1 @@
+"""Tools of this repository; none is part of the installed package."""

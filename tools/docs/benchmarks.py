@@ -1,0 +1,270 @@
+"""Writes docs/benchmarks.md and its plots from benchmarks/results/: ``python -m tools.docs.benchmarks``.
+
+A result made with ``--quick`` is refused: it is a rehearsal. The tables of trials in docs/recipes.md are written too;
+the rest of that page is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import trials
+from benchmarks.family import human_seconds
+from scan_fast.ops.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+RECIPES = ROOT / "docs" / "recipes.md"
+ORDER = ("targets", "accuracy", "end_to_end", *FAMILIES, "views")
+INTRODUCTION = """# Benchmarks
+
+`python -m tools.docs.benchmarks` writes this page from the files under `benchmarks/results/`. Each of them names its
+hardware, versions and commit. To measure everything on your machine, which should be idle otherwise, and to rewrite
+this page:
+
+    python -m tools.docs.record --device cpu     # one at a time: python -m benchmarks.NAME --device cpu --json FILE
+
+Method: all contenders run in turns in one process. The results of operations are compared with float64 before they are
+timed. Times are medians over the rounds, with the 10th and 90th percentile. "Of limit" compares with the time that the
+same machine needs for the unavoidable arithmetic or traffic, at rates measured in the same process. Memory is the peak
+beyond inputs and outputs, counting native allocations. "Eager" is the operation as training code usually writes it
+(`benchmarks/eager.py`); the baseline of whole stages is `benchmarks/baseline.py`. The CUDA kernels that have run on a
+GPU are listed in [gpu-status.md](gpu-status.md).
+"""
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Read the results of a folder that this page shows, in its order."""
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if result.get("benchmark") not in ORDER:
+            continue
+        if result.get("quick"):
+            raise SystemExit(f"{file} was measured with --quick; measure it again without")
+        results.append(result | {"file": file.name})
+    return sorted(results, key=lambda r: (r["device"] != "cpu", ORDER.index(r["benchmark"])))
+
+
+def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
+    """Return the page; ``plots`` maps a result's file name to its picture's path relative to docs/."""
+    if not results:
+        return INTRODUCTION + "\nNo results have been committed yet.\n"
+    parts = [INTRODUCTION]
+    for result in results:
+        where = "GPU" if result["device"] == "cuda" else "CPU"
+        parts.append(f"\n## {result.get('title', 'Targets')} ({where})\n\n{_origin(result)}\n")
+        if result["benchmark"] in _SECTIONS:
+            parts.append(_SECTIONS[result["benchmark"]](result))
+            continue
+        if result["file"] in plots:
+            parts.append(f"\n![{result['title']}]({plots[result['file']]})\n")
+        parts += [f"\n{case['size']}\n\n{_table(case['contenders'])}" for case in result["cases"]]
+    return "".join(parts)
+
+
+def _origin(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    lines = [f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {_commit(e)}"]
+    if "ceilings" in result:
+        rates = result["ceilings"]
+        products = ", ".join(
+            f"{name.removeprefix('gemm_')} products {rate / 1e12:.3g} Tflop/s"
+            for name, rate in rates.items()
+            if name.startswith("gemm_")
+        )
+        if "tiles_bfloat16" in rates:
+            products += f", AMX tiles {rates['tiles_bfloat16'] / 1e12:.3g} Tflop/s"
+        lines.append(f"measured ceilings: {products}, copy {rates['copy_bytes'] / 1e9:.3g} GB/s")
+    return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
+
+
+def _commit(environment: dict[str, Any]) -> str:
+    commit, _, changes = str(environment["commit"]).partition(" ")
+    return f"commit `{commit[:12]}`{f' {changes}' if changes else ''}"
+
+
+def _targets(result: dict[str, Any]) -> str:
+    rows = ["\n| target | measured | |\n|---|---:|---|\n"]
+    for line in result["targets"]:
+        value = "not measured" if line["measured"] is None else f"{line['measured']:.3g}"
+        rows.append(f"| {line['target']} | {value} | {'met' if line['met'] else '**missed**'} |\n")
+    return "".join(rows)
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    results, config = result["results"], result["config"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    rows = [f"\nPreset `{config['preset']}`, seeds {seeds}: mean and standard deviation.\n\n| | |\n|---|---:|\n"]
+    for name, entry in results.items():
+        if name != "seeds":
+            digits = 1 if name == "seconds" else 4
+            rows.append(f"| {name} | {entry['mean']:.{digits}f} ± {entry['std']:.{digits}f} |\n")
+    return "".join(rows)
+
+
+def _end_to_end(result: dict[str, Any]) -> str:
+    config = result["config"]
+    parts = [
+        f"\nSettings of `{config['name']}`, preset `{config['preset']}`, {result['images']}; both sides in turns, an "
+        f"epoch each, the baseline with {result['workers']} loader workers. Ours opened the images in "
+        f"{result['open_seconds']:.2f} s.\n\n"
+        "| stage | | median | range | cold | images/s | of product peak | of convolution peak | x baseline |\n"
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+    ]
+    for entry in result["stages"]:
+        for side in ("ours", "baseline"):
+            r = entry[side]
+            shares = [f"{r[key]:.0%}" if key in r else "" for key in ("of_product_peak", "of_convolution_peak")]
+            cells = [
+                f"{side}, {r['precision']}" if "precision" in r else side,
+                human_seconds(r["seconds"]),
+                f"{human_seconds(r['seconds_min'])} - {human_seconds(r['seconds_max'])}",
+                human_seconds(r["cold_seconds"]),
+                f"{r['images_per_second']:,.0f}",
+                *shares,
+                f"**{entry['ratio']:.2f}**" if side == "ours" else "",
+            ]
+            parts.append(f"| {entry['stage']} | {' | '.join(cells)} |\n")
+    names = ("views", "forward", "loss", "backward", "optimiser", "waiting")
+    parts.append(f"\nWhere a step's time goes:\n\n| stage | | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}\n")
+    for entry in result["stages"]:
+        for side in ("ours", "baseline"):
+            if "parts" in entry[side]:
+                cells = [human_seconds(entry[side]["parts"].get(name, 0.0)) for name in names]
+                parts.append(f"| {entry['stage']} | {side} | {' | '.join(cells)} |\n")
+    parts.append("\nThe losses of float32 steps on the same views, ours and the baseline's:\n\n")
+    for entry in result["stages"]:
+        if "losses" in entry:
+            shown = ", ".join(f"{ours:.6f} / {theirs:.6f}" for ours, theirs in entry["losses"])
+            parts.append(f"- {entry['stage']}: {shown}\n")
+    if "search" in result:
+        parts.append(f"\nThe search of mining alone, {result['search']['size']}:\n\n")
+        parts.append(_table(result["search"]["contenders"]))
+    return "".join(parts)
+
+
+def _views(result: dict[str, Any]) -> str:
+    parts = []
+    for case in result["results"]:
+        base = case["rates"]["torchvision on PIL, parameters given"]["views_per_second"]
+        threads = ", one thread, processor time" if result["device"] == "cpu" else ""
+        parts.append(f"\n{case['view']}, {case['source']} -> {case['side']} pixels{threads}\n\n")
+        parts.append("| | views/s | range | x torchvision on PIL |\n|---|---:|---:|---:|\n")
+        for name, rate in case["rates"].items():
+            value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
+            parts.append(f"| {name} | {value:,.0f} | {low:,.0f} - {high:,.0f} | {value / base:.1f} |\n")
+        equal = ", ".join(f"{pair} {share:.3%}" for pair, share in case["parity"].items())
+        parts.append(f"\nEqual levels: {equal}.\n")
+    return "".join(parts)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "targets": _targets,
+    "accuracy": _accuracy,
+    "end_to_end": _end_to_end,
+    "views": _views,
+}
+
+
+def _table(contenders: Sequence[dict[str, Any]]) -> str:
+    eager = next((r["seconds"] for r in contenders if r["name"] == "eager" and "seconds" in r), None)
+    with_calls = any("call_seconds" in r for r in contenders)
+    calls = " per call |" if with_calls else ""
+    rows = [f"| | median | 10 - 90 % |{calls} x eager | of limit | memory |\n|---|---:|---:|{'---:|' if calls else ''}"]
+    rows.append("---:|---:|---:|\n")
+    for r in contenders:
+        if "seconds" not in r:
+            reason = str(r.get("skipped") or r.get("failed")).replace("|", "/")
+            rows.append(f"| {r['name']} | {reason} |{' |' * (5 if with_calls else 4)}\n")
+            continue
+        cells = [
+            human_seconds(r["seconds"]),
+            f"{human_seconds(r['seconds_p10'])} - {human_seconds(r['seconds_p90'])}",
+            *([human_seconds(r["call_seconds"]) if "call_seconds" in r else ""] if with_calls else []),
+            f"{eager / r['seconds']:.2f}" if eager else "",
+            f"{r['of_limit']:.0%} ({r['bound']})" if "of_limit" in r else "",
+            f"{r['memory_bytes'] / 2**20:.1f} MiB" if r.get("memory_bytes") is not None else "",
+        ]
+        rows.append(f"| {r['name']} | {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw median times over sizes, one line per contender that was measured at two sizes or more, and the limit."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    # The same input gives the same file: no date, no random identifiers.
+    matplotlib.rcParams["svg.hashsalt"] = "scan-fast"
+    sizes = [case["size"] for case in result["cases"]]
+    names = dict.fromkeys(r["name"] for case in result["cases"] for r in case["contenders"])
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for name in names:
+        cases = (case["contenders"] for case in result["cases"])
+        of_name: list[dict[str, Any]] = [next((r for r in case if r["name"] == name), {}) for case in cases]
+        points = [(i, r["seconds"]) for i, r in enumerate(of_name) if "seconds" in r]
+        if len(points) < 2:
+            continue
+        ours = name.startswith("scan-fast")
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2)
+        if ours:
+            limits = [(i, r["limit_seconds"]) for i, r in enumerate(of_name) if "limit_seconds" in r]
+            axes.plot(*zip(*limits, strict=True), ":", color=line.get_color(), label=f"{name}, limit")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_ylabel("seconds per call")
+    axes.set_title(result["title"])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write(results_folder: Path, page: Path) -> None:
+    """Write the page and its plots."""
+    results = load(results_folder)
+    plots = {}
+    for result in results:
+        if "cases" in result and len(result["cases"]) > 1:
+            picture = page.parent / "benchmarks" / (Path(result["file"]).stem + ".svg")
+            plot(result, picture)
+            plots[result["file"]] = f"benchmarks/{picture.name}"
+    page.write_text(render(results, plots))
+
+
+def fill(text: str, results_folder: Path) -> str:
+    """Put the tables of trials into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``."""
+
+    def block(found: re.Match[str]) -> str:
+        result = json.loads((results_folder / found[1]).read_text())
+        e = result["environment"]
+        values = " ".join(result["set"])
+        origin = f"`benchmarks/results/{found[1]}`: {e['device']}, {_commit(e)}; configuration "
+        origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; processor seconds of a stage."
+        return f"<!-- trials: {found[1]} -->\n\n{trials.table(result)}\n{origin}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- trials: (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.benchmarks", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    write(options.results, options.page)
+    RECIPES.write_text(fill(RECIPES.read_text(), RESULTS))
+    print(f"wrote {options.page} and {RECIPES}")
+
+
+if __name__ == "__main__":
+    main()

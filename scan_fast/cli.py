@@ -14,6 +14,8 @@ from . import __version__
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
+IMAGES = "a folder of images, or PREFIX:ARGUMENT as in data.source, such as webdataset:SHARDS"
+
 EXIT_USAGE = 2
 """The exit code of every error that the user can mend."""
 
@@ -53,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="a configuration (YAML file or the name of a shipped one) or an existing run folder",
         )
         sub.set_defaults(overrides=[])
-        sub.add_argument("--data", type=Path, metavar="FOLDER", help="a folder of images, instead of a configuration")
+        sub.add_argument("--data", metavar="IMAGES", help=f"{IMAGES}, instead of a configuration")
         sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
         sub.add_argument("--again", action="store_true", help="repeat: forget this stage and those after it first")
@@ -65,13 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("predict", _predict, "assign new images to the clusters of a run (CSV)")
     sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
     sub.add_argument("--device", default="auto")
 
     sub = command("embed", _embed, "write the feature vectors of images (.npz with features and paths)")
     sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
     sub.add_argument("--device", default="auto")
 
@@ -198,6 +200,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> tuple[Any, Path]:
     """Return the configuration and the run folder that the command line asks for."""
+    from .data.datasets import settings_for
     from .runs.config import ConfigError, build_config, find_config, load_config, merge, nested, parse_override
     from .runs.folder import RunFolder
 
@@ -210,8 +213,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Any, Path]:
             raise ConfigError(
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
-        folder = options.data.expanduser().resolve()
-        changes |= {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
+        changes |= settings_for(options.data)
         target = "folder"
     if target is None:
         raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")

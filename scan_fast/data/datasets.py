@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from .decode_cache import DecodeCache
 from .encoded import ImagePaths
 from .errors import DataError
 from .folders import held_out_rows, list_folder
-from .kinds import SOURCES, ContainerKind, Triple, find_kind, is_prefixed
+from .kinds import SOURCES, ContainerKind, Triple, absolute_source, find_kind, is_prefixed
 from .kinds.folder import folder_contents
 from .kinds.kind import Contents, file_sources
 from .sources import Source, SubsetSource, TensorSource, dataset_source
 
-__all__ = ["STATISTICS", "DataConfig", "Splits", "Triple", "open_splits", "source_from", "split_source"]
+__all__ = [
+    "STATISTICS",
+    "DataConfig",
+    "Splits",
+    "Triple",
+    "open_splits",
+    "settings_for",
+    "source_from",
+    "split_source",
+]
 
 #: Per-channel mean and standard deviation in [0, 1] of the sources that have their own.
 STATISTICS: dict[str, tuple[Triple, Triple]] = {
@@ -103,6 +113,19 @@ def _limited(source: Source, limit: int | None) -> Source:
     if limit is None or limit >= len(source):
         return source
     return SubsetSource(source, permutation(stream_key(0, "limit"), 0, len(source))[:limit].sort().values)
+
+
+def settings_for(images: str) -> dict[str, str]:
+    """Return the configuration values for a folder or ``PREFIX:ARGUMENT``, with absolute paths, and a name for the run.
+
+    Args:
+        images: as in :func:`source_from`.
+    """
+    if is_prefixed(images):
+        source = absolute_source(images)
+        return {"data.source": source, "name": re.sub(r"\W+", "-", source.rpartition("/")[2]).strip("-")}
+    folder = Path(images).expanduser().resolve()
+    return {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
 
 
 def source_from(images: Any, config: DataConfig | None = None) -> Source:

@@ -67,10 +67,9 @@ def find_files(pattern: str, root: Path | None, suffixes: Sequence[str]) -> list
             matches = glob.glob(path, recursive=True)
         matches = [file for file in matches if os.path.isfile(file)]
         if not matches:
-            looked_for = f"no {' or '.join('*' + suffix for suffix in suffixes)} in it" if os.path.isdir(path) else ""
-            raise DataError(
-                f"{path} matches no file; {looked_for or 'check the folder and the numbers in the pattern'}"
-            )
+            if os.path.isdir(path):
+                raise DataError(f"no files found in {path}: looked for {' '.join('*' + suffix for suffix in suffixes)}")
+            raise DataError(f"{path} matches no file; check its folder, and the numbers in braces")
         found.update(matches)
     return sorted(found)
 

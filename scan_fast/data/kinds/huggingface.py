@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..config import DataConfig
 
 
+_IMAGE_DTYPES = ("binary", "large_binary", "string")
+
+
 class HuggingFaceRows(EncodedImages):
     """Images in the rows of several splits of a data set.
 
@@ -35,9 +38,8 @@ class HuggingFaceRows(EncodedImages):
     def __init__(self, parts: Sequence[Any], column: str, splits: Sequence[str], name: str) -> None:
         names = [f"{split} row {row}" for split, part in zip(splits, parts, strict=True) for row in range(len(part))]
         super().__init__(names, name)
-        undecoded = optional_package("datasets", "hf").Image(decode=False)
         self._column = column
-        self._parts = [part.with_format(None).select_columns([column]).cast_column(column, undecoded) for part in parts]
+        self._parts = [_undecoded(part.with_format(None).select_columns([column]), column) for part in parts]
         self._starts = np.cumsum([0, *map(len, parts)])
         self._versions = [_version(part) for part in parts]
 
@@ -45,9 +47,11 @@ class HuggingFaceRows(EncodedImages):
         """Return the bytes in a row, or the path of the file that the row names."""
         part, row = self._place(index)
         value = self._parts[part][row][self._column]
-        if value is None or (value["bytes"] is None and value["path"] is None):
+        if isinstance(value, dict):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
             raise ValueError("the row holds no image")
-        return value["path"] if value["bytes"] is None else bytes(value["bytes"])
+        return value if isinstance(value, str) else bytes(value)
 
     def identity(self, index: int) -> Identity:
         """Return the identity of the file that a row names; of a row with bytes, the data set's, with its number."""
@@ -61,6 +65,14 @@ class HuggingFaceRows(EncodedImages):
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])
+
+
+def _undecoded(part: Any, column: str) -> Any:
+    """Return a data set whose column yields bytes or paths instead of decoded images."""
+    library = optional_package("datasets", "hf")
+    if not isinstance(part.features[column], library.Image):
+        return part
+    return part.cast_column(column, library.Image(decode=False))
 
 
 def _version(part: Any) -> tuple[str, int, int]:
@@ -148,14 +160,16 @@ def _choose(found: dict[str, Any], name: str) -> list[str]:
 def _columns(features: Any, name: str) -> tuple[str, str | None]:
     """Return the columns of the images and of the labels.
 
-    The images are in the column ``image`` (type Image, binary, or string for paths), or in the only one of type Image.
-    The labels are in ``label`` or ``labels``, or in the first column of type ClassLabel.
+    The images are in the column ``image``, of type Image, binary, string (a path) or a struct of bytes and path, or in
+    the only column of type Image. The labels are in ``label`` or ``labels``, or in the first column of type ClassLabel.
     """
     library = optional_package("datasets", "hf")
     images = [column for column, feature in features.items() if isinstance(feature, library.Image)]
     classes = [column for column, feature in features.items() if isinstance(feature, library.ClassLabel)]
     label = next((column for column in ("label", "labels", *classes) if column in features), None)
-    if "image" in images or getattr(features.get("image"), "dtype", None) in ("binary", "large_binary", "string"):
+    plain = features.get("image")
+    holds_images = "bytes" in plain if isinstance(plain, dict) else getattr(plain, "dtype", "") in _IMAGE_DTYPES
+    if "image" in images or holds_images:
         return "image", label
     if len(images) != 1:
         columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .ops import nt_xent as _nt_xent
 from .ops import scan_loss as _scan_loss
 from .ops import self_label as _self_label
-from .ops.native import Impl
+from .ops.dispatch import Impl
 
 
 def nt_xent(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .ops import neighbors as _neighbors
-from .ops.native import Impl
+from .ops.dispatch import Impl
 
 
 def topk_neighbors(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
+from ..models.pretrained import InputFormat
 from ..schema import Settings
 from ..views.parameters import View
 
@@ -75,6 +76,10 @@ class MethodSettings(Settings):
     def side(self, size: int) -> int:
         """Return the largest side in pixels of an image that the network sees in training, for sources of ``size``."""
         return size
+
+    def input_format(self) -> InputFormat | None:
+        """Return the input format of the weights that the method brings, None if it brings none or they have none."""
+        return None
 
     def build(self, model: PretextModel, size: int) -> PretextMethod:
         """Create the method for a model and a source of ``size`` pixels."""

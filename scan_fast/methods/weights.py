@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..models.heads import PretextModel
+from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD, InputFormat
 from ..models.reference_checkpoints import read_original
 from ..models.weights import WeightsError, load_strict
 from .base import MethodSettings
@@ -21,6 +22,11 @@ class WeightsSettings(MethodSettings):
     kind: Literal["weights"] = "weights"
     file: Path
     trains: ClassVar[bool] = False
+
+    def input_format(self) -> InputFormat | None:
+        """Return ImageNet's normalisation for MoCo weights; the reference's weights go with their data set's."""
+        original = read_original(self.file.expanduser())
+        return InputFormat(IMAGENET_MEAN, IMAGENET_STD, 224) if original.kind == "moco" else None
 
     def load(self, model: PretextModel) -> None:
         """Fill a model with the file's weights.

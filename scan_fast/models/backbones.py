@@ -191,11 +191,24 @@ def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
     return module
 
 
-def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+def timm_library(name: str) -> Any:
+    """Return the package timm.
+
+    Args:
+        name: the model it is needed for, for the error.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"backbone 'timm:{name}' needs timm: pip install 'scan-fast[timm]'") from error
+    return timm
+
+
+def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+    timm = timm_library(name)
     known = timm.list_models()
     if name.split(".", 1)[0] not in known:
         near = difflib.get_close_matches(name, known, n=3)

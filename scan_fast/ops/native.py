@@ -1,18 +1,13 @@
-"""Load the compiled module, and decide for each call which implementation runs."""
+"""Load the compiled module, and say what it holds."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch  # torch must be loaded before the compiled module: it brings the libraries that the module links to
 
-from . import trust
 from .families import FAMILIES, FAMILY_OF
-
-Impl = Literal["auto", "native", "reference"]
-IMPLEMENTATIONS = ("auto", "native", "reference")
 
 OPERATORS = tuple(FAMILY_OF)
 """Entry operator of each family, as registered by the compiled module in ``torch.ops.scan_fast``."""
@@ -89,8 +84,6 @@ KERNEL_CHOICE = kernel_choice()
 for _family in GPU_KERNELS:
     take_sm90(_family, KERNEL_CHOICE == "sm90")
 
-_warned = False
-
 
 def is_available() -> bool:
     """Return whether the compiled module is loaded."""
@@ -112,63 +105,3 @@ def empty_large(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 def amx_peak_rate() -> float:
     """Measure the flops per second of one thread's AMX tiles with operands in the first cache; 0 without AMX."""
     return 0.0 if _C is None else _C.amx_peak_rate()
-
-
-def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
-    """Decide between the compiled kernel and the reference for one call.
-
-    Args:
-        impl: ``"auto"``, ``"native"`` or ``"reference"``.
-        tensor: input of the call, whose device and dtype decide whether there is a kernel.
-        operator: entry operator of the family, e.g. ``"scan_loss_forward"``.
-
-    Returns:
-        True for the compiled kernel. ``"auto"`` uses the reference if there is no compiled module (with one warning per
-        process), if there is no kernel for the device or the dtype, and if the kernel is not trusted on this GPU
-        (:mod:`scan_fast.ops.trust`).
-
-    Raises:
-        ValueError: for an unknown ``impl``, or for ``"native"`` if no kernel takes the input.
-    """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
-    if impl == "reference":
-        return False
-    device = tensor.device
-    kind = device.type
-    reason = _why_not(tensor.dtype, kind, operator)
-    if reason is None:
-        # The kernels of a CPU need no trust, so this is all that a call costs there.
-        if kind not in trust.DEVICE_TYPES or impl == "native":
-            return True
-        return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)
-    if impl == "native":
-        raise ValueError(f'impl="native" is not possible for {operator}: {reason}')
-    if _C is None:
-        _warn_once()
-    return False
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _why_not(dtype: torch.dtype, kind: str, operator: str) -> str | None:
-    if (operator, kind) in _KERNELS and dtype in _DTYPES:
-        return None
-    if _C is None:
-        return f"the compiled module scan_fast._C could not be loaded ({load_error})"
-    if dtype not in _DTYPES:
-        return f"there is no kernel for {dtype}; use float32, bfloat16 or float16"
-    return f"there is no kernel for device {kind!r} in this build"
-
-
-def _warn_once() -> None:
-    global _warned
-    if not _warned and not torch.compiler.is_compiling():
-        _warned = True
-        warnings.warn(
-            "scan_fast runs without its compiled kernels and uses plain PyTorch: "
-            f"{load_error}. Build them with `pip install --no-build-isolation -e .`",
-            RuntimeWarning,
-            stacklevel=4,
-        )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .native import is_available, use_native
+from .dispatch import use_native
+from .native import is_available
 
 METRICS = ("cosine", "dot")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native, reference
+from . import dispatch, native, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,7 +27,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, *, anchors: str, reducti
     both = _check(z0, z1, temperature, anchors)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if native.use_native(impl, z0, "nt_xent_forward"):
+    if dispatch.use_native(impl, z0, "nt_xent_forward"):
         result: Tensor = _NTXent.apply(z0, z1, float(temperature), both, reduction)
         return result
     losses = reference.nt_xent(z0, z1, float(temperature), both)
@@ -49,7 +49,7 @@ def nt_xent_distributed(z0: Tensor, z1: Tensor, temperature: float, *, anchors: 
     both = _check(z0, z1, temperature, anchors)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return nt_xent(z0, z1, temperature, anchors=anchors, reduction="mean", impl=impl)
-    with_kernel = native.use_native(impl, z0, "nt_xent_forward")
+    with_kernel = dispatch.use_native(impl, z0, "nt_xent_forward")
     # A rank always sends its first answer, because not every rank reads it in every call.
     with_kernel = _local_choices.setdefault((dist.get_world_size(), impl, z0.dtype, z0.device), with_kernel)
     if _check_ranks_agree(z0, with_kernel, every_time=not z0.is_cuda):

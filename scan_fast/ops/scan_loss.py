@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import dispatch, native, reference
 from .logits import check_logits
 
 _DIMENSIONS = {2: "(B, C)", 3: "(H, B, C)"}
@@ -23,7 +23,7 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float, *, impl
     check_logits("anchors", anchors, "neighbors", neighbors, _DIMENSIONS)
     if not math.isfinite(entropy_weight):
         raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
-    if native.use_native(impl, anchors, "scan_loss_forward"):
+    if dispatch.use_native(impl, anchors, "scan_loss_forward"):
         return torch.ops.scan_fast.scan_loss.default(anchors, neighbors, entropy_weight)
     if anchors.ndim == 2:
         total, consistency, entropy = reference.scan_loss(anchors[None], neighbors[None], entropy_weight)

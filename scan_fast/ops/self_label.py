@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import dispatch, native, reference
 from .logits import check_logits
 
 _DIMENSIONS = {2: "(B, C)"}
@@ -23,7 +23,7 @@ def self_label_loss(
     check_logits("weak", weak, "strong", strong, _DIMENSIONS)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-    if native.use_native(impl, weak, "self_label_forward"):
+    if dispatch.use_native(impl, weak, "self_label_forward"):
         return torch.ops.scan_fast.self_label.default(weak, strong, threshold, balance)
     return reference.self_label_loss(weak, strong, threshold, balance)
 

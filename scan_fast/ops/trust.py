@@ -32,7 +32,7 @@ import torch
 
 from scan_fast import gpu_status
 
-from . import verdicts
+from . import native, verdicts
 from .families import FAMILIES
 from .verdicts import Verdict
 
@@ -77,8 +77,6 @@ def takes_kernel_on(family: str, device: torch.device | str) -> bool:
 
 def kernel_sets(family: str, device: torch.device) -> tuple[str, ...]:
     """Return the kernel sets of a family that this build has for a device, ``"portable"`` first."""
-    from . import native
-
     hopper = native.has_sm90(family) and _capability(device) == (9, 0)
     return ("portable", "sm90") if hopper else ("portable",)
 
@@ -90,8 +88,6 @@ def standing(family: str, kernels: str, device: torch.device) -> str:
 
 
 def _decide(family: str, device_type: str, index: int) -> bool:
-    from . import native  # which imports this module
-
     where = (family, device_type, index)
     with _lock:
         if where in _decided:
@@ -137,8 +133,6 @@ def _judge_sm90(family: str, device: torch.device) -> None:
     One switch serves all GPUs of the process. So the test runs before any GPU is decided, and a GPU that refuses them
     later switches them off for all.
     """
-    from . import native
-
     verdict = _known(family, "sm90", device)
     if verdict is None and family not in _sm90:
         if _capturing(device):
@@ -183,8 +177,6 @@ def verdict_of(result: Result) -> Verdict:
 
 
 def _explained(error: Exception, device: torch.device) -> str:
-    from . import native
-
     text = _first_line(error)
     if "no kernel image" in text:
         major, minor = _capability(device)
@@ -239,8 +231,6 @@ def _known(family: str, kernels: str, device: torch.device) -> Verdict | None:
 
 def key_of(family: str, kernels: str, device: torch.device) -> dict[str, str]:
     """Return the key of a verdict: a change of any of its values requires another test."""
-    from . import native
-
     source = FAMILIES[family].source(kernels)
     return {
         "family": family,
@@ -256,8 +246,6 @@ def key_of(family: str, kernels: str, device: torch.device) -> dict[str, str]:
 @functools.cache
 def _module() -> str:
     """Return an identifier of the build of the compiled module; architectures and host code count, too."""
-    from . import native
-
     if native._C is None:
         return "none"
     file = os.stat(native._C.__file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..models.backbones import ModelConfig
+from ..models.pretrained import pretrained_input
 from ..random import stream_key
 from ..runs.config import Config, ConfigError
 from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
@@ -48,12 +49,7 @@ class Context:
     @property
     def model_config(self) -> ModelConfig:
         """The model section with ``backbone: auto`` resolved from the image size."""
-        model = self.config.model
-        if model.backbone != "auto":
-            return model
-        size = self.splits.train.size
-        backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
-        return model.model_copy(update={"backbone": backbone})
+        return resolved_model(self.config.model, self.splits.train.size)
 
     @property
     def without_pretrained(self) -> ModelConfig:
@@ -162,6 +158,7 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
         tracker.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         tracker.say("images: decoded from their files at each use (data.resident)")
+    splits = normalized(splits, config)
     context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
     check_sizes(context)
     return context
@@ -185,6 +182,27 @@ def check_sizes(context: Context) -> None:
         raise ConfigError(
             f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
         )
+
+
+def resolved_model(model: ModelConfig, size: int) -> ModelConfig:
+    """Return a model section with ``backbone: auto`` resolved for images of ``size`` pixels."""
+    if model.backbone != "auto":
+        return model
+    backbone = "resnet18_cifar" if size <= 40 else "resnet18_stl" if size <= 112 else "torchvision:resnet18"
+    return model.model_copy(update={"backbone": backbone})
+
+
+def normalized(splits: Splits, config: Config) -> Splits:
+    """Return the splits with the normalisation of the run.
+
+    ``data.mean`` and ``data.std`` come first, then those of the weights that the backbone starts from, then those of
+    the data set, which ``splits`` brings.
+    """
+    model = resolved_model(config.model, splits.train.size)
+    expected = pretrained_input(model) or config.pretext.method.input_format()
+    if expected is None:
+        return splits
+    return replace(splits, mean=config.data.mean or expected.mean, std=config.data.std or expected.std)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scan_fast.ops import native, reference
+from scan_fast.ops import dispatch, native, reference
 from scan_fast.ops.batch_norm import batch_norm
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the compiled module is not built")
@@ -175,7 +175,7 @@ def test_auto_uses_the_kernel_if_possible(monkeypatch):
     assert not auto(x[:, :, ::2])
     assert not auto(x.double())
     assert not auto(x.half(), residual)  # PyTorch adds them in float32, and so does the fallback
-    monkeypatch.setattr(native, "use_native", lambda *_: False)
+    monkeypatch.setattr(dispatch, "use_native", lambda *_: False)
     assert not auto(x)
 
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scan_fast
 from scan_fast import gpu_status
 from scan_fast.cli import main
-from scan_fast.ops import check, native, reference, self_test, trust, verdicts
+from scan_fast.ops import check, dispatch, native, reference, self_test, trust, verdicts
 from scan_fast.ops.batch_norm import batch_norm
 from scan_fast.ops.families import FAMILIES, GPU_FAMILIES
 from scan_fast.views.render_fused import FusedRenderer
@@ -572,7 +572,7 @@ def test_a_first_use_in_any_state(state: str, tests: SelfTests) -> None:
         warnings.simplefilter("error")
         if state == "grad transform":
             seen = []
-            torch.func.grad(lambda z: (seen.append(native.use_native("auto", z, "scan_loss_forward")), z.sum())[1])(x)
+            torch.func.grad(lambda z: (seen.append(dispatch.use_native("auto", z, "scan_loss_forward")), z.sum())[1])(x)
             assert seen == [True]
         elif state == "fake":
             with FakeTensorMode():

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import scan_fast
 from benchmarks.augment import draw, views
-from scan_fast.ops import native, reference
+from scan_fast.ops import dispatch, reference
 from scan_fast.ops.batch_norm import batch_norm
 
 from .process import SETS, emit, kernel_set, prefer
@@ -34,7 +34,7 @@ FAMILIES = {"augment", "batch_norm", "nt_xent"}
 class Norm(nn.BatchNorm2d):
     """Batch normalisation, a residual and ReLU: our operator, or PyTorch's three."""
 
-    impl: native.Impl = "reference"
+    impl: dispatch.Impl = "reference"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
         tensors = (self.weight, self.bias, self.running_mean, self.running_var)

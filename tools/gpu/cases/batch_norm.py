@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from scan_fast.ops import native
+from scan_fast.ops import dispatch
 from scan_fast.ops.batch_norm import batch_norm
 from scan_fast.ops.self_tests.comparison import with_gradients
 
@@ -32,7 +32,7 @@ class Layer:
     training: bool = False
     unaligned: bool = False
 
-    def __call__(self, impl: native.Impl, x: Tensor, other: Tensor, upstream: Tensor) -> Tensors:
+    def __call__(self, impl: dispatch.Impl, x: Tensor, other: Tensor, upstream: Tensor) -> Tensors:
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         channels = torch.linspace(0.5, 1.5, x.shape[1], dtype=kind, device=x.device)
         weight, bias, mean, var = channels, (channels - 1) / 10, (channels - 1) / 5, 2 * channels

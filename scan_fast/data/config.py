@@ -17,9 +17,12 @@ class DataConfig(Settings):
     """Images that a run works on.
 
     Attributes:
-        source: the name of a data set, "folder" for your own images, or PREFIX:ARGUMENT for images in containers.
+        source: a data set (digits, cifar10, cifar20, stl10, imagenet), "folder" for your own images, or images in
+            containers: hf:DATASET[:SPLIT[:SPLIT]] (Hugging Face, from the Hub or a local folder), webdataset:SHARDS
+            (tar files) or parquet:GLOB. Shards and files may be a folder, or a pattern with {000..010} and wildcards.
         root: folder of the images; for data sets that are downloaded, the folder they are kept in (default
-            ~/.cache/scan-fast/data); for containers, the folder that relative paths in `source` start from.
+            ~/.cache/scan-fast/data; for hf, the library's own); for webdataset and parquet, the folder that relative
+            patterns start from.
         download: whether a missing data set may be downloaded.
         image_size: side of the stored square images in pixels. Default: the data set's own; 224 for ImageNet; for
             folders and containers 32, 64, 96 or 128 by the median shorter side (see `folders.default_size`).
@@ -30,10 +33,10 @@ class DataConfig(Settings):
             imagenet_100.txt and imagenet_200.txt without a folder are SCAN's ImageNet subsets.
         labels: "auto" reads labels if there are any, for reporting only; "none" ignores them.
         on_error: "raise" at an unreadable image, or "skip" it and list it in skipped.csv.
-        resident: where decoded images are kept. "host": in memory, decoded once. "device": likewise, then moved to the
-            run's GPU. "files": nowhere; images are decoded at each use (sources without encoded images stay on the
-            host). "auto": on the host if they take at most half of its free memory, and then on the GPU if they take at
-            most a quarter of its free memory. Results are the same.
+        resident: memory that keeps decoded images. "host": main memory, decoded once. "device": likewise, then moved to
+            the run's GPU. "files": none; images are decoded at each use (sources without encoded images stay on the
+            host). "auto": the host if they take at most half of its free memory, and then the GPU if they take at most
+            a quarter of its free memory. Results are the same.
         crop: pixels that the boxes of views are cut from. "image": the square image of image_size pixels. "file": the
             same region of the encoded image at full resolution, so that small boxes of large photographs stay sharp and
             nothing is resized twice; images are then decoded at each use. Sources without encoded images use "image".

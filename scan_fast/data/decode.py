@@ -56,7 +56,7 @@ class Header(NamedTuple):
     Attributes:
         height, width: of the upright image, in pixels.
         orientation: EXIF orientation, 1 to 8; 1 is upright as stored.
-        jpeg: whether it is a grey or YCbCr JPEG, which every JPEG decoder reads alike.
+        jpeg: whether it is a grey or YCbCr JPEG, for which all JPEG decoders agree on the colors.
     """
 
     height: int

@@ -31,7 +31,7 @@ class DecodeCache:
 
     @property
     def changed(self) -> bool:
-        """Whether images were recalled or noted, and the record differs from the former one."""
+        """True if images were recalled or noted and the record differs from the former one."""
         return bool(self._entries) and self._entries != self._former
 
     def recall(self, identity: Identity) -> Header | None:

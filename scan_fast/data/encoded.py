@@ -1,4 +1,4 @@
-"""Encoded images by number: in files of their own, or as items of a container such as a tar shard."""
+"""Encoded images by number: one file each, or items of a container such as a tar shard."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Selection(EncodedImages):
 
 
 class ImagePaths(EncodedImages):
-    """Images in files of their own.
+    """Images in one file each.
 
     Args:
         files: paths relative to the root.

@@ -103,7 +103,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bool = True) -> Listing:
-    """List a folder: labelled if it holds two or more sub-folders of images and no image beside them.
+    """List a folder: labelled if it holds two or more sub-folders of images and no image outside them.
 
     Args:
         folder: the folder.

@@ -1,4 +1,4 @@
-"""Folder layouts, splits and configurations; every image is made here."""
+"""Folder layouts, splits and configurations, on images that the tests write."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_statistics_may_be_set() -> None:
 
 
 def test_cifar20_superclasses() -> None:
-    """Five fine classes each; spot checks against the dataset's published table."""
+    """Five fine classes each; spot checks against the published table of the data set."""
     assert np.bincount(CIFAR20_COARSE).tolist() == [5] * 20 and len(CIFAR20_NAMES) == 20
     fine = {"apple": 0, "aquarium_fish": 1, "baby": 2, "bear": 3, "bee": 6, "maple_tree": 47, "rocket": 69, "worm": 99}
     coarse = {name: CIFAR20_NAMES[CIFAR20_COARSE[number]] for name, number in fine.items()}

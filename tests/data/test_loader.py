@@ -73,7 +73,7 @@ def test_view_maker_draws_by_sample_and_shows_the_image() -> None:
 
 
 def test_several_views_are_those_that_are_made_alone() -> None:
-    """And every image is read once for all of them."""
+    """Every image is read once for all views."""
 
     class Counting(TensorSource):
         reads = 0
@@ -136,7 +136,7 @@ def test_prefetch_ends_its_threads_when_the_consumer_stops() -> None:
 
 
 def test_prefetch_runs_ahead_and_side_by_side() -> None:
-    """While the first result is in use the next two are being made, at the same time."""
+    """While the consumer uses the first result, two threads compute the next two."""
     together = threading.Barrier(2)
 
     def meet(i: int) -> int:
@@ -162,7 +162,7 @@ def test_ranks_share_each_batch() -> None:
 
 @pytest.mark.parametrize("make_renderer", [TorchRenderer, FusedRenderer])
 def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRenderer]) -> None:
-    """The same part of the picture as without, in the file's resolution: the oracle cuts with PIL."""
+    """The same region as from resized images, at the resolution of the file; compared with crops of PIL."""
     size, side = 16, 24
     for i, pixels in enumerate(varied(6, 90, 130).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")

@@ -1,4 +1,4 @@
-"""Where images are kept, and by which rule."""
+"""Placement of decoded images, and the rules of `auto`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path, monkeypatch: pytest
 
 
 def test_all_parts_are_kept_or_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training part alone would fit."""
+    """The training part alone fits in memory."""
     for free, resident in ((2 * 12 * 8 * 8 * 3, True), (2 * 12 * 8 * 8 * 3 - 2, False)):
         monkeypatch.setattr(placement, "free_memory", lambda free=free: free)
         splits = open_splits(DataConfig(root=folder, image_size=8))

@@ -29,13 +29,13 @@ def save(path: Path, array: np.ndarray, mode: str | None = None, **options: obje
 
 
 def pictures(folder: Path, n: int, size: int = 12) -> list[str]:
-    """Write images 000.png and so on, and return their names."""
+    """Write images 000.png, 001.png, ... and return their names."""
     images = varied(n, size, size).numpy()
     return [save(folder / f"{i:03d}.png", image).name for i, image in enumerate(images)]
 
 
 def cut(path: Path, length: int) -> None:
-    """Cut a file to its first bytes, or by its last ones."""
+    """Truncate a file to `length` bytes, or by -`length` bytes if it is negative."""
     path.write_bytes(path.read_bytes()[:length])
 
 
@@ -111,7 +111,7 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> No
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resident: bool, suffix: str) -> None:
-    """Its header is fine, so only its end, or decoding it, shows what is missing."""
+    """The header is intact, so only the end of the file, or decoding it, shows the error."""
     files = [f"{i}.{suffix}" for i in range(3)]
     for name, image in zip(files, varied(3, 64, 64).numpy(), strict=True):
         save(tmp_path / name, image)

@@ -1,1 +1,20 @@
-"""Benchmarks: ``python -m benchmarks.NAME [--device cpu|cuda] [--json FILE]``."""
+"""Benchmarks: ``python -m benchmarks.NAME [--device cpu|cuda] [--json FILE]``, or ``scan-fast bench NAME ...``."""
+
+BENCHMARKS = {
+    "nt_xent": "NT-Xent loss, forward and backward",
+    "scan_loss": "SCAN loss, forward and backward",
+    "self_label": "self-label loss, forward and backward",
+    "neighbors": "exact top-k neighbour search",
+    "batch_norm": "batch normalisation, residual and ReLU in training",
+    "convolution": "convolution in bfloat16, forward and both gradients",
+    "augment": "the kernel that renders views",
+    "views": "augmented views per second, by renderer",
+    "streaming": "a folder of images that is decoded at each use",
+    "step": "the parts of a SimCLR step's time",
+    "end_to_end": "every stage of a run, compared with plain PyTorch",
+    "accuracy": "accuracy of a configuration over seeds",
+    "trials": "quality and cost of changes to a configuration",
+    "targets": "the promises of this project, measured",
+    "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",
+}
+"""Name and description of each benchmark that ``scan-fast bench`` offers."""

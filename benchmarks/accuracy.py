@@ -1,21 +1,21 @@
 """Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
 
-With ``--out`` the run folders are kept, and a run that was interrupted goes on.
+With ``--out`` the run folders are kept, and an interrupted run is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from scan_fast.devices import choose_device
 from scan_fast.runs.config import find_config, load_config
 from scan_fast.sweep import sweep
-from scan_fast.training.context import choose_device
 
 from .environment import describe
+from .files import write_json
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         device = choose_device(options.device).type
         content: dict[str, Any] = {"benchmark": "accuracy", "title": f"Accuracy of {config.name}", "device": device}
         content |= {"environment": describe(device), "config": config.model_dump(mode="json"), "results": results}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(options.json, content)
 
 
 if __name__ == "__main__":

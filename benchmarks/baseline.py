@@ -1,41 +1,35 @@
 """The learned stages as training code usually writes them: the baseline of :mod:`benchmarks.end_to_end`.
 
-Written from the paper (https://arxiv.org/abs/2005.12320) and its published settings, in the manner of its time: files
-are opened and changed by PIL and torchvision in DataLoader workers, the network runs in contiguous float32, losses are
-put together from PyTorch operations (:mod:`benchmarks.eager`), heads are a list, and every step's loss is read with
-``.item()``. Nothing in it is slowed down on purpose, and nothing of this package's data path, loop, losses or network
-is used. It takes the same configuration, so that both sides do the same work.
+It is written from the paper (https://arxiv.org/abs/2005.12320) and its published settings, in the style of its time:
+PIL and torchvision open and transform files in DataLoader workers (:mod:`benchmarks.baseline_images`), the network runs
+in contiguous float32, losses are composed of PyTorch operations (:mod:`benchmarks.eager`), heads are a list, and every
+step reads its loss with ``.item()``. Nothing in it is slowed down on purpose. It uses neither the data path of this
+package nor its loop, losses or network. It takes the same configuration, so that both sides do the same work.
 
-The networks have the parameter names of :mod:`scan_fast.models`: weights can be handed from one to the other.
+Parameters are named as in :mod:`scan_fast.models`, so that weights can be copied from one side to the other.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
-from scan_fast.data.datasets import Triple
 from scan_fast.methods import SimCLRSettings
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.objectives import SCANSettings
 from scan_fast.runs.config import ClusteringConfig, PretextConfig, SelfLabelConfig, TrainingConfig
 from scan_fast.training.loop import learning_rate_factor
-from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, PlainView, SimCLRView, StrongView, View
 
 from . import eager
-from .views import STRONG
+from .baseline_images import Pairs, Single
 
-Opener = Callable[[int], Image.Image]
 Views = Sequence[Tensor]
 
 # ---- networks ----------------------------------------------------------------------------------------------------
@@ -91,7 +85,11 @@ class ResNet(nn.Module):
 
 
 def resnet(config: ModelConfig) -> ResNet:
-    """Build the network of a configuration; raises ValueError for one that the baseline does not have."""
+    """Build the network of a configuration.
+
+    Raises:
+        ValueError: for a backbone that the baseline does not have.
+    """
     shapes: dict[str, tuple[Sequence[int], Sequence[int]]] = {
         "resnet18_cifar": ((64, 128, 256, 512), (2, 2, 2, 2)),
         "resnet18_stl": ((64, 128, 256, 512), (2, 2, 2, 2)),
@@ -137,114 +135,6 @@ class ClusteringModel(nn.Module):
         return self.heads(self.backbone(x))
 
 
-# ---- images ------------------------------------------------------------------------------------------------------
-
-
-class RandomOperations:
-    """Apply ``n`` of the strong view's operations, drawn with replacement, each with a magnitude of its own."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for name, low, high in random.choices(STRONG_OPERATIONS, k=self.n):
-            image = STRONG[name](image, random.uniform(low, high))
-        return image
-
-
-class Cutout:
-    """Set a square around a random centre to zero; its side is drawn from 1 to ``length``."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if self.length == 0:
-            return image
-        height, width = image.shape[1:]
-        half = random.randint(1, self.length) // 2
-        y, x = random.randrange(height), random.randrange(width)
-        image[:, max(y - half, 0) : y + half, max(x - half, 0) : x + half] = 0
-        return image
-
-
-def transform(view: View, mean: Triple, std: Triple) -> Callable[[Image.Image], Tensor]:
-    """Return the torchvision transform of a view."""
-    finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    steps: list[Any]
-    if isinstance(view, SimCLRView):
-        jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-        steps = [
-            transforms.RandomResizedCrop(view.side, scale=view.scale, ratio=view.ratio),
-            transforms.RandomHorizontalFlip(view.flip),
-            transforms.RandomApply([jitter], p=view.jitter),
-            transforms.RandomGrayscale(p=view.grayscale),
-            *finish,
-        ]
-    elif isinstance(view, StrongView):
-        steps = [
-            transforms.RandomHorizontalFlip(view.flip),
-            transforms.RandomCrop(view.side),
-            RandomOperations(view.operations),
-            *finish,
-            Cutout(view.cutout),
-        ]
-    elif isinstance(view, AffineView):
-        shift = (view.translate, view.translate)
-        steps = [
-            transforms.RandomAffine(view.degrees, shift, view.scale, view.shear),
-            transforms.ColorJitter(view.brightness, view.contrast),
-            *finish,
-            Cutout(view.cutout),
-        ]
-    else:
-        assert isinstance(view, PlainView)
-        steps = [transforms.CenterCrop(view.side), *finish]
-    return transforms.Compose(steps)
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side and cut out the centre."""
-    cut: Image.Image = transforms.CenterCrop(size)(transforms.Resize(size)(image))
-    return cut
-
-
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of every image: of itself twice, or of it and one of its neighbours, drawn anew each time."""
-
-    def __init__(
-        self,
-        n: int,
-        opener: Opener,
-        first: Callable[[Image.Image], Tensor],
-        second: Callable[[Image.Image], Tensor],
-        neighbors: Tensor | None = None,
-    ) -> None:
-        self.n, self.opener, self.first, self.second = n, opener, first, second
-        self.neighbors = None if neighbors is None else neighbors.tolist()
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self.opener(index)
-        other = image if self.neighbors is None else self.opener(random.choice(self.neighbors[index]))
-        return self.first(image), self.second(other)
-
-
-class Single(Dataset[Tensor]):
-    """One view of every image."""
-
-    def __init__(self, n: int, opener: Opener, view: Callable[[Image.Image], Tensor]) -> None:
-        self.n, self.opener, self.view = n, opener, view
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.view(self.opener(index))
-
-
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +145,7 @@ class Stage(ABC):
         model: trained in place, in its device's contiguous float32.
         config: epochs, batch size, optimiser, schedule.
         dataset: the pairs of views.
-        device: where the network is.
+        device: of the network.
         workers: processes that make the views.
     """
 
@@ -287,7 +177,7 @@ class Stage(ABC):
         self.model.train()
 
     def after_step(self) -> None:  # noqa: B027
-        """Do what follows every update; nothing, in most stages."""
+        """Run after every update; nothing in most stages."""
 
     def set_rate(self, epoch: int) -> None:
         factor = learning_rate_factor(self.config.schedule, epoch, self.config.epochs)
@@ -369,7 +259,7 @@ class SCAN(Stage):
 
 
 class SelfLabel(Stage):
-    """Stage three: labels from confident predictions on plain images, learnt on strongly changed ones."""
+    """Stage three: labels from confident predictions on plain images, learned on strongly augmented ones."""
 
     config: SelfLabelConfig
 
@@ -378,7 +268,7 @@ class SelfLabel(Stage):
     ) -> None:
         super().__init__(model, config, dataset, device, workers)
         if config.ema is not None and config.ema_mode != "teacher":
-            raise ValueError(f"the baseline knows selflabel.ema_mode=teacher, got {config.ema_mode!r}")
+            raise ValueError(f"the baseline has selflabel.ema_mode=teacher only, got {config.ema_mode!r}")
         self.teacher = self.model if config.ema is None else copy.deepcopy(self.model).eval()
 
     def forward(self, views: Views) -> list[Tensor]:

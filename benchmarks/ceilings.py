@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured with library calls, and the time that a given amount of work then needs."""
+"""Peak rates of the machine, measured with library calls, and the time that a given amount of work needs at them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scan_fast.ops import native
 
 @dataclass(frozen=True)
 class Work:
-    """The work no implementation of an algorithm avoids.
+    """Work that no implementation of an algorithm avoids.
 
     Attributes:
         flops: multiplications and additions in matrix products.
@@ -30,7 +30,7 @@ class Work:
 
 
 def limit(work: Work, ceilings: dict[str, float]) -> tuple[float, str]:
-    """Return the least seconds for some work, and what bounds it: matrix products, memory or exponentials.
+    """Return the least seconds for some work, and its bound: "products", "memory" or "exponentials".
 
     The three may overlap, so the limit is the longest of them. Exponentials have a ceiling on GPUs only.
     """
@@ -63,10 +63,10 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
     """Measure the best rates over several runs, on random data, once per process.
 
     Returns:
-        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second; ``tiles_bfloat16``,
-        of a processor with AMX: products of tiles out of the first cache, which no product exceeds; ``copy_bytes`` in
-        bytes read plus written per second, and on CUDA ``exp``, evaluations per second by the number of units and
-        the highest clock (16 per clock and multiprocessor).
+        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second; ``tiles_bfloat16`` on
+        a CPU with AMX: products of tiles in the first-level cache, an upper bound of all products; ``copy_bytes`` in
+        bytes read plus written per second; and on CUDA ``exp``, evaluations per second by the number of units and the
+        highest clock (16 per clock and multiprocessor).
     """
     n = (8192 if device == "cuda" else 2048) // (4 if quick else 1)
     repeats = 3 if quick else 8
@@ -86,7 +86,7 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
     finally:
         torch.set_float32_matmul_precision(before)
     if device == "cpu" and native.is_available() and (tiles := native.amx_peak_rate()) > 0:
-        # Library products reach half of it; ours can come nearer.
+        # Library products reach half of it; ours can exceed that.
         rates["tiles_bfloat16"] = tiles * torch.get_num_threads()
     size = ((4 << 30) if device == "cuda" else (256 << 20)) // (16 if quick else 1)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
@@ -102,9 +102,9 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
 
 @functools.cache
 def measure_convolution(device: str, dtype: torch.dtype) -> float:
-    """Measure the best rate of a 3x3 convolution in flops per second, once per process: what a ResNet is made of.
+    """Measure the best rate of a 3x3 convolution, the main work of a ResNet, in flops per second, once per process.
 
-    Forward alone, 128 to 128 channels at 16x16 in channels-last layout: the middle of a ResNet-18 on 32x32 images.
+    Forward only, 128 to 128 channels at 16x16 in channels-last layout: the middle of a ResNet-18 on 32x32 images.
     """
     batch, channels, side = (1024 if device == "cuda" else 64), 128, 16
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)

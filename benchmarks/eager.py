@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch, as training code usually writes them: the baseline of every comparison.
+"""The operations in plain PyTorch, as training code usually writes them: the baseline of all comparisons.
 
 They are not tuned against this project: a matrix of logits, a mask, a cross-entropy. The SCAN loss follows the paper's
 formulation (probabilities, a clamped logarithm, one head after the other), not the log-space form of this package.
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float, anchors: str = "both") -> Tensor:
-    """The mean SimCLR loss of (N, D) embeddings, by way of the (2N, 2N) matrix of logits.
+    """Return the mean SimCLR loss of (N, D) embeddings, computed from the (2N, 2N) matrix of logits.
 
-    ``anchors="first"``: over the rows of ``z0`` alone, as the SCAN paper's code trains; the matrix is (N, 2N).
+    With ``anchors="first"`` only the rows of ``z0`` are anchors, as in the SCAN paper's code; the matrix is (N, 2N).
     """
     n = z0.shape[0]
     z = F.normalize(torch.cat([z0, z1]), dim=1)
@@ -27,7 +27,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, anchors: str = "both") -
 
 
 def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> Tensor:
-    """The SCAN loss of (B, C), or summed over the heads of (H, B, C) logits."""
+    """Return the SCAN loss of (B, C) logits, or its sum over the heads of (H, B, C) logits."""
     if anchors.ndim == 3:
         heads = [scan_loss(a, n, entropy_weight) for a, n in zip(anchors, neighbors, strict=True)]
         return torch.stack(heads).sum()
@@ -40,7 +40,7 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> Tens
 
 
 def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: bool = True) -> Tensor:
-    """Cross-entropy, class-balanced or not, on the rows whose weak prediction is confident; it needs at least one."""
+    """Return the cross-entropy, class-balanced or not, of the rows whose weak prediction is confident; at least one."""
     confidence, label = weak.detach().softmax(dim=1).max(dim=1)
     confident = confidence > threshold
     target = label[confident]
@@ -53,7 +53,7 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: boo
 
 
 def topk_neighbors(x: Tensor, k: int, rows_per_chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """Cosine neighbours by matrix product and torch.topk, a chunk of queries at a time, self masked out."""
+    """Return cosine neighbours by matrix product and torch.topk, a chunk of queries at a time, self masked out."""
     x = F.normalize(x, dim=1)
     values, indices = [], []
     for start in range(0, x.shape[0], rows_per_chunk):
@@ -66,7 +66,7 @@ def topk_neighbors(x: Tensor, k: int, rows_per_chunk: int = 4096) -> tuple[Tenso
 
 
 def topk_neighbors_tiled(x: Tensor, k: int, query_tile: int = 512, column_tile: int = 262_144) -> tuple[Tensor, Tensor]:
-    """The algorithm of faiss's flat GPU index with PyTorch's kernels: float32 tiles, their top k, a merge of tiles."""
+    """Search as faiss's flat GPU index, with PyTorch's kernels: float32 tiles, their top k, a merge of tiles."""
     x = F.normalize(x, dim=1)
     values, indices = [], []
     for start in range(0, x.shape[0], query_tile):

@@ -2,19 +2,19 @@
 
     python -m benchmarks.end_to_end --device cpu --data FOLDER [--budget SECONDS] [--json FILE] [section.key=value ...]
 
-The images are those below ``--data``; without it, 2,000 synthetic JPEG files of 32x32 pixels are made. The settings are
-the ``paper`` preset of ``--config``, for both sides. The baseline, ``benchmarks/baseline.py``, is what the paper's era
-wrote: PIL in loader workers, contiguous float32, losses from PyTorch operations, ``.item()`` in every step.
+The images are those below ``--data``; without it, 2,000 synthetic JPEG files of 32x32 pixels are made. Both sides use
+the ``paper`` preset of ``--config``. The baseline, ``benchmarks/baseline.py``, is written in the style of the paper's
+time: PIL in loader workers, contiguous float32, losses composed of PyTorch operations, ``.item()`` in every step.
 
-Per stage, in one process: both start from the same weights and are trained in turns, an epoch each. The first epoch is
-reported as cold (start of threads and workers, compilation, caches), the median of the others as warm. ``images/s``
-counts training images. ``of peak`` compares with the time that the network's convolutions and matrix products alone
-would need at the rate of a large matrix product (of AMX tiles out of the first cache, where they exist), and of a large
-convolution of PyTorch's, measured in this process at the contender's precision. The parts of a step come from steps
-made by hand afterwards, each part waited for; ``waiting`` is, for ours, what an epoch takes beyond its parts, and for
-the baseline the time its loop waits for the workers.
+Each stage runs in one process: both sides start from the same weights and train in turns, an epoch each. The first
+epoch is reported as cold (start of threads and workers, compilation, caches), the median of the others as warm.
+``images/s`` counts training images. ``of peak`` compares with the time that the convolutions and matrix products of the
+network would need at the rate of a large matrix product (of AMX tiles in the first-level cache, if there are any), and
+of a large convolution of PyTorch, measured in this process at the contender's precision. The parts of a step are
+measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts, and
+for the baseline the time that its loop waits for the workers.
 
-Before that, both make a few float32 steps on the very same rendered views, and every step's losses are compared.
+Before that, both make a few float32 steps on the same rendered views, and the losses of every step are compared.
 
 Mining is timed as a whole (features and neighbours), and the search alone on 50,000 x 128 against faiss.
 """
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -36,20 +35,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from scan_fast.runs.artifacts import PRETEXT_MODEL
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import StageResult
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.stages.mining import run_mining
 from scan_fast.training.context import Context, open_context
 from scan_fast.training.loop import steps_per_epoch, train
 from scan_fast.training.process import kept_memory
 
-from . import baseline, neighbors
+from . import baseline, baseline_images, neighbors
 from .ceilings import measure_ceilings, measure_convolution
 from .environment import describe
 from .family import human_seconds, run_family
+from .files import write_json
 from .harness import QUICK, Effort
 from .stage_pairs import (
     Images,
@@ -77,7 +78,7 @@ class Enough(Exception):
 
 @dataclass
 class Clock:
-    """Wall and processor seconds of this process and of the loader workers that have ended."""
+    """Wall and CPU seconds of this process and of the loader workers that have ended."""
 
     device: torch.device
     wall: list[float] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Clock:
         return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
 
     def result(self) -> dict[str, Any]:
-        """Return the cold epoch, and of the others the median, the range and the processor time."""
+        """Return the cold epoch, and the median, range and CPU time of the others."""
         warm, cpu = sorted(self.wall[1:]), self.cpu[1:]
         return {
             "cold_seconds": self.wall[0],
@@ -115,7 +116,7 @@ def interleave(pair: Pair, context: Context, rounds: int, seconds: float) -> tup
     """Train both in turns, an epoch each: one cold round, then ``rounds`` more, or until ``seconds`` have passed."""
     begin = time.perf_counter()
     ours, theirs = Clock(context.device), Clock(context.device)
-    # A run keeps its freed memory; the baseline has the allocator that every program has.
+    # A run keeps its freed memory; the baseline uses the default allocator.
     memory = contextlib.ExitStack()
 
     def other_side(epoch: int, last: bool) -> dict[str, float]:
@@ -131,7 +132,7 @@ def interleave(pair: Pair, context: Context, rounds: int, seconds: float) -> tup
         ours.start()
         return {}
 
-    # In place of the stage's own evaluation: what is timed is the training.
+    # Instead of the evaluation of the stage: only training is timed.
     pair.ours.end_epoch = other_side  # type: ignore[method-assign]
     with contextlib.suppress(Enough), memory:
         memory.enter_context(kept_memory())
@@ -188,11 +189,11 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
     plain.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
     if config.mining.features != "projection":
         raise ValueError(f"the baseline mines the projection, mining.features is {config.mining.features!r}")
-    view = baseline.transform(context.plain_view, images.splits.mean, images.splits.std)
+    view = baseline_images.transform(context.plain_view, images.splits.mean, images.splits.std)
     train_split, test_split = images.splits.train, images.splits.test
     parts = (
-        (baseline.Single(len(train_split), images.train, view), config.mining.k),
-        (baseline.Single(len(test_split), images.test, view), min(config.mining.test_k, len(test_split) - 1)),
+        (baseline_images.Single(len(train_split), images.train, view), config.mining.k),
+        (baseline_images.Single(len(test_split), images.test, view), min(config.mining.test_k, len(test_split) - 1)),
     )
     ours, theirs = Clock(context.device), Clock(context.device)
     begin = time.perf_counter()
@@ -241,7 +242,7 @@ def measure(
             for name in stages:
                 if name == "mining":
                     assert model is not None
-                    run.save(PRETEXT_MODEL, {"model": model.state_dict()})
+                    run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
                     run.finish_stage("pretext", 0.0, {}, config.seed)
                     entry = measure_mining(context, images, model, effort)
                 else:
@@ -256,7 +257,7 @@ def describe_stage(entry: dict[str, Any]) -> str:
     lines = [f"\n{entry['stage']}, {entry['images']:,} images an epoch"]
     for side in ("ours", "baseline"):
         r = entry[side]
-        line = f"  {side:<9}{r['seconds']:9.2f} s  cold {r['cold_seconds']:8.2f} s  processor {r['cpu_seconds']:8.2f} s"
+        line = f"  {side:<9}{r['seconds']:9.2f} s  cold {r['cold_seconds']:8.2f} s  CPU {r['cpu_seconds']:8.2f} s"
         line += f"  {r['images_per_second']:9,.0f} images/s"
         if "of_product_peak" in r:
             line += f"  {r['of_product_peak']:.0%} of product, {r['of_convolution_peak']:.0%} of convolution peak"
@@ -276,7 +277,7 @@ def _worst(entry: dict[str, Any]) -> float:
 
 
 def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
-    """Return the configuration of both sides: the paper's preset, without evaluation and checkpoints on the way."""
+    """Return the configuration of both sides: the paper's preset, without evaluation and checkpoints in between."""
     file = find_config(name)
     changes = {
         "preset": "paper",
@@ -286,7 +287,7 @@ def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
     }
     config = load_config(file, overrides, changes)
     if config.selflabel is not None and not any(word.startswith("selflabel.threshold=") for word in overrides):
-        # So few epochs make nobody 99 % sure, and a step without a confident image would train nothing.
+        # After so few epochs no prediction is 99 % confident, and a step without a confident image trains nothing.
         threshold = 1.2 / (config.clustering.n_clusters or 10)
         changed = config.selflabel.model_copy(update={"threshold": threshold})
         config = config.model_copy(update={"selflabel": changed})
@@ -329,8 +330,7 @@ def main() -> None:
     search = run_family(neighbors.FAMILY, options.device, [size], effort, ["scan-fast", "faiss IndexFlatIP"])
     result["search"] = search["cases"][0]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a result has to say about where it was measured."""
+"""Description of the machine and the code that a result belongs to."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """SCAN_FAST_COMMIT, for a tree without git's own folder; what git says; or "unknown"."""
-    told = os.environ.get("SCAN_FAST_COMMIT", "").strip()
-    if told:
-        return told
+    """Return SCAN_FAST_COMMIT (for a tree without its .git folder), else the commit of git, else "unknown"."""
+    given = os.environ.get("SCAN_FAST_COMMIT", "").strip()
+    if given:
+        return given
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -24,9 +24,9 @@ from .family import Family, Target, main
 from .harness import Case, Contender, Tensors
 
 CHECKED_QUERIES = 512
-# What faiss's flat index does on a GPU, with PyTorch's kernels, whether or not faiss-gpu is installed.
+# The algorithm of faiss's flat index on a GPU with PyTorch's kernels, whether or not faiss-gpu is installed.
 FAISS_GPU = "faiss-gpu's algorithm (torch.mm + topk)"
-# With more rows, whoever writes all similarities to memory in float32 needs tens of seconds on any GPU.
+# With more rows, a contender that writes all similarities to memory in float32 needs tens of seconds on any GPU.
 MOST_ROWS_OF_PEERS = 300_000
 
 
@@ -39,7 +39,7 @@ def _faiss(x: Tensor, k: int) -> Tensors:
     if x.is_cuda:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index)
     index.add(rows)
-    # As people do: ask for one more, and drop the query itself.
+    # The usual way: ask for one more, and drop the query itself.
     similarity, neighbor = (torch.from_numpy(result) for result in index.search(rows, k + 1))
     itself = neighbor == torch.arange(len(rows))[:, None]
     itself[~itself.any(dim=1), k] = True
@@ -47,7 +47,7 @@ def _faiss(x: Tensor, k: int) -> Tensors:
 
 
 def _exact(x: Tensor, k: int) -> Tensors:
-    """For evenly spaced queries: their row numbers and the k best similarities in float64; and the unit rows."""
+    """Return row numbers of evenly spaced queries, their k best similarities in float64, and the unit rows."""
     unit = F.normalize(x.double(), dim=1)
     queries = torch.linspace(0, x.shape[0] - 1, min(CHECKED_QUERIES, x.shape[0]), device=x.device).long().unique()
     similarity = unit[queries] @ unit.T
@@ -56,7 +56,7 @@ def _exact(x: Tensor, k: int) -> Tensors:
 
 
 def _error(ours: Tensors, exact: Tensors) -> float:
-    """The largest absolute error of a similarity or of its pair; infinity for self, repeated or invalid neighbours."""
+    """Return the largest absolute error of a similarity or its pair; infinite for self, repeated or invalid indices."""
     queries, best, unit = exact
     value, index = (result.to(unit.device)[queries] for result in ours)
     in_range = bool(((index >= 0) & (index < len(unit))).all())
@@ -73,7 +73,7 @@ def case(size: str, device: str) -> Case:
     rows, dim, k = (int(part) for part in size.split("x"))
 
     def inputs(seed: int) -> Tensors:
-        # Clusters with spread: neighbours of real embeddings are neither all alike nor all unrelated.
+        # Clusters with spread: neighbours of real embeddings are neither all equal nor all unrelated.
         generator = torch.Generator().manual_seed(seed)
         centers = torch.randn(100, dim, generator=generator)
         label = torch.randint(0, 100, (rows,), generator=generator)

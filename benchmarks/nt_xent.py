@@ -187,7 +187,7 @@ def case(size: str, device: str) -> Case:
         exact16 = work(rows, dim, device, reduced_unit)
         full = Work(3 * exact16.flops, exact16.bytes, exact16.exponentials, reduced_unit)
     reduced = work(rows, dim, device, reduced_unit)
-    no_reduced = no_kernel or ("" if cuda or _cpu_has_bf16() else "the processor has no fast bfloat16 products")
+    no_reduced = no_kernel or ("" if cuda or _cpu_has_bf16() else "the CPU has no fast bfloat16 products")
     room = torch.cuda.get_device_properties(0).total_memory if cuda else 12 << 30
     too_large = "" if 24 * rows * rows < room else "the matrix of logits would not fit"
     contenders = [

@@ -1,4 +1,4 @@
-"""Each stage twice, ours and the baseline's, from the same images, settings and weights: for benchmarks and tests."""
+"""Pairs of stages, ours and the baseline's, with the same images, settings and weights: for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from scan_fast.training.context import Context, seeded
 from scan_fast.training.loop import Stage, steps_per_epoch
 from scan_fast.training.step import build_optimizer, write_learning_rate
 
-from . import baseline
+from . import baseline, baseline_images
 from .views import pictures
 
 HELD_OUT = 200
@@ -38,18 +38,18 @@ HELD_OUT = 200
 
 @dataclass
 class Images:
-    """What both sides learn from: our sources, and how the baseline opens image i of each of them."""
+    """Training data of both sides: our sources, and the functions with which the baseline opens their images."""
 
     splits: Splits
-    train: baseline.Opener
-    test: baseline.Opener
+    train: baseline_images.Opener
+    test: baseline_images.Opener
     what: str
 
 
 def open_images(config: Config, folder: Path | None, limit: int | None) -> Images:
-    """Open a folder of images; without one, the data set of the configuration.
+    """Open a folder of images, or the data set of the configuration if there is none.
 
-    All images of a folder are trained on; the held-out ones, which nothing here depends on, are the first of them.
+    All images of a folder are trained on; the first of them are also the held-out ones, which no figure depends on.
     """
     if folder is None:
         splits = open_splits(config.data.model_copy(update={"limit": limit}))
@@ -64,19 +64,19 @@ def open_images(config: Config, folder: Path | None, limit: int | None) -> Image
 
     def open_file(i: int) -> Image.Image:
         image = Image.open(files[i]).convert("RGB")
-        return image if image.size == (size, size) else baseline.square(image, size)
+        return image if image.size == (size, size) else baseline_images.square(image, size)
 
     splits = Splits(source, test, None, config.data.mean or mean, config.data.std or std)
     return Images(splits, open_file, open_file, f"{len(source)} image files of {size} x {size}")
 
 
-def _opener(source: Source) -> baseline.Opener:
+def _opener(source: Source) -> baseline_images.Opener:
     images = source.read(torch.arange(len(source))).numpy()
     return lambda i: Image.fromarray(images[i])
 
 
 def write_images(folder: Path, n: int, side: int = 32) -> Path:
-    """Write ``n`` smooth random JPEG files in ten class folders, where no real ones are given."""
+    """Write ``n`` smooth random JPEG files in ten class folders, for want of real ones."""
     for i, image in enumerate(pictures(n, side)):
         file = folder / f"{i % 10}" / f"{i:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,14 +89,14 @@ def write_images(folder: Path, n: int, side: int = 32) -> Path:
 
 @dataclass
 class Pair:
-    """One stage by both."""
+    """One stage of both sides."""
 
     ours: Stage[Any]
     baseline: baseline.Stage
 
 
 def default_workers() -> int:
-    """Return how many loader processes the baseline gets: one per core, at most 16."""
+    """Return the number of loader processes of the baseline: one per core, at most 16."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -107,19 +107,18 @@ def make_pair(
 
     Args:
         name: "pretext", "clustering" (after mining) or "selflabel".
-        context: where ours runs.
+        context: of our side.
         images: those of the context.
-        model: the network so far: none for the pretext stage, its model for clustering, the clustering model for
-            self-labelling.
+        model: the network of the previous stage: None for the pretext stage.
         workers: the baseline's loader processes.
     """
     config, splits = context.config, images.splits
     workers = default_workers() if workers is None else workers
     network, n = context.model_config, len(splits.train)
 
-    def pairs(first: Any, second: Any, neighbors: Tensor | None = None) -> baseline.Pairs:
-        views = [baseline.transform(context.view(view), splits.mean, splits.std) for view in (first, second)]
-        return baseline.Pairs(n, images.train, views[0], views[1], neighbors)
+    def pairs(first: Any, second: Any, neighbors: Tensor | None = None) -> baseline_images.Pairs:
+        views = [baseline_images.transform(context.view(view), splits.mean, splits.std) for view in (first, second)]
+        return baseline_images.Pairs(n, images.train, views[0], views[1], neighbors)
 
     if name == "pretext":
         method = config.pretext.method
@@ -176,8 +175,8 @@ def compare_losses(
 
     Args:
         make: builds the pair, with networks of ``dtype``.
-        context: where ours runs.
-        steps: at most so many, of the first epoch.
+        context: of our side.
+        steps: the largest number of steps; they are the first of the first epoch.
         batch_size: images per step. The learning rate is scaled with it.
         dtype: of networks and views. In float64 both must agree to rounding. In float32 an untrained network, whose
             embeddings all point the same way, turns the last bit of a loss into the third digit of a gradient, so only
@@ -211,7 +210,7 @@ def largest_difference(losses: Sequence[tuple[float, float]]) -> float:
 
 
 def training_flops(stage: baseline.Stage, side: int) -> float:
-    """Count the flops of the network's convolutions and matrix products per image of a training step."""
+    """Return the flops of the network's convolutions and matrix products per image of a training step."""
     images = 2
     views = [torch.randn(images, 3, side, side, device=stage.device) for _ in range(2)]
     stage.train_mode()
@@ -228,7 +227,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 class Parts:
-    """Adds up the seconds of the parts of a step, each waited for."""
+    """Adds up the seconds of the parts of a step, waiting for each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -240,7 +239,7 @@ class Parts:
         self.last = self._now()
 
     def mark(self, part: str) -> None:
-        """Count the time since the last mark for a part."""
+        """Add the time since the last mark to a part."""
         now = self._now()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
         self.last = now
@@ -252,7 +251,7 @@ class Parts:
 
 
 def our_parts(stage: Stage[Any], context: Context, steps: int) -> dict[str, float]:
-    """Make some steps by hand, and return the mean seconds of views, forward, loss, backward and optimiser."""
+    """Make some steps part by part; return the mean seconds of views, forward, loss, backward and optimiser."""
     optimizer = build_optimizer(stage.parameters(), stage.training.optimizer)
     size = stage.training.batch_size
     steps = min(steps, steps_per_epoch(stage.n_images, size))
@@ -262,7 +261,7 @@ def our_parts(stage: Stage[Any], context: Context, steps: int) -> dict[str, floa
     layers += [head for module in model.children() if isinstance(module, nn.ModuleList) for head in module]
     orders = epoch_batches(stream_key(context.config.seed, stage.name), 0, stage.n_images, size)
     parts = Parts(context.device)
-    # The loss is what a step does after the last of the network's modules.
+    # The loss is the part of a step after the last module of the network.
     hooks = [layer.register_forward_hook(lambda *_: parts.mark("forward")) for layer in layers]
     for _, indices in zip(range(steps), orders, strict=False):
         parts.start()
@@ -283,7 +282,7 @@ def our_parts(stage: Stage[Any], context: Context, steps: int) -> dict[str, floa
 
 
 def baseline_parts(stage: baseline.Stage, steps: int) -> dict[str, float]:
-    """Make some steps, and return the mean seconds of waiting (for the loader), forward, loss, backward, optimiser."""
+    """Make some steps; return the mean seconds of waiting (for the loader), forward, loss, backward, optimiser."""
     steps = min(steps, len(stage.loader))
     stage.train_mode()
     batches = iter(stage.loader)

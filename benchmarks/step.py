@@ -1,16 +1,15 @@
-"""Where a SimCLR step's time goes, in each way of carrying it out: ``python -m benchmarks.step [--device cpu|cuda]``.
+"""Time of a SimCLR step, its parts, and the ways of running it: ``python -m benchmarks.step [--device cpu|cuda]``.
 
-The settings are those of ``--config``; the images are random, kept where a run keeps them. Every way (plain, as a CUDA
-graph, through torch.compile, both) makes the same steps from the same weights: the time per step, the views per second,
-the share of the product peak, and the time of the views, which are made in between, are measured over ``--steps`` steps
-after a warm-up; a way that fails is named with its reason. The profile lists what the plain step spends on each kernel
-(on a processor, on each operator). Run this before a long run, to choose its ``runtime`` options.
+The settings are those of ``--config``; the images are random and placed as in a run. Every way (plain, as a CUDA graph,
+through torch.compile, both) makes the same steps from the same weights. Measured over ``--steps`` steps after a warm-up
+are the time per step, the views per second, the share of the product peak, and the time of the views, which are made in
+between. A way that fails is listed with its reason. The profile lists the time of each kernel of the plain step (on a
+CPU, of each operator). Use it before a long run to choose the ``runtime`` options.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -41,6 +40,7 @@ from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer
 from .ceilings import measure_ceilings
 from .environment import describe
 from .family import human_seconds
+from .files import write_json
 from .views import pictures
 
 WAYS = {"plain": (), "graph": ("graph",), "compiled": ("compiled",), "compiled graph": ("compiled", "graph")}
@@ -48,7 +48,7 @@ LISTED = 30
 
 
 class Steps:
-    """The steps of stage one, carried out in one way."""
+    """Steps of the pretext stage, run in one way."""
 
     def __init__(self, context: Context, way: Sequence[str]) -> None:
         with seeded(context.config.seed, Pretext.name):
@@ -57,7 +57,7 @@ class Steps:
         method = context.config.pretext.method.build(model, context.splits.train.size)
         self.stage = Pretext(context, model, method, Handover())
         self.optimizer = build_optimizer(self.stage.parameters(), self.stage.training.optimizer)
-        # A rate at which nothing diverges in the few steps that are made.
+        # At this rate nothing diverges in a few steps.
         write_learning_rate(self.optimizer, 1e-4)
         if "compiled" in way:
             compile_networks(self.stage.networks())
@@ -73,7 +73,7 @@ class Steps:
         self.failure = text
 
     def make(self, count: int) -> tuple[list[float], list[float]]:
-        """Make some steps, each waited for; return the seconds of the views and of what follows."""
+        """Make some steps and wait for each; return the seconds of the views and of the rest."""
         views, rest = [], []
         for indices in islice(self._orders, count):
             begin = self._now()
@@ -98,7 +98,7 @@ class Steps:
 
 
 def measure_way(context: Context, way: Sequence[str], steps: int, flops: float, peak: float) -> dict[str, Any]:
-    """Time one way, after the first step (which compiles and chooses kernels) and a warm-up."""
+    """Time one way after the first step, which compiles and chooses kernels, and a warm-up."""
     made = Steps(context, way)
     first = made.run(1)
     made.run(WARM_UP_STEPS + 2)
@@ -129,7 +129,7 @@ def training_flops(context: Context) -> float:
 
 
 def profiled(context: Context, steps: int) -> list[dict[str, Any]]:
-    """Return what takes the plain step's time, the longest first, in seconds per step."""
+    """Return the seconds per step of each kernel or operator of the plain step, the longest first."""
     made = Steps(context, ())
     made.run(WARM_UP_STEPS)
     on_gpu = context.device.type == "cuda"
@@ -178,7 +178,7 @@ def measure(config: Config, device: str, images: int, steps: int, quick: bool) -
                     continue
                 try:
                     entry = measure_way(context, way, steps, flops, peak)
-                except Exception as error:  # a missing compiler, memory: the other ways are still worth measuring
+                except Exception as error:  # no compiler, or no memory: the other ways are still worth measuring
                     entry = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
                 result["ways"][name] = entry
                 print(describe_way(name, entry), flush=True)
@@ -187,7 +187,7 @@ def measure(config: Config, device: str, images: int, steps: int, quick: bool) -
 
 
 def describe_way(name: str, entry: dict[str, Any]) -> str:
-    """Return one way's line for the terminal."""
+    """Format the results of a way for the terminal."""
     if "failed" in entry:
         return f"  {name:<16} {entry['failed']}"
     return (
@@ -201,8 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--config", default="cifar10", help="a configuration file, or the name of a shipped one")
-    parser.add_argument("--images", type=int, help="random images (default: 10,000 on a GPU, 1,024 on a processor)")
-    parser.add_argument("--steps", type=int, help="steps of a measurement (default: 20 on a GPU, 2 on a processor)")
+    parser.add_argument("--images", type=int, help="random images (default: 10,000 on a GPU, 1,024 on a CPU)")
+    parser.add_argument("--steps", type=int, help="steps of a measurement (default: 20 on a GPU, 2 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="a rehearsal, not a result")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -215,7 +215,7 @@ def main() -> None:
     for entry in result["profile"]:
         print(f"  {entry['name'][:80]:<{width}} {human_seconds(entry['seconds']):>9}  {entry['calls']:6.1f} calls")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

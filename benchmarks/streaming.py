@@ -1,8 +1,8 @@
-"""A folder that is decoded at each use: ``python -m benchmarks.streaming --files 100000``.
+"""Training from files that are decoded at each use: ``python -m benchmarks.streaming --files 100000``.
 
-Makes a folder of small JPEG files, and measures in a process of its own: the seconds of listing it and of opening it
-(which reads every header), the images per second of one shuffled epoch (decode, and two SimCLR views of each image),
-and the peak of resident memory beyond what the imported packages take. A second folder of a tenth of the files gives
+It makes a folder of small JPEG files and measures in a separate process: the seconds of listing it and of opening it
+(which reads every header), the images per second of one shuffled epoch (decoding, and two SimCLR views of each image),
+and the peak of resident memory beyond that of the imported packages. A second folder with a tenth of the files gives
 the memory per file. ``--resident`` keeps the decoded images instead, for comparison.
 """
 
@@ -29,6 +29,7 @@ from scan_fast.views import SimCLRView, ViewMaker
 from scan_fast.views.renderers import renderer_for
 
 from .environment import describe
+from .files import write_json
 from .memory import ROOT, reset_peak, resident_memory
 
 PER_FOLDER = 1000
@@ -54,12 +55,12 @@ def make_folder(folder: Path, files: int, width: int, height: int) -> None:
 def measure(
     folder: Path, device: str, image_size: int, batch_size: int, resident: bool, workers: int | None
 ) -> dict[str, Any]:
-    """List and open a folder, and go through one epoch of it."""
+    """List and open a folder, and render one epoch of it."""
     renderer = renderer_for("auto", (0.5,) * 3, (0.25,) * 3, torch.device(device))
     config = DataConfig(
         root=folder, image_size=image_size, labels="none", resident="auto" if resident else "files", workers=workers
     )
-    import torchvision.io  # noqa: F401  (a decoder; loading it is no part of what is measured)
+    import torchvision.io  # noqa: F401  (a decoder; loading it is not measured)
 
     before = reset_peak()
     begin = time.perf_counter()
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, help="decoding threads, by default one per core")
-    parser.add_argument("--resident", action="store_true", help="keep the decoded images where they fit")
+    parser.add_argument("--resident", action="store_true", help="keep the decoded images if they fit")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -144,7 +145,7 @@ def main() -> None:
             "results": [few, many],
             "bytes_per_file": growth,
         }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Recipes compared: what each change of a configuration does to quality, and what it costs in processor time.
+"""Compares recipes: the effect of changes of a configuration on quality, and their cost in CPU time.
 
     python -m benchmarks.trials --config digits --until mining --seeds 0 1 2 --json FILE -- \\
         "base" "one-sided: pretext.method.anchors=first"
 
-A trial is ``NAME: section.key=value ...``, or a name alone for the configuration as it is. The seeds of all trials are
-run in turns. Stages that two trials share are done once (their folders lie under ``--work``), and their cost is
-counted for both. The cost is processor time of the process, all its threads, so that a busy machine matters little.
-A file that is there already is continued: only what it lacks is run.
+A trial is ``NAME: section.key=value ...``, or a name alone for the configuration as it is. The seeds of all trials
+alternate. Stages that two trials share run once (their folders are in ``--work``), and their cost counts for both. The
+cost is CPU time of all threads of the process, so that a busy machine matters little. An existing ``--json`` file is
+continued: only what it lacks is run.
 
-Labels are looked at here, by whoever compares recipes; the code that a recipe runs in never does.
+Comparing recipes uses labels; training and selection in a run never do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
@@ -32,6 +33,7 @@ from scan_fast.stages.pipeline import STAGES, run_stage
 from scan_fast.training.context import open_context
 
 from .environment import describe
+from .files import write_json
 
 COLUMNS = {"knn_acc": "kNN", "purity": "purity", "test_purity": "test purity"}
 SHARED = ("seed", "precision", "data", "model")
@@ -44,14 +46,14 @@ def parse_trial(text: str) -> tuple[str, list[str]]:
 
 
 def stage_key(config: Config, stages: Sequence[str]) -> str:
-    """Return a name for what the given first stages of a run depend on."""
+    """Return a hash of the settings that the given first stages of a run depend on."""
     values = config.model_dump(mode="json")
     parts = {section: values[section] for section in (*SHARED, *stages)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, dict[str, float]]:
-    """Do the stages, or take them as another trial left them; return metrics and processor seconds per stage."""
+    """Run the stages, or reuse those of another trial; return metrics and CPU seconds per stage."""
     results: dict[str, dict[str, float]] = {}
     former: Path | None = None
     for number, stage in enumerate(stages, start=1):
@@ -62,24 +64,24 @@ def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, di
                 shutil.copytree(former, folder, ignore=shutil.ignore_patterns("results.json", "config.yaml"))
             run = RunFolder(folder)
             with run:
-                run.write_text("config.yaml", config.to_yaml())
+                run.write(CONFIG, config)
                 context = open_context(config, run, Tracker(run, quiet=True))
                 begin = time.process_time()
                 run_stage(context, STAGES[stage], Handover())
                 seconds = time.process_time() - begin
-                entry = run.summary()["stages"][stage]
+                entry = run.summary().stages[stage]
             metrics = {**entry, **entry.get("test", {})}
             wanted = ("knn_acc", "purity", "test_purity", "acc", "nmi")
             results[stage] = {key: float(metrics[key]) for key in wanted if key in metrics}
             results[stage]["cpu_seconds"] = round(seconds, 2)
-            (folder / "results.json").write_text(json.dumps(results))
+            write_json(folder / "results.json", results)
         results = json.loads((folder / "results.json").read_text())
         former = folder
     return results
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table: per trial the mean and, of several seeds, the deviation of every figure."""
+    """Return a Markdown table with the mean of every figure per trial and, for several seeds, its deviation."""
     trials = result["trials"]
     columns = list(
         dict.fromkeys(
@@ -109,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for all trials")
-    parser.add_argument("--until", choices=list(STAGES), default="mining", help="the last stage to do")
+    parser.add_argument("--until", choices=list(STAGES), default="mining", help="the last stage to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, help="keep the stages' folders here")
-    parser.add_argument("--json", type=Path, help="also write the result to this file, and go on from what it holds")
+    parser.add_argument("--json", type=Path, help="also write the result to this file, and continue what it holds")
     parser.add_argument("trials", nargs="+", metavar="NAME: section.key=value ...")
     options = parser.parse_args()
     stages = list(STAGES)[: list(STAGES).index(options.until) + 1]
@@ -139,7 +141,7 @@ def main() -> None:
                 trial["seeds"][str(seed)] = run_trial(config, stages, work)
                 print(f"seed {seed}, {name}: {json.dumps(trial['seeds'][str(seed)])}", flush=True)
                 if options.json:
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                    write_json(options.json, result)
     print("\n" + table(result))
 
 

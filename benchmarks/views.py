@@ -1,28 +1,26 @@
 """Views per second: the fused renderer, the torch renderer, and what people use: ``python -m benchmarks.views``.
 
-On the CPU every contender has one thread and its processor time is counted, so that a busy machine does not matter; on
-CUDA the clock runs around eight batches that the device has finished. Contenders take turns; the figures are the median
-and the range over the rounds. Ours draw their parameters within the measurement, unless they say otherwise; torchvision
-on PIL images is given the same parameters, which spares it the drawing, and makes its images comparable: the line of
-equal levels says how many there are. (Newer Pillows shrink tall crops vertically first, which moves levels by one; ours
-always take the horizontal pass first.)
+On the CPU every contender has one thread and its CPU time is counted, so that a busy machine does not matter; on CUDA
+eight finished batches are timed. Contenders take turns; the figures are the median and the range over the rounds. Ours
+draw their parameters within the measurement, unless noted otherwise. torchvision on PIL images is given the same
+parameters, so that its images can be compared; it does not have to draw. The line of equal pixel values gives their
+share. (Newer Pillows shrink tall crops vertically first, which changes values by one; ours always take the horizontal
+pass first.)
 
-torchvision v2 on a batched tensor draws one set of parameters for the whole batch: statistically that is another
-augmentation, and it is here for its speed alone. For the strong view it stands in with RandAugment of as many
-operations.
+torchvision v2 on a batched tensor draws one set of parameters for the whole batch. Statistically that is another
+augmentation; it is measured for its speed alone. For the strong view its RandAugment with as many operations is used.
 
-DALI renders chunks of several batches, as its cost per run asks for, and once more a batch at a time, as training does;
-"DALI's own RandAugment" is its stock `auto_augment.rand_augment` of as many operations, with parameters and arithmetic
-of its own.
+DALI renders chunks of several batches, because a run of it has a high fixed cost, and in a second line a batch at a
+time, as in training. "DALI's own RandAugment" is its `auto_augment.rand_augment` with as many operations, but other
+parameters and arithmetic.
 
-``--photos FOLDER`` measures instead how fast the boxes of two SimCLR views of 224 pixels are cut out of the JPEG files
-of a folder: by the pool of threads, of which one decodes here, and by DALI.
+``--photos FOLDER`` measures instead the rate at which the boxes of two SimCLR views of 224 pixels are cut out of the
+JPEG files of a folder: by the pool of threads, of which one decodes here, and by DALI.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -48,10 +46,11 @@ from scan_fast.views.render_fused import recipes
 from scan_fast.views.renderers import automatic_renderer
 
 from .environment import describe
+from .files import write_json
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KEY = stream_key(0, "benchmark")
-# Of one of DALI's chunks: 4,096 images of 32 x 32 pixels.
+# A chunk of DALI: 4,096 images of 32 x 32 pixels.
 DALI_PIXELS = 1 << 22
 PIL = "torchvision on PIL, parameters given"
 KERNEL = "fused, recipes given"
@@ -83,7 +82,7 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-def pil_levels(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: int) -> Image.Image:
+def pil_pixels(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: int) -> Image.Image:
     """Render one view of one image before normalisation with torchvision and PIL."""
     box = [int(params[name][i]) for name in ("top", "left", "height", "width")]
     image = tv.resized_crop(Image.fromarray(pixels.numpy()), *box, [view.side, view.side], antialias=True)
@@ -102,7 +101,7 @@ def pil_levels(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i:
 
 def pil_view(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: int) -> Tensor:
     """Render one normalised view of one image with torchvision and PIL."""
-    out = tv.normalize(tv.to_tensor(pil_levels(pixels, view, params, i)), MEAN, STD)
+    out = tv.normalize(tv.to_tensor(pil_pixels(pixels, view, params, i)), MEAN, STD)
     if "cutout" in params:
         top, left, bottom, right = params["cutout"][i].tolist()
         out[:, top:bottom, left:right] = 0
@@ -110,7 +109,7 @@ def pil_view(pixels: Tensor, view: SimCLRView | StrongView, params: Params, i: i
 
 
 def lightly_transform() -> Any:
-    """Return lightly's transform, or None where lightly or something that it imports is missing."""
+    """Return lightly's transform; None if lightly or something that it imports is missing."""
     try:
         from lightly.transforms.simclr_transform import SimCLRViewTransform
     except ImportError as error:
@@ -159,7 +158,7 @@ def stock_rand_augment(images: Tensor, view: StrongView) -> Callable[[], Any]:
 
 
 def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Return by name how many views a call makes, and the call."""
+    """Return by name the number of views that a call makes, and the call."""
     n, height = images.shape[:2]
     samples = torch.arange(n)
     params = view.sample(KEY, 0, samples, 0, height, height)
@@ -229,7 +228,7 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
 
 
 def photo_contenders(folder: Path, device: str, n: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Return by name how many views of photographs a call cuts out of n files, and the call."""
+    """Return by name the number of views of photographs that a call cuts out of n files, and the call."""
     names = find_images(folder)[0]
     view = SimCLRView(size=224)
     images = ImagePaths(names, folder)
@@ -255,7 +254,7 @@ def photo_contenders(folder: Path, device: str, n: int) -> dict[str, tuple[int, 
         pools = exact.cut(indices[few], view.side, parts, [view.side] * 2)
         apart = torch.cat([(a.cpu().int() - b.int()).abs() for a, b in zip(ours, pools, strict=True)])
         share, worst = float((apart <= 1).float().mean()), int(apart[:, 2:-2, 2:-2].max())
-        print(f"\ndali against the pool: {share:.3%} within one level; at most {worst} apart but for two edge pixels")
+        print(f"\ndali against the pool: {share:.3%} differ by one at most; worst difference {worst}, edges aside")
     return calls
 
 
@@ -284,28 +283,28 @@ def measure(
 
 
 def parity(images: Tensor, view: SimCLRView | StrongView, device: str) -> dict[str, float]:
-    """Return the share of levels in which two renderers agree, on the first images."""
+    """Return the share of pixel values in which two renderers agree, on the first images."""
     few = images[:64]
     height = images.shape[1]
     params = view.sample(KEY, 0, torch.arange(len(few)), 0, height, height)
-    levels = {
+    pixels = {
         "torch": TorchRenderer(MEAN, STD, device).pixels(few, view, params).cpu().permute(0, 2, 3, 1).to(torch.uint8),
-        "PIL": torch.from_numpy(np.stack([np.array(pil_levels(few[i], view, params, i)) for i in range(len(few))])),
+        "PIL": torch.from_numpy(np.stack([np.array(pil_pixels(few[i], view, params, i)) for i in range(len(few))])),
     }
     pairs = [("torch", "PIL")]
     if automatic_renderer(device) == "fused":
-        levels["fused"] = FusedRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
+        pixels["fused"] = FusedRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
         pairs = [("fused", "PIL"), ("fused", "torch"), *pairs]
     if render_dali.is_installed():
-        levels["dali"] = DaliRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
+        pixels["dali"] = DaliRenderer(MEAN, STD, device).pixels(few, view, params).cpu()
         pairs = [("dali", "PIL"), *pairs]
-        near = (levels["dali"].int() - levels["PIL"].int()).abs() <= 1
-        return _shares(levels, pairs) | {"dali within one level of PIL": float(near.float().mean())}
-    return _shares(levels, pairs)
+        near = (pixels["dali"].int() - pixels["PIL"].int()).abs() <= 1
+        return _shares(pixels, pairs) | {"dali within one of PIL": float(near.float().mean())}
+    return _shares(pixels, pairs)
 
 
-def _shares(levels: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, float]:
-    return {f"{a} = {b}": float((levels[a] == levels[b]).float().mean()) for a, b in pairs}
+def _shares(pixels: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, float]:
+    return {f"{a} = {b}": float((pixels[a] == pixels[b]).float().mean()) for a, b in pairs}
 
 
 def pictures(n: int, side: int) -> Tensor:
@@ -325,7 +324,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="few images and one short round: a rehearsal, not a result"
     )
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="only how fast views are cut out of its files")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure only how fast views are cut out")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device: str = arguments.device
@@ -354,11 +353,11 @@ def main() -> None:
             for name, rate in rates.items():
                 value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
                 print(f"  {name:<44} {value:>11,.0f} views/s  {value / base:6.1f} x  ({low:,.0f} to {high:,.0f})")
-            print("  equal levels: " + ", ".join(f"{pair} {share:.3%}" for pair, share in agreement.items()))
+            print("  equal pixel values: " + ", ".join(f"{pair} {share:.3%}" for pair, share in agreement.items()))
     if arguments.json:
         result = {"benchmark": "views", "title": "Views of a batch", "device": device, "environment": describe(device)}
         result["quick"] = arguments.quick
-        arguments.json.write_text(json.dumps(result | {"results": results}, indent=1) + "\n")
+        write_json(arguments.json, result | {"results": results})
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .data.datasets import source_from, split_source
-from .data.errors import DataError
+from .devices import choose_device
+from .errors import ConfigError, DataError
 from .predictor import Predictor
-from .runs.config import Config, ConfigError, find_config, load_config
+from .runs.config import Config, find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
-from .training.context import choose_device, open_context
+from .training.context import open_context
 from .training.process import set_threads
 
 LIST_SIDE = 128
@@ -128,7 +129,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
                     context = open_context(config, run, tracker, splits)
                     run_stages(context, stages_of(context))
                 predictor = Predictor.load(run.path, choose_device(config.runtime.device))
-                summary = run.summary()
+                summary = run.summary().to_dict()
             probabilities = predictor.probabilities(source).numpy()
         self._use(predictor, config.runtime.threads)
         self.summary_ = summary

@@ -1,4 +1,4 @@
-"""The same run with several seeds: mean and standard deviation of what it reports."""
+"""One configuration with several seeds: mean and standard deviation of the results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .runs import artifacts
 from .runs.config import Config
 from .runs.folder import RunFolder
+from .runs.records import Summary
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
 from .training.context import open_context
@@ -17,7 +19,7 @@ from .training.context import open_context
 def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Run ``config`` once per seed in ``parent/seed<N>`` and write ``parent/sweep.json``.
 
-    Runs that are finished are taken as they are, unfinished ones go on.
+    Finished runs are not repeated; unfinished ones continue.
 
     Returns:
         {"seeds": [...], "<stage> <metric>": {"mean", "std" (of a sample, 0 for one seed), "values"}, ...,
@@ -35,20 +37,21 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
     for name, values in _collect(summaries).items():
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         results[name] = {"mean": statistics.mean(values), "std": deviation, "values": values}
-    RunFolder(parent).write_json("sweep.json", results)
+    artifacts.write(artifacts.SWEEP, results, parent / artifacts.SWEEP.name)
     return results
 
 
-def _collect(summaries: list[dict[str, Any]]) -> dict[str, list[float]]:
+def _collect(summaries: list[Summary]) -> dict[str, list[float]]:
     collected: dict[str, list[float]] = {}
-    for stage, entry in summaries[0]["stages"].items():
-        entries = [summary["stages"][stage] for summary in summaries]
+    for stage, entry in summaries[0].stages.items():
+        entries = [summary.stages[stage] for summary in summaries]
         for key in ("knn_acc", "purity"):
             if key in entry:
                 collected[f"{stage} {key}"] = [each[key] for each in entries]
         for key in ("acc", "nmi", "ari"):
             if key in entry.get("test", {}):
                 collected[f"{stage} test {key}"] = [each["test"][key] for each in entries]
-    for name, entry in summaries[0].get("baselines", {}).items():
-        collected[f"{name} test acc"] = [summary["baselines"][name]["acc_mean"] for summary in summaries if entry]
-    return collected | {"seconds": [summary["seconds"] for summary in summaries]}
+    for name in summaries[0].baselines or {}:
+        accuracies = [summary.baselines[name]["acc_mean"] for summary in summaries if summary.baselines is not None]
+        collected[f"{name} test acc"] = accuracies
+    return collected | {"seconds": [summary.seconds for summary in summaries]}

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "gpu_status"),
+    ("schema", "errors", "atomic", "gpu_status"),
+    ("devices",),
     ("ops",),
     ("random", "losses", "neighbors", "info"),
     ("data",),
@@ -20,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "predictor", "report"),
     ("stages", "export"),
     ("sweep", "estimator"),
+    ("commands",),
     ("cli",),
 )
 """From the bottom to the top. A module imports from its own layer's package or from lower layers."""

@@ -1,4 +1,4 @@
-"""Check comments and docstrings of scan_fast/ and csrc/ for wording that readers stumble over.
+"""Check comments and docstrings of scan_fast/, csrc/, benchmarks/ and tools/ for wording that readers stumble over.
 
 ``python tools/check_language.py`` lists the findings that are not in ``tools/language_allowed.txt`` and the entries of
 that list that no longer occur. ``--prune`` removes those entries. Nothing adds entries: new text has to be plain.
@@ -18,14 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = Path(__file__).with_name("language_allowed.txt")
-FOLDERS = ("scan_fast", "csrc")
+FOLDERS = ("scan_fast", "csrc", "benchmarks", "tools")
 NATIVE = (".h", ".cpp", ".cu", ".cuh")
 
 OPENINGS = re.compile(r"(What|Which|How|Whether|Where|Those)\b")
 """First words of a docstring that hide its verb."""
 
 PHRASES = {
-    # "where" of a place or after a formula is fine; as a condition it should be "if".
+    # Of a place or after a formula the word is fine; as a condition it should be "if".
     "where for if": re.compile(r"(?<!, )(?<!Return )\b[Ww]here\b(?!\()"),
     "number format for dtype": re.compile(r"\bnumber formats?\b"),
     "levels for pixel values": re.compile(r"\b(?:grey )?levels\b|\bgrey level\b"),

@@ -1,4 +1,4 @@
-"""CIFAR-10 (JPEG) out of its archive: decoded once into one file of uint8 tensors, which is kept."""
+"""Reads CIFAR-10 (JPEG) from its archive, and keeps the decoded images in one file of uint8 tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 
 from scan_fast.data.datasets import STATISTICS, Splits
 from scan_fast.data.decode import IMAGE_SUFFIXES, to_rgb
-from scan_fast.data.errors import DataError
 from scan_fast.data.sources import Source, SubsetSource, TensorSource
+from scan_fast.errors import DataError
 from scan_fast.random import permutation, stream_key
 
 SPLITS = ("train", "test")
@@ -31,7 +31,7 @@ def checksum(archive: Path) -> str:
     """Return the SHA-256 of an archive.
 
     Raises:
-        DataError: where it cannot be read.
+        DataError: if it cannot be read.
     """
     try:
         with archive.open("rb") as file:
@@ -48,18 +48,18 @@ def open_archive(archive: Path, folder: Path, limit: int | None = None, say: Cal
 
     Args:
         archive: a tar file, compressed or not. All images have one size.
-        folder: keeps what was decoded, under the archive's checksum.
-        limit: take so many images of each split, drawn at random, always the same.
-        say: is told how long decoding took.
+        folder: gets the decoded images, under the checksum of the archive.
+        limit: the number of images of each split, drawn at random, always the same; all by default.
+        say: prints how long decoding took.
 
     Raises:
-        DataError: for an archive that is missing or damaged, or holds something else.
+        DataError: if the archive is missing or damaged, or holds something else.
     """
     kept = folder / f"images-{checksum(archive)[:16]}.pt"
     begin = time.perf_counter()
     if kept.is_file():
         content = torch.load(kept, weights_only=True)
-        how = "read from what was decoded before"
+        how = "read from an earlier decoding"
     else:
         content = decode_archive(archive)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _source(content: dict[str, list[str] | torch.Tensor], split: str, limit: int
 
 
 def decode_archive(archive: Path) -> dict[str, list[str] | torch.Tensor]:
-    """Return classes, and of each split images (N, S, S, 3) uint8, labels (N,) int64 and paths, in the paths' order.
+    """Return the classes, and for each split images (N, S, S, 3) uint8, labels (N,) int64 and paths, ordered by path.
 
     Raises:
         DataError: as :func:`open_archive`.
@@ -116,7 +116,7 @@ def decode_archive(archive: Path) -> dict[str, list[str] | torch.Tensor]:
 
 
 def _read(archive: Path) -> dict[str, bytes]:
-    """Return the bytes of each image file in the archive, by its path."""
+    """Return the bytes of each image file of the archive by path."""
     files = {}
     try:
         with tarfile.open(archive) as tar:

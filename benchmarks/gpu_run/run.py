@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from scan_fast.data.datasets import Splits
+from scan_fast.errors import RunError
+from scan_fast.runs.artifacts import REPORT, checkpoint
 from scan_fast.runs.config import Config, find_config, load_config, parse_override
-from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Ticker, Tracker
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pipeline import STAGES, finish, run_stage, stages_of
@@ -215,9 +217,9 @@ def train(
             watch.check()
             run_stage(context, STAGES[name], handover)
             report.write("running")
-            say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary()['stages'][name])}")
+            say(f"{name}: done after {watch.elapsed:.0f} s  {headline(run.summary().stages[name])}")
     report.write("finished")
-    if not run.has("report.html"):
+    if not run.has(REPORT):
         finish(context, handover)  # assignments.csv, model.pt, report.html: the result does not depend on them
 
 
@@ -237,12 +239,12 @@ def headline(entry: dict[str, Any]) -> str:
 
 def progress_of(run: RunFolder, config: Config) -> str:
     """Return how far a run has come, in words."""
-    finished = list(run.summary()["stages"])
+    finished = list(run.summary().stages)
     text = f"finished are {', '.join(finished)}" if finished else "no stage is finished"
     for name, epochs in schedule.learned_stages(config).items():
-        if name not in finished and run.has(f"checkpoints/{name}.pt"):
-            state = run.load(f"checkpoints/{name}.pt")
-            text += f", {name} is in epoch {min(state['epoch'] + 1, epochs)} of {epochs}"
+        if name not in finished and run.has(checkpoint(name)):
+            state = run.read(checkpoint(name))
+            text += f", {name} is in epoch {min(state.epoch + 1, epochs)} of {epochs}"
     return text
 
 
@@ -300,8 +302,8 @@ class Report:
 
     def write(self, status: str) -> None:
         """Write the file."""
-        stages = self._run.summary()["stages"]
-        latest = {entry["stage"]: entry for entry in self._run.metrics()}
+        stages = self._run.summary().stages
+        latest = {entry.stage: entry.to_dict() for entry in self._run.metrics()}
         content = self._content | {
             "status": status,
             "seconds": round(self._watch.elapsed, 1),

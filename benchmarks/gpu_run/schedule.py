@@ -1,4 +1,4 @@
-"""How many epochs of each stage fit a given time: a short measurement of each stage, and the arithmetic."""
+"""Plans the epochs of each stage for a given time, from a short measurement of each stage."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from scan_fast.data.datasets import Splits
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
 from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.random import stream_key
+from scan_fast.runs.artifacts import PRETEXT_MODEL
 from scan_fast.runs.config import Config
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import StageResult
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages import clustering, mining, pretext, selflabel
 from scan_fast.stages.embedding import backbone_features, embed
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.inputs import PRETEXT_MODEL
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.loop import Stage
 from scan_fast.training.process import kept_memory
 from scan_fast.training.step import TrainingStep, build_optimizer, write_learning_rate
 
 WARM_UP_STEPS = 4  # cuDNN chooses its kernels, a captured step records its graph
-# Features that have learned something take k-means some more rounds than those of the measurement.
+# On trained features k-means needs more rounds than on those of the measurement.
 KMEANS_FACTOR = 1.5
 
 
 class TooShort(ValueError):
-    """Less time than one epoch of each stage takes."""
+    """The time is too short for one epoch of each stage."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a stage's epoch costs, in seconds, with its share of checks in between, and what comes once.
+    """Seconds of an epoch of each stage, with its share of the checks in between, and of everything that runs once.
 
     Attributes:
         epochs: by stage.
@@ -51,17 +52,17 @@ class Speeds:
     once: float
 
     def seconds(self, epochs: Mapping[str, int]) -> float:
-        """Return what a run with so many epochs of each stage takes."""
+        """Return the seconds of a run with the given epochs of each stage."""
         return self.once + sum(count * self.epochs[name] for name, count in epochs.items())
 
 
 def plan_epochs(full: Mapping[str, int], speeds: Speeds, available: float) -> dict[str, int]:
-    """Return epochs per stage, near the same share of each stage's full number, that end in the available seconds.
+    """Return epochs per stage that fit the available seconds, about the same share of each stage's full number.
 
     More time never gives a stage fewer epochs. No stage gets more than its full number, nor less than one.
 
     Raises:
-        TooShort: where one epoch of each stage takes longer; the message says how much is needed.
+        TooShort: if one epoch of each stage takes longer; the message says how much is needed.
     """
     epochs = dict.fromkeys(full, 1)
     if speeds.seconds(epochs) > available:
@@ -81,7 +82,7 @@ def plan_epochs(full: Mapping[str, int], speeds: Speeds, available: float) -> di
 
 
 def scaled(config: Config, epochs: Mapping[str, int]) -> dict[str, Any]:
-    """Return the changes (dotted keys) that give a configuration so many epochs, its warm-up scaled along."""
+    """Return the changes (dotted keys) that give a configuration the epochs, with its warm-up in proportion."""
     changes: dict[str, Any] = {}
     for name, count in epochs.items():
         training = getattr(config, name)
@@ -99,13 +100,13 @@ def learned_stages(config: Config) -> dict[str, int]:
 
 
 def measure(config: Config, splits: Splits, folder: Path, seconds: float = 1.5) -> Speeds:
-    """Time some steps of each stage, and what comes once, with the driver's own parts and untrained weights.
+    """Time some steps of each stage, and everything that runs once, with the driver's code and untrained weights.
 
     Args:
         config: of the run to come.
         splits: its images.
-        folder: for a run folder that is removed afterwards.
-        seconds: measure each stage for about so long, after its first steps.
+        folder: gets a run folder, which is removed afterwards.
+        seconds: approximate duration of the measurement of each stage, after its first steps.
     """
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -128,7 +129,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     embedding = _timed(context, lambda: embed(context, network, "train", handover))
     per_image = embedding / len(context.splits.train)
     check = per_image * len(context.splits.test)
-    run.save(PRETEXT_MODEL, {"model": network.state_dict()})
+    run.write(PRETEXT_MODEL, StageResult(network.state_dict()))
     run.finish_stage(pretext.NAME, 0.0, {}, config.seed)
     once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context, handover))
 
@@ -164,7 +165,7 @@ def synchronize(context: Context) -> None:
 
 
 def epoch_seconds(stage: Stage[Any], context: Context, seconds: float) -> float:
-    """Return what an epoch of a stage takes, from some steps that leave its weights as they are."""
+    """Return the seconds of an epoch of a stage, from some steps with a learning rate of zero."""
     training = stage.training
     optimizer = build_optimizer(stage.parameters(), training.optimizer)
     write_learning_rate(optimizer, 0.0)

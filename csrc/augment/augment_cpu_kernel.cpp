@@ -134,7 +134,7 @@ inline void for_pixels(const Image& image, Body body) {
   uint8_t* __restrict__ g = image.plane(1);
   uint8_t* __restrict__ b = image.plane(2);
   const int64_t n = (image.pixels() + 63) / 64 * 64;
-#pragma GCC ivdep
+  SCAN_FAST_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const Rgb out = body(Rgb{r[i], g[i], b[i]});
     r[i] = static_cast<uint8_t>(out.r);
@@ -148,7 +148,7 @@ template <typename Body>
 inline void for_values(const Image& image, Body body) {
   uint8_t* __restrict__ p = image.planes;
   const int64_t n = 3 * image.stride;
-#pragma GCC ivdep
+  SCAN_FAST_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(body(p[i]));
 }
 
@@ -223,7 +223,7 @@ void sharpness(const Image& in, const Image& out, float factor) {
       const uint8_t* __restrict__ above = middle - side;
       const uint8_t* __restrict__ below = middle + side;
       uint8_t* __restrict__ row = out.plane(c) + y * side;
-#pragma GCC ivdep
+  SCAN_FAST_INDEPENDENT
       for (int64_t x = 1; x < side - 1; ++x) {
         const int sum = above[x - 1] + above[x] + above[x + 1] + middle[x - 1] + middle[x] + middle[x + 1] +
                         below[x - 1] + below[x] + below[x + 1];
@@ -262,7 +262,7 @@ void bilinear(const Image& in, const Image& out, const float* m, uint8_t* border
     }
     for (int32_t y = 0; y < side; ++y) {
       uint8_t* __restrict__ row = out.plane(c) + y * side;
-#pragma GCC ivdep
+  SCAN_FAST_INDEPENDENT
       for (int32_t x = 0; x < side; ++x) {
         const float px = bilinear_position(m[0], m[1], m[2], x, y, side);
         const float py = bilinear_position(m[3], m[4], m[5], x, y, side);
@@ -333,7 +333,7 @@ inline void interleave(const Image& image, T* __restrict__ out, Convert convert)
   const uint8_t* __restrict__ g = image.plane(1);
   const uint8_t* __restrict__ b = image.plane(2);
   const int64_t n = image.pixels();
-#pragma GCC ivdep
+  SCAN_FAST_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     out[3 * i] = convert(r[i], 0);
     out[3 * i + 1] = convert(g[i], 1);

@@ -1,5 +1,6 @@
-// Vectors of floats for files in ISA_SOURCES: one width per instruction set, GCC vector extensions for arithmetic, and
-// intrinsics only where those have no spelling (partial and 16-bit loads and stores).
+// Vectors of floats for sources that are compiled once per instruction set. The width depends on the set. Arithmetic uses
+// the vector extensions of GCC and Clang; intrinsics serve for what these cannot express (partial and 16-bit loads and
+// stores).
 //
 // load<T>(p) and store<T>(p, v) move kLanes elements of float, Bf16 or Fp16 to and from float lanes; load_partial and
 // store_partial the first n < kLanes of them, touching no other memory. load_columns and store_columns move kLanes
@@ -13,6 +14,13 @@
 
 #if defined(SCAN_FAST_ISA_avx512) || defined(SCAN_FAST_ISA_avx2)
 #include "common/intrinsics.h"
+#endif
+
+// Before a loop: its iterations do not depend on each other through memory, so that it may be vectorised.
+#if defined(__clang__)
+#define SCAN_FAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define SCAN_FAST_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 namespace scan_fast::SCAN_FAST_ISA {

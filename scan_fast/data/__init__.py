@@ -3,14 +3,12 @@
 from .config import DataConfig
 from .datasets import Splits, open_splits, source_from
 from .encoded import EncodedImages, ImagePaths
-from .errors import DataError
 from .files import FileSource, ImageFiles
 from .loader import epoch_batches, prefetch, steps_per_epoch
 from .sources import Source, SubsetSource, TensorSource
 
 __all__ = [
     "DataConfig",
-    "DataError",
     "EncodedImages",
     "FileSource",
     "ImageFiles",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from ..errors import DataError
 from .folders import TEST_NAMES, TRAIN_NAMES
 
 Label = int | str | None

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..random import permutation, stream_key
 from .config import DataConfig
 from .decode_cache import DecodeCache
 from .encoded import ImagePaths
-from .errors import DataError
 from .folders import held_out_rows, list_folder
 from .kinds import SOURCES, ContainerKind, Triple, absolute_source, find_kind, is_prefixed
 from .kinds.folder import folder_contents

@@ -12,10 +12,10 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import DataError
 from .decode import Box, Header, cut, decode, read_header, square, to_array
 from .decode_cache import DecodeCache
 from .encoded import EncodedImages
-from .errors import DataError
 from .sources import check_annotations, take_rows
 
 _SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .decode import IMAGE_SUFFIXES, read_header
 from .encoded import EncodedImages
-from .errors import DataError
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "validation")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from .errors import DataError
+from ..errors import DataError
 from .sources import Source, SubsetSource
 
 #: Values of ``data.resident``.

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import DataError
 from .decode import square, to_rgb
-from .errors import DataError
 
 if TYPE_CHECKING:
     from .files import ImageFiles

@@ -1,10 +1,6 @@
-"""How well clusters agree with classes. Labels serve to report, never to train or to select."""
+"""Agreement of clusters with classes. Labels serve to report, never to train or to select."""
 
 from __future__ import annotations
-
-import csv
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,8 +8,6 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 
 from .arrays import as_ids, as_matrix
-
-UNMATCHED = "(unmatched)"
 
 
 def clustering_metrics(
@@ -23,7 +17,7 @@ def clustering_metrics(
     n_classes: int,
     probabilities: ArrayLike | None = None,
 ) -> dict[str, float]:
-    """Compare a clustering with true classes, in the way of the SCAN paper (arXiv 2005.12320, section 3.1).
+    """Compare a clustering with true classes as the SCAN paper does (arXiv 2005.12320, section 3.1).
 
     Images with label -1 have no label and are left out.
 
@@ -39,14 +33,14 @@ def clustering_metrics(
 
         - ``acc``: the accuracy under the best one-to-one matching of clusters to classes (Hungarian method). Clusters
           beyond the number of classes have no class, and all their images count as errors.
-        - ``acc_many_to_one``, where n_clusters > n_classes: every cluster takes its most frequent class.
+        - ``acc_many_to_one``, if n_clusters > n_classes: every cluster takes its most frequent class.
         - ``nmi`` (arithmetic mean), ``ami``, ``ari``.
-        - ``acc_top5``, with probabilities and more than five classes and clusters: an image counts where the cluster
-          that is matched to its class (one-to-one) is among its five most probable; equal probabilities are ordered by
-          the smaller cluster. A class without a cluster counts as errors.
+        - ``acc_top5``, with probabilities and more than five classes and clusters: an image counts if the cluster that
+          is matched to its class (one-to-one) is among its five most probable. Equal probabilities are ordered by the
+          smaller cluster. Images of a class without a cluster count as errors.
 
     Raises:
-        ValueError: for wrong shapes or ids, or where no image has a label.
+        ValueError: for wrong shapes or ids, or if no image has a label.
     """
     cluster_ids, class_ids, keep = _labelled(clusters, labels, n_clusters, n_classes)
     counts = _contingency(cluster_ids, class_ids, n_clusters, n_classes)
@@ -101,7 +95,7 @@ def confusion(
         match: (K,) the class of each cluster or -1, as :func:`match_clusters` returns; None matches one to one.
 
     Returns:
-        (n_classes, n_classes) int64, or (n_classes, n_classes + 1) where some cluster has no class: the last column
+        (n_classes, n_classes) int64, or (n_classes, n_classes + 1) if some cluster has no class: the last column
         then counts the images in such clusters.
 
     Raises:
@@ -117,55 +111,19 @@ def confusion(
     return matrix if (classes < 0).any() else matrix[:, :n_classes]
 
 
-def save_confusion(path_stem: str | Path, matrix: ArrayLike, class_names: Sequence[str]) -> tuple[Path, Path]:
-    """Write a confusion matrix as ``STEM.csv`` (counts) and ``STEM.png`` (each row divided by its sum).
-
-    Args:
-        path_stem: the path without its ending.
-        matrix: (n_classes, n_classes) or (n_classes, n_classes + 1) counts, as :func:`confusion` returns.
-        class_names: one name for each class.
-
-    Returns:
-        The paths of the two files.
-
-    Raises:
-        ValueError: where the matrix and the names do not fit.
-    """
-    counts = np.asarray(matrix)
-    n = len(class_names)
-    if counts.shape not in ((n, n), (n, n + 1)):
-        raise ValueError(f"matrix must be ({n}, {n}) or ({n}, {n + 1}) for {n} class names, got {counts.shape}")
-    columns = [*class_names, UNMATCHED][: counts.shape[1]]
-    stem = Path(path_stem)
-    csv_path, png_path = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".png")
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ assigned", *columns])
-        for name, row in zip(class_names, counts.tolist(), strict=True):
-            writer.writerow([name, *row])
-    _draw_confusion(png_path, row_shares(counts), class_names, columns)
-    return csv_path, png_path
-
-
-def row_shares(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Divide each row by its sum; an empty row stays zero."""
-    counts = np.asarray(matrix, dtype=np.float64)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def neighbor_purity(indices: ArrayLike, labels: ArrayLike, candidate_labels: ArrayLike | None = None) -> float:
-    """The share of neighbours that have their query's class.
+    """Return the share of neighbours that have their query's class.
 
     Args:
         indices: (N, k) the neighbours of each query; -1 (no neighbour) is left out.
         labels: (N,) the classes of the queries; those of -1 (no label) are left out.
-        candidate_labels: (M,) the classes of the images that ``indices`` count; None where these are the queries.
+        candidate_labels: (M,) the classes of the images that ``indices`` count; None if these are the queries.
 
     Returns:
         A fraction from 0 to 1: the mean over all pairs of labelled images.
 
     Raises:
-        ValueError: for wrong shapes or indices, or where no pair is labelled.
+        ValueError: for wrong shapes or indices, or if no pair is labelled.
     """
     neighbors = np.asarray(indices)
     own = as_ids(labels, "labels", None, lowest=-1)
@@ -198,7 +156,7 @@ def _labelled(
 def _contingency(
     clusters: NDArray[np.int64], labels: NDArray[np.int64], n_clusters: int, n_classes: int
 ) -> NDArray[np.int64]:
-    """(n_clusters, n_classes) counts."""
+    """Return (n_clusters, n_classes) counts."""
     flat = np.bincount(clusters * n_classes + labels, minlength=n_clusters * n_classes)
     return flat.reshape(n_clusters, n_classes)
 
@@ -234,32 +192,3 @@ def _top_accuracy(
     before = np.arange(probabilities.shape[1]) < wanted[:, None]
     rank = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
     return float(((rank < top) & (wanted >= 0)).mean())
-
-
-def _draw_confusion(path: Path, shares: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    n_rows, n_columns = shares.shape
-    side = min(max(4.0, 0.42 * n_columns + 1.6), 24.0)
-    figure = Figure(figsize=(side, side * (n_rows + 1) / (n_columns + 1)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if n_columns <= 30 else 6
-    axes.set_xticks(range(n_columns), [_plain(name) for name in columns], rotation=90, fontsize=size)
-    axes.set_yticks(range(n_rows), [_plain(name) for name in rows], fontsize=size)
-    axes.set_xlabel("class of the cluster")
-    axes.set_ylabel("true class")
-    if n_columns <= 30:
-        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            share = shares[row, column]
-            colour = "white" if share > 0.5 else "black"
-            axes.text(column, row, f"{share * 100:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.savefig(path, dpi=120)
-
-
-def _plain(name: str) -> str:
-    # matplotlib would take a pair of dollar signs for mathematics.
-    short = name if len(name) <= 24 else name[:23] + "…"
-    return short.replace("$", r"\$")

@@ -1,74 +1,53 @@
-"""The images that show what a cluster is about, and those it is least sure of."""
+"""Choice of the images that show a cluster, and of those that fit it least."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from .arrays import as_ids, as_matrix
+from .arrays import as_array, as_ids
 
 
 @dataclass(frozen=True)
-class ClusterPrototypes:
-    """The members that represent one cluster, as rows of the input.
+class Prototypes:
+    """Members of one cluster, as rows of the input.
 
     Attributes:
-        cluster: the cluster's id.
-        size: the number of its members.
-        medoid: the most central of ``typical``, or None for an empty cluster.
         typical: the most confident members, most confident first.
-        uncertain: the least confident of the other members, least confident first.
+        uncertain: the least confident of the others, least confident first.
     """
 
-    cluster: int
-    size: int
-    medoid: int | None
     typical: list[int]
     uncertain: list[int]
 
 
 def prototypes(
-    features: ArrayLike, probabilities: ArrayLike, clusters: ArrayLike, per_cluster: int = 10
-) -> list[ClusterPrototypes]:
-    """Choose the prototypes of every cluster among its own members.
+    clusters: ArrayLike, confidence: ArrayLike, margin: ArrayLike, cluster: int, *, typical: int, uncertain: int
+) -> Prototypes:
+    """Choose typical and uncertain members of a cluster; no image is both.
+
+    Equal confidences are ordered by the margin, then by row. NaN counts as the lowest confidence or margin.
 
     Args:
-        features: (N, D), in which the medoid is central (smallest sum of Euclidean distances).
-        probabilities: (N, C); an image's confidence is the probability of its own cluster.
-        clusters: (N,) cluster ids from 0 to C - 1.
-        per_cluster: at most so many typical and so many uncertain images.
-
-    Returns:
-        One entry for each of the C clusters. A small cluster has fewer images, an empty one none; typical and uncertain
-        images are never the same. Equal confidences are ordered by row.
+        clusters: (N,) cluster ids.
+        confidence: (N,) the probability of each image's own cluster.
+        margin: (N,) ``confidence`` minus the second highest probability.
+        cluster: the cluster to show.
+        typical: the largest number of typical images.
+        uncertain: the largest number of uncertain images.
 
     Raises:
-        ValueError: for wrong shapes, ids or ``per_cluster``.
+        ValueError: for wrong shapes.
     """
-    if per_cluster < 1:
-        raise ValueError(f"per_cluster must be at least 1, got {per_cluster}")
-    points = as_matrix(features, "features")
-    matrix = as_matrix(probabilities, "probabilities", rows=points.shape[0])
-    ids = as_ids(clusters, "clusters", matrix.shape[1])
-    if ids.size != points.shape[0]:
-        raise ValueError(f"clusters must have one id for each of {points.shape[0]} features, got {ids.size}")
-    confidence = matrix[np.arange(ids.size), ids]
-    result = []
-    for cluster in range(matrix.shape[1]):
-        members = np.flatnonzero(ids == cluster)
-        ordered = members[np.argsort(-confidence[members], kind="stable")]
-        typical, rest = ordered[:per_cluster], ordered[per_cluster:]
-        uncertain = rest[np.argsort(confidence[rest], kind="stable")][:per_cluster]
-        result.append(
-            ClusterPrototypes(cluster, members.size, _medoid(points, typical), typical.tolist(), uncertain.tolist())
-        )
-    return result
-
-
-def _medoid(points: NDArray[np.float64], rows: NDArray[np.int64]) -> int | None:
-    if rows.size == 0:
-        return None
-    distances = np.linalg.norm(points[rows][:, None] - points[rows][None], axis=2)
-    return int(rows[distances.sum(axis=1).argmin()])
+    ids = as_ids(clusters, "clusters", None)
+    scores = {"confidence": as_array(confidence), "margin": as_array(margin)}
+    for name, values in scores.items():
+        if values.shape != ids.shape:
+            raise ValueError(f"{name} must have one value for each of {ids.size} images, got shape {values.shape}")
+    members = np.flatnonzero(ids == cluster)
+    sure, clear = (np.nan_to_num(values[members].astype(np.float64), nan=-1.0) for values in scores.values())
+    ordered = members[np.lexsort((members, -clear, -sure))]
+    first, rest = ordered[:typical], ordered[typical:]
+    return Prototypes(first.tolist(), rest[::-1][:uncertain].tolist())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ..errors import WeightsError
 from ..models.heads import PretextModel
 from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD, InputFormat
 from ..models.reference_checkpoints import read_original
-from ..models.weights import WeightsError, load_strict
+from ..models.weights import load_strict
 from .base import MethodSettings
 
 

@@ -3,14 +3,13 @@
 from .backbones import ModelConfig, build_backbone
 from .heads import ClusterModel, PretextModel
 from .reference_checkpoints import OriginalWeights, read_original
-from .weights import WeightsError, load_strict
+from .weights import load_strict
 
 __all__ = [
     "ClusterModel",
     "ModelConfig",
     "OriginalWeights",
     "PretextModel",
-    "WeightsError",
     "build_backbone",
     "load_strict",
     "read_original",

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from scan_fast.schema import Settings
 
+from ..errors import ConfigError, MissingPackageError
 from .batch_norm import BatchNormAct2d
 from .convolution import Conv2d
 
@@ -140,8 +141,8 @@ def build_backbone(config: ModelConfig) -> nn.Module:
         A module from images (B, 3, H, W) float to features (B, out_features), with the attribute ``out_features``.
 
     Raises:
-        ValueError: for an unknown torchvision or timm model, or one whose classifier cannot be taken off.
-        ImportError: for ``timm:NAME`` where timm is not installed.
+        ConfigError: for an unknown torchvision or timm model, or one whose classifier cannot be taken off.
+        MissingPackageError: for ``timm:NAME`` if timm is not installed.
     """
     name = config.backbone
     if name in ("resnet18_cifar", "resnet18_stl"):
@@ -172,7 +173,7 @@ def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"torchvision has no classification model {name!r}{hint}")
+        raise ConfigError(f"torchvision has no classification model {name!r}{hint}")
     module: Any = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     # Every torchvision classifier ends in a linear layer with one output per ImageNet class. Two of them mean auxiliary
     # outputs (GoogLeNet, Inception), whose training output is not one tensor; none, a convolutional classifier.
@@ -182,7 +183,7 @@ def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
         if isinstance(layer, nn.Linear) and layer.out_features == 1000
     ]
     if len(classifiers) != 1:
-        raise ValueError(
+        raise ConfigError(
             f"torchvision:{name} cannot be a backbone: it has {len(classifiers)} linear classifiers where one is needed"
         )
     path, layer = classifiers[0]
@@ -203,7 +204,7 @@ def timm_library(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"backbone 'timm:{name}' needs timm: pip install 'scan-fast[timm]'") from error
+        raise MissingPackageError(f"backbone 'timm:{name}' needs timm: pip install 'scan-fast[timm]'") from error
     return timm
 
 
@@ -213,7 +214,7 @@ def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
     if name.split(".", 1)[0] not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no model {name!r}{hint}")
+        raise ConfigError(f"timm has no model {name!r}{hint}")
     module: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
     # Some models (MobileNetV3) keep a hidden layer after the pooling when the classifier is taken off.
     module.out_features = int(getattr(module, "head_hidden_size", None) or module.num_features)

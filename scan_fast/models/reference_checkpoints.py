@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .weights import WeightsError
+from ..errors import WeightsError
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
 

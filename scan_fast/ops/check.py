@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..errors import UsageError
 from . import native, self_test, trust, verdicts
 from .families import GPU_FAMILIES
 from .verdicts import Verdict
@@ -29,25 +30,25 @@ def device_of(text: str) -> torch.device:
     """Return the device to check.
 
     Raises:
-        ValueError: if there is nothing to check on it; a one-line message.
+        UsageError: if there is nothing to check on it.
     """
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from None
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from None
     if not native.is_available():
-        raise ValueError(f"there are no compiled kernels to check: {native.load_error}")
+        raise UsageError(f"there are no compiled kernels to check: {native.load_error}")
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
     if not torch.cuda.is_available():
-        raise ValueError("no GPU is usable here, so there is nothing to check (--device cpu tests the CPU kernels)")
+        raise UsageError("no GPU is usable here, so there is nothing to check (--device cpu tests the CPU kernels)")
     if not native.has_kernel("nt_xent_forward", "cuda"):
-        raise ValueError("this build has no CUDA kernels (--device cpu tests the CPU kernels)")
+        raise UsageError("this build has no CUDA kernels (--device cpu tests the CPU kernels)")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise ValueError(f"there is no {device}: {torch.cuda.device_count()} GPUs are usable here")
+        raise UsageError(f"there is no {device}: {torch.cuda.device_count()} GPUs are usable here")
     return torch.device("cuda", index)
 
 

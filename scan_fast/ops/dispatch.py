@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import UsageError
 from . import native, trust
 from .families import FAMILY_OF
 
@@ -30,7 +31,8 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
         (:mod:`scan_fast.ops.trust`).
 
     Raises:
-        ValueError: for an unknown ``impl``, or for ``"native"`` if no kernel takes the input.
+        ValueError: for an unknown ``impl``.
+        UsageError: for ``"native"`` if no kernel takes the input.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
@@ -45,7 +47,7 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
             return True
         return trust.takes_kernel(FAMILY_OF[operator], kind, device.index or 0)
     if impl == "native":
-        raise ValueError(f'impl="native" is not possible for {operator}: {reason}')
+        raise UsageError(f'impl="native" is not possible for {operator}: {reason}')
     if not native.is_available():
         _warn_once()
     return False

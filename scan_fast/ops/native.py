@@ -7,6 +7,7 @@ from typing import Any
 
 import torch  # torch must be loaded before the compiled module: it brings the libraries that the module links to
 
+from ..errors import UsageError
 from .families import FAMILIES, FAMILY_OF
 
 OPERATORS = tuple(FAMILY_OF)
@@ -18,7 +19,7 @@ GPU_KERNELS = {family.name: (family.sm90, family.portable) for family in FAMILIE
 load_error: str | None = None
 """Reason why the compiled module was not loaded, or None."""
 try:
-    from scan_fast import _C
+    import scan_fast._C as _C
 except ImportError as error:
     load_error = str(error)
     _C = None  # type: ignore[assignment]
@@ -55,7 +56,7 @@ def kernel_choice() -> str:
     """
     mode = os.environ.get("SCAN_FAST_GPU_KERNELS", "auto")
     if mode not in ("auto", "portable", "sm90"):
-        raise ValueError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
+        raise UsageError(f'SCAN_FAST_GPU_KERNELS must be "auto", "portable" or "sm90", got {mode!r}')
     return mode
 
 

@@ -47,7 +47,7 @@ def run(family: str, kernels: str, device: torch.device) -> Result:
     Args:
         family: the name of one of :data:`scan_fast.ops.families.GPU_FAMILIES`.
         kernels: ``"portable"`` or ``"sm90"``; on the CPU both mean its kernels.
-        device: where they run; the caller must have waited for its own work there.
+        device: device to test; the caller must have waited for its own work there.
 
     Returns:
         the result. Exceptions of the kernels are not caught.

@@ -28,7 +28,7 @@ _of_process: dict[str, Verdict] = {}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known about a kernel set on a GPU.
+    """Knowledge about a kernel set on a GPU.
 
     Attributes:
         passed: whether it may be used.

@@ -1,4 +1,4 @@
-"""Builds ``report.html`` from a run folder."""
+"""Building of report.html from the artifacts of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,14 +17,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from .charts import line_chart, number
-from .run_files import Assignments, Confusion, RunFiles, flatten, read_run
+from ..runs import artifacts
+from ..runs.folder import RunFolder
+from ..runs.records import Summary
+from ..runs.tables import Assignments
+from .charts import Series, line_chart, number
+from .content import Content, read_content
 from .thumbnails import Images, Thumbnail, choose, load
 
 # With 24 thumbnails of about 4 kB each, the file stays around 5 MB.
 CLUSTERS_WITH_IMAGES = 48
 CHARTS_PER_STAGE = 12
 CONFUSION_CLASSES = 40
+"""A larger confusion matrix is shown as a picture."""
 _METRIC_NAMES = {
     "acc": "accuracy",
     "acc_many_to_one": "accuracy, many to one",
@@ -38,7 +43,7 @@ _FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one", "confidence")
 
 @dataclass
 class ClusterView:
-    """What the report says about one cluster."""
+    """One cluster as the report shows it."""
 
     id: int
     size: int
@@ -51,34 +56,31 @@ class ClusterView:
     uncertain: list[Thumbnail] = field(default_factory=list)
 
 
-def write_report(folder: Path, images: Images, *, title: str) -> Path:
-    """Write ``report.html`` into a run folder: one file without scripts or links to elsewhere.
+def write_report(run: RunFolder, images: Images, *, title: str) -> Path:
+    """Write report.html: one file without scripts or links to elsewhere.
 
-    Read are ``assignments.csv`` (columns path, split, cluster, confidence, margin and optionally label) and, where
-    present, ``config.yaml``, ``summary.json``, ``metrics.jsonl``, ``confusion.csv`` or ``confusion.png``, and
-    ``embeddings.npz`` (one array per split), which tells how near clusters are to each other.
+    It shows the assignments and the configuration and, if they are there, the summary, the metrics, the confusion
+    matrix, and how similar the clusters' mean embeddings are.
 
     Args:
-        folder: the run folder.
-        images: ``images(split, rows)`` returns the pictures of these rows of a split, counted in the order of the
-            assignments. Where it raises an OSError, the pictures are asked for one by one, and those that fail again
-            are shown by their name.
+        run: the run folder.
+        images: ``images(split, rows)`` returns the pictures of these rows of a split. If it raises OSError or
+            DataError, the pictures are requested one by one, and those that fail again are shown by their name.
         title: the heading.
 
     Returns:
         The path of the report.
 
     Raises:
-        FileNotFoundError: without ``assignments.csv``.
-        ValueError: for a damaged file, or where ``images`` returns another number of pictures than asked.
+        RunError: if the assignments are missing, or a file is damaged.
+        ValueError: if ``images`` returns another number of pictures than requested.
     """
-    folder = Path(folder)
-    run = read_run(folder)
-    clusters = _clusters(run, _n_clusters(run))
+    content = read_content(run, largest_confusion=CONFUSION_CLASSES)
+    clusters = _clusters(content)
     shown = sorted((c for c in clusters if c.size), key=lambda c: (-c.size, c.id))[:CLUSTERS_WITH_IMAGES]
     for cluster in shown:
-        cluster.typical, cluster.uncertain = choose(run.assignments, cluster.id)
-    load([t for c in shown for t in (*c.typical, *c.uncertain)], run.assignments, images)
+        cluster.typical, cluster.uncertain = choose(content.assignments, cluster.id)
+    load([t for c in shown for t in (*c.typical, *c.uncertain)], content.assignments, images)
     environment = Environment(
         loader=PackageLoader("scan_fast.report", "."),
         autoescape=select_autoescape(default=True),
@@ -89,43 +91,31 @@ def write_report(folder: Path, images: Images, *, title: str) -> Path:
     environment.filters |= {"number": number, "percent": _percent, "count": _count}
     page = environment.get_template("report.html").render(
         title=title,
-        facts=_facts(run, clusters),
-        results=_results(run),
-        warnings=_warnings(clusters, run.assignments),
+        facts=_facts(content, clusters),
+        results=_results(content.summary),
+        warnings=_warnings(clusters, content.assignments),
         clusters=clusters,
         largest=max((c.share for c in clusters), default=0.0) or 1.0,
         shown=shown,
         linked={c.id for c in shown},
         n_filled=sum(c.size > 0 for c in clusters),
         labelled=any(c.label for c in clusters),
-        stages=_stages(run),
-        baselines=_baselines(run),
-        charts=_charts(run),
-        confusion=_confusion_view(run.confusion),
-        confusion_image=_confusion_image(run),
-        config_text=run.config_text,
-        commands=_commands(folder),
-        made=datetime.fromtimestamp((folder / "assignments.csv").stat().st_mtime, timezone.utc),
+        stages=_stages(content.summary),
+        baselines=_baselines(content.summary),
+        charts=_charts(content.series),
+        confusion=content.confusion,
+        confusion_figure=_data_url(content.confusion_figure),
+        config_text=content.config.to_yaml(),
+        commands=_commands(run.path),
+        made=datetime.fromtimestamp(run.path_of(artifacts.ASSIGNMENTS).stat().st_mtime, timezone.utc),
     )
-    path = folder / "report.html"
-    # Undecodable file names may hold lone surrogates, which UTF-8 cannot express.
-    # Beside its name first: a report that is there is whole, which is how a run knows that it has come to its end.
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(page.encode("utf-8", errors="replace"))
-    unfinished.replace(path)
-    return path
+    return run.write(artifacts.REPORT, page)
 
 
-def _n_clusters(run: RunFiles) -> int:
-    """The configured number of clusters where it is known, else one more than the largest id."""
-    found = int(run.assignments.clusters.max(initial=-1)) + 1
-    leaves = {name.rsplit(" ", 1)[-1]: value for name, value in flatten(run.config)}
-    configured = leaves.get("n_clusters")
-    return max(found, configured) if isinstance(configured, int) and not isinstance(configured, bool) else found
-
-
-def _clusters(run: RunFiles, n_clusters: int) -> list[ClusterView]:
-    data, nearest = run.assignments, _nearest(run, n_clusters)
+def _clusters(content: Content) -> list[ClusterView]:
+    data = content.assignments
+    n_clusters = max(int(data.clusters.max(initial=-1)) + 1, content.config.clustering.n_clusters or 0)
+    nearest = _nearest(content, n_clusters)
     total = max(1, data.clusters.size)
     split_names = list(dict.fromkeys(data.splits))
     order = np.argsort(data.clusters, kind="stable")
@@ -153,20 +143,20 @@ def _clusters(run: RunFiles, n_clusters: int) -> list[ClusterView]:
 def _main_label(data: Assignments, members: NDArray[np.int64]) -> tuple[str, float] | None:
     if data.labels is None:
         return None
-    known = Counter(label for i in members if (label := data.labels[i]) not in ("", "-1"))
+    known = Counter(label for i in members if (label := data.labels[i]))
     if not known:
         return None
     label, count = min(known.items(), key=lambda item: (-item[1], item[0]))
     return label, count / known.total()
 
 
-def _nearest(run: RunFiles, n_clusters: int) -> dict[int, list[tuple[int, float]]]:
-    """For each cluster the three with the most similar mean embedding, and the cosine similarity of the means."""
-    if run.embeddings is None:
+def _nearest(content: Content, n_clusters: int) -> dict[int, list[tuple[int, float]]]:
+    """Return for each cluster the three with the most similar mean embedding, and the cosine similarities."""
+    if content.embeddings is None:
         return {}
-    means = np.zeros((n_clusters, run.embeddings.shape[1]))
+    means = np.zeros((n_clusters, content.embeddings.shape[1]))
     for cluster in range(n_clusters):
-        members = run.embeddings[run.assignments.clusters == cluster]
+        members = content.embeddings[content.assignments.clusters == cluster]
         if len(members):
             means[cluster] = members.mean(axis=0)
     length = np.linalg.norm(means, axis=1)
@@ -182,10 +172,9 @@ def _nearest(run: RunFiles, n_clusters: int) -> dict[int, list[tuple[int, float]
     }
 
 
-def _facts(run: RunFiles, clusters: Sequence[ClusterView]) -> list[tuple[str, str]]:
-    """Name and value of the facts in the heading; what the run folder does not say is left out."""
-    data = run.assignments
-    leaves = {name.rsplit(" ", 1)[-1]: value for name, value in flatten(run.config)}
+def _facts(content: Content, clusters: Sequence[ClusterView]) -> list[tuple[str, str]]:
+    """Return name and value of the facts in the heading."""
+    data, summary = content.assignments, content.summary
     facts = [("images", _count(len(data.paths)))]
     splits = Counter(data.splits)
     if len(splits) > 1:
@@ -193,32 +182,28 @@ def _facts(run: RunFiles, clusters: Sequence[ClusterView]) -> list[tuple[str, st
     facts.append(("clusters", _count(len(clusters))))
     if not np.isnan(data.confidence).all():
         facts.append(("mean confidence", _percent(float(np.nanmean(data.confidence)))))
-    if isinstance(leaves.get("backbone"), str):
-        facts.append(("backbone", leaves["backbone"]))
-    seed = run.summary.get("seed", leaves.get("seed"))
-    if seed is not None:
-        facts.append(("seed", str(seed)))
-    seconds = run.summary.get("seconds")
-    if isinstance(seconds, int | float):
-        facts.append(("time", duration(seconds)))
+    facts.append(("backbone", content.config.model.backbone))
+    facts.append(("seed", str(content.config.seed)))
+    if summary.stages:
+        facts.append(("time", duration(summary.seconds)))
     return facts
 
 
-def _results(run: RunFiles) -> tuple[str, list[tuple[str, str]]] | None:
-    """The scores of the last stage that has an accuracy: its name, and each score's name and value."""
-    for stage, values in reversed(list(_stage_items(run))):
-        leaves = [(name, value) for name, value in flatten(values) if isinstance(value, int | float)]
+def _results(summary: Summary) -> tuple[str, list[tuple[str, str]]] | None:
+    """Return the scores of the last stage that has an accuracy: its name, and each score's name and value."""
+    for stage, values in reversed(summary.stages.items()):
+        leaves = [(name, value) for name, value in _flatten(values) if isinstance(value, int | float)]
         scores = [(name, value) for name, value in leaves if name.rsplit(" ", 1)[-1] == "acc"]
         if scores:
             split = scores[-1][0].removesuffix("acc")
             wanted = [(n.removeprefix(split), v) for n, v in leaves if n.startswith(split)]
-            where = f"{stage}, {split.strip()}" if split else stage
-            return where, [(_METRIC_NAMES[n], _percent(v)) for n, v in wanted if n in _METRIC_NAMES]
+            heading = f"{stage}, {split.strip()}" if split else stage
+            return heading, [(_METRIC_NAMES[n], _percent(v)) for n, v in wanted if n in _METRIC_NAMES]
     return None
 
 
 def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[str, str]]:
-    """What looks wrong, each with what to try."""
+    """Return what looks wrong, each with what to try."""
     found = []
     empty = [c.id for c in clusters if c.size == 0]
     if empty:
@@ -260,19 +245,16 @@ def _warnings(clusters: Sequence[ClusterView], data: Assignments) -> list[tuple[
     return found
 
 
-def _baselines(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Name and scores (mean and deviation over seeds) of each method that the run was compared with."""
-    found = run.summary.get("baselines")
+def _baselines(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return name and scores (mean and deviation over seeds) of each method that the run was compared with."""
     rows = []
-    for name, values in found.items() if isinstance(found, dict) else ():
-        if not isinstance(values, dict):
-            continue
+    for name, values in (summary.baselines or {}).items():
         cells = [
             (_METRIC_NAMES.get(metric, metric), f"{_percent(mean)} ± {_percent(values.get(f'{metric}_std', 0.0))}")
             for key, mean in values.items()
-            if (metric := key.removesuffix("_mean")) != key and isinstance(mean, int | float)
+            if (metric := key.removesuffix("_mean")) != key
         ]
-        rows.append((str(name).replace("_", " "), cells))
+        rows.append((name.replace("_", " "), cells))
     return rows
 
 
@@ -281,48 +263,44 @@ def _ids(clusters: Sequence[int]) -> str:
     return ", ".join(f"#{cluster}" for cluster in clusters[:12]) + more
 
 
-def _stage_items(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:
-    stages = run.summary.get("stages")
-    items = stages.items() if isinstance(stages, dict) else ()
-    return [(str(name), values) for name, values in items if isinstance(values, dict)]
-
-
-def _stages(run: RunFiles) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Name, duration and the other numbers of each stage."""
+def _stages(summary: Summary) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return name, duration and the other numbers of each stage."""
     rows = []
-    for stage, values in _stage_items(run):
-        seconds = values.get("seconds")
+    for stage, values in summary.stages.items():
         cells = [
             (name, _percent(value) if _is_fraction(name, value) else number(value))
-            for name, value in flatten(values)
+            for name, value in _flatten(values)
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "seconds"
         ]
-        rows.append((stage, duration(seconds) if isinstance(seconds, int | float) else "", cells))
+        rows.append((stage, duration(values["seconds"]), cells))
     return rows
 
 
-def _charts(run: RunFiles) -> list[tuple[str, list[tuple[str, str, Markup]], int]]:
-    """For each stage: name, last value and drawing of its first series, and how many were left out."""
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with their names joined by spaces: ``("test acc", 0.9)``."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _charts(by_stage: Mapping[str, Sequence[Series]]) -> list[tuple[str, list[tuple[str, str, Markup]], int]]:
+    """Return for each stage name, last value and drawing of its first series, and how many were left out."""
     result = []
-    for stage, series in run.series.items():
+    for stage, series in by_stage.items():
         drawn = [(s.name, number(s.y[-1]), chart) for s in series if (chart := line_chart(s)) is not None]
         if drawn:
             result.append((stage, drawn[:CHARTS_PER_STAGE], max(0, len(drawn) - CHARTS_PER_STAGE)))
     return result
 
 
-def _confusion_view(matrix: Confusion | None) -> Confusion | None:
-    return matrix if matrix is not None and len(matrix.column_names) <= CONFUSION_CLASSES else None
-
-
-def _confusion_image(run: RunFiles) -> str:
-    if _confusion_view(run.confusion) is not None or run.confusion_image is None:
-        return ""
-    return "data:image/png;base64," + base64.b64encode(run.confusion_image.read_bytes()).decode("ascii")
+def _data_url(png: bytes | None) -> str:
+    return "" if png is None else "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _commands(folder: Path) -> list[tuple[str, str]]:
-    """What to do next, and the command line for it."""
+    """Return what to do next, and the command line for it."""
     run = shlex.quote(str(folder))
     return [
         ("Sort new images into these clusters", f"scan-fast predict {run} --data new_images/ --out clusters.csv"),

@@ -1,20 +1,44 @@
-"""Line charts as inline SVG, coloured by the page's style sheet."""
+"""Line charts as inline SVG; the page's style sheet gives their colors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from .run_files import Series
+from ..runs.records import MetricsEntry
 
 _WIDTH, _HEIGHT = 320, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 22
 _POINTS = 300
 
 
+@dataclass(frozen=True)
+class Series:
+    """Values of one metric of a stage at increasing epochs."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def series_of(entries: Iterable[MetricsEntry]) -> dict[str, list[Series]]:
+    """Group metrics by stage and name; a later entry of the same epoch replaces the earlier one."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for entry in entries:
+        stage = found.setdefault(entry.stage, {})
+        for name, value in entry.values.items():
+            stage.setdefault(name, {})[entry.epoch] = value
+    return {
+        stage: [Series(name, sorted(points), [points[x] for x in sorted(points)]) for name, points in metrics.items()]
+        for stage, metrics in found.items()
+    }
+
+
 def line_chart(series: Series) -> Markup | None:
-    """Draw one series, or return None where it has less than two points or no finite value.
+    """Draw one series, or return None if it has less than two points or no finite value.
 
     Values that are not finite leave a gap. Long series are thinned to about 300 points, keeping each bin's extremes, so
     that a spike stays visible and the page small.
@@ -55,11 +79,11 @@ def line_chart(series: Series) -> Markup | None:
         else f'<text x="{_LEFT - 6}" y="{middle + 4}" text-anchor="end">{label_high}</text>'
     )
     x_labels = (
-        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{series.unit} {number(first)}</text>'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">epoch {number(first)}</text>'
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{number(last)}</text>'
     )
     description = (
-        f"{series.name} over {len(series.x)} {series.unit}s: first {number(finite[0][1])}, "
+        f"{series.name} over {len(series.x)} epochs: first {number(finite[0][1])}, "
         f"last {number(finite[-1][1])}, lowest {number(min(y for _, y in finite))}, "
         f"highest {number(max(y for _, y in finite))}"
     )

@@ -1,17 +1,18 @@
-"""Which images stand for a cluster, and their inline thumbnails."""
+"""Inline thumbnails of the images that show a cluster."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
+from ..errors import DataError
+from ..evaluation.prototypes import prototypes
+from ..runs.tables import Assignments
 from .charts import number
-from .run_files import Assignments
 
 Images = Callable[[str, list[int]], list[Image.Image]]
 
@@ -30,42 +31,46 @@ class Thumbnail:
     url: str = ""
 
 
-def choose(data: Assignments, cluster: int) -> tuple[list[Thumbnail], list[Thumbnail]]:
-    """Return the most confident members of a cluster, and the least confident of the others, each most telling first.
-
-    Equal confidences are ordered by the margin, then by row; an unknown confidence counts as the lowest.
-    """
-    members = np.flatnonzero(data.clusters == cluster)
-    confidence, margin = np.nan_to_num(data.confidence[members], nan=-1), np.nan_to_num(data.margin[members], nan=-1)
-    ordered = members[np.lexsort((members, -margin, -confidence))]
-    typical, rest = ordered[:TYPICAL_IMAGES], ordered[TYPICAL_IMAGES:]
-    uncertain = rest[::-1][:UNCERTAIN_IMAGES]
-    return [_thumbnail(int(i), data) for i in typical], [_thumbnail(int(i), data) for i in uncertain]
-
-
-def _thumbnail(index: int, data: Assignments) -> Thumbnail:
-    path = data.paths[index]
-    parts = [path, f"confidence {number(data.confidence[index])}"]
-    if data.labels is not None and data.labels[index] not in ("", "-1"):
-        parts.append(f"labelled {data.labels[index]}")
-    name = path.replace("\\", "/").rsplit("/", 1)[-1] or path
-    return Thumbnail(index, name, " · ".join(parts))
+def choose(table: Assignments, cluster: int) -> tuple[list[Thumbnail], list[Thumbnail]]:
+    """Return the thumbnails of a cluster's typical images, and of its uncertain ones, without their pictures."""
+    chosen = prototypes(
+        table.clusters,
+        table.confidence,
+        table.margin,
+        cluster,
+        typical=TYPICAL_IMAGES,
+        uncertain=UNCERTAIN_IMAGES,
+    )
+    return _thumbnails(chosen.typical, table), _thumbnails(chosen.uncertain, table)
 
 
-def load(thumbnails: Sequence[Thumbnail], data: Assignments, images: Images) -> None:
+def _thumbnails(rows: Iterable[int], table: Assignments) -> list[Thumbnail]:
+    thumbnails = []
+    for index in rows:
+        path = table.paths[index]
+        parts = [path, f"confidence {number(table.confidence[index])}"]
+        if table.labels is not None and table.labels[index]:
+            parts.append(f"labelled {table.labels[index]}")
+        name = path.replace("\\", "/").rsplit("/", 1)[-1] or path
+        thumbnails.append(Thumbnail(index, name, " · ".join(parts)))
+    return thumbnails
+
+
+def load(thumbnails: Sequence[Thumbnail], table: Assignments, images: Images) -> None:
     """Fill in the thumbnails' data URLs; those of images that cannot be read stay empty.
 
     Raises:
-        ValueError: where ``images`` returns another number of pictures than asked.
+        ValueError: if ``images`` returns another number of pictures than asked.
     """
+    row_in_split = table.rows
     by_split: dict[str, list[Thumbnail]] = {}
     for thumbnail in thumbnails:
-        by_split.setdefault(data.splits[thumbnail.index], []).append(thumbnail)
+        by_split.setdefault(table.splits[thumbnail.index], []).append(thumbnail)
     for split, wanted in by_split.items():
-        rows = [int(data.rows[t.index]) for t in wanted]
+        rows = [int(row_in_split[thumbnail.index]) for thumbnail in wanted]
         try:
             pictures: list[Image.Image | None] = list(images(split, rows))
-        except OSError:
+        except (OSError, DataError):
             pictures = [_one_image(images, split, row) for row in rows]
         if len(pictures) != len(rows):
             raise ValueError(f"images({split!r}, ...) must return {len(rows)} pictures, got {len(pictures)}")
@@ -76,7 +81,7 @@ def load(thumbnails: Sequence[Thumbnail], data: Assignments, images: Images) -> 
 def _one_image(images: Images, split: str, row: int) -> Image.Image | None:
     try:
         return images(split, [row])[0]
-    except OSError:
+    except (OSError, DataError):
         return None
 
 

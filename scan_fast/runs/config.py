@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from ..data.datasets import DataConfig
+from ..errors import ConfigError
 from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
 from ..objectives import ObjectiveConfig, SCANSettings
@@ -32,10 +33,6 @@ from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says what to change."""
 
 
 class OptimizerConfig(Settings):

@@ -1,58 +1,33 @@
-"""The run folder: every file is written beside its final name and renamed, so a kill or a full disk loses nothing.
-
-Layout::
-
-    config.yaml      the resolved configuration          metrics.jsonl    one line per stage and epoch
-    summary.json     metrics and seconds per stage       checkpoints/     <stage>.pt while training, <stage>-final.pt
-    embeddings.npz   train, test: (N, D) float32         neighbors.npz    train, test: (N, k) int64; *_similarity
-    assignments.csv  one row per image                   confusion.*      with labels: figure and CSV
-    model.pt         the predictor                       report.html      one file, opens from disk
-    skipped.csv      images left out as unreadable       precision.json   what precision=auto came to, and why
-    decode-cache.json   the files that need not be decoded again to know that they are good
-"""
+"""The folder of a run: a lock, and atomic writing and reading of the artifacts in it."""
 
 from __future__ import annotations
 
 import errno
-import io
-import json
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-import numpy as np
-import torch
-
-from .config import Config, ConfigError, build_config, differences
+from ..atomic import is_leftover, remove_leftovers
+from ..errors import RunError
+from . import artifacts
+from .artifacts import CONFIG, METRICS, SUMMARY, Artifact
+from .config import Config, differences
+from .records import MetricsEntry, Summary
 
 try:
     import fcntl
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 
-PRECISION_FILE = "precision.json"
-DECODE_CACHE_FILE = "decode-cache.json"
-
-_WRITTEN_BY = {
-    "checkpoints/pretext-final.pt": "pretext",
-    "embeddings.npz": "mine",
-    "neighbors.npz": "mine",
-    "checkpoints/clustering-final.pt": "cluster",
-    "checkpoints/selflabel-final.pt": "selflabel",
-}
-"""The command that makes each finished result."""
-
-
-class RunError(RuntimeError):
-    """A run folder that cannot be used, or a stage that cannot start; the message says what to do."""
+_LOCK = ".lock"
+_TENSORBOARD = "tensorboard"
 
 
 class RunFolder:
-    """One experiment on disk. Use as a context manager: it holds a lock, so that two processes never share it."""
+    """One experiment on disk. As a context manager it holds a lock: one process at a time may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
@@ -65,7 +40,7 @@ class RunFolder:
     def open(cls, path: Path, config: Config) -> RunFolder:
         """Return the folder for ``config``: a new one, or that of the same experiment. Entering it writes config.yaml.
 
-        A folder in which nothing has been computed yet takes any configuration, so that a first mistake can be mended.
+        A folder without results takes any configuration, so that a first mistake can be corrected.
 
         Raises:
             RunError: if it belongs to another experiment (with the differences) or to no experiment.
@@ -75,28 +50,6 @@ class RunFolder:
         run._check_fits(config)
         return run
 
-    def _check_fits(self, config: Config) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; choose another --out")
-        content = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-        # What a process that was killed or refused at its very beginning has left behind does not count.
-        content -= {
-            ".lock",
-            "skipped.csv",
-            "tensorboard",
-            PRECISION_FILE,
-            DECODE_CACHE_FILE,
-            *(name for name in content if name.startswith(".") and name.endswith(".tmp")),
-        }
-        if "config.yaml" not in content and content:
-            raise RunError(f"{self.path} is not empty and is no run folder; choose another --out")
-        changed = differences(self.config(), config) if content > {"config.yaml"} else []
-        if changed:
-            raise RunError(
-                f"{self.path} holds another experiment ({'; '.join(changed)}); "
-                "undo the change, or choose another folder with --out"
-            )
-
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
         """Open a folder that a run has made.
@@ -105,14 +58,30 @@ class RunFolder:
             RunError: if there is none.
         """
         run = cls(path)
-        if not run.has("config.yaml"):
-            raise RunError(f"{run.path} is no run folder (it has no config.yaml); give the folder that a run printed")
+        if not run.has(CONFIG):
+            raise RunError(f"{run.path} is no run folder (it has no {CONFIG.name}); give the folder that a run printed")
         return run
+
+    def _check_fits(self, config: Config) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another --out")
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        # A process that was killed or refused before its first stage leaves no results.
+        harmless = {_LOCK, _TENSORBOARD, *(artifact.name for artifact in artifacts.AT_START)}
+        content = {entry.name for entry in entries if entry.name not in harmless and not is_leftover(entry)}
+        if content and CONFIG.name not in content:
+            raise RunError(f"{self.path} is not empty and is no run folder; choose another --out")
+        changed = differences(self.read(CONFIG), config) if content > {CONFIG.name} else []
+        if changed:
+            raise RunError(
+                f"{self.path} holds another experiment ({'; '.join(changed)}); "
+                "undo the change, or choose another folder with --out"
+            )
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
-            handle = (self.path / ".lock").open("w")
+            handle = (self.path / _LOCK).open("w")
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -121,12 +90,12 @@ class RunFolder:
                     raise RunError(f"{self.path} is in use by another scan-fast process") from error
                 raise
             self._lock = handle
-        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
-            leftover.unlink(missing_ok=True)  # a process was killed while it wrote this
+        for folder in (self.path, self.path / artifacts.CHECKPOINTS):
+            remove_leftovers(folder)
         if self._config is not None:
             try:
                 self._check_fits(self._config)  # another process may have come first
-                self.write_text("config.yaml", self._config.to_yaml())
+                self.write(CONFIG, self._config)
             except BaseException:
                 self.__exit__(None, None, None)
                 raise
@@ -139,157 +108,103 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    # -- artifacts -------------------------------------------------------------------------------------------------
 
-    def has(self, name: str) -> bool:
-        """Return whether a file of that name is there."""
-        return (self.path / name).is_file()
+    def path_of(self, artifact: Artifact[Any]) -> Path:
+        """Return the path of an artifact, whether or not it is there."""
+        return self.path / artifact.name
 
-    def config(self) -> Config:
-        """Read the resolved configuration."""
-        import yaml
+    def has(self, artifact: Artifact[Any]) -> bool:
+        """Return whether an artifact is there."""
+        return self.path_of(artifact).is_file()
 
-        try:
-            return build_config(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
-        except (ConfigError, yaml.YAMLError) as error:
-            raise RunError(f"{self.path / 'config.yaml'} cannot be read: {error}") from error
-
-    def summary(self) -> dict[str, Any]:
-        """Read summary.json, or start one."""
-        if not self.has("summary.json"):
-            return {"seed": None, "stages": {}, "seconds": 0.0}
-        return self.read_json("summary.json")
-
-    def read_bytes(self, name: str) -> bytes:
-        """Read a file as it is."""
-        return (self.path / name).read_bytes()
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file.
+    def read(self, artifact: Artifact[T]) -> T:
+        """Read an artifact.
 
         Raises:
-            RunError: if it is damaged; the message says what to do.
+            RunError: if it is missing or damaged; the message says what to do.
+            OSError: if it cannot be opened.
         """
-        try:
-            content: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise self._damaged(name, error) from error
-        return content
+        if not self.has(artifact):
+            raise self._missing(artifact)
+        advice = artifact.repair.format(command=artifact.command, folder=self.path)
+        return artifacts.read(artifact, self.path_of(artifact), advice)
 
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Read an .npz file.
+    def require(self, artifact: Artifact[Any]) -> None:
+        """Check that an artifact is there and that its stage is finished.
 
         Raises:
-            RunError: if it is damaged; the message says what to do.
+            RunError: names what is missing and the command that writes it.
         """
-        try:
-            with np.load(self.path / name) as file:
-                return {key: file[key] for key in file.files}
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # zipfile and NumPy raise BadZipFile, EOFError, ValueError and more
-            raise self._damaged(name, error) from error
+        if not self.has(artifact) or (artifact.stage is not None and not self.finished(artifact.stage)):
+            raise self._missing(artifact)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line that a kill cut short is left out."""
-        entries = []
-        if self.has("metrics.jsonl"):
-            for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                try:
-                    entries.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return entries
+    def _missing(self, artifact: Artifact[Any]) -> RunError:
+        return RunError(f"{self.path} has no {artifact.name}; run `scan-fast {artifact.command} {self.path}` first")
 
-    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Read a file that :meth:`save` wrote.
+    def write(self, artifact: Artifact[T], content: T) -> Path:
+        """Write an artifact atomically and return its path.
 
         Raises:
-            RunError: if it is damaged; the message says what to do.
+            OSError: if it cannot be written.
         """
-        try:
-            state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
-            raise self._damaged(name, error) from error
-        return state
+        path = self.path_of(artifact)
+        artifacts.write(artifact, content, path)
+        return path
 
-    def _damaged(self, name: str, error: Exception) -> RunError:
-        """Return the error for a file whose content is broken, as a failing disk leaves it."""
-        stage = _WRITTEN_BY.get(name)
-        if stage is None:
-            advice = "remove it, and the same command goes on from what else there is"
-        else:
-            advice = f"repeat what wrote it: scan-fast {stage} {self.path} --again"
-        return RunError(f"{self.path / name} is damaged ({type(error).__name__}); {advice}")
+    def remove(self, *removed: Artifact[Any]) -> None:
+        """Remove artifacts if they are there."""
+        for artifact in removed:
+            self.path_of(artifact).unlink(missing_ok=True)
 
-    # -- writing ---------------------------------------------------------------------------------------------------
+    # -- metrics ---------------------------------------------------------------------------------------------------
 
-    def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write a file atomically: all of it is on disk under its name, or the former one still is."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
+    def metrics(self) -> list[MetricsEntry]:
+        """Return the entries of metrics.jsonl, none if it is missing."""
+        return self.read(METRICS) if self.has(METRICS) else []
 
-    def write_text(self, name: str, content: str) -> Path:
-        """Write a text file atomically."""
-        return self.write_bytes(name, content.encode())
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Write a JSON file atomically."""
-        return self.write_text(name, json.dumps(content, indent=2) + "\n")
-
-    def write_arrays(self, name: str, **arrays: np.ndarray) -> Path:
-        """Write an .npz file atomically."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        return self.write_bytes(name, buffer.getvalue())
-
-    def save(self, name: str, state: Mapping[str, Any]) -> Path:
-        """Write tensors and plain values atomically, readable with ``torch.load(weights_only=True)``."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        return self.write_bytes(name, buffer.getvalue())
-
-    def remove(self, *names: str) -> None:
-        """Remove files where they are there."""
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-
-    def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def append_metrics(self, entry: MetricsEntry) -> None:
+        """Append one line to metrics.jsonl. A crash may cut it short; readers then leave it out."""
+        with self.path_of(METRICS).open("a", encoding="utf-8") as file:
+            file.write(entry.to_line())
 
     def drop_metrics(self, stage: str, first_epoch: int) -> None:
-        """Forget a stage's metrics from an epoch on: the stage is about to do these epochs again."""
-        if not self.has("metrics.jsonl"):
+        """Remove the metrics of a stage from an epoch on, and lines that were cut short."""
+        if not self.has(METRICS):
             return
-        kept = [e for e in self.metrics() if e.get("stage") != stage or e.get("epoch", -1) < first_epoch]
-        text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        if text != (self.path / "metrics.jsonl").read_text(encoding="utf-8"):
-            self.write_text("metrics.jsonl", text)
+        kept = [entry for entry in self.metrics() if entry.stage != stage or entry.epoch < first_epoch]
+        if "".join(entry.to_line() for entry in kept).encode() != self.path_of(METRICS).read_bytes():
+            self.write(METRICS, kept)
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """Return the content of summary.json, an empty one if it is missing."""
+        return self.read(SUMMARY) if self.has(SUMMARY) else Summary()
+
+    def finished(self, stage: str) -> bool:
+        """Return whether a stage has been entered into summary.json."""
+        return stage in self.summary().stages
 
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
         """Enter a finished stage into summary.json."""
         summary = self.summary()
-        summary["seed"] = seed
-        summary["stages"][stage] = {"seconds": round(seconds, 3), **results}
-        summary["seconds"] = round(sum(entry["seconds"] for entry in summary["stages"].values()), 3)
-        self.write_json("summary.json", summary)
+        summary.seed = seed
+        summary.stages[stage] = {"seconds": round(seconds, 3), **results}
+        self.write(SUMMARY, summary)
 
-    def finished(self, stage: str) -> bool:
-        """Return whether a stage has been entered into summary.json."""
-        return stage in self.summary()["stages"]
+    def forget(self, stages: Iterable[str]) -> None:
+        """Remove the artifacts of stages, and those that follow the last stage, so that they are made again."""
+        names = list(stages)
+        summary = self.summary()
+        summary.stages = {name: entry for name, entry in summary.stages.items() if name not in names}
+        summary.baselines = None
+        # In this order a kill leaves no finished stage without its artifacts, and no checkpoint from which a stage
+        # would continue that should start over.
+        for name in names:
+            self.remove(artifacts.checkpoint(name))
+        self.write(SUMMARY, summary)
+        for name in names:
+            self.drop_metrics(name, 0)
+            self.remove(*(artifact for artifact in artifacts.OF_STAGES if artifact.stage == name))
+        self.remove(*artifacts.AT_END)

@@ -1,4 +1,4 @@
-"""What a run tells while it works: progress on the terminal, metrics.jsonl, and TensorBoard where asked for."""
+"""Progress of a run on the terminal, in metrics.jsonl and, if configured, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..errors import MissingPackageError
 from .folder import RunFolder
+from .records import MetricsEntry
 
 LINE_SECONDS = 10.0
-"""Where the output is no terminal, a stage prints a line this often at most."""
+"""Shortest time between the lines of a stage if the output is no terminal."""
 
 
 class Ticker:
     """Counts the steps of one stage and shows rate, loss and time left."""
 
     def __init__(self, tracker: Tracker, stage: str, total_steps: int, done_steps: int) -> None:
-        self._events = tracker
+        self._tracker = tracker
         self._stage = stage
         self._total = total_steps
         self._done = done_steps
@@ -46,7 +48,7 @@ class Ticker:
         now = time.perf_counter()
         if self._progress is None and (now - self._last_line >= LINE_SECONDS or epoch == epochs):
             self._last_line = now
-            self._events.say(
+            self._tracker.say(
                 f"{self._stage}: epoch {epoch}/{epochs}  {self._note}  {self._rate()}, {self._left()} left"
             )
 
@@ -60,7 +62,11 @@ class Ticker:
 
 
 class Tracker:
-    """The single place that prints and records."""
+    """Prints and records; nothing else in a run does.
+
+    Raises:
+        MissingPackageError: if ``tensorboard`` is true and its package is not installed.
+    """
 
     def __init__(self, run: RunFolder, *, quiet: bool = False, tensorboard: bool = False) -> None:
         self.run = run
@@ -70,7 +76,7 @@ class Tracker:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError(
+                raise MissingPackageError(
                     "runtime.tensorboard=true needs the package tensorboard: pip install tensorboard"
                 ) from error
             self._writer = SummaryWriter(str(run.path / "tensorboard"))
@@ -81,9 +87,7 @@ class Tracker:
 
     def record(self, stage: str, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics; ``epoch`` counts finished epochs from 1, ``step`` the stage's steps."""
-        self.run.append_metrics(
-            {"stage": stage, "epoch": epoch, "step": step, "time": round(time.time(), 3), **_rounded(metrics)}
-        )
+        self.run.append_metrics(MetricsEntry(stage, epoch, step, round(time.time(), 3), _rounded(metrics)))
         if self._writer is not None:
             for key, value in metrics.items():
                 self._writer.add_scalar(f"{stage}/{key}", value, epoch)

@@ -1,23 +1,26 @@
-"""Writes checkpoints while training goes on: a snapshot at once, the serialising and the disk in a thread."""
+"""Writing of artifacts in a thread, while training continues."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .artifacts import Artifact
 from .folder import RunFolder
+from .records import map_tensors
+
+T = TypeVar("T")
 
 
 class BackgroundWriter:
-    """Writes files of a run one after another in a thread, each as atomically as :meth:`RunFolder.save`.
+    """Writes artifacts of a run one after another in a thread.
 
-    Use as a context manager: leaving it waits for the last file. What a write raises (a full disk, say) is raised by
-    the next :meth:`save`, by :meth:`join` or on leaving; where another error is already on its way, that one goes on.
+    Leaving the context waits for the last one. An error of a write (such as a full disk) is raised by the next
+    :meth:`write`, by :meth:`join` or on leaving; if the context is left by another error, that one counts.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -25,13 +28,13 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Copy the state's tensors and write them under ``name``; returns when the copy is made.
+    def write(self, artifact: Artifact[T], content: T) -> None:
+        """Copy the tensors of ``content`` and write it; returns when the copy is made.
 
         On a GPU the copy is only enqueued: it comes before whatever changes the tensors next, and nothing waits for it.
         """
         self.join()
-        copied = snapshot(dict(state))
+        copied = map_tensors(content, _copy_to_host)
         event = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             event = torch.cuda.Event()
@@ -41,7 +44,7 @@ class BackgroundWriter:
             try:
                 if event is not None:
                     event.synchronize()
-                self._run.save(name, copied)
+                self._run.write(artifact, copied)
             except BaseException as error:
                 self._error = error
 
@@ -49,7 +52,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for the file that is being written, and raise what went wrong with it."""
+        """Wait for the artifact that is being written, and raise the error of its writing."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -69,15 +72,8 @@ class BackgroundWriter:
             self._thread.join()
 
 
-def snapshot(value: Any) -> Any:
-    """Return nested dictionaries, lists and tuples with every tensor copied to memory of its own on the host."""
-    if isinstance(value, Tensor):
-        if not value.is_cuda:
-            return value.detach().cpu().clone()
-        # Only a copy into pinned memory is asynchronous.
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        return {key: snapshot(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(snapshot(inner) for inner in value)
-    return value
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.detach().cpu().clone()
+    # Only a copy into pinned memory is asynchronous.
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from ..models.heads import ClusterModel
 from ..random import integers, permutation, stream_key
+from ..runs.artifacts import CLUSTER_MODEL, checkpoint
+from ..runs.records import StageResult
 from ..training.context import Context, seeded
-from ..training.inference import forward_all, forward_views
+from ..training.inference import forward_all
 from ..training.loop import Stage, train
+from ..views.inference import forward_views
 from .assessment import assess
 from .embedding import backbone_features
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
-from .inputs import CLUSTER_MODEL, mined_neighbors, pretext_model
+from .inputs import mined_neighbors, pretext_model
 
 NAME = "clustering"
 NEIGHBOR_DRAW = 2
@@ -147,7 +150,7 @@ def run_clustering(context: Context, handover: Handover) -> None:
     with seeded(context.config.seed, NAME):
         model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
     model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
-    if config.initialize == "kmeans" and not context.run.has(f"checkpoints/{NAME}.pt"):
+    if config.initialize == "kmeans" and not context.run.has(checkpoint(NAME)):
         start_from_kmeans(context, model, handover)
     if config.update == "full":
         handover.drop([FEATURES])  # only a frozen backbone needs them again
@@ -161,7 +164,8 @@ def run_clustering(context: Context, handover: Handover) -> None:
         logits = logits_of(context, single, split, handover)[0].cpu()
         handover.put(CLUSTERING_LOGITS, split, logits)
         results[split] = assess(context, logits, split)
-    context.run.save(CLUSTER_MODEL, best)
+    record = {name: value for name, value in best.items() if name != "model"}
+    context.run.write(CLUSTER_MODEL, StageResult(best["model"], record))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 

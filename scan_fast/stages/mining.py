@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import MissingPackageError
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
+from ..runs import artifacts
+from ..runs.records import Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import embed
 from .handover import Handover
-from .inputs import EMBEDDINGS_FILE, NEIGHBORS_FILE, pretext_model
+from .inputs import pretext_model
 
 NAME = "mining"
 
@@ -25,7 +28,7 @@ def run_mining(context: Context, handover: Handover) -> None:
     config = context.config.mining
     model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
-    found: dict[str, np.ndarray] = {}
+    found = Neighbors({}, {})
     results: dict[str, object] = {}
     for split, source, k in (
         ("train", context.splits.train, config.k),
@@ -34,11 +37,13 @@ def run_mining(context: Context, handover: Handover) -> None:
         embedding = F.normalize(embed(context, model, split, handover), dim=1)
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
-        found[split], found[f"{split}_similarity"] = index.cpu().numpy(), similarity.cpu().numpy()
+        found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()
         if source.labels is not None:
-            results["purity" if split == "train" else "test_purity"] = neighbor_purity(found[split], source.labels)
-    context.run.write_arrays(EMBEDDINGS_FILE, **embeddings)
-    context.run.write_arrays(NEIGHBORS_FILE, **found)
+            results["purity" if split == "train" else "test_purity"] = neighbor_purity(
+                found.index[split], source.labels
+            )
+    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings))
+    context.run.write(artifacts.NEIGHBORS, found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
     context.tracker.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
@@ -49,14 +54,15 @@ def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Return similarity and index, (N, k) each, by the chosen backend; each excludes the image itself by index.
 
     Raises:
-        ValueError: if the backend's package is not installed.
+        MissingPackageError: if the backend's package is not installed.
+        UsageError: if ``backend`` is "native" and there is no compiled kernel for the device.
     """
     if backend != "faiss":
         return topk_neighbors(embedding, k, impl=backend)  # type: ignore[arg-type]
     try:
         import faiss
     except ImportError as error:
-        raise ValueError(
+        raise MissingPackageError(
             "mining.backend=faiss needs the package faiss-cpu or faiss-gpu: pip install faiss-cpu"
         ) from error
     rows = embedding.cpu().numpy()

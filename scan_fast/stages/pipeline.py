@@ -12,6 +12,9 @@ from PIL import Image
 from ..evaluation.metrics import neighbor_purity
 from ..models.heads import ClusterModel
 from ..report import write_report
+from ..runs import artifacts
+from ..runs.artifacts import Artifact
+from ..runs.records import Summary
 from ..runs.tracker import Tracker
 from ..training.context import Context
 from ..training.inference import forward_all
@@ -20,18 +23,7 @@ from . import clustering, mining, pretext, selflabel
 from .assessment import assess
 from .embedding import knn_check
 from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
-from .inputs import (
-    CLUSTER_MODEL,
-    EMBEDDINGS_FILE,
-    NEIGHBORS_FILE,
-    PRETEXT_MODEL,
-    SELFLABEL_MODEL,
-    cluster_model,
-    mined_neighbors,
-    pretext_model,
-    require,
-    selflabelled_model,
-)
+from .inputs import cluster_model, mined_neighbors, pretext_model, selflabelled_model
 from .results import baselines, write_results, write_skipped
 
 
@@ -40,20 +32,18 @@ class PipelineStage:
     """One stage of a run.
 
     Attributes:
-        name: name in files, in the configuration and on the screen.
-        command: the command that runs it alone.
+        name: name in files, in the configuration and on the screen; :data:`.runs.artifacts.COMMANDS` has its command.
         run: does the stage.
-        inputs: files of the run folder that it reads.
-        outputs: files of the run folder that it writes.
+        inputs: artifacts that it reads.
+        outputs: artifacts that it writes.
         takes: values that it reuses if an earlier stage of this process computed them (see :mod:`.handover`).
         hands_on: values that it computes and holds for later stages.
     """
 
     name: str
-    command: str
     run: Callable[[Context, Handover], None]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[Artifact[Any], ...]
+    outputs: tuple[Artifact[Any], ...]
     takes: tuple[str, ...] = ()
     hands_on: tuple[str, ...] = ()
 
@@ -61,35 +51,31 @@ class PipelineStage:
 PIPELINE = (
     PipelineStage(
         pretext.NAME,
-        "pretext",
         pretext.run_pretext,
         inputs=(),
-        outputs=(PRETEXT_MODEL,),
+        outputs=(artifacts.PRETEXT_MODEL,),
         hands_on=(EMBEDDINGS, FEATURES),
     ),
     PipelineStage(
         mining.NAME,
-        "mine",
         mining.run_mining,
-        inputs=(PRETEXT_MODEL,),
-        outputs=(EMBEDDINGS_FILE, NEIGHBORS_FILE),
+        inputs=(artifacts.PRETEXT_MODEL,),
+        outputs=(artifacts.EMBEDDINGS, artifacts.NEIGHBORS),
         takes=(EMBEDDINGS, FEATURES),
     ),
     PipelineStage(
         clustering.NAME,
-        "cluster",
         clustering.run_clustering,
-        inputs=(PRETEXT_MODEL, NEIGHBORS_FILE),
-        outputs=(CLUSTER_MODEL,),
+        inputs=(artifacts.PRETEXT_MODEL, artifacts.NEIGHBORS),
+        outputs=(artifacts.CLUSTER_MODEL,),
         takes=(FEATURES,),
         hands_on=(CLUSTERING_LOGITS,),
     ),
     PipelineStage(
         selflabel.NAME,
-        "selflabel",
         selflabel.run_selflabel,
-        inputs=(CLUSTER_MODEL,),
-        outputs=(SELFLABEL_MODEL,),
+        inputs=(artifacts.CLUSTER_MODEL,),
+        outputs=(artifacts.SELFLABEL_MODEL,),
         hands_on=(SELFLABEL_LOGITS,),
     ),
 )
@@ -100,8 +86,6 @@ STAGES = {stage.name: stage for stage in PIPELINE}
 FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS)
 """Values that :func:`finish` reuses."""
 
-_RESULT_FILES = ("assignments.csv", "model.pt", "report.html", "confusion.csv", "confusion.png")
-
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
@@ -111,19 +95,7 @@ def stages_of(context: Context) -> list[str]:
 def forget(context: Context, first: str) -> None:
     """Remove what a stage and those after it have written, so that they are done again."""
     names = list(STAGES)
-    names = names[names.index(first) :]
-    summary = context.run.summary()
-    summary["stages"] = {name: entry for name, entry in summary["stages"].items() if name not in names}
-    summary.pop("baselines", None)
-    # In this order, so that a kill in between leaves no finished stage without its files, and no checkpoint from which
-    # a stage would go on that should begin again.
-    for name in names:
-        context.run.remove(f"checkpoints/{name}.pt")
-    context.run.write_json("summary.json", summary)
-    for name in names:
-        context.run.drop_metrics(name, 0)
-        context.run.remove(*STAGES[name].outputs)
-    context.run.remove(*_RESULT_FILES)
+    context.run.forget(names[names.index(first) :])
 
 
 def run_stages(context: Context, names: Sequence[str]) -> None:
@@ -137,21 +109,23 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
     skipped = write_skipped(context)
     if skipped:
         path, reason = skipped[0]
-        tracker.say(f"left out {len(skipped)} unreadable images (skipped.csv), the first is {path}: {reason}")
+        listed = f"{len(skipped)} unreadable images ({artifacts.SKIPPED.name})"
+        tracker.say(f"left out {listed}, the first is {path}: {reason}")
     handover = Handover()
     did_something = False
     for name in names:
         if run.finished(name):
-            tracker.say(f"{name}: finished before, in {run.summary()['stages'][name]['seconds']:.1f} s")
+            tracker.say(f"{name}: finished before, in {run.summary().stages[name]['seconds']:.1f} s")
             continue
         run_stage(context, STAGES[name], handover)
         did_something = True
-        entry = run.summary()["stages"][name]
+        entry = run.summary().stages[name]
         shown = {**entry, **entry.get("test", {})}
         notes = [f"{key} {shown[key]:.4f}" for key in ("knn_acc", "purity", "acc", "nmi", "ari") if key in shown]
         tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
     last = stages_of(context)[-1]
-    if run.finished(last) and (did_something or not run.has("report.html")):
+    complete = all(run.has(artifact) for artifact in (artifacts.ASSIGNMENTS, artifacts.MODEL, artifacts.REPORT))
+    if run.finished(last) and (did_something or not complete):
         finish(context, handover)
 
 
@@ -161,8 +135,8 @@ def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> Non
     Raises:
         RunError: if an input is missing; the message names the command that writes it.
     """
-    for name in stage.inputs:
-        require(context.run, name)
+    for artifact in stage.inputs:
+        context.run.require(artifact)
     handover.drop(stage.hands_on)  # values of a former model
     handover.declare((*stage.takes, *stage.hands_on))
     stage.run(context, handover)
@@ -179,17 +153,17 @@ def finish(context: Context, handover: Handover) -> None:
     else:
         model, stage = cluster_model(context)[0], clustering.NAME
     write_results(context, model, stage, handover)
-    if context.config.evaluation.baselines and "baselines" not in context.run.summary():
-        summary = context.run.summary()
-        summary["baselines"] = baselines(context)
-        context.run.write_json("summary.json", summary)
+    summary = context.run.summary()
+    if context.config.evaluation.baselines and summary.baselines is None:
+        summary.baselines = baselines(context)
+        context.run.write(artifacts.SUMMARY, summary)
     make_report(context)
 
 
-def evaluate(context: Context) -> dict[str, Any]:
-    """Measure every finished stage again from its weights, and the baselines; update and return summary.json."""
+def evaluate(context: Context) -> Summary:
+    """Measure every finished stage again from its weights, and the baselines; update and return the summary."""
     summary = context.run.summary()
-    stages = summary["stages"]
+    stages = summary.stages
     if pretext.NAME in stages:
         stages[pretext.NAME] |= knn_check(context, pretext_model(context))
     if mining.NAME in stages:
@@ -206,8 +180,8 @@ def evaluate(context: Context) -> dict[str, Any]:
             model = load(context)
             for split, source in context.clustered.items():
                 stages[name][split] = assess(context, forward_all(context, model, model, source)[0].cpu(), split)
-    summary["baselines"] = baselines(context)
-    context.run.write_json("summary.json", summary)
+    summary.baselines = baselines(context)
+    context.run.write(artifacts.SUMMARY, summary)
     return summary
 
 
@@ -217,7 +191,7 @@ def make_report(context: Context) -> None:
     def images(split: str, rows: list[int]) -> list[Image.Image]:
         return [Image.fromarray(array.numpy()) for array in context.clustered[split].read(torch.tensor(rows)).cpu()]
 
-    write_report(context.run.path, images, title=context.config.name)
+    write_report(context.run, images, title=context.config.name)
 
 
 def print_summary(context: Context, tracker: Tracker) -> None:
@@ -226,11 +200,11 @@ def print_summary(context: Context, tracker: Tracker) -> None:
     columns = ("acc", "nmi", "ari")
     rows = []
     for name, title in (("kmeans_pixels", "k-means on pixels"), ("kmeans_features", "k-means on features")):
-        entry = summary.get("baselines", {}).get(name)
-        if entry:
-            rows.append([title, *(f"{entry[f'{key}_mean']:.3f}" for key in columns), "", ""])
+        scores = (summary.baselines or {}).get(name)
+        if scores:
+            rows.append([title, *(f"{scores[f'{key}_mean']:.3f}" for key in columns), "", ""])
     for name in stages_of(context):
-        entry = summary["stages"].get(name)
+        entry = summary.stages.get(name)
         if entry is None:
             continue
         test = entry.get("test", {})
@@ -240,8 +214,8 @@ def print_summary(context: Context, tracker: Tracker) -> None:
         rows.append(
             [name, *(f"{test[key]:.3f}" if key in test else "" for key in columns), extra, f"{entry['seconds']:.1f}"]
         )
-    rows.append(["all stages", "", "", "", "", f"{summary['seconds']:.1f}"])
+    rows.append(["all stages", "", "", "", "", f"{summary.seconds:.1f}"])
     tracker.table(f"{context.config.name} (test images)", ["stage", "ACC", "NMI", "ARI", "", "seconds"], rows)
     tracker.say(f"run folder: {context.run.path}")
-    if context.run.has("report.html"):
-        tracker.say(f"report:     {context.run.path / 'report.html'}")
+    if context.run.has(artifacts.REPORT):
+        tracker.say(f"report:     {context.run.path_of(artifacts.REPORT)}")

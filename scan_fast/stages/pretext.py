@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..data.sources import Source
 from ..methods import PretextMethod
 from ..models.heads import PretextModel
+from ..runs.artifacts import PRETEXT_MODEL
+from ..runs.records import StageResult
 from ..training.context import Context, seeded
 from ..training.loop import Stage, Training, train
 from .embedding import knn_check
 from .handover import Handover
-from .inputs import PRETEXT_MODEL
 
 NAME = "pretext"
 
@@ -91,5 +92,5 @@ def run_pretext(context: Context, handover: Handover) -> None:
         settings.load(model)
         training = Training(seconds=0.0)
         results = knn_check(context, model, handover)
-    context.run.save(PRETEXT_MODEL, {"model": model.state_dict()})
+    context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)

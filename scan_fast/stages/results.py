@@ -1,28 +1,25 @@
-"""What a run leaves behind: metrics, assignments, the confusion matrix and the predictor."""
+"""Results of a finished run: assignments, the confusion matrix, the saved model and the baselines."""
 
 from __future__ import annotations
-
-import csv
-import io
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.sources import Source
-from ..evaluation.metrics import confusion, match_clusters, save_confusion
+from ..evaluation.metrics import confusion, match_clusters
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
 from ..models.heads import ClusterModel
+from ..models.saved import SavedModel
+from ..report.figures import confusion_png
+from ..runs import artifacts
+from ..runs.tables import Assignments, Confusion, Predictions, Skipped
 from ..training.context import Context
 from ..training.inference import forward_all
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
-MODEL_FORMAT = 1
-#: k-means on pixels is a baseline of sets whose training images take no more bytes than this as float32.
 MOST_PIXELS = 4 << 30
-PREDICTION_COLUMNS = ("path", "cluster", "confidence", "margin")
+"""Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline."""
 
 
 def final_logits(context: Context, model: ClusterModel, name: str, handover: Handover) -> dict[str, Tensor]:
@@ -48,8 +45,8 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
     name = SELFLABEL_LOGITS if stage == "selflabel" else CLUSTERING_LOGITS
     logits = final_logits(context, model, name, handover)
-    context.run.write_text("assignments.csv", assignments_csv(context, logits))
-    context.run.save("model.pt", predictor_state(context, model, stage))
+    context.run.write(artifacts.ASSIGNMENTS, assignments(context, logits))
+    context.run.write(artifacts.MODEL, saved_model(context, model, stage))
     labels = context.splits.test.labels
     if labels is not None and context.n_classes is not None:
         clusters = logits["test"].argmax(dim=1).numpy()
@@ -57,75 +54,67 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
         match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
         matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
         assert context.splits.test.class_names is not None
-        save_confusion(context.run.path / "confusion", matrix, context.splits.test.class_names)
+        table = Confusion.of(matrix, context.splits.test.class_names)
+        context.run.write(artifacts.CONFUSION, table)
+        context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(table))
 
 
-def assignments_csv(context: Context, logits: dict[str, Tensor]) -> str:
-    """Return one row per image: path, cluster, confidence, margin to the second cluster, split and, if known, label."""
+def assignments(context: Context, logits: dict[str, Tensor]) -> Assignments:
+    """Return the cluster of every image and, if there are classes, its label.
+
+    Args:
+        context: the run.
+        logits: by split, (N, C).
+    """
     names = context.splits.train.class_names if context.n_classes is not None else None
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*PREDICTION_COLUMNS, "split", *(["label"] if names else [])])
+    parts, labels = {}, {}
     for split, source in context.clustered.items():
-        for row, line in enumerate(prediction_rows(source.paths, logits[split].softmax(dim=1))):
-            line.append(split)
-            if names and source.labels is not None:
-                label = int(source.labels[row])
-                line.append(names[label] if label >= 0 else "")
-            writer.writerow(line)
-    return buffer.getvalue()
+        parts[split] = Predictions.of(source.paths, logits[split].softmax(dim=1))
+        numbers = [-1] * len(source) if source.labels is None else source.labels.tolist()
+        labels[split] = [names[number] if names and number >= 0 else "" for number in numbers]
+    return Assignments.join(parts, labels if names else None)
 
 
-def prediction_rows(paths: Sequence[str], probabilities: Tensor) -> Iterator[list[Any]]:
-    """Yield path, cluster, confidence and margin to the second cluster of each image, from (N, K) probabilities."""
-    top, cluster = probabilities.topk(2, dim=1)
-    for row, path in enumerate(map(printable, paths)):
-        best, second = top[row].tolist()
-        yield [path, int(cluster[row, 0]), f"{best:.6f}", f"{best - second:.6f}"]
+def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel:
+    """Return the content of model.pt.
 
-
-def printable(path: str) -> str:
-    """Return a path that can be written as UTF-8: a file name that is not valid text must not cost a table."""
-    return path.encode("utf-8", "replace").decode()
+    Args:
+        context: the run.
+        model: the finished model, with one head.
+        stage: the stage whose result it is.
+    """
+    size = context.plain_view.size
+    assert size is not None
+    return SavedModel(
+        stage=stage,
+        model=context.without_pretrained,
+        n_clusters=context.n_clusters,
+        size=context.splits.train.size,
+        view_size=size,
+        crop=context.config.data.crop,
+        decode=context.config.data.decode,
+        mean=context.splits.mean,
+        std=context.splits.std,
+        state_dict={name: value.cpu() for name, value in model.state_dict().items()},
+    )
 
 
 def write_skipped(context: Context) -> list[tuple[str, str]]:
-    """List the images that could not be read in skipped.csv (path, reason), and return them; no file for none."""
+    """Write skipped.csv if images could not be read, and return their paths with the reasons."""
     sources = [*context.clustered.values(), context.splits.pretext]
     # Subsets of one source share its list.
     skipped = sorted({entry for source in sources if source is not None for entry in source.skipped})
-    if not skipped:
-        context.run.remove("skipped.csv")
-        return []
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["path", "reason"])
-    writer.writerows((printable(path), " ".join(printable(reason).split())) for path, reason in skipped)
-    context.run.write_text("skipped.csv", buffer.getvalue())
+    if skipped:
+        context.run.write(artifacts.SKIPPED, Skipped(skipped))
+    else:
+        context.run.remove(artifacts.SKIPPED)
     return skipped
-
-
-def predictor_state(context: Context, model: ClusterModel, stage: str) -> dict[str, Any]:
-    """Return everything that :class:`scan_fast.predictor.Predictor` needs: weights, sizes and normalisation."""
-    return {
-        "format": MODEL_FORMAT,
-        "stage": stage,
-        "model": context.without_pretrained.model_dump(mode="json"),
-        "n_clusters": context.n_clusters,
-        "size": context.splits.train.size,
-        "view_size": context.plain_view.size,
-        "crop": context.config.data.crop,
-        "decode": context.config.data.decode,
-        "mean": list(context.splits.mean),
-        "std": list(context.splits.std),
-        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-    }
 
 
 def baselines(context: Context) -> dict[str, dict[str, float]]:
     """Return the test metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
-    Empty without labels; without the pixels where there are too many of them.
+    It is empty without labels. Pixels are left out if there are too many of them.
     """
     train, test = context.splits.train, context.splits.test
     if test.labels is None or context.n_classes is None:
@@ -134,8 +123,8 @@ def baselines(context: Context) -> dict[str, dict[str, float]]:
     inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if 12 * train.size**2 * len(train) <= MOST_PIXELS:
         inputs["kmeans_pixels"] = (_pixels(train), _pixels(test))
-    if context.run.has("embeddings.npz"):
-        embeddings = context.run.arrays("embeddings.npz")
+    if context.run.has(artifacts.EMBEDDINGS):
+        embeddings = context.run.read(artifacts.EMBEDDINGS).rows
         inputs["kmeans_features"] = (embeddings["train"], embeddings["test"])
     return {
         name: kmeans_metrics(

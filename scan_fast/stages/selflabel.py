@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
 from ..models.moving_average import MovingAverage
+from ..runs.artifacts import SELFLABEL_MODEL
+from ..runs.records import StageResult
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from .assessment import assess
 from .handover import SELFLABEL_LOGITS, Handover
-from .inputs import SELFLABEL_MODEL, cluster_model
+from .inputs import cluster_model
 
 NAME = "selflabel"
 
@@ -111,5 +113,5 @@ def run_selflabel(context: Context, handover: Handover) -> None:
             return forward_all(context, stage.result, stage.result, source)[0].cpu()
 
         results[split] = assess(context, handover.get(SELFLABEL_LOGITS, split, logits_of_all), split)
-    context.run.save(SELFLABEL_MODEL, {"model": stage.result.state_dict()})
+    context.run.write(SELFLABEL_MODEL, StageResult(stage.result.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)

@@ -15,11 +15,15 @@ from ..data.datasets import Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
+from ..devices import choose_device
+from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..models.pretrained import pretrained_input
 from ..random import stream_key
-from ..runs.config import Config, ConfigError
-from ..runs.folder import DECODE_CACHE_FILE, PRECISION_FILE, RunFolder
+from ..runs import artifacts
+from ..runs.config import Config
+from ..runs.folder import RunFolder
+from ..runs.records import PrecisionRecord
 from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
@@ -107,36 +111,18 @@ class Context:
             return torch.bfloat16
         model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
         tried = {"model": model.model_dump(mode="json"), "side": side}
-        record = self.run.read_json(PRECISION_FILE) if self.run.has(PRECISION_FILE) else {}
-        if record.get("tried") == tried:
-            return Choice(record["precision"], record["reason"]).dtype
+        if self.run.has(artifacts.PRECISION):
+            record = self.run.read(artifacts.PRECISION)
+            if record.tried == tried:
+                return Choice(record.precision, record.reason).dtype
         choice = choose_on_cpu(model, side)
-        self.run.write_json(PRECISION_FILE, {"precision": choice.precision, "reason": choice.reason, "tried": tried})
+        self.run.write(artifacts.PRECISION, PrecisionRecord(choice.precision, choice.reason, tried))
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the mixed-precision context of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"runtime.device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
 
 
 def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
@@ -149,10 +135,10 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
     if splits is None:
-        decode_cache = DecodeCache(run.read_bytes(DECODE_CACHE_FILE) if run.has(DECODE_CACHE_FILE) else b"")
+        decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
         splits = open_splits(config.data, decode_cache)
         if decode_cache.changed:
-            run.write_bytes(DECODE_CACHE_FILE, decode_cache.to_bytes())
+            run.write(artifacts.DECODE_CACHE, decode_cache)
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
     if move_to_device(sources, config.data.resident, device):
         tracker.say(f"images: kept on {device}")

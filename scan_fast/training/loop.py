@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
+from ..errors import RunError
 from ..random import stream_key
+from ..runs import artifacts
 from ..runs.config import ScheduleConfig, TrainingConfig
-from ..runs.folder import RunError
+from ..runs.records import Checkpoint, map_tensors
 from ..runs.writer import BackgroundWriter
 from .compilation import compile_networks, timed_first_step
 from .context import Context
@@ -105,7 +107,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
         RunError: if the loss or a weight stops being finite; the last checkpoint, which is finite, stays.
     """
     run, tracker, training = context.run, context.tracker, stage.training
-    checkpoint = f"checkpoints/{stage.name}.pt"
+    checkpoint = artifacts.checkpoint(stage.name)
     key = stream_key(context.config.seed, stage.name)
     steps = steps_per_epoch(stage.n_images, training.batch_size)
     optimizer = build_optimizer(stage.parameters(), training.optimizer)
@@ -114,18 +116,18 @@ def train(stage: Stage[Any], context: Context) -> Training:
 
     epoch, step, seconds = 0, 0, 0.0
     if run.has(checkpoint):
-        state = run.load(checkpoint, context.device)
-        if state["n_images"] != stage.n_images:
+        state = map_tensors(run.read(checkpoint), lambda tensor: tensor.to(context.device))
+        if state.n_images != stage.n_images:
             raise RunError(
-                f"{run.path / checkpoint} is of {state['n_images']} images, there are {stage.n_images} now; "
+                f"{run.path_of(checkpoint)} is of {state.n_images} images, there are {stage.n_images} now; "
                 "the images have changed since: start again in a new folder"
             )
-        stage.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        stage.model.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
         fit_to_device(optimizer)
-        stage.load_state(state["stage"])
-        epoch, step, seconds = state["epoch"], state["step"], state["seconds"]
-        do_step.reset(state["totals"])
+        stage.load_state(state.stage)
+        epoch, step, seconds = state.epoch, state.step, state.seconds
+        do_step.reset(state.totals)
         where = f", step {step}" if step else ""
         tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
     run.drop_metrics(stage.name, epoch + 1)
@@ -142,18 +144,18 @@ def train(stage: Stage[Any], context: Context) -> Training:
     def save(writer: BackgroundWriter) -> None:
         nonlocal saved
         check_finite(stage, do_step.totals, epoch)
-        writer.save(
+        writer.write(
             checkpoint,
-            {
-                "model": stage.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "stage": stage.state(),
-                "n_images": stage.n_images,
-                "epoch": epoch,
-                "step": step,
-                "totals": do_step.totals,
-                "seconds": seconds + time.perf_counter() - begin,
-            },
+            Checkpoint(
+                model=stage.model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                stage=stage.state(),
+                n_images=stage.n_images,
+                epoch=epoch,
+                step=step,
+                totals=do_step.totals,
+                seconds=seconds + time.perf_counter() - begin,
+            ),
         )
         saved = time.perf_counter()
 

@@ -13,7 +13,7 @@ of PIL's. On the CPU, converting float32 to uint8 is DALI's slowest step (5 ns p
 - `brightness_contrast` on uint8 is exact up to rounding; a shift by half a unit turns its rounding into truncation.
 - Blends are computed in 16-bit fixed point and looked up in a table, which divides, truncates and clips.
 - A function of two pixel values is a table of 65,536 entries. The hue needs four: three for PIL's 8-bit hue and the
-chroma (one per pair of channels), and one for the colour of a hue and a chroma.
+  chroma (one per pair of channels), and one for the colour of a hue and a chroma.
 
 Named arguments of DALI operators are on the CPU. So on a GPU, a value computed from the pixels (the mean of `contrast`)
 is a term of a sum instead of an argument. ``on_device=True`` builds this variant on the CPU too, for the tests.

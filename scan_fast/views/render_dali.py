@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.errors import DataError
 from ..data.files import ImageFiles
+from ..errors import MissingPackageError
 from ..ops import native
 from ..ops.augment import Operation
 from . import color, geometry
@@ -49,7 +49,7 @@ def is_installed() -> bool:
 
 def _graphs() -> ModuleType:
     if not is_installed():
-        raise DataError(f"data.renderer=dali needs DALI, which is not installed: {INSTALL}")
+        raise MissingPackageError(f"data.renderer=dali needs DALI, which is not installed: {INSTALL}")
     from . import dali_graphs
 
     return dali_graphs
@@ -67,7 +67,7 @@ class DaliRenderer:
             than the thread pool of the other renderers (``python -m benchmarks.views --photos FOLDER``).
 
     Raises:
-        DataError: if DALI is not installed.
+        MissingPackageError: if DALI is not installed.
         ValueError: for an invalid mean, std or dtype.
     """
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..data.errors import DataError
+from ..errors import DataError
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, RECIPE_STEP, Operation, augment
 from . import geometry

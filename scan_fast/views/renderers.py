@@ -35,6 +35,7 @@ def renderer_for(
 
     Raises:
         DataError: if the requested renderer cannot run on the device.
+        MissingPackageError: if its package is not installed.
     """
     chosen = automatic_renderer(device) if name == "auto" else name
     if chosen == "dali":
@@ -47,5 +48,6 @@ def make_renderer(config: DataConfig, splits: Splits, device: torch.device) -> R
 
     Raises:
         DataError: if it cannot run on the device.
+        MissingPackageError: if its package is not installed.
     """
     return renderer_for(config.renderer, splits.mean, splits.std, device)

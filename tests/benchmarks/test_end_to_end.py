@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import baseline, end_to_end, targets
+from benchmarks import baseline, baseline_images, end_to_end, targets
 from benchmarks.stage_pairs import (
     Images,
     Pair,
@@ -24,7 +24,9 @@ from benchmarks.stage_pairs import (
 )
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel, PretextModel
+from scan_fast.runs.artifacts import NEIGHBORS
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import Neighbors
 from scan_fast.runs.tracker import Tracker
 from scan_fast.training.context import Context, open_context
 from scan_fast.views.parameters import STRONG_OPERATIONS, AffineView, SimCLRView, StrongView
@@ -50,7 +52,9 @@ def opened(
     with run:
         context = open_context(config, run, Tracker(run, quiet=True), images.splits)
         near = (np.arange(64)[:, None] + np.arange(1, 6)) % 64
-        run.write_arrays("neighbors.npz", train=near, test=near)
+        similarity = np.ones(near.shape, dtype=np.float32)
+        neighbors = Neighbors({"train": near, "test": near}, {"train": similarity, "test": similarity})
+        run.write(NEIGHBORS, neighbors)
         run.finish_stage("mining", 0.0, {}, 0)
         yield context, images
 
@@ -106,7 +110,7 @@ def test_disagreement_is_seen(opened: tuple[Context, Images]) -> None:
 
 def test_the_networks_have_the_flops_of_resnet18() -> None:
     network = baseline.ContrastiveModel(ModelConfig(projection_dim=128))
-    nothing = baseline.Pairs(
+    nothing = baseline_images.Pairs(
         2, lambda i: Image.new("RGB", (32, 32)), lambda i: torch.zeros(1), lambda i: torch.zeros(1)
     )
     config = end_to_end.settings("cifar10", "cpu", []).pretext
@@ -125,21 +129,21 @@ def test_baseline_views_are_the_configured_ones() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
-    def levels(view: Any) -> Tensor:
-        out = baseline.transform(view, mean, std)(image)
+    def pixels(view: Any) -> Tensor:
+        out = baseline_images.transform(view, mean, std)(image)
         return (out * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255
 
     exact = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     still = StrongView(size=32, operations=0, cutout=0, flip=1.0)
-    torch.testing.assert_close(levels(still), exact.flip(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(pixels(still), exact.flip(2), atol=1e-3, rtol=0)
     whole = SimCLRView(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=1.0)
-    grey = levels(whole)
+    grey = pixels(whole)
     torch.testing.assert_close(grey[0], grey[2], atol=1e-3, rtol=0)
     torch.testing.assert_close(
         grey[0], (exact * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0), atol=1, rtol=0
     )
     affine = AffineView(size=32, degrees=0, translate=0, scale=(1, 1), shear=0, brightness=0, contrast=0, cutout=0)
-    torch.testing.assert_close(levels(affine), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(pixels(affine), exact, atol=1e-3, rtol=0)
 
 
 def test_every_strong_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +152,8 @@ def test_every_strong_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
     def note(name: str) -> Any:
         return lambda image, value: seen.setdefault(name, []).append(value) or image
 
-    monkeypatch.setattr(baseline, "STRONG", {name: note(name) for name, _, _ in STRONG_OPERATIONS})
-    baseline.RandomOperations(2000)(Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(baseline_images, "STRONG", {name: note(name) for name, _, _ in STRONG_OPERATIONS})
+    baseline_images.RandomOperations(2000)(Image.new("RGB", (4, 4)))
     for name, low, high in STRONG_OPERATIONS:
         assert 80 < len(seen[name]) < 220
         assert low <= min(seen[name]) < low + 0.2 * (high - low)
@@ -159,7 +163,7 @@ def test_every_strong_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_cutout_boxes() -> None:
     sides = []
     for _ in range(300):
-        hole = baseline.Cutout(6)(torch.ones(3, 12, 12))[0] == 0
+        hole = baseline_images.Cutout(6)(torch.ones(3, 12, 12))[0] == 0
         rows, columns = hole.any(dim=1).nonzero(), hole.any(dim=0).nonzero()
         assert int(hole.sum()) == len(rows) * len(columns)
         sides.append(max(len(rows), len(columns)))

@@ -1,4 +1,4 @@
-"""The run in given minutes: its plan, its images, what it leaves, and that it goes on where it was stopped."""
+"""The run in given minutes: its plan, its images, its results, and how it resumes."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.gpu_run import archive, schedule
 from benchmarks.gpu_run import run as gpu_run
 from benchmarks.gpu_run.watch import EXIT_TIME
-from scan_fast.data.errors import DataError
+from scan_fast.errors import DataError
 from scan_fast.runs.config import find_config, load_config
 
 FULL = {"pretext": 200, "clustering": 30, "selflabel": 100}
@@ -93,7 +93,7 @@ CLASSES = ("cat", "dog", "frog")
 
 
 def jpeg(number: int, size: int = 32) -> bytes:
-    """An image whose colour tells its number."""
+    """Return an image whose color depends on its number."""
     pixels = np.random.default_rng(number).integers(0, 60, (size, size, 3))
     pixels[..., number % 3] += 120 + number
     buffer = io.BytesIO()
@@ -109,7 +109,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of each class 16 training and 6 test images, not in order."""
+    """Return an archive with 16 training and 6 test images of each class, out of order."""
     path = tmp_path_factory.mktemp("data") / "small.tar.xz"
     with tarfile.open(path, "w:xz") as tar:
         for split, count in (("test", 6), ("train", 16)):
@@ -140,7 +140,7 @@ def test_what_was_decoded_is_kept(small: Path, tmp_path: Path) -> None:
     first = archive.open_archive(small, tmp_path, say=said([]))
     lines: list[str] = []
     again = archive.open_archive(small, tmp_path, say=said(lines))
-    assert "decoded before" in lines[0]
+    assert "read from an earlier decoding" in lines[0]
     rows = torch.arange(48)
     assert torch.equal(first.train.read(rows), again.train.read(rows))
     assert again.train.paths == first.train.paths

@@ -11,8 +11,9 @@ import torch
 from containers import Item, encoded, write_parquet, write_tar
 from images import varied
 
-from scan_fast.data import DataConfig, DataError, open_splits, source_from
+from scan_fast.data import DataConfig, open_splits, source_from
 from scan_fast.data.containers import class_numbers, expand_braces, find_files, split_files
+from scan_fast.errors import DataError
 
 PIXELS = varied(12, 20, 20).numpy()
 JPEG = [encoded(pixels) for pixels in PIXELS]

@@ -13,8 +13,9 @@ import torch
 from containers import CONTAINERS, Item, encoded, write_folder
 from images import varied
 
-from scan_fast.data import DataConfig, DataError, Splits, files, open_splits, source_from
+from scan_fast.data import DataConfig, Splits, files, open_splits, source_from
 from scan_fast.data.decode_cache import DecodeCache
+from scan_fast.errors import DataError, MissingPackageError
 
 pytest.importorskip("datasets")
 pytest.importorskip("pyarrow")
@@ -167,7 +168,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "x.parquet").write_bytes(b"")
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    with pytest.raises(DataError, match=rf"pip install 'scan-fast\[{extra}\]'"):
+    with pytest.raises(MissingPackageError, match=rf"pip install 'scan-fast\[{extra}\]'"):
         opened(source.format(tmp_path))
 
 

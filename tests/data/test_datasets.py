@@ -13,11 +13,12 @@ import torchvision
 from PIL import Image
 from pydantic import ValidationError
 
-from scan_fast.data import DataConfig, DataError, FileSource, ImagePaths, open_splits
+from scan_fast.data import DataConfig, FileSource, ImagePaths, open_splits
 from scan_fast.data.datasets import STATISTICS
 from scan_fast.data.folders import default_size
 from scan_fast.data.kinds.cifar import CIFAR20_COARSE, CIFAR20_NAMES
 from scan_fast.data.kinds.folder import SUBSETS
+from scan_fast.errors import DataError
 
 
 def images(folder: Path, *names: str, size: int = 8) -> None:

@@ -14,7 +14,8 @@ import torch
 from containers import Item, encoded, write_folder
 from images import varied
 
-from scan_fast.data import DataConfig, DataError, kinds, open_splits, source_from
+from scan_fast.data import DataConfig, kinds, open_splits, source_from
+from scan_fast.errors import DataError
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending" / "image-source.md"
 

@@ -15,8 +15,9 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import DataConfig, DataError, open_splits
+from scan_fast.data import DataConfig, open_splits
 from scan_fast.data.folders import find_images
+from scan_fast.errors import DataError
 
 
 def image(path: Path, number: int = 0) -> Path:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from scan_fast.data import (
     DataConfig,
-    DataError,
     FileSource,
     ImagePaths,
     SubsetSource,
@@ -21,6 +20,7 @@ from scan_fast.data import (
     placement,
 )
 from scan_fast.data.placement import free_memory, image_bytes, kept_on_host, move_to_device
+from scan_fast.errors import DataError
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from torchvision.transforms import functional as tv
 
 from scan_fast.data import (
     DataConfig,
-    DataError,
     FileSource,
     ImagePaths,
     Source,
@@ -19,6 +18,7 @@ from scan_fast.data import (
     TensorSource,
     source_from,
 )
+from scan_fast.errors import DataError
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:

@@ -14,6 +14,7 @@ import pytest
 from driving import TINY, assignments, contents, fill, results, run_here, summary, tiny_config, weights
 
 import scan_fast
+from benchmarks import BENCHMARKS
 from scan_fast.cli import split_overrides
 from scan_fast.data.datasets import DataConfig, open_splits, source_from
 from scan_fast.ops.families import FAMILIES
@@ -156,7 +157,26 @@ def test_bench_runs_a_benchmark(tmp_path: Path) -> None:
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["benchmark"], [case["size"] for case in found["cases"]]) == ("self_label", ["64x10"])
-    assert "bench must be one of" in run_here("bench", "nothing").refusal()
+
+
+def test_bench_lists_the_benchmarks() -> None:
+    """The table has every module and package that can be run, but for the helper that measures memory."""
+    folder = Path(scan_fast.__file__).parents[1] / "benchmarks"
+    runnable = {file.stem for file in folder.glob("*.py") if 'if __name__ == "__main__":' in file.read_text()}
+    runnable |= {file.parent.name for file in folder.glob("*/__main__.py")}
+    assert set(BENCHMARKS) == runnable - {"memory"}
+    text = run_here("bench", "--help").out
+    for name, description in BENCHMARKS.items():
+        assert f"  {name} " in text
+        assert description in text
+    message = run_here("bench", "nothing").refusal()
+    assert f"bench must be one of {', '.join(BENCHMARKS)}, got 'nothing'" in message
+
+
+def test_bench_without_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("scan_fast.commands.SOURCE", tmp_path)
+    assert "are part of the source repository" in run_here("bench", "nt_xent").refusal()
+    assert run_here("bench", "--help").code == 0
 
 
 def test_overrides_may_stand_anywhere() -> None:

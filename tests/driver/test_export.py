@@ -1,3 +1,5 @@
+"""Exported models predict the same without this package."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +12,6 @@ from scan_fast.data.datasets import source_from
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.predictor import Predictor
-from scan_fast.views.parameters import PlainView
 
 
 @pytest.fixture
@@ -25,7 +26,9 @@ def model_file(tmp_path: Path) -> Path:
         "model": config.model_dump(mode="json"),
         "n_clusters": 4,
         "size": 8,
-        "view_size": PlainView(kind="plain", size=8).size,
+        "view_size": 8,
+        "crop": "image",
+        "decode": "exact",
         "mean": [0.4, 0.5, 0.6],
         "std": [0.2, 0.25, 0.3],
         "state_dict": model.state_dict(),
@@ -47,3 +50,17 @@ def test_exported_program_predicts_the_same(model_file: Path, tmp_path: Path) ->
 def test_missing_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "m.pt2")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_exported_onnx_model_predicts_the_same(model_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    out = tmp_path / "onnx" / "model.onnx"
+    assert main(["export", str(model_file), "--format", "onnx", "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]  # the weights are in it
+    images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+    expected = Predictor.load(model_file).probabilities(source_from(images))
+    session = reference.ReferenceEvaluator(str(out))
+    for n in (3, 1):
+        found = torch.from_numpy(session.run(None, {"images": images[:n].numpy()})[0])
+        torch.testing.assert_close(found, expected[:n], rtol=1e-4, atol=1e-6)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from driving import TINY, opened, run_here
 
-from scan_fast.runs.folder import RunError
+from scan_fast.errors import RunError
+from scan_fast.runs.artifacts import PRETEXT_MODEL, Artifact, checkpoint
 from scan_fast.stages import embedding
 from scan_fast.stages.handover import EMBEDDINGS, FEATURES, Handover
 from scan_fast.stages.pipeline import FINISH_TAKES, PIPELINE, STAGES, run_stage
@@ -31,7 +32,7 @@ def test_a_stage_may_only_use_what_it_declares() -> None:
 
 def test_every_value_that_is_taken_is_handed_on_by_an_earlier_stage() -> None:
     known: set[str] = set()
-    files: set[str] = set()
+    files: set[Artifact[Any]] = set()
     for stage in PIPELINE:
         assert set(stage.takes) <= known and set(stage.inputs) <= files, stage.name
         known |= set(stage.hands_on)
@@ -68,26 +69,25 @@ def test_a_stage_that_is_repeated_does_not_reuse_its_former_values(tmp_path: Pat
         run_stage(context, STAGES["pretext"], handover)
         stale = torch.zeros(len(context.splits.train), 4)
         handover.put(EMBEDDINGS, "train", stale)
-        context.run.remove("checkpoints/pretext.pt")
+        context.run.remove(checkpoint("pretext"))
         run_stage(context, STAGES["pretext"], handover)
         handover.declare([EMBEDDINGS])
         assert handover.get(EMBEDDINGS, "train", lambda: stale) is not stale
 
 
-@pytest.mark.parametrize(
-    ("command", "missing"), [("mine", "finished pretext stage"), ("cluster", "finished pretext stage")]
-)
-def test_a_missing_input_names_the_command_that_writes_it(command: str, missing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["mine", "cluster"])
+def test_a_missing_input_names_the_command_that_writes_it(command: str, tmp_path: Path) -> None:
     message = run_here(command, "digits", *TINY, "--out", tmp_path / "run", "--quiet").refusal()
-    assert f"has no {missing}; run `scan-fast pretext" in message
+    assert f"has no {PRETEXT_MODEL.name}; run `scan-fast pretext" in message
 
 
 def test_every_input_of_every_stage_is_required(finished: Path) -> None:
     """Each declared file, taken away, is refused before the stage computes anything."""
     for stage in PIPELINE:
-        for name in stage.inputs:
-            kept = (finished / name).read_bytes()
-            (finished / name).unlink()
+        for artifact in stage.inputs:
+            path = finished / artifact.name
+            kept = path.read_bytes()
+            path.unlink()
             with opened(finished) as context, pytest.raises(RunError, match=r"run `scan-fast \w+ "):
                 run_stage(context, stage, Handover())
-            (finished / name).write_bytes(kept)
+            path.write_bytes(kept)

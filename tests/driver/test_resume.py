@@ -14,6 +14,7 @@ import torch
 from driving import TINY, Death, Process, contents, metrics, results, run_here, tiny_config
 
 from scan_fast.models.heads import PretextModel
+from scan_fast.runs.artifacts import SUMMARY
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.handover import Handover
@@ -200,9 +201,9 @@ def test_an_unfinished_run_continues_from_its_folder(finished: Path, finished_ru
     before = contents(finished)
     assert run_here("selflabel", finished, "--again", "--quiet").code == 0
     folder = RunFolder(finished)
-    text = folder.summary()
-    del text["stages"]["selflabel"]
-    folder.write_json("summary.json", text)
+    content = folder.summary()
+    del content.stages["selflabel"]
+    folder.write(SUMMARY, content)
     (finished / "report.html").unlink()
     assert run_here("run", finished, "--quiet").code == 0
     assert results(finished) == results(finished_run)

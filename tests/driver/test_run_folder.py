@@ -15,7 +15,10 @@ from PIL import Image
 
 from scan_fast.data import files as file_source
 from scan_fast.data.datasets import open_splits
-from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.errors import RunError
+from scan_fast.runs.artifacts import CONFIG, DECODE_CACHE
+from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import MetricsEntry
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pipeline import run_stages, stages_of
 from scan_fast.training.context import open_context
@@ -232,25 +235,10 @@ def test_labels_influence_nothing_that_is_trained_or_selected(finished_run: Path
 # -- RunFolder ---------------------------------------------------------------------------------------------------------
 
 
-def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder(tmp_path)
-    folder.save("checkpoints/a.pt", {"x": torch.arange(3)})
-    with pytest.raises(OSError, match="broken"), monkeypatch.context() as patch:
-
-        def broken(*_: object) -> None:
-            raise OSError("broken")
-
-        patch.setattr("os.fsync", broken)
-        folder.save("checkpoints/a.pt", {"x": torch.arange(4)})
-    assert folder.load("checkpoints/a.pt")["x"].tolist() == [0, 1, 2]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["a.pt"]
-    assert (tmp_path / "checkpoints" / "a.pt").stat().st_mode & 0o777 == 0o644
-
-
 def test_leftovers_of_a_killed_process_are_no_content(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.abc.tmp").write_text("name: di")
     with RunFolder.open(tmp_path, tiny_config()) as folder:
-        assert folder.config() == tiny_config()
+        assert folder.read(CONFIG) == tiny_config()
         assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
 
 
@@ -270,14 +258,14 @@ def test_a_folder_that_another_process_took_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="seed: 0 -> 1"):
         second.__enter__()
     with first:  # the refused one has let go of the lock
-        assert first.config().seed == 0
+        assert first.read(CONFIG).seed == 0
 
 
 def test_metrics_are_dropped_by_stage_and_epoch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for stage in ("pretext", "clustering"):
         for epoch in (1, 2, 3):
-            folder.append_metrics({"stage": stage, "epoch": epoch})
+            folder.append_metrics(MetricsEntry(stage, epoch, 2 * epoch, 0.0, {"loss": 1.5}))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "clust')
     folder.drop_metrics("clustering", 2)
@@ -302,5 +290,5 @@ def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch:
             open_context(config, folder, Tracker(folder, quiet=True))
         assert len(decoded) == 30, f"start {start}"
     # Nothing has been computed yet, so the folder still takes another configuration.
-    assert folder.has("decode-cache.json")
+    assert folder.has(DECODE_CACHE)
     RunFolder.open(tmp_path / "run", tiny_config("clustering.n_clusters=3"))

@@ -17,12 +17,14 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from scan_fast.data.loader import epoch_batches, steps_per_epoch
+from scan_fast.errors import ConfigError, RunError
 from scan_fast.evaluation.model_selection import selection_loss
 from scan_fast.losses import nt_xent, scan_loss, self_label_loss
 from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.random import stream_key
-from scan_fast.runs.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainingConfig
-from scan_fast.runs.folder import RunError, RunFolder
+from scan_fast.runs import artifacts
+from scan_fast.runs.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from scan_fast.runs.folder import RunFolder
 from scan_fast.stages.clustering import Clustering, start_from_kmeans
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.inputs import cluster_model, pretext_model, selflabelled_model
@@ -147,10 +149,10 @@ def test_a_checkpoint_is_never_overwritten_by_one_that_is_not_finite(fault: str,
     with opened(tmp_path / "run", "runtime.checkpoint_seconds=0") as context:
         with pytest.raises(RunError, match=r"line: (the loss is nan|a weight is not finite) in epoch"):
             train(Diverging(30, training, fault, first), context)
-        state = context.run.load("checkpoints/line.pt")
-    assert 4 * state["epoch"] + state["step"] == first - 1
-    assert all(bool(value.isfinite().all()) for value in state["model"].values())
-    assert bool(state["totals"]["loss"].isfinite())
+        state = context.run.read(artifacts.checkpoint("line"))
+    assert 4 * state.epoch + state.step == first - 1
+    assert all(bool(value.isfinite().all()) for value in state.model.values())
+    assert bool(state.totals["loss"].isfinite())
 
 
 @pytest.mark.parametrize("every", ["epoch", "step"])
@@ -307,12 +309,12 @@ def test_neighbours_are_drawn_evenly(include_self: bool, use: int | None, finish
 
 def test_heads_only_leaves_the_backbone_alone_in_every_bit(finished: Path) -> None:
     with opened(finished, "clustering.update=heads", again=True) as context:
-        context.run.remove("checkpoints/clustering.pt")
+        context.run.remove(artifacts.checkpoint("clustering"))
         do("clustering", context)
         backbone = states(cluster_model(context)[0], "backbone.")
         assert equal(backbone, states(pretext_model(context), "backbone."))
-        checkpoint = context.run.load("checkpoints/clustering.pt")
-        assert len(checkpoint["optimizer"]["state"]) == 2 * 2  # weight and bias of two heads
+        checkpoint = context.run.read(artifacts.checkpoint("clustering"))
+        assert len(checkpoint.optimizer["state"]) == 2 * 2  # weight and bias of two heads
     assert "running_mean" in "".join(backbone)
 
 
@@ -354,7 +356,7 @@ def test_cached_views_survive_an_interruption(finished: Path) -> None:
 
     def result_of(kinds: list[type[Clustering]]) -> dict[str, Tensor]:
         with opened(finished, *overrides, again=True) as context:
-            context.run.remove("checkpoints/clustering.pt")
+            context.run.remove(artifacts.checkpoint("clustering"))
             for kind in kinds:
                 torch.manual_seed(0)
                 stage = kind(context, context.place(ClusterModel(context.model_config, 10, 2)), Handover())
@@ -382,7 +384,7 @@ def test_the_head_and_the_epoch_of_lowest_selection_loss_are_kept(finished: Path
     class Watched(Clustering):
         def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
             logits = forward_all(self.context, self.model, self.model, self.context.splits.test)
-            neighbors = torch.from_numpy(self.context.run.arrays("neighbors.npz")["test"])
+            neighbors = torch.from_numpy(self.context.run.read(artifacts.NEIGHBORS).index["test"])
             totals = selection_loss(logits.log_softmax(dim=-1), neighbors)[0]
             noted.extend((float(total), epoch, head) for head, total in enumerate(totals))
             return super().end_epoch(epoch, last)
@@ -391,7 +393,7 @@ def test_the_head_and_the_epoch_of_lowest_selection_loss_are_kept(finished: Path
     with opened(
         finished, "clustering.heads=4", "clustering.epochs=5", "clustering.optimizer.lr=0.05", again=True
     ) as context:
-        context.run.remove("checkpoints/clustering.pt")
+        context.run.remove(artifacts.checkpoint("clustering"))
         torch.manual_seed(0)
         stage = Watched(context, ClusterModel(context.model_config, 10, 4), Handover())
         train(stage, context)
@@ -443,7 +445,7 @@ def selflabel(context: Context) -> SelfLabel:
 
 def test_nothing_confident_costs_nothing(finished: Path) -> None:
     with opened(finished, "selflabel.threshold=1", "selflabel.optimizer.weight_decay=0", again=True) as context:
-        context.run.remove("checkpoints/selflabel.pt")
+        context.run.remove(artifacts.checkpoint("selflabel"))
         do("selflabel", context)
         before, after = cluster_model(context)[0], selflabelled_model(context)
         for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
@@ -514,7 +516,7 @@ def test_write_back_trains_with_a_small_part_of_the_rate(finished: Path) -> None
 
     def step_of(*changes: str) -> Tensor:
         with opened(finished, *sgd, *changes, again=True) as context:
-            context.run.remove("checkpoints/selflabel.pt")
+            context.run.remove(artifacts.checkpoint("selflabel"))
             stage = selflabel(context)
             before = stage.model.state_dict()["cluster_head.0.weight"].clone()
             train(stage, context)
@@ -540,7 +542,7 @@ def test_averages_survive_an_interruption(mode: str, finished: Path, tmp_path: P
                 return super().step(batch)
 
         with opened(finished, *overrides, again=True) as context:
-            context.run.remove("checkpoints/selflabel.pt")
+            context.run.remove(artifacts.checkpoint("selflabel"))
             if stop_at is not None:
                 with pytest.raises(KeyboardInterrupt):
                     train(Interrupted(context, cluster_model(context)[0], Handover()), context)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.image import imread
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 
-from scan_fast.evaluation import (
+from scan_fast.evaluation.metrics import (
     clustering_metrics,
     confusion,
     match_clusters,
     neighbor_purity,
-    row_shares,
-    save_confusion,
 )
 
 
@@ -145,23 +140,6 @@ def test_confusion_counts_by_true_class_in_rows() -> None:
     assert confusion(np.array([0, 1, 1]), [0, 0, 1], 2, 2, match=[0, 0]).tolist() == [[2, 0], [1, 0]]
     with pytest.raises(ValueError, match="one entry for each of 3 clusters"):
         confusion(clusters, labels, 3, 3, match=[0])
-
-
-def test_rows_are_normalised_by_their_own_sum() -> None:
-    shares = row_shares([[8, 2], [1, 0], [0, 0]])
-    assert shares.tolist() == [[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]
-
-
-def test_saved_confusion_can_be_read_back(tmp_path: Path) -> None:
-    matrix = np.array([[90, 0, 10], [5, 5, 0]])
-    csv_path, png_path = save_confusion(tmp_path / "confusion.v1", matrix, ["a, $b", "c"])
-    assert (csv_path.name, png_path.name) == ("confusion.v1.csv", "confusion.v1.png")
-    with csv_path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows == [["true \\ assigned", "a, $b", "c", "(unmatched)"], ["a, $b", "90", "0", "10"], ["c", "5", "5", "0"]]
-    assert imread(png_path).std() > 0.01  # a picture with something on it
-    with pytest.raises(ValueError, match=r"\(3, 3\) or \(3, 4\) for 3 class names, got \(2, 3\)"):
-        save_confusion(tmp_path / "x", matrix, ["a", "b", "c"])
 
 
 def test_purity_by_hand() -> None:

@@ -11,7 +11,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from scan_fast.evaluation import clustering_metrics, kmeans_baseline, kmeans_metrics, knn_accuracy, linear_probe
+from scan_fast.evaluation.metrics import clustering_metrics
+from scan_fast.evaluation.probes import kmeans_baseline, kmeans_metrics, knn_accuracy, linear_probe
 
 
 def naive_knn(bank, bank_labels, queries, query_labels, k: int, temperature: float) -> float:

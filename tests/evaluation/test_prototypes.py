@@ -11,39 +11,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from scan_fast.evaluation import prototypes, selection_loss
+from scan_fast.evaluation.model_selection import selection_loss
+from scan_fast.evaluation.prototypes import prototypes
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 40), n_clusters=st.integers(1, 6), per=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
-def test_prototypes_equal_a_plain_search(n: int, n_clusters: int, per: int, seed: int) -> None:
+@given(
+    n=st.integers(0, 40),
+    typical=st.integers(1, 7),
+    uncertain=st.integers(1, 7),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_prototypes_equal_a_plain_search(n: int, typical: int, uncertain: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    features = rng.normal(size=(n, 3))
-    probabilities = rng.integers(1, 5, (n, n_clusters)) / 10
-    clusters = rng.integers(0, n_clusters, n)
-    result = prototypes(features, probabilities, clusters, per)
-    assert [p.cluster for p in result] == list(range(n_clusters))
-    for p in result:
-        members = sorted(np.flatnonzero(clusters == p.cluster), key=lambda i: (-probabilities[i, p.cluster], i))
-        assert p.size == len(members)
-        assert p.typical == members[:per]
-        assert p.uncertain == sorted(members[per:], key=lambda i: (probabilities[i, p.cluster], i))[:per]
-        if members:
-            spread = {i: sum(math.dist(features[i], features[j]) for j in p.typical) for i in p.typical}
-            assert spread[p.medoid] == pytest.approx(min(spread.values()))
-        else:
-            assert p.medoid is None
+    clusters = rng.integers(0, 3, n)
+    confidence, margin = (rng.choice([0.2, 0.5, 0.9, np.nan], n) for _ in range(2))
+
+    def key(row: int) -> tuple[float, float, int]:
+        values = [-1.0 if math.isnan(x) else x for x in (confidence[row], margin[row])]
+        return -values[0], -values[1], row
+
+    for cluster in range(4):  # the last one is empty
+        ordered = sorted(np.flatnonzero(clusters == cluster).tolist(), key=key)
+        found = prototypes(clusters, confidence, margin, cluster, typical=typical, uncertain=uncertain)
+        assert found.typical == ordered[:typical]
+        assert found.uncertain == ordered[typical:][::-1][:uncertain]
 
 
 def test_prototypes_wrong_input() -> None:
-    with pytest.raises(ValueError, match="per_cluster must be at least 1"):
-        prototypes(np.eye(2), np.eye(2), [0, 1], 0)
-    with pytest.raises(ValueError, match=r"probabilities must be numbers of shape \(2, D\)"):
-        prototypes(np.eye(2), np.eye(3), [0, 1])
-    with pytest.raises(ValueError, match="clusters must be from 0 to 1, got 0 to 2"):
-        prototypes(np.eye(2), np.eye(2), [0, 2])
-    with pytest.raises(ValueError, match="one id for each of 2 features, got 1"):
-        prototypes(np.eye(2), np.eye(2), [0])
+    with pytest.raises(ValueError, match=r"margin must have one value for each of 2 images, got shape \(3,\)"):
+        prototypes([0, 1], [0.5, 0.5], [0.1, 0.1, 0.1], 0, typical=1, uncertain=1)
+    with pytest.raises(ValueError, match="clusters must be whole numbers"):
+        prototypes([0.5], [0.5], [0.1], 0, typical=1, uncertain=1)
 
 
 def dense_selection(p: torch.Tensor, neighbors: torch.Tensor, include_self: bool) -> list[tuple[float, float]]:

@@ -13,10 +13,10 @@ from driving import opened
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scan_fast.errors import WeightsError
 from scan_fast.methods import MethodSettings, NoneSettings, PretextMethod, SimCLR, SimCLRSettings, WeightsSettings
 from scan_fast.models.heads import PretextModel
 from scan_fast.models.moving_average import MovingAverage
-from scan_fast.models.weights import WeightsError
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
 from scan_fast.training.loop import train

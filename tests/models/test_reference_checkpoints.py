@@ -14,7 +14,8 @@ import pytest
 import torch
 import torchvision
 
-from scan_fast.models import ClusterModel, ModelConfig, PretextModel, WeightsError, load_strict, read_original
+from scan_fast.errors import WeightsError
+from scan_fast.models import ClusterModel, ModelConfig, PretextModel, load_strict, read_original
 
 SMALL = ModelConfig(width=0.125)  # the published names with an eighth of the channels
 
@@ -66,9 +67,6 @@ def test_pretext_weights_load_into_our_models(save: Any, projector: str) -> None
     load_strict(target, weights.state_dict, what="the pretext weights")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(target.eval()(x), source.eval()(x))
-    cluster = ClusterModel(SMALL, 10)
-    load_strict(cluster, weights.state_dict, what="w", ignore_prefixes=["contrastive_head.", "cluster_head."])
-    assert torch.equal(cluster.eval().features(x), source.features(x))
 
 
 @pytest.mark.parametrize("head", [1, np.int64(1), np.argmin([2.0, 1.0]), np.int32(1)], ids=repr)

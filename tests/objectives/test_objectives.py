@@ -18,6 +18,7 @@ from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.models.moving_average import MovingAverage
 from scan_fast.objectives import Heads, Objective, ObjectiveSettings, SCANSettings
+from scan_fast.runs.artifacts import checkpoint
 from scan_fast.stages.clustering import Clustering, logits_of
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.inputs import mined_neighbors
@@ -88,7 +89,7 @@ def test_another_objective_trains_mlp_heads_and_resumes_in_the_same_bits(update:
 
     def result_of(kinds: list[type[Clustering]]) -> tuple[dict[str, Tensor], Clustering]:
         with opened(finished, *overrides, again=True) as context:
-            context.run.remove("checkpoints/clustering.pt")
+            context.run.remove(checkpoint("clustering"))
             for kind in kinds:
                 torch.manual_seed(0)
                 model = context.place(ClusterModel(context.model_config, 10, 2))

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-_C = pytest.importorskip("scan_fast._C")
+from scan_fast.ops import native
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no compiled module")
 
 sizes = st.integers(1, 130)
 
@@ -25,7 +27,7 @@ sizes = st.integers(1, 130)
     padding=st.integers(0, 3),
 )
 def test_matches_float64(m, n, k, layout, kernel, beta, padding):
-    if kernel == "bfloat16" and not _C.build_info()["cpu_gemm_bf16"]:
+    if kernel == "bfloat16" and not native._C.build_info()["cpu_gemm_bf16"]:
         return
     generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
     dtype = torch.bfloat16 if kernel == "bfloat16" else torch.float32
@@ -42,7 +44,7 @@ def test_matches_float64(m, n, k, layout, kernel, beta, padding):
     c = storage[:, :n]
     product = (a.T if layout == "tn" else a).double() @ (b.T if layout == "nt" else b).double()
     expected = 1.5 * product if beta == 0 else 1.5 * product + beta * c.double()
-    _C.gemm(a, b, c, layout, 1.5, beta, kernel == "portable")
+    native._C.gemm(a, b, c, layout, 1.5, beta, kernel == "portable")
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(storage[:, n:], before[:, n:])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from scan_fast import gpu_status
 from scan_fast.ops import native
 from scan_fast.ops.families import FAMILIES, GPU_FAMILIES, ROLES
@@ -54,6 +56,7 @@ def test_the_emulator_does_not_count_as_source_of_a_kernel(tmp_path: Path) -> No
     assert gpu_status.source_hash(tmp_path, kernel) != before
 
 
+@pytest.mark.skipif(not native.is_available(), reason="no compiled module")
 def test_what_the_cpu_kernels_require_is_a_fact_of_the_build() -> None:
     required = {family.cpu_requires for family in FAMILIES.values()} - {None}
     assert required == {"cpu_amx_bf16"}

@@ -43,6 +43,10 @@ WRONG = [
 ]
 
 
+def test_every_family_has_outputs_to_corrupt() -> None:
+    assert {family for family, _, _ in WRONG} == {family.name for family in GPU_FAMILIES}
+
+
 def corrupt(monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tuple, tuple], None]) -> None:
     """Change the results of an operator in place by calling `change` with its arguments and results."""
     right = getattr(torch.ops.scan_fast, operator)

@@ -19,11 +19,14 @@ import pytest
 from PIL import Image
 
 from scan_fast.cli import build_parser
-from scan_fast.evaluation import save_confusion
+from scan_fast.errors import DataError, RunError
 from scan_fast.report import write_report
 from scan_fast.report.build import CLUSTERS_WITH_IMAGES, duration
-from scan_fast.report.charts import line_chart, number
-from scan_fast.report.run_files import Series
+from scan_fast.report.charts import Series, line_chart, number
+from scan_fast.report.figures import confusion_png
+from scan_fast.runs import artifacts
+from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.tables import Confusion
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -66,13 +69,13 @@ class Page(HTMLParser):
         return re.sub(r"[ \n]+", " ", " ".join(self.text))
 
 
-def write_run(folder: Path, rows: Iterable[tuple], *, extra: tuple[str, ...] = (), n_clusters: int = 3) -> None:
-    with (folder / "assignments.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+def write_run(folder: Path, rows: Iterable[tuple], *, extra: tuple[str, ...] = (), n_clusters: int | None = 3) -> None:
+    with (folder / "assignments.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "split", "cluster", "confidence", "margin", *extra])
         writer.writerows(rows)
     (folder / "config.yaml").write_text(
-        f"seed: 5\nmodel:\n  backbone: resnet_digits\nclustering:\n  n_clusters: {n_clusters}\n"
+        f"seed: 5\nmodel:\n  backbone: resnet_digits\nclustering:\n  n_clusters: {n_clusters or 'null'}\n"
     )
 
 
@@ -101,7 +104,7 @@ def simple_rows(labelled: bool = False) -> list[tuple]:
 
 def test_report_of_an_unlabelled_run(tmp_path: Path) -> None:
     write_run(tmp_path, simple_rows())
-    path = write_report(tmp_path, pictures, title="My run")
+    path = write_report(RunFolder(tmp_path), pictures, title="My run")
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert {"cluster-0", "cluster-1", "cluster-2"} <= set(page.values("article", "id"))
@@ -125,14 +128,14 @@ def test_report_of_an_unlabelled_run(tmp_path: Path) -> None:
 
 def test_report_of_a_labelled_run(tmp_path: Path) -> None:
     write_run(tmp_path, simple_rows(labelled=True), extra=("label",))
-    save_confusion(tmp_path / "confusion", [[30, 10, 5], [0, 0, 0]], ["cat", "<i>dog</i>"])
+    table = Confusion.of([[30, 10, 5], [0, 0, 0]], ["cat", "<i>dog</i>"])
+    RunFolder(tmp_path).write(artifacts.CONFUSION, table)
     summary = {
         "seed": 7,
-        "seconds": 3725.0,
         "stages": {
             "pretext": {"seconds": 65.0, "knn_acc": 0.8125},
             "clustering": {
-                "seconds": 5.0,
+                "seconds": 3660.0,
                 "train": {"acc": 0.25},
                 "test": {"confidence": 0.5, "acc": 0.875, "nmi": 0.5, "acc_top5": 0.99},
             },
@@ -141,10 +144,10 @@ def test_report_of_a_labelled_run(tmp_path: Path) -> None:
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines = [json.dumps({"stage": "pretext", "epoch": e, "step": 9 * e, "time": e, "loss": 5.0 - e}) for e in range(4)]
-    lines += [json.dumps({"stage": "clustering", "epoch": e, "test": {"acc": 0.5}}) for e in (1, 2)]
+    lines += [json.dumps({"stage": "clustering", "epoch": e, "step": e, "time": e, "acc": 0.5}) for e in (1, 2)]
     lines += ['{"stage": "clustering", "epo']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    page = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8"))
+    page = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8"))
     words = page.words
     # Cluster 2 has five of each: the first in the alphabet is named. One image of cluster 0 has no label.
     assert "#0 mostly cat (100.0\u202f%)" in words and "#1 mostly dog (100.0\u202f%)" in words
@@ -161,9 +164,9 @@ def test_report_of_a_labelled_run(tmp_path: Path) -> None:
 
 
 def test_empty_and_dominant_clusters_are_warned_about(tmp_path: Path) -> None:
-    rows = [(f"{i}.png", "all", 0 if i < 60 else 3, "0.9", "") for i in range(80)]
+    rows = [(f"{i}.png", "all", 0 if i < 60 else 3, "0.9", "0.1") for i in range(80)]
     write_run(tmp_path, rows, n_clusters=5)
-    page = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8"))
+    page = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8"))
     assert "3 of 5 clusters are empty: #1, #2, #4." in page.words
     assert "Cluster #0 holds 75.0\u202f% of the images." in page.words
     assert page.values("article", "id") == ["cluster-0", "cluster-3"]
@@ -172,16 +175,16 @@ def test_empty_and_dominant_clusters_are_warned_about(tmp_path: Path) -> None:
 
 
 def test_tiny_clusters_are_warned_about(tmp_path: Path) -> None:
-    rows = [(f"{i}.png", "all", min(i % 5, 3) if i else 4, "0.9", "") for i in range(200)]
+    rows = [(f"{i}.png", "all", min(i % 5, 3) if i else 4, "0.9", "0.1") for i in range(200)]
     write_run(tmp_path, rows, n_clusters=5)
-    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    words = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")).words
     assert "1 of 5 clusters has less than a tenth of an even share: #4." in words
     assert "holds" not in words and "empty" not in words
 
 
 def test_undecided_predictions_are_warned_about(tmp_path: Path) -> None:
     write_run(tmp_path, [(f"{i}", "all", i % 4, "0.27", "0.01") for i in range(40)], n_clusters=4)
-    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    words = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")).words
     assert "hardly more than an even guess (25.0\u202f%)" in words
     assert "empty" not in words
 
@@ -201,12 +204,14 @@ HOSTILE = [
 
 def test_hostile_names_do_nothing(tmp_path: Path) -> None:
     rows = [(name, name, 0, "0.5", "0.1", name) for name in HOSTILE]
-    write_run(tmp_path, rows, extra=("label",), n_clusters=1)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": HOSTILE[0], "epoch": 0, HOSTILE[1]: 1.5}))
-    (tmp_path / "summary.json").write_text(json.dumps({"seed": HOSTILE[0], "stages": {HOSTILE[1]: {HOSTILE[0]: 1}}}))
+    write_run(tmp_path, rows, extra=("label",), n_clusters=None)
+    lines = [{"stage": HOSTILE[0], "epoch": e, "step": e, "time": e, HOSTILE[1]: 1.5} for e in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    summary = {"stages": {HOSTILE[1]: {"seconds": 1, HOSTILE[0]: 1}}, "baselines": {HOSTILE[0]: {"acc_mean": 1}}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     with (tmp_path / "config.yaml").open("a") as file:
-        file.write(f"note: {json.dumps(HOSTILE[8])}\n")
-    text = write_report(tmp_path, pictures, title=HOSTILE[1]).read_text(encoding="utf-8")
+        file.write(f"name: {json.dumps(HOSTILE[8])}\n")
+    text = write_report(RunFolder(tmp_path), pictures, title=HOSTILE[1]).read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags["script"] == 0
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
@@ -220,7 +225,7 @@ def test_hostile_names_do_nothing(tmp_path: Path) -> None:
 
 def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
     write_run(tmp_path, simple_rows(labelled=True), extra=("label",))
-    text = write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")
+    text = write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r'src="data:[^"]*"', "", text))
     page = Page(text)
     assert all(href.startswith("#") for href in page.values("a", "href"))
@@ -241,7 +246,7 @@ def test_many_clusters_and_large_pictures_stay_bounded(tmp_path: Path) -> None:
     # Clusters lie around a circle: each is nearest to those before and after it.
     angle = 2 * np.pi * (np.arange(1800) // 30) / 60
     np.savez(tmp_path / "embeddings.npz", all=np.stack([np.cos(angle), np.sin(angle)], axis=1))
-    path = write_report(tmp_path, lambda split, rows: [noise[row % 3].copy() for row in rows], title="t")
+    path = write_report(RunFolder(tmp_path), lambda split, rows: [noise[row % 3].copy() for row in rows], title="t")
     page = Page(path.read_text(encoding="utf-8"))
     assert page.tags["article"] == CLUSTERS_WITH_IMAGES == 48
     assert page.tags["img"] == 48 * 24
@@ -263,19 +268,19 @@ def test_nearest_clusters_follow_the_mean_embeddings(tmp_path: Path) -> None:
     noise = np.tile([[0.0, 0.1], [0.0, -0.1]], (3, 1))
     embeddings = means + noise
     np.savez(tmp_path / "embeddings.npz", train=embeddings[::2], test=embeddings[1::2])
-    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    words = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")).words
     near = [m.strip() for m in re.findall(r"mean embeddings\)((?: #\d -?\d\.\d\d)+)", words)]
     assert near == ["#1 0.60 #2 -1.00", "#0 0.60 #2 -0.60", "#1 -0.60 #0 -1.00"]
     # Embeddings of other images say nothing.
     np.savez(tmp_path / "embeddings.npz", train=embeddings, test=embeddings)
-    assert "mean embeddings" not in write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")
+    assert "mean embeddings" not in write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")
 
 
 def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "a run; it's"
     folder.mkdir()
     write_run(folder, simple_rows())
-    text = write_report(folder, pictures, title="t").read_text(encoding="utf-8")
+    text = write_report(RunFolder(folder), pictures, title="t").read_text(encoding="utf-8")
     commands = [html.unescape(command) for command in re.findall(r"<code>(.*?)</code>", text)]
     assert len(commands) == 6
     for command in commands:
@@ -284,25 +289,26 @@ def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
         assert str(folder) == str(build_parser().parse_args(words).target)
 
 
-def test_lost_pictures_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), DataError("cannot read image 3.png")])
+def test_lost_pictures_are_named(error: Exception, tmp_path: Path) -> None:
     def images(split: str, rows: list[int]) -> list[Image.Image]:
         if 3 in rows:
-            raise FileNotFoundError("gone")
+            raise error
         return pictures(split, rows)
 
-    write_run(tmp_path, [(f"dir/{i}.png", "all", 0, "0.5", "0.1") for i in range(6)], n_clusters=1)
-    page = Page(write_report(tmp_path, images, title="t").read_text(encoding="utf-8"))
+    write_run(tmp_path, [(f"dir/{i}.png", "all", 0, "0.5", "0.1") for i in range(6)], n_clusters=None)
+    page = Page(write_report(RunFolder(tmp_path), images, title="t").read_text(encoding="utf-8"))
     assert page.tags["img"] == 5
     assert "3.png" in page.words and "2.png" not in page.words
     with pytest.raises(ValueError, match="must return 6 pictures, got 1"):
-        write_report(tmp_path, lambda split, rows: pictures(split, rows[:1]), title="t")
+        write_report(RunFolder(tmp_path), lambda split, rows: pictures(split, rows[:1]), title="t")
 
 
 def test_a_run_without_images_or_scores(tmp_path: Path) -> None:
-    write_run(tmp_path, [], n_clusters=0)
-    assert "assigned no images" in Page(write_report(tmp_path, pictures, title="t").read_text()).words
-    write_run(tmp_path, [("a", "all", 0, "", ""), ("b", "all", 0, "nan", "nan")], n_clusters=1)
-    words = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8")).words
+    write_run(tmp_path, [], n_clusters=None)
+    assert "assigned no images" in Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text()).words
+    write_run(tmp_path, [("a", "all", 0, "nan", "nan"), ("b", "all", 0, "nan", "nan")], n_clusters=None)
+    words = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8")).words
     assert "mean confidence –" in words
 
 
@@ -310,25 +316,42 @@ def test_a_run_without_images_or_scores(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("assignments.csv", "path,split,cluster\na,b,0\n", "lacks the columns confidence, margin"),
-        ("assignments.csv", "path,split,cluster,confidence,margin\na,b,x,1,1\n", "line 2, is no row"),
-        ("assignments.csv", "path,split,cluster,confidence,margin\na,b\n", "line 2, is no row"),
+        ("assignments.csv", "path,split,cluster,confidence,margin\na,b,x,1,1\n", "line 2 is no row"),
+        ("assignments.csv", "path,split,cluster,confidence,margin\na,b\n", "line 2 is no row"),
         ("assignments.csv", "path,split,cluster,confidence,margin\na,b,-1,1,1\n", "must not be negative"),
-        ("summary.json", "{", "cannot be read"),
-        ("summary.json", "[]", "must hold mappings"),
-        ("config.yaml", "a: [", "cannot be read"),
+        ("summary.json", "{", r"summary\.json cannot be read"),
+        ("summary.json", "[]", "it must hold a mapping, it holds list"),
+        ("summary.json", '{"stages": {"pretext": {}}}', "must hold the seconds"),
+        ("config.yaml", "a: [", r"config\.yaml cannot be read"),
+        ("config.yaml", "a: 1", "unknown key a"),
         ("confusion.csv", "t,a,b\na,1,2\nb,3\n", "no confusion matrix"),
+        ("embeddings.npz", "PK", "no .npz of arrays"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
     write_run(tmp_path, simple_rows())
     (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        write_report(tmp_path, pictures, title="t")
+    with pytest.raises(RunError, match=message):
+        write_report(RunFolder(tmp_path), pictures, title="t")
 
 
 def test_assignments_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"assignments\.csv"):
-        write_report(tmp_path, pictures, title="t")
+    with pytest.raises(RunError, match=r"has no assignments\.csv; run `scan-fast run"):
+        write_report(RunFolder(tmp_path), pictures, title="t")
+
+
+def test_a_large_confusion_matrix_is_a_picture(tmp_path: Path) -> None:
+    write_run(tmp_path, simple_rows(labelled=True), extra=("label",))
+    run, table = RunFolder(tmp_path), Confusion.of(np.eye(41, dtype=np.int64), [f"class $ {i}" for i in range(41)])
+    run.write(artifacts.CONFUSION, table)
+    run.write(artifacts.CONFUSION_FIGURE, confusion_png(table))
+    page = Page(write_report(run, pictures, title="t").read_text(encoding="utf-8"))
+    urls = dict(zip(page.values("img", "alt"), page.values("img", "src"), strict=True))
+    url = urls["Confusion matrix; the numbers are in confusion.csv"]
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("L"), dtype=float)
+    assert url.startswith("data:image/png")
+    assert picture.std() > 5  # something is on it
+    assert not page.values("td", "style")
 
 
 def drawn_points(svg: str) -> list[list[tuple[float, float]]]:
@@ -342,7 +365,7 @@ def drawn_points(svg: str) -> list[list[tuple[float, float]]]:
 
 
 def test_line_chart_places_values() -> None:
-    svg = str(line_chart(Series("loss", "epoch", [0, 1, 2, 3, 4], [4.0, 2.0, float("nan"), 0.0, 1.0])))
+    svg = str(line_chart(Series("loss", [0, 1, 2, 3, 4], [4.0, 2.0, float("nan"), 0.0, 1.0])))
     first, second = drawn_points(svg)
     assert [x for x, _ in first + second] == sorted(x for x, _ in first + second)
     heights = {4.0: first[0][1], 2.0: first[1][1], 0.0: second[0][1], 1.0: second[1][1]}
@@ -350,44 +373,31 @@ def test_line_chart_places_values() -> None:
     for value, y in heights.items():
         assert y == pytest.approx(heights[0.0] - value * slope, abs=0.11)
     assert slope > 20
-    assert line_chart(Series("x", "epoch", [0.0, 1.0], [float("inf"), float("nan")])) is None
-    assert line_chart(Series("x", "epoch", [0.0], [1.0])) is None
+    assert line_chart(Series("x", [0.0, 1.0], [float("inf"), float("nan")])) is None
+    assert line_chart(Series("x", [0.0], [1.0])) is None
     for values in ([0.0, 0.0], [1e300, -1e300], [1e-30, 2e-30]):
-        svg = str(line_chart(Series("x", "step", list(map(float, range(len(values)))), values)))
+        svg = str(line_chart(Series("x", list(map(float, range(len(values)))), values)))
         assert all(0 <= x <= 320 and 0 <= y <= 150 for stroke in drawn_points(svg) for x, y in stroke)
 
 
 def test_long_series_are_thinned_but_keep_spikes() -> None:
     values = [0.0] * 20_000
     values[7_777] = 9.0
-    (stroke,) = drawn_points(str(line_chart(Series("x", "step", list(map(float, range(20_000))), values))))
+    (stroke,) = drawn_points(str(line_chart(Series("x", list(map(float, range(20_000))), values))))
     assert 100 < len(stroke) < 400
     assert sorted({y for _, y in stroke}) == [10.0, 128.0]
     assert stroke[-1][0] == max(x for x, _ in stroke) == 310.0
 
 
-@pytest.mark.parametrize(
-    ("lines", "unit", "x", "y"),
-    [
-        ([{"epoch": 0, "step": 5, "a": 1}, {"epoch": 1, "step": 9, "a": 2}], "epoch 0", 2, 2),
-        ([{"epoch": 0, "step": 5, "a": 1}, {"epoch": 0, "step": 9, "a": 2}], "step 5", 2, 2),
-        ([{"epoch": 0, "a": 1}, {"epoch": 1, "a": 2}, {"epoch": 1, "a": 3}], "epoch 0", 2, 3),
-        ([{"a": 1}, {"a": 2}, {"a": 4}], "record 0", 3, 4),
-        (
-            [{"epoch": 2, "a": 3}, {"epoch": 1, "a": 2}, {"epoch": 0, "a": True}, {"epoch": 0, "a": "x"}],
-            "epoch 1",
-            2,
-            3,
-        ),
-    ],
-)
-def test_curves_are_over_epochs_or_steps(tmp_path: Path, lines: list[dict], unit: str, x: int, y: int) -> None:
+def test_curves_are_over_epochs_and_later_lines_replace_earlier_ones(tmp_path: Path) -> None:
     write_run(tmp_path, simple_rows())
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({"stage": "s", **line}) for line in lines))
-    page = Page(write_report(tmp_path, pictures, title="t").read_text(encoding="utf-8"))
-    assert unit in page.words
-    (label,) = page.values("svg", "aria-label")
-    assert f"over {x} " in label and f"last {y}," in label
+    values = [(2, 3.0), (1, 2.0), (3, 9.0), (3, 4.0)]
+    lines = [json.dumps({"stage": "s", "epoch": e, "step": 7 * e, "time": 0, "a": a}) for e, a in values]
+    lines += ['{"stage": "s", "epoch": 4, "a": 5}', '{"stage": "s", "epoch": 4, "step": 1, "time": 0, "a": "x"}', "[]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    page = Page(write_report(RunFolder(tmp_path), pictures, title="t").read_text(encoding="utf-8"))
+    assert "epoch 1" in page.words
+    assert page.values("svg", "aria-label") == ["a over 3 epochs: first 2, last 4, lowest 2, highest 4"]
 
 
 def test_numbers_and_durations() -> None:

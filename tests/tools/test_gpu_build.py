@@ -1,4 +1,4 @@
-"""What is checked of a module before it travels, and when it is taken on arrival."""
+"""A module is checked before it is carried, and used on arrival only if it fits."""
 
 import argparse
 import hashlib
@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from scan_fast.ops import native
+from scan_fast.ops.families import GPU_FAMILIES
 from tools.gpu import build, carried
 
 GCC = shutil.which("gcc")
@@ -62,7 +64,9 @@ def test_a_newer_c_library_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_foreign_library_is_refused(tmp_path: Path) -> None:
     library(tmp_path, name="libcublas.so.13")
     path = library(tmp_path, "int f(void); int g(void) { return f(); }", str(tmp_path / "libcublas.so.13"))
-    with pytest.raises(build.BuildError, match=r"needs .*libcublas\.so\.13, which neither torch nor the system brings"):
+    with pytest.raises(
+        build.BuildError, match=r"needs .*libcublas\.so\.13, which neither torch nor the system provides"
+    ):
         build.check_module(path, 1)
 
 
@@ -200,7 +204,7 @@ def test_an_identical_module_stays_as_it_is(tmp_path: Path, tree: Path) -> None:
     ("changes", "line"),
     [
         ({"python": "cpython-39"}, f"is for Python cpython-39, this is {sys.implementation.cache_tag}"),
-        ({"machine": "sparc"}, f"is for a processor sparc, this is {platform.machine()}"),
+        ({"machine": "sparc"}, f"is for a CPU of type sparc, this is {platform.machine()}"),
         ({"torch": "1.0"}, "is for torch 1.0, this is 2."),
         ({"sha256": "0"}, "is damaged"),
         ({"module": "_C.gone.so"}, "names _C.gone.so, which is not there"),
@@ -314,3 +318,22 @@ def test_wheels_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(carried.CarriedError, match="no wheel of memeff was carried"):
         carried.wheels(tmp_path, ("memeff",))
+
+
+# -- the trial -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
+def test_a_module_that_computes_what_it_should_passes_the_trial(tmp_path: Path) -> None:
+    (module,) = (carried.ROOT / "scan_fast").glob(f"_C.{sys.implementation.cache_tag}*.so")
+    content = module.read_bytes()
+    (tmp_path / module.name).write_bytes(content)
+    record = {"module": module.name, "sha256": hashlib.sha256(content).hexdigest(), **carried.sources()}
+    record |= {"python": sys.implementation.cache_tag, "machine": platform.machine(), "torch": carried.torch_version()}
+    (tmp_path / carried.RECORD).write_text(json.dumps(record))
+    answer = build.try_module(sys.executable, tmp_path)
+    assert set(answer["errors"]) == {family.name for family in GPU_FAMILIES}
+    assert all(0 <= error <= 1 for error in answer["errors"].values()) and "cuda" in answer["build"]
+    (tmp_path / module.name).write_bytes(content + b"?")
+    with pytest.raises(build.BuildError, match="is damaged"):
+        build.try_module(sys.executable, tmp_path)

@@ -80,10 +80,10 @@ def test_merging_lets_the_later_run_speak() -> None:
     assert scan_loss_of(merged)["status"] == conclusions.VERIFIED
     assert scan_loss_of(first)["status"] == conclusions.FAILED, "merging changed what it was given"
     assert scan_loss_of(conclusions.merge([second, first]))["status"] == conclusions.FAILED
-    # A run that was cut off before it came to the failure says nothing about it.
+    # A run that was cut off before it reached the failure says nothing about it.
     second["sets"]["scan_loss:portable"]["stages"] = {"accuracy": stage_record("", done=False)}
     assert scan_loss_of(conclusions.merge([first, second]))["reason"] == "accuracy: 1: nan"
-    # Another source starts anew: neither what the former passed counts, nor what failed.
+    # Another source is another kernel: neither passes nor failures of the former count.
     second["sets"]["scan_loss:portable"]["sha256"] = "b" * 64
     merged = conclusions.merge([first, second])
     assert scan_loss_of(merged)["status"] == conclusions.PARTLY and scan_loss_of(merged)["sha256"] == "b" * 64

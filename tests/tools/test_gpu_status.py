@@ -42,12 +42,12 @@ def test_a_stale_page_and_a_lost_source_are_found() -> None:
 
 
 def record(problem: str) -> dict[str, Any]:
-    """What is known of a stage of one case."""
+    """Return the record of a stage with one case."""
     return conclusions.empty() | {"cases": {"5x7": {"problem": problem, "ran": [], "seconds": 0.1}}, "done": True}
 
 
 def summary_of(**sets: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
-    """A summary of a run: by set its source, hash and what is known of its stages, beside all gating ones passed."""
+    """Return a summary of a run: by set its source, hash and the given stages; all other gating ones passed."""
     found: dict[str, Any] = {"rehearsal": False, "date": "2030-01-02", "stages": {}, "timings": [], "step": []}
     found |= {"environment": {"commit": "c" * 40, "device": "a GPU"}, "notes": [], "sets": {}, "finished": True}
     for name, (source, digest, stages) in sets.items():

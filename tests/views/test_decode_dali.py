@@ -12,9 +12,9 @@ from images import varied
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from scan_fast.data import DataError
 from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource, ImageFiles
+from scan_fast.errors import DataError
 from scan_fast.views import DaliRenderer, FusedRenderer, PlainView, SimCLRView, ViewMaker, decode_dali, render_dali
 from scan_fast.views.decode_dali import DaliDecoder
 

@@ -13,7 +13,8 @@ from pil_views import KEY, MEAN, STD, view_by_pil
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataConfig, DataError, open_splits
+from scan_fast.data import DataConfig, open_splits
+from scan_fast.errors import MissingPackageError
 from scan_fast.ops.augment import Operation
 from scan_fast.views import (
     AffineView,
@@ -248,7 +249,7 @@ def test_without_dali_the_error_names_the_package(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(render_dali.importlib.util, "find_spec", lambda name: None)
     config = DataConfig(source="digits", renderer="dali")
-    with pytest.raises(DataError, match="pip install nvidia-dali-cuda130"):
+    with pytest.raises(MissingPackageError, match="pip install nvidia-dali-cuda130"):
         make_renderer(config, open_splits(config), torch.device("cpu"))
 
 

@@ -7,7 +7,8 @@ import torch
 from images import varied
 from pil_views import KEY, MEAN, STD, view_by_pil
 
-from scan_fast.data import DataConfig, DataError, open_splits
+from scan_fast.data import DataConfig, open_splits
+from scan_fast.errors import DataError
 from scan_fast.ops import native
 from scan_fast.views import (
     AffineView,

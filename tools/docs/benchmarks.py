@@ -154,14 +154,14 @@ def _views(result: dict[str, Any]) -> str:
     parts = []
     for case in result["results"]:
         base = case["rates"]["torchvision on PIL, parameters given"]["views_per_second"]
-        threads = ", one thread, processor time" if result["device"] == "cpu" else ""
+        threads = ", one thread, CPU time" if result["device"] == "cpu" else ""
         parts.append(f"\n{case['view']}, {case['source']} -> {case['side']} pixels{threads}\n\n")
         parts.append("| | views/s | range | x torchvision on PIL |\n|---|---:|---:|---:|\n")
         for name, rate in case["rates"].items():
             value, low, high = rate["views_per_second"], rate["lowest"], rate["highest"]
             parts.append(f"| {name} | {value:,.0f} | {low:,.0f} - {high:,.0f} | {value / base:.1f} |\n")
         equal = ", ".join(f"{pair} {share:.3%}" for pair, share in case["parity"].items())
-        parts.append(f"\nEqual levels: {equal}.\n")
+        parts.append(f"\nEqual pixel values: {equal}.\n")
     return "".join(parts)
 
 
@@ -250,7 +250,7 @@ def fill(text: str, results_folder: Path) -> str:
         e = result["environment"]
         values = " ".join(result["set"])
         origin = f"`benchmarks/results/{found[1]}`: {e['device']}, {_commit(e)}; configuration "
-        origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; processor seconds of a stage."
+        origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; CPU seconds of a stage."
         return f"<!-- trials: {found[1]} -->\n\n{trials.table(result)}\n{origin}\n\n<!-- end -->"
 
     return re.sub(r"<!-- trials: (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -1,1 +1,1 @@
-"""What runs on a rented machine with a GPU."""
+"""The suite for a machine with a GPU, the module that is carried there, and the record of what has passed."""

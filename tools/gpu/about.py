@@ -1,4 +1,4 @@
-"""Says what the suite runs on, and whether the module can: ``python -m tools.gpu.about``; one JSON object."""
+"""Prints one JSON object about this machine and the compiled module: ``python -m tools.gpu.about``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scan_fast.ops import native
 
 
 def problem(device: str) -> tuple[str, bool]:
-    """Return why the compiled module cannot run here, in one line ("" if it can), and whether building would help."""
+    """Return in one line why the compiled module cannot run here ("" if it can), and whether building would help."""
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU; --rehearse runs the same stages on the CPU", False
     if not native.is_available():
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.about", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     device = parser.parse_args().device
-    what, mendable = problem(device)
+    what, build_helps = problem(device)
     info = native.build_info()
-    found: dict[str, Any] = {"problem": what, "mendable": mendable, "sources": info.get("sources", {})}
+    found: dict[str, Any] = {"problem": what, "build_helps": build_helps, "sources": info.get("sources", {})}
     found["wait_limit"] = bool(info.get("wait_limit"))
     on_gpu = device == "cuda" and torch.cuda.is_available()
     if on_gpu:

@@ -1,10 +1,10 @@
-"""Prepares what travels to a rented machine with a GPU and without network; run it as ``tools/gpu_build``.
+"""Prepares what is carried to a rented machine with a GPU and without network; run it as ``tools/gpu_build``.
 
-It builds the compiled module for that machine's Python and torch (any Linux with nvcc and no newer a C library than the
-target's will do; no GPU is needed), strips it, checks its size, its ABI and the libraries it wants, imports it in a
-copy of the tree and compares each loss with the reference. Then it adds wheels of what the driver needs and such a
-machine lacks, and, where asked for, the peers' wheels and an archive of images. All of it lies in one folder, which git
-ignores; ``tools.gpu.carried`` takes it from there.
+It builds the compiled module for that machine's Python and torch. Any Linux with nvcc and no newer C library than the
+target's will do; no GPU is needed. It strips the module, checks its size, its ABI and the libraries that it needs,
+imports it in a copy of the tree and runs the self-tests of its CPU kernels. Then it adds wheels of what the driver
+needs and such a machine lacks, and on request the wheels of the peers and an archive of images. Everything is in one
+folder, which git ignores; :mod:`tools.gpu.carried` uses it there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
+
 from . import carried
 
 ROOT = carried.ROOT
 WORK = ROOT / "build" / "gpu_build"
 ARCHITECTURES = "90a"
-# What systems of 2022 have: glibc 2.34 (Ubuntu 22.04, RHEL 9) and the libraries of GCC 12.
+# Versions of systems of 2022: glibc 2.34 (Ubuntu 22.04, RHEL 9) and the libraries of GCC 12.
 NEWEST = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13), "GOMP": (5, 0), "GCC": (12, 0)}
-# Of torch's wheel and the CUDA runtime beside it, and of every system.
+# Libraries of torch's wheel, of the CUDA runtime beside it, and of every system.
 LIBRARIES = re.compile(
     r"lib(c10|c10_cuda|torch|torch_cpu|torch_cuda|torch_python)\.so|libcudart\.so\.13|libgomp\.so\.1|libstdc\+\+\.so\.6"
     r"|lib(c|m|dl|rt|pthread)\.so\.\d|libgcc_s\.so\.1|ld-linux-x86-64\.so\.2"
@@ -59,30 +61,23 @@ from tools.gpu import carried
 refusal = carried.use(sys.argv[1])
 if refusal:
     sys.exit(refusal)
-import torch, scan_fast
-from scan_fast.ops import native
+import torch
+from scan_fast.ops import native, self_test
+from scan_fast.ops.families import GPU_FAMILIES
 if not native.is_available():
     sys.exit(native.load_error)
-torch.manual_seed(0)
-a, b = torch.randn(2, 129, 128)
-p, q = torch.randn(2, 3, 129, 10)
-losses = {
-    "nt_xent": lambda impl: scan_fast.nt_xent(a, b, 0.1, impl=impl),
-    "scan_loss": lambda impl: torch.stack(scan_fast.scan_loss(p, q, impl=impl)),
-    "self_label_loss": lambda impl: scan_fast.self_label_loss(9 * p[0], q[0], impl=impl)[0],
-    "topk_neighbors": lambda impl: scan_fast.topk_neighbors(a, 5, impl=impl)[0],
-}
-differences = {}
-for name, loss in losses.items():
-    ours, reference = loss("native"), loss("reference")
-    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
-    differences[name] = float((ours - reference).abs().max())
-print(json.dumps({"build": native.build_info(), "differences": differences}))
+errors = {}
+for family in GPU_FAMILIES:
+    result = self_test.run(family.name, "portable", torch.device("cpu"))
+    if not result.passed:
+        sys.exit(f"the CPU kernels of {family.name} fail their self-test: {result.reason}")
+    errors[family.name] = result.worst
+print(json.dumps({"build": native.build_info(), "errors": errors}))
 """
 
 
 class BuildError(RuntimeError):
-    """Something that must be mended before anything can travel; the message is one line."""
+    """An error that must be fixed before anything can be carried; the message is one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="an interpreter like that machine's, with its torch")
     parser.add_argument("--want-python", default="3.12", metavar="X.Y", help="its version (default: %(default)s)")
     parser.add_argument("--want-torch", default="2.11.0+cu130", metavar="V", help="its torch (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=carried.FOLDER, help="the folder that travels")
-    parser.add_argument("--data", type=Path, metavar="ARCHIVE", help="also take cifar10-jpeg.tar.xz along")
-    parser.add_argument("--peers", action="store_true", help=f"also take wheels of {', '.join(PEERS)} along")
+    parser.add_argument("--out", type=Path, default=carried.FOLDER, help="the folder to carry")
+    parser.add_argument("--data", type=Path, metavar="ARCHIVE", help="add cifar10-jpeg.tar.xz")
+    parser.add_argument("--peers", action="store_true", help=f"add wheels of {', '.join(PEERS)}")
     parser.add_argument("--no-wheels", action="store_true", help="leave the wheels as they are")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compile so many files at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="files compiled at a time")
     parser.add_argument("--module-limit", type=float, default=24, metavar="MIB", help="(default: %(default)s)")
     parser.add_argument(
         "--limit",
@@ -114,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Do all of it, and say what came of it."""
+    """Build, check and collect everything, and print the results."""
     begin = time.monotonic()
     interpreter = check_interpreter(options.python, options.want_python, options.want_torch)
     missing = [tool for tool in ("strip", "readelf") if shutil.which(tool) is None]
@@ -129,16 +124,16 @@ def prepare(options: argparse.Namespace) -> None:
     if carried.changed_sources(before, carried.sources()):
         raise BuildError("the sources changed while they were compiled: start again")
     report = check_module(built, options.module_limit)
-    # Without a record nothing is taken: a kill from here on leaves no module that seems to be whole.
+    # Without a record no module is used: a kill from here on leaves none that seems complete.
     (out / carried.RECORD).unlink(missing_ok=True)
     for former in out.glob("_C.*.so"):
         former.unlink()
     shutil.copyfile(built, out / built.name)
     record = {"module": built.name, **interpreter, "cuda_archs": ARCHITECTURES, **before, **report, "commit": commit()}
     record["sha256"] = hashlib.sha256(built.read_bytes()).hexdigest()
-    write_record(out, record)
+    write_json(out / carried.RECORD, record)
     trial = try_module(options.python, out)
-    write_record(out, record | {"wait_limit": trial["build"].get("wait_limit", False)})
+    write_json(out / carried.RECORD, record | {"wait_limit": trial["build"].get("wait_limit", False)})
     stamped = trial["build"].get("sources", before["sources"])
     if stamped != before["sources"]:
         raise BuildError("the module says that it was built from other sources than this tree's")
@@ -147,8 +142,8 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"module: {built.name}, {report['bytes'] / MIB:.1f} MiB, needs {needs}; built and checked in {seconds:.0f} s")
     if not trial["build"].get("wait_limit"):
         print("module: its kernels wait without a limit (its build does not know SCAN_FAST_WAIT_LIMIT)")
-    for name, difference in trial["differences"].items():
-        print(f"  {name}: differs from the reference by {difference:.1e} at most (CPU)")
+    for name, error in trial["errors"].items():
+        print(f"  {name}: passes its self-test on the CPU, with {error:.0%} of the error that is allowed")
     if not options.no_wheels:
         fetch_wheels(out / carried.WHEELS, options)
     if options.data is not None:
@@ -157,10 +152,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def check_interpreter(python: str, want_python: str, want_torch: str) -> dict[str, str]:
-    """Return the tag, processor and torch version of an interpreter.
+    """Return the tag, machine type and torch version of an interpreter.
 
     Raises:
-        BuildError: where it is missing or another than wanted.
+        BuildError: if it is missing or not the wanted one.
     """
     try:
         done = subprocess.run([python, "-c", _INTERPRETER], capture_output=True, text=True)
@@ -178,7 +173,7 @@ def check_interpreter(python: str, want_python: str, want_torch: str) -> dict[st
 
 
 def compile_module(python: str, interpreter: dict[str, str], jobs: int) -> Path:
-    """Build and strip the module in a folder of its own, and return it; the tree's own modules are not touched."""
+    """Build and strip the module in a separate folder, and return it; the modules of the tree are not touched."""
     library = WORK / "lib"
     shutil.rmtree(library, ignore_errors=True)
     environment = os.environ | {
@@ -216,7 +211,7 @@ def check_module(module: Path, limit: float) -> dict[str, Any]:
         ``bytes``; ``symbols``: the newest version it needs of each of ``NEWEST``; ``libraries``: all that it names.
 
     Raises:
-        BuildError: for the first thing that would keep it from loading elsewhere.
+        BuildError: names the first thing that would keep it from loading elsewhere.
     """
     size = module.stat().st_size
     if size > limit * MIB:
@@ -228,7 +223,7 @@ def check_module(module: Path, limit: float) -> dict[str, Any]:
     libraries = re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", done.stdout)
     foreign = [name for name in libraries if not LIBRARIES.fullmatch(name)]
     if foreign:
-        raise BuildError(f"{module.name} needs {', '.join(foreign)}, which neither torch nor the system brings")
+        raise BuildError(f"{module.name} needs {', '.join(foreign)}, which neither torch nor the system provides")
     paths = re.findall(r"\((?:RPATH|RUNPATH)\)\s+Library r(?:un)?path: \[([^\]]*)\]", done.stdout)
     outside = [path for text in paths for path in text.split(":") if not path.startswith("$ORIGIN")]
     if outside:
@@ -253,20 +248,14 @@ def newest_symbols(names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     return newest
 
 
-def write_record(out: Path, record: dict[str, Any]) -> None:
-    temporary = out / f".{carried.RECORD}"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, out / carried.RECORD)
-
-
 def try_module(python: str, out: Path) -> dict[str, Any]:
-    """Take the module into a copy of the tree, as the other machine does, and compare the losses with the reference.
+    """Use the module in a copy of the tree, as on the other machine, and run the self-tests of its CPU kernels.
 
     Returns:
-        ``build``: what the module says of itself; ``differences``: the largest of each operation.
+        ``build``: the module's build_info; ``errors``: by family, the largest error as a share of what is allowed.
 
     Raises:
-        BuildError: where it is refused, does not load or computes something else.
+        BuildError: if it is refused, does not load or computes something wrong.
     """
     with tempfile.TemporaryDirectory(prefix="gpu-build-") as folder:
         copy = Path(folder)
@@ -284,9 +273,9 @@ def try_module(python: str, out: Path) -> dict[str, Any]:
 
 
 def fetch_wheels(folder: Path, options: argparse.Namespace) -> None:
-    """Download the wheels anew, and say what there is.
+    """Download the wheels again, and list them.
 
-    What the driver needs comes with its dependencies; peers come alone, for the rest of theirs is there.
+    The driver's needs come with their dependencies; peers come alone, since theirs are installed there.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -303,7 +292,7 @@ def fetch_wheels(folder: Path, options: argparse.Namespace) -> None:
             text = f"no wheel of {', '.join(names)}: {lines[0].removeprefix('ERROR: ')}"
             if must:
                 raise BuildError(text)
-            print(f"  {text}; it stays behind")
+            print(f"  {text}; it is left out")
     for wheel in sorted(folder.glob("*.whl")):
         if not zipfile.is_zipfile(wheel):
             raise BuildError(f"{wheel} is damaged")
@@ -311,10 +300,10 @@ def fetch_wheels(folder: Path, options: argparse.Namespace) -> None:
 
 
 def check_total(out: Path, limit: float) -> str:
-    """Return one line about the size of what travels.
+    """Return one line about the size of what is carried.
 
     Raises:
-        BuildError: where the folder and the working tree pass ``limit`` MiB; names the largest files.
+        BuildError: if the folder and the working tree exceed ``limit`` MiB; names the largest files.
     """
     tree = {path: (ROOT / path).lstat().st_size for path in working_tree() if (ROOT / path).is_file()}
     folder = {str(path.relative_to(out)): path.stat().st_size for path in out.rglob("*") if path.is_file()}
@@ -328,14 +317,14 @@ def check_total(out: Path, limit: float) -> str:
 
 
 def working_tree() -> list[str]:
-    """Return the files that git would take along: tracked, and new but not ignored."""
+    """Return the files of the working tree that git sees: tracked, and new but not ignored."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     done = subprocess.run(command, capture_output=True, text=True)
     return [name for name in done.stdout.split("\0") if name]
 
 
 def commit() -> str:
-    """Return the commit, with a note where files differ from it; SCAN_FAST_COMMIT where there is no git."""
+    """Return the commit, with a note if files differ from it; without git, SCAN_FAST_COMMIT."""
     git = ["git", "-C", str(ROOT)]
     done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,7 @@
-"""Takes what was carried to a machine without network: the compiled module and wheels that ``gpu_build`` prepared.
+"""Uses what was carried to a machine without network: the compiled module and wheels that ``tools/gpu_build`` prepared.
 
-Standard library only, and nothing of scan_fast is imported: this comes before ``import scan_fast``, which binds the
-module. Each refusal is one clear line, so that the caller can build on the spot or do without instead.
+Standard library only, and nothing of scan_fast is imported: this runs before ``import scan_fast``, which loads the
+module. Each refusal is one line, so that the caller can build there or continue without.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARCHIVE = "cifar10-jpeg.tar.xz"
 
 
 class CarriedError(RuntimeError):
-    """Wheels that cannot be installed; the message is one line."""
+    """Wheels cannot be installed; the message is one line."""
 
 
 def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
@@ -40,7 +40,7 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
         root: the source tree.
 
     Returns:
-        "" where the module was taken, or was there already; otherwise one line that says why not.
+        "" if the module is in place now; otherwise one line that says why not.
     """
     record_file = Path(folder) / RECORD
     try:
@@ -54,7 +54,7 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
     if not module.is_file():
         return f"{record_file} names {module.name}, which is not there"
     here = {"python": sys.implementation.cache_tag, "machine": platform.machine(), "torch": torch_version()}
-    for key, name in (("python", "Python"), ("machine", "a processor"), ("torch", "torch")):
+    for key, name in (("python", "Python"), ("machine", "a CPU of type"), ("torch", "torch")):
         if wanted[key] != here[key]:
             return f"the carried module is for {name} {wanted[key]}, this is {here[key] or 'missing'}"
     changed = changed_sources(wanted, sources(root))
@@ -70,8 +70,8 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
     if "scan_fast._C" in sys.modules:
         return "the carried module came too late: scan_fast is imported already"
     try:
-        # Beside it and renamed: a kill leaves the former module or this one, and a process that maps the former one
-        # keeps it.
+        # Written beside it and renamed: a kill leaves the former module or this one, and a process that maps the former
+        # one keeps it.
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -85,7 +85,7 @@ def use(folder: Path | str = FOLDER, root: Path = ROOT) -> str:
 def torch_version() -> str:
     """Return the version of the torch that would be imported, such as "2.11.0+cu130", without importing it; "" if none.
 
-    A package's own record may leave out what follows the plus sign.
+    The metadata of the package may lack what follows the plus sign.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -102,14 +102,14 @@ def sources(root: Path = ROOT) -> dict[str, Any]:
     """Return the hashes of a tree's native sources.
 
     Returns:
-        ``sources``: that of each CUDA source by name, as ``scan_fast.gpu_status`` makes them; ``host``: one of all C++
-        sources, which decides whether the module fits the Python side.
+        ``sources``: the hash of each CUDA source by name, as ``scan_fast.gpu_status`` computes it; ``host``: one hash
+        of all C++ sources, which decides whether the module fits the Python side.
     """
     status = gpu_status(root)
     csrc = root / "csrc"
     host = hashlib.sha256()
     for path in sorted(csrc.rglob("*.cpp")):
-        if "tests" not in path.relative_to(csrc).parts and not path.name.startswith("emulator"):
+        if {"tests", "testing"}.isdisjoint(path.relative_to(csrc).parts) and not path.name.startswith("emulator"):
             host.update(status.source_hash(csrc, path).encode())
     kernels = status.kernels_of(csrc).items()
     return {"sources": {name: status.source_hash(csrc, path) for name, path in kernels}, "host": host.hexdigest()}
@@ -123,7 +123,7 @@ def changed_sources(of_module: dict[str, Any], of_tree: dict[str, Any]) -> list[
 
 
 def gpu_status(root: Path = ROOT) -> ModuleType:
-    """Return ``scan_fast.gpu_status`` without its package, whose import would load torch and the compiled module."""
+    """Import ``scan_fast.gpu_status`` without its package, which would load torch and the compiled module."""
     path = root / "scan_fast" / "gpu_status.py"
     spec = importlib.util.spec_from_file_location("carried_gpu_status", path)
     assert spec is not None and spec.loader is not None
@@ -142,7 +142,7 @@ def wheels(folder: Path | str = FOLDER, names: tuple[str, ...] = ()) -> Path:
         names: only these projects (e.g. ``("inf_cl",)``); all by default.
 
     Raises:
-        CarriedError: where there are none, or pip refuses one.
+        CarriedError: if there are none, or pip refuses one.
     """
     found = sorted((Path(folder) / WHEELS).glob("*.whl"))
     if names:

@@ -27,7 +27,7 @@ from .cases import SIZES, Call, Case, Tensors, cases_of, exempt
 from .process import SETS, emit, first_line, kernel_set, prefer
 
 Outcome = tuple[str, list[str]]
-"""What is wrong, "" if nothing, and the kernels that ran."""
+"""The problem, "" if there is none, and the kernels that ran."""
 
 
 # ---- the checks ----------------------------------------------------------------------------------------------------

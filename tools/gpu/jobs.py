@@ -1,4 +1,4 @@
-"""Runs the suite's processes, each in a group of its own and with limits; standard library only."""
+"""Runs the processes of the suite, each in its own process group and with limits. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
-# The suite itself chooses the kernels, and judges them.
+# The suite itself chooses the kernels and judges them.
 UNJUDGED = {"SCAN_FAST_GPU_KERNELS": "portable", "SCAN_FAST_SELF_TEST": "off"}
 
 
@@ -26,13 +26,13 @@ class Job:
     """A process of a stage.
 
     Attributes:
-        command: its words.
-        sets: the kernel sets it is about, in its order.
-        environment: what it gets besides ours.
-        patience: seconds without a line after which it hangs.
-        startup: the same before its first line: PyTorch has to be loaded.
-        complaints: lines that match say that something is wrong with the last case that began; "" for none.
-        prepares: it only prepares a later stage: what becomes of it counts for nothing.
+        command: the program and its arguments.
+        sets: the kernel sets that it runs, in its order.
+        environment: variables besides ours.
+        patience: seconds without a line after which it counts as hung.
+        startup: the same before its first line, while PyTorch is loaded.
+        complaints: pattern of lines that report an error of the case that began last; "" for none.
+        prepares: whether it only prepares a later stage, so that its result does not count.
     """
 
     command: Sequence[str]
@@ -46,12 +46,12 @@ class Job:
 
 @dataclass
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         status: "passed", "failed (code)", "hung after N s", or "cut off" when the stage's time was up.
-        begun: the last line that began something which has no result.
-        tail: the last lines that were no JSON.
+        begun: the last line that began something without a result.
+        tail: the last lines that were not JSON.
     """
 
     status: str
@@ -64,7 +64,7 @@ _stopped = threading.Event()
 
 
 def stop() -> None:
-    """End every job that runs, with its children, and start no other."""
+    """End all running jobs with their children, and start no other."""
     _stopped.set()
     for process in list(_running):
         _end(process)
@@ -93,14 +93,14 @@ def run(job: Job, seconds: float, log: TextIO, take: Callable[[dict[str, Any]], 
     try:
         return _followed(process, job, seconds, log, take)
     finally:
-        _end(process)  # what it left behind, too
+        _end(process)  # and its children
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)  # a process that waits for its GPU may outlive its end
+            process.wait(timeout=10)  # a process that waits for its GPU may survive for a while
         _running.discard(process)
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return a job's environment; a path of modules of its own comes before ours."""
+    """Return a job's environment; its PYTHONPATH comes before ours."""
     path = os.pathsep.join(part for part in (job.environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")) if part)
     return {**job.environment, **({"PYTHONPATH": path} if path else {})}
 
@@ -118,8 +118,8 @@ def _followed(
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    heard = time.monotonic()
-    end, patience = heard + seconds, job.startup
+    last_line = time.monotonic()
+    end, patience = last_line + seconds, job.startup
     begun: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     tail: list[str] = []
@@ -127,17 +127,17 @@ def _followed(
         now = time.monotonic()
         if now > end:
             return Outcome("cut off", begun, tail)
-        if now - heard > patience:
+        if now - last_line > patience:
             return Outcome(f"hung after {patience:.0f} s", begun, tail)
         try:
-            line = lines.get(timeout=max(0.02, min(1.0, end - now, heard + patience - now)))
+            line = lines.get(timeout=max(0.02, min(1.0, end - now, last_line + patience - now)))
         except queue.Empty:
-            if process.poll() is not None and time.monotonic() - heard > 3:
-                break  # it has ended, and a child of its own holds its output
+            if process.poll() is not None and time.monotonic() - last_line > 3:
+                break  # it has ended, and one of its children holds its output
             continue
         if line is None:
             break
-        heard, patience = time.monotonic(), job.patience
+        last_line, patience = time.monotonic(), job.patience
         log.write(line)
         entry = _parsed(line)
         if entry is None:

@@ -1,4 +1,4 @@
-"""What the processes of the suite share: their kernel sets, and the JSON lines that they print for it."""
+"""Shared by the processes of the suite: their kernel sets, and the JSON lines that they print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU suite's summary as lines for the terminal. Standard library only."""
+"""Formats the summary of the GPU suite for the terminal. Standard library only."""
 
 from __future__ import annotations
 

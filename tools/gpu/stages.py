@@ -37,7 +37,7 @@ class Where:
 
     @property
     def rehearse(self) -> bool:
-        """Whether this is a rehearsal."""
+        """True in a rehearsal."""
         return self.device == "cpu"
 
 

@@ -1,19 +1,19 @@
-"""Everything that a GPU has to say about the kernels, in a few minutes; run it as ``tools/gpu_suite``.
+"""Tests, checks and measures every CUDA kernel on a GPU in a few minutes; run it as ``tools/gpu_suite``.
 
-For a machine that is rented by the minute: it needs torch alone, and nvcc only if no module was carried along.
+It is made for a machine that is rented by the minute: it needs torch alone, and nvcc only if no module was carried.
 
-    build     takes the carried module (``tools/gpu_build`` makes it), or builds one for this GPU alone
+    build     uses the carried module (``tools/gpu_build`` makes it), or builds one for this GPU alone
     smoke     every kernel set once, at sizes at which the rings of shared memory go round and blocks get several tiles
-    accuracy  against float64, in poisoned memory; bit by bit where that is promised
+    accuracy  against float64, in poisoned memory; bit by bit if that is promised
     timings   against eager PyTorch and torch.compile, with the limit of the hardware
     repeat    the same call, the same bits
     graph     CUDA graphs, replayed on other inputs
     step      one SimCLR step: plain, captured, compiled; its profile
     memcheck  compute-sanitizer on our kernels; then, if time is left, initcheck, racecheck, peers and more sizes
 
-Every stage runs in processes of their own with limits. A kernel set that crashes or hangs is left out from then on, and
-the others go on. FOLDER gets log.txt and summary.json, which is written anew with every result: a run that is cut off
-leaves what it found. ``python -m tools.gpu.status --update SUMMARY ...`` takes summaries into docs/gpu-status.md.
+Every stage runs in separate processes with limits. A kernel set that crashes or hangs is left out from then on, and the
+others continue. FOLDER gets log.txt and summary.json, which is rewritten with every result, so that an interrupted run
+leaves what it found. ``python -m tools.gpu.status --update SUMMARY ...`` adds summaries to docs/gpu-status.md.
 Exit codes: 0 nothing failed, 1 something failed or was not finished, 2 cannot start, 130 and 143 interrupted.
 """
 
@@ -32,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.files import write_json
+
 from . import carried, conclusions, jobs
 from .jobs import Job, Outcome
 from .report import report
@@ -39,12 +41,12 @@ from .stages import NAMES, REFUSALS, STAGES, Stage, Where, kept_for_later
 
 DEFAULT_BUDGET = 240.0
 RESERVE = 3.0  # seconds kept for writing
-LEAST = 5.0  # with fewer seconds nothing is begun: PyTorch has to be loaded
-SLOWER = 4.0  # a rehearsal may be on a slow machine; what it shows is that the stages work
+LEAST = 5.0  # with fewer seconds nothing is started: loading PyTorch takes as long
+SLOWER = 4.0  # a rehearsal may run on a slow machine; it shows that the stages work
 
 
 class Suite:
-    """A run of the suite: where it writes, what it knows, when it ends."""
+    """State of a run of the suite: its folder, its summary and its end."""
 
     def __init__(self, out: Path, rehearse: bool, budget: float, log: TextIO) -> None:
         self.out, self.log = out, log
@@ -71,17 +73,17 @@ class Suite:
         }
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the remaining seconds."""
         return self.end - RESERVE - time.monotonic()
 
     def write(self, indent: int | None = None) -> None:
-        """Write the summary in one step."""
+        """Write summary.json."""
         with self.lock:
             conclusions.conclude(self.summary)
             write_json(self.out / "summary.json", self.summary, indent)
 
     def take(self, line: dict[str, Any]) -> None:
-        """Take a stage's line into the summary."""
+        """Add a line of a stage to the summary."""
         with self.lock:
             if "timing" in line:
                 self.summary["timings"].append(line)
@@ -98,19 +100,19 @@ class Suite:
             self.write()
 
     def say(self, text: str) -> None:
-        """Print a line, into the log as well."""
+        """Print a line and log it."""
         print(text, flush=True)
         self.log.write(text + "\n")
         self.log.flush()
 
     def note(self, text: str) -> None:
-        """Keep a line in the summary, and print it."""
+        """Print a line and keep it in the summary."""
         with self.lock:
             self.summary["notes"].append(text)
             self.say(f"    {text}")
 
     def ended(self, name: str, record: dict[str, Any], status: str, seconds: float = 0.0) -> None:
-        """Note how a stage ended."""
+        """Record the end of a stage."""
         record |= {"status": status, "seconds": round(seconds, 1)}
         self.say(f"{status:<14} {seconds:7.1f} s  {name}")
         self.write()
@@ -125,18 +127,11 @@ class Suite:
         )
 
 
-def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    """Write a file that is whole at any moment."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=indent) + "\n")
-    os.replace(temporary, path)
-
-
 # ---- a stage -------------------------------------------------------------------------------------------------------
 
 
 def run_stage(suite: Suite, stage: Stage, sets: Sequence[str], wanted: tuple[str, ...]) -> None:
-    """Run one stage on the sets that still run, and note how it went."""
+    """Run one stage on the sets that have neither crashed nor hung, and record how it ended."""
     begin = time.monotonic()
     record: dict[str, Any] = {"status": "running", "seconds": 0.0, "jobs": []}
     suite.summary["stages"][stage.name] = record
@@ -175,7 +170,7 @@ def run_stage(suite: Suite, stage: Stage, sets: Sequence[str], wanted: tuple[str
 
 
 def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
-    """Note how a job ended; return the sets that it left undone after one that crashed or hung."""
+    """Record how a job ended; return the sets that it left undone after one that crashed or hung."""
     record, known = suite.summary["stages"][name], suite.summary["sets"]
     under_tool = bool(job.complaints)
     refusal = next((text for text in outcome.tail if any(words in text for words in REFUSALS)), "")
@@ -204,7 +199,7 @@ def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
     if outcome.status == "cut off":
         return []
     if not begun and len(job.sets) == 1:
-        lost = list(job.sets)  # it did not come to its first case
+        lost = list(job.sets)  # it did not reach its first case
     reason = f"{outcome.status} in {where}" + (f": {last}" if last else "")
     for kernel_set in lost:
         known[kernel_set]["stages"].setdefault(name, conclusions.empty())["lost"] = reason
@@ -214,7 +209,7 @@ def _after(suite: Suite, name: str, job: Job, outcome: Outcome) -> list[str]:
 
 
 def _errors_of_tool(suite: Suite, name: str, job: Job, outcome: Outcome) -> None:
-    """See to it that errors which compute-sanitizer counted are somebody's."""
+    """Attribute errors that compute-sanitizer only counted: to all sets, if there is no complaint."""
     known = suite.summary["sets"]
     blamed = [s for s in job.sets if known[s]["stages"].get(name, {}).get("complaints")]
     total = next((text for text in outcome.tail if "SUMMARY" in text), "errors were counted")
@@ -241,15 +236,15 @@ def _sets(suite: Suite) -> list[dict[str, Any]]:
 
 
 def provide_module(suite: Suite, build: bool) -> str:
-    """Take the carried module, the one that is there, or build one; return why there is none, in one line."""
+    """Use the carried module, the one that is there, or build one; return in one line why there is none."""
     begin = time.monotonic()
     record: dict[str, Any] = {"status": "running", "seconds": 0.0, "jobs": []}
     suite.summary["stages"]["build"] = record
     refusal = carried.use(suite.folder) if suite.folder is not None else ""
     if refusal:
         suite.note(refusal)
-    problem, mendable = look_around(suite)
-    if problem and mendable and build:
+    problem, build_helps = inspect_machine(suite)
+    if problem and build_helps and build:
         suite.note(f"{problem}; building")
         major, _, minor = suite.summary["environment"]["capability"].partition(".")
         environment = {
@@ -260,7 +255,7 @@ def provide_module(suite: Suite, build: bool) -> str:
         job = Job((sys.executable, "setup.py", "build_ext", "--inplace"), (), environment, patience=150.0)
         outcome = jobs.run(job, min(150.0, suite.left()), suite.log, suite.take)
         if outcome.status == "passed":
-            problem, _ = look_around(suite)
+            problem, _ = inspect_machine(suite)
         else:
             wrong = next((text for text in outcome.tail if "error" in text.lower()), " ".join(outcome.tail[-1:]))
             problem = f"the build {outcome.status}: {wrong}"
@@ -268,8 +263,8 @@ def provide_module(suite: Suite, build: bool) -> str:
     return problem
 
 
-def look_around(suite: Suite) -> tuple[str, bool]:
-    """Note what this machine is; return why the suite cannot run on it, in one line, and whether building may help."""
+def inspect_machine(suite: Suite) -> tuple[str, bool]:
+    """Record the machine; return in one line why the suite cannot run on it, and whether building may help."""
     found: dict[str, Any] = {}
     command = (sys.executable, "-m", "tools.gpu.about", "--device", suite.device)
     outcome = jobs.run(Job(command), min(60.0 * suite.pace, suite.left()), suite.log, found.update)
@@ -278,7 +273,7 @@ def look_around(suite: Suite) -> tuple[str, bool]:
     about = {key: found[key] for key in ("capability", "multiprocessors") if key in found}
     suite.summary["environment"] = found["environment"] | about
     if found["problem"]:
-        return str(found["problem"]), bool(found["mendable"])
+        return str(found["problem"]), bool(found["build_helps"])
     built, tree = found["sources"], {known["source"]: known["sha256"] for known in _sets(suite)}
     differ = sorted(name for name, digest in tree.items() if name in built and built[name] != digest)
     if suite.device == "cuda" and not built:
@@ -294,7 +289,10 @@ def look_around(suite: Suite) -> tuple[str, bool]:
 
 
 def chosen(text: str) -> tuple[list[str], list[str]]:
-    """Split ``--only``: names of stages, of families and of kernel sets; what is not named is not restricted."""
+    """Split ``--only`` into stages and kernel sets.
+
+    Names of stages restrict the stages, names of families or kernel sets restrict the kernel sets.
+    """
     sets = conclusions.kernel_sets()
     families = {name.partition(":")[0] for name in sets}
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -312,7 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path(os.environ.get("OUT") or "gpu_suite_out"))
     parser.add_argument("--rehearse", action="store_true", help="the same stages on the CPU, with tiny sizes")
-    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, metavar="SECONDS", help="for everything")
+    parser.add_argument(
+        "--budget", type=float, default=DEFAULT_BUDGET, metavar="SECONDS", help="time limit (default: %(default)s)"
+    )
     parser.add_argument(
         "--only",
         type=chosen,
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="stages, families or kernel sets, separated by commas, e.g. accuracy,nt_xent:sm90",
     )
     parser.add_argument("--carried", type=Path, metavar="FOLDER", help="with the module that gpu_build made")
-    parser.add_argument("--no-build", action="store_true", help="never build: take the compiled module that is there")
+    parser.add_argument("--no-build", action="store_true", help="never build: use the compiled module that is there")
     parser.add_argument(
         "--merge", nargs="+", type=Path, metavar="SUMMARY", help="write one summary of several into FOLDER, and stop"
     )
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--budget must be positive, got {options.budget:g}")
     out = options.folder.resolve()
     try:
-        # Before anything is written: FOLDER may be where one of them lies.
+        # Before anything is written: one of them may be in FOLDER.
         read = [json.loads(path.read_text()) for path in options.merge or ()]
         merged = conclusions.merge(read) if read else None
         out.mkdir(parents=True, exist_ok=True)
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(suite: Suite, stages: list[str], sets: list[str], build: bool) -> int:
-    """Run, and leave a whole summary and no process behind, whatever happens."""
+    """Run; whatever happens, write the summary and end all processes."""
 
     def interrupted(number: int, frame: object) -> None:
         jobs.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from ..errors import DataError
+from ...errors import DataError
 from .cifar import CIFAR10, CIFAR20
 from .digits import DIGITS
 from .folder import FOLDER, IMAGENET

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import DataError
 from ..decode_cache import DecodeCache
 from ..encoded import ImagePaths
-from ..errors import DataError
 from ..folders import Listing, check_folder, find_split, list_folder, split_folder
 from .kind import Contents, Opened, SourceKind, file_sources
 

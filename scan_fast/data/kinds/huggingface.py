@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import DataError
 from ..containers import Label, class_numbers
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
-from ..errors import DataError
 from ..folders import TEST_NAMES, TRAIN_NAMES
 from .kind import ContainerKind, Contents
 from .packages import optional_package

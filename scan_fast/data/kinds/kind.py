@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...errors import DataError
 from ..decode_cache import DecodeCache
 from ..encoded import EncodedImages
-from ..errors import DataError
 from ..files import FileSource
 from ..folders import default_size, held_out_rows
 from ..sources import Source

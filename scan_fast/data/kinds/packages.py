@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..errors import DataError
+from ...errors import MissingPackageError
 
 
 def optional_package(name: str, extra: str) -> Any:
     """Import a package that an extra installs.
 
     Raises:
-        DataError: if it is not installed; the message says how to install it.
+        MissingPackageError: if it is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise DataError(f"this source needs {package}: pip install 'scan-fast[{extra}]' ({error})") from error
+        raise MissingPackageError(f"this source needs {package}: pip install 'scan-fast[{extra}]' ({error})") from error

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import DataError
 from ..containers import Label, class_numbers, common_folder, find_files, split_files
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
-from ..errors import DataError
 from .kind import ContainerKind, Contents
 from .packages import optional_package
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import DataError
+from ...errors import DataError
 from ..sources import TensorSource
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def compared(
     Args:
         case: in words, without the dtype.
         dtype: of the inputs.
-        device: where the kernel runs.
+        device: device that the kernel runs on.
         kernel: from inputs on the device to results.
         plain: the same in plain PyTorch; runs on the CPU.
         cpu: the inputs in float32 on the CPU; the last is the upstream gradient and keeps its dtype.

@@ -1,0 +1,65 @@
+"""Atomic writing of files: after a crash, a name holds its old content or the new one, each complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_SUFFIX = ".tmp"
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing; the file appears under its name when the block ends without an error.
+
+    The content goes to a temporary file beside ``path``, reaches the disk and is then renamed. If the block raises, the
+    temporary file is removed and ``path`` keeps its old content. A killed process leaves the temporary file behind, see
+    :func:`remove_leftovers`. Devices and pipes, such as /dev/stdout, are written directly.
+
+    Args:
+        path: the file to write. Missing folders are created, and a symbolic link is followed.
+
+    Yields:
+        A binary file, which can seek unless it is a device or a pipe.
+
+    Raises:
+        OSError: if the folder or the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+        with path.open("wb") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
+    # Unlike tempfile, os.open gives the permissions of any new file (those that the umask leaves).
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether ``path`` is named like the temporary file of a process that was killed while it wrote."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in ``folder``; no process may be writing there."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,273 @@
+"""The commands of the command line. Each imports what it needs, so that ``--help`` and ``info`` start fast."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from .data.sources import Source
+    from .predictor import Predictor
+    from .runs.config import Config
+
+
+def train(options: argparse.Namespace) -> int:
+    """Run all stages, or one."""
+    from .runs.artifacts import CONFIG
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .stages.pipeline import forget, print_summary, run_stages, stages_of
+    from .training.context import open_context
+
+    config, folder = _configuration(options)
+    if options.again and RunFolder(folder).has(CONFIG):
+        # Repeating is the one way to change a configuration: only what is done again may differ.
+        run = RunFolder.existing(folder)
+        _check_again(run.read(CONFIG), config, options.stages)
+    else:
+        run = RunFolder.open(folder, config)
+    with run:
+        tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
+        context = open_context(config, run, tracker)
+        names = list(options.stages) or stages_of(context)
+        if names[0] not in stages_of(context):
+            raise UsageError(f"this configuration has no {names[0]} stage (selflabel: null)")
+        if options.again:
+            forget(context, names[0])
+            run.write(CONFIG, config)
+        tracker.say(
+            f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
+            f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
+        )
+        run_stages(context, names)
+        print_summary(context, tracker)
+    return 0
+
+
+def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
+    """Return the configuration and the run folder that the command line names."""
+    from .data.datasets import settings_for
+    from .runs.artifacts import CONFIG
+    from .runs.config import build_config, find_config, load_config, merge, nested, parse_override
+    from .runs.folder import RunFolder
+
+    target = options.target
+    changes: dict[str, Any] = {}
+    if options.clusters is not None:
+        changes["clustering.n_clusters"] = options.clusters
+    if options.data is not None:
+        if target is not None:
+            raise ConfigError(
+                f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
+            )
+        changes |= settings_for(options.data)
+        target = "folder"
+    if target is None:
+        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
+    path = Path(target).expanduser()
+    if path.is_dir():
+        values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
+        for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
+            values = merge(values, nested(key, value))
+        return build_config(values), options.out or path
+    config = load_config(find_config(target), options.overrides, changes)
+    return config, options.out or Path("runs") / _run_name(config)
+
+
+def _run_name(config: Config) -> str:
+    parts = [config.name, config.preset, f"seed{config.seed}"]
+    if config.clustering.n_clusters is not None:
+        parts.insert(1, str(config.clustering.n_clusters))
+    return "-".join(part.replace("/", "_") for part in parts if part)
+
+
+def _check_again(old: Config, new: Config, stages: Sequence[str]) -> None:
+    from .runs.config import differences
+    from .stages.pipeline import STAGES
+
+    order = list(STAGES)
+    again = order[order.index(stages[0]) :] if stages else order
+    kept = [d for d in differences(old, new) if d.partition(".")[0] not in (*again, "evaluation")]
+    if stages and kept:
+        raise RunError(f"--again repeats {', '.join(again)}, which {'; '.join(kept)} does not belong to")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure every finished stage of a run."""
+    from .runs.artifacts import CONFIG
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .stages.pipeline import evaluate, print_summary
+    from .training.context import open_context
+
+    run = RunFolder.existing(options.target)
+    with run:
+        tracker = Tracker(run, quiet=options.json)
+        context = open_context(run.read(CONFIG), run, tracker)
+        results = evaluate(context)
+        if options.json:
+            print(json.dumps(results.to_dict(), indent=2))
+        else:
+            print_summary(context, tracker)
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Write the clusters of new images."""
+    from .atomic import atomic_file
+    from .runs.tables import Predictions
+
+    predictor, source = _predictor_and_source(options)
+    table = Predictions.of(source.paths, predictor.probabilities(source))
+    if options.out is None:
+        sys.stdout.write(table.to_csv())
+    else:
+        with atomic_file(options.out) as file:
+            table.dump(file)
+    return 0
+
+
+def embed(options: argparse.Namespace) -> int:
+    """Write the feature vectors of images."""
+    import numpy as np
+
+    from .atomic import atomic_file
+
+    predictor, source = _predictor_and_source(options)
+    features = predictor.features(source).numpy()
+    with atomic_file(options.out) as file:
+        np.savez(file, features=features, paths=np.array(source.paths))
+    return 0
+
+
+def _predictor_and_source(options: argparse.Namespace) -> tuple[Predictor, Source]:
+    from .devices import choose_device
+    from .predictor import Predictor
+
+    predictor = Predictor.load(options.target, choose_device(options.device, "--device"))
+    return predictor, predictor.source(options.data)
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a model that runs without this package."""
+    from .export import export
+    from .predictor import Predictor
+
+    export(Predictor.load(options.target), options.out, options.format)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write report.html again."""
+    from .runs.artifacts import CONFIG, REPORT
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .stages.pipeline import make_report
+    from .training.context import open_context
+
+    run = RunFolder.existing(options.target)
+    with run:
+        tracker = Tracker(run)
+        make_report(open_context(run.read(CONFIG), run, tracker))
+        tracker.say(str(run.path_of(REPORT)))
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Run one configuration with several seeds."""
+    from .runs.config import find_config, load_config
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .sweep import sweep
+
+    seeds = _seeds(options.seeds)
+    config = load_config(find_config(options.target), options.overrides)
+    parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
+    results = sweep(config, seeds, parent, quiet=options.quiet)
+    Tracker(RunFolder(parent)).table(
+        f"{config.name}, seeds {options.seeds}",
+        ["", "mean", "std", *(f"seed {seed}" for seed in seeds)],
+        [
+            [name, f"{entry['mean']:.4f}", f"{entry['std']:.4f}", *(f"{value:.4f}" for value in entry["values"])]
+            for name, entry in results.items()
+            if name != "seeds"
+        ],
+    )
+    return 0
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds.extend(range(int(first), int(last if dash else first) + 1))
+    except ValueError:
+        raise UsageError(f"--seeds must look like 0-9 or 0,3,7, got {text!r}") from None
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"--seeds must name at least one seed, each once, got {text!r}")
+    return seeds
+
+
+SOURCE = Path(__file__).resolve().parents[1]
+"""The source repository, if the package is imported from one."""
+
+
+def benchmarks() -> dict[str, str]:
+    """Return name and description of each benchmark; empty if the package is not imported from its repository."""
+    import runpy
+
+    table = SOURCE / "benchmarks" / "__init__.py"
+    return dict(runpy.run_path(str(table))["BENCHMARKS"]) if table.is_file() else {}
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run a benchmark in another process."""
+    import os
+    import subprocess
+
+    names = benchmarks()
+    if not names:
+        raise UsageError(
+            "the benchmarks are part of the source repository, not of the installed package: clone it, "
+            "`pip install --no-build-isolation -e .` there, and give the same command again"
+        )
+    if options.name not in names:
+        raise UsageError(f"bench must be one of {', '.join(names)}, got {options.name!r}")
+    path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", f"benchmarks.{options.name}", *options.arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print what was built, or test the kernels."""
+    if options.device is not None and not options.check:
+        raise UsageError("--device goes with --check")
+    if options.check:
+        return _check_kernels(options)
+    from .info import collect, render
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0
+
+
+def _check_kernels(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .ops.check import check, device_of, table
+
+    device = device_of(options.device or "cuda")
+    rows = list(check(device))
+    if options.json:
+        found = [{"family": family, "kernels": kernels, **asdict(verdict)} for family, kernels, verdict in rows]
+        print(json.dumps(found, indent=2))
+    else:
+        print(table(rows, device))
+    return 0 if all(verdict.passed for _, _, verdict in rows) else 1

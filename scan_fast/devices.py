@@ -1,0 +1,30 @@
+"""Choice of the device by name."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ConfigError
+
+
+def choose_device(name: str, option: str = "runtime.device") -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device; ``auto`` is a GPU if there is one.
+
+    Args:
+        name: the device.
+        option: the setting or option that holds it, for the message.
+
+    Raises:
+        ConfigError: for another name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{option} must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{option}={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
+    return device

@@ -1,0 +1,89 @@
+"""The artifacts of a run that its report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runs import artifacts
+from ..runs.config import Config
+from ..runs.folder import RunFolder
+from ..runs.records import Embeddings, Summary
+from ..runs.tables import Assignments, Confusion
+from .charts import Series, series_of
+
+LARGEST_EMBEDDINGS = 1 << 30
+"""In bytes. A larger file takes too long to read for the little that the report shows of it."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that the report shows of a run.
+
+    Attributes:
+        config: the configuration.
+        assignments: the clusters of all images.
+        summary: the results of the stages.
+        series: the metrics over epochs, by stage.
+        confusion: counts of true by assigned classes; None without labels, or if there are too many classes.
+        confusion_figure: PNG, if there are too many classes.
+        embeddings: (N, D), in the order of the assignments; None if there are none of these images.
+    """
+
+    config: Config
+    assignments: Assignments
+    summary: Summary
+    series: dict[str, list[Series]]
+    confusion: Confusion | None
+    confusion_figure: bytes | None
+    embeddings: NDArray[np.float32] | None
+
+
+def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
+    """Read a run folder; only the configuration and the assignments must be there.
+
+    Args:
+        run: the run folder.
+        largest_confusion: take the confusion matrix of more classes as a picture.
+
+    Raises:
+        RunError: if the assignments are missing, or a file is damaged.
+    """
+    assignments = run.read(artifacts.ASSIGNMENTS)
+    metrics = run.read(artifacts.METRICS) if run.has(artifacts.METRICS) else []
+    confusion = run.read(artifacts.CONFUSION) if run.has(artifacts.CONFUSION) else None
+    figure = None
+    if confusion is not None and len(confusion.column_names) > largest_confusion:
+        confusion = None
+        figure = run.read(artifacts.CONFUSION_FIGURE) if run.has(artifacts.CONFUSION_FIGURE) else None
+    embeddings = None
+    path = run.path_of(artifacts.EMBEDDINGS)
+    if path.is_file() and path.stat().st_size <= LARGEST_EMBEDDINGS:
+        embeddings = _in_order(run.read(artifacts.EMBEDDINGS), assignments)
+    return Content(
+        config=run.read(artifacts.CONFIG),
+        assignments=assignments,
+        summary=run.read(artifacts.SUMMARY) if run.has(artifacts.SUMMARY) else Summary(),
+        series=series_of(metrics),
+        confusion=confusion,
+        confusion_figure=figure,
+        embeddings=embeddings,
+    )
+
+
+def _in_order(embeddings: Embeddings, table: Assignments) -> NDArray[np.float32] | None:
+    """Return the embeddings in the order of the assignments, (N, D); None if they are of other images."""
+    splits = np.array(table.splits)
+    result: NDArray[np.float32] | None = None
+    for split in dict.fromkeys(table.splits):
+        rows, here = embeddings.rows.get(split), splits == split
+        if rows is None or rows.ndim != 2 or len(rows) != here.sum():
+            return None
+        if result is None:
+            result = np.empty((len(splits), rows.shape[1]), dtype=np.float32)
+        if rows.shape[1] != result.shape[1]:
+            return None
+        result[here] = rows
+    return result

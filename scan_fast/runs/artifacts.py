@@ -1,0 +1,205 @@
+"""Every file that a run leaves on disk: its name, its content, when it is written, and how to repair it.
+
+An :class:`Artifact` ties a name in the run folder to the two functions that write and read its content. All of them are
+listed here. :meth:`.folder.RunFolder.write` and :meth:`.folder.RunFolder.read` carry them to disk and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import yaml
+
+from ..atomic import atomic_file
+from ..data.decode_cache import DecodeCache
+from ..errors import RunError, ScanFastError, WeightsError
+from ..models.saved import SavedModel
+from .config import Config, build_config
+from .records import (
+    Checkpoint,
+    Embeddings,
+    MetricsEntry,
+    Neighbors,
+    PrecisionRecord,
+    StageResult,
+    Summary,
+    dump_json,
+    dump_metrics,
+    load_json,
+    load_metrics,
+)
+from .tables import Assignments, Confusion, Skipped
+
+T = TypeVar("T")
+
+COMMANDS: dict[str, str] = {
+    "pretext": "pretext",
+    "mining": "mine",
+    "clustering": "cluster",
+    "selflabel": "selflabel",
+}
+"""The command line's name of each stage."""
+
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints and results of the learned stages."""
+
+_REMOVE = "remove it, and the same command continues with the rest"
+_REPEAT = "repeat what wrote it: scan-fast {command} {folder} --again"
+_RUN_AGAIN = "remove it, and `scan-fast run {folder}` writes it again"
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[T]):
+    """A file of a run folder.
+
+    Attributes:
+        name: the path in the run folder.
+        dump: writes the content to a binary file.
+        load: reads it; raises ValueError, with the reason, for anything else.
+        stage: the stage that writes it and whose repetition removes it; None if it belongs to the run as a whole.
+        repair: advice for a damaged file; ``{folder}`` and ``{command}`` are filled in.
+        error: the class of the error for a damaged file.
+    """
+
+    name: str
+    dump: Callable[[T, BinaryIO], None]
+    load: Callable[[BinaryIO], T]
+    stage: str | None = None
+    repair: str = _REMOVE
+    error: type[ScanFastError] = RunError
+
+    @property
+    def command(self) -> str:
+        """The command that writes the file."""
+        return COMMANDS.get(self.stage or "", "run")
+
+
+def write(artifact: Artifact[T], content: T, path: Path) -> None:
+    """Write an artifact to a file atomically.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with atomic_file(path) as file:
+        artifact.dump(content, file)
+
+
+def read(artifact: Artifact[T], path: Path, advice: str = "") -> T:
+    """Read an artifact from a file.
+
+    Args:
+        artifact: the kind of file.
+        path: the file.
+        advice: the end of the message for a damaged file.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ScanFastError: ``artifact.error``, if the content is damaged or of another kind.
+    """
+    with path.open("rb") as file:
+        try:
+            return artifact.load(file)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise artifact.error(f"{path} cannot be read: {reason}{advice and f'; {advice}'}") from error
+
+
+# -- codecs of contents that are defined elsewhere ---------------------------------------------------------------------
+
+
+def _dump_config(config: Config, file: BinaryIO) -> None:
+    file.write(config.to_yaml().encode())
+
+
+def _load_config(file: BinaryIO) -> Config:
+    try:
+        return build_config(yaml.safe_load(file.read().decode()))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _dump_decode_cache(cache: DecodeCache, file: BinaryIO) -> None:
+    file.write(cache.to_bytes())
+
+
+def _load_decode_cache(file: BinaryIO) -> DecodeCache:
+    return DecodeCache(file.read())
+
+
+def _dump_bytes(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def _load_bytes(file: BinaryIO) -> bytes:
+    return file.read()
+
+
+def _dump_page(page: str, file: BinaryIO) -> None:
+    # File names that are not valid text may hold lone surrogates, which UTF-8 cannot express.
+    file.write(page.encode("utf-8", errors="replace"))
+
+
+def _load_page(file: BinaryIO) -> str:
+    return file.read().decode()
+
+
+def _stage_result(stage: str) -> Artifact[StageResult]:
+    return Artifact(f"{CHECKPOINTS}/{stage}-final.pt", StageResult.dump, StageResult.load, stage, _REPEAT)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+CONFIG = Artifact("config.yaml", _dump_config, _load_config, repair="correct it, or start again in a new folder")
+"""The resolved configuration; ``scan-fast run FOLDER`` reads it."""
+SUMMARY = Artifact("summary.json", Summary.dump, Summary.load)
+"""Metrics and seconds per finished stage, and the baselines."""
+METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, load_metrics)
+"""One line per stage and epoch."""
+
+PRECISION = Artifact("precision.json", PrecisionRecord.dump, PrecisionRecord.load)
+"""The dtype that ``precision=auto`` stands for, and why."""
+DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_cache)
+"""The files that ``data.on_error=skip`` has found good; only changed ones are decoded again."""
+SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
+"""The images left out as unreadable, with the reason."""
+
+PRETEXT_MODEL = _stage_result("pretext")
+"""The trained backbone and projector."""
+EMBEDDINGS = Artifact("embeddings.npz", Embeddings.dump, Embeddings.load, "mining", _REPEAT)
+"""Unit rows, in the order of the images."""
+NEIGHBORS = Artifact("neighbors.npz", Neighbors.dump, Neighbors.load, "mining", _REPEAT)
+"""The nearest neighbours of every image."""
+CLUSTER_MODEL = _stage_result("clustering")
+"""The best epoch with all heads, and which head is the best."""
+SELFLABEL_MODEL = _stage_result("selflabel")
+"""The self-labelled model."""
+
+ASSIGNMENTS = Artifact("assignments.csv", Assignments.dump, Assignments.load, repair=_RUN_AGAIN)
+"""One row per image: path, cluster, confidence, margin, split and, if known, label."""
+CONFUSION = Artifact("confusion.csv", Confusion.dump, Confusion.load, repair=_RUN_AGAIN)
+"""With labels: counts of true classes by assigned classes."""
+CONFUSION_FIGURE = Artifact("confusion.png", _dump_bytes, _load_bytes, repair=_RUN_AGAIN)
+"""The same as a picture."""
+MODEL = Artifact("model.pt", SavedModel.dump, SavedModel.load, repair=_RUN_AGAIN, error=WeightsError)
+"""The predictor: ``scan-fast predict``, ``ImageClusterer.load``."""
+REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
+"""One page that opens from disk."""
+
+
+SWEEP = Artifact("sweep.json", dump_json, load_json)
+"""In the folder that holds the runs of a sweep: mean and deviation of their results."""
+
+AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED)
+"""Written before the first stage: a folder that holds nothing else has no results to protect."""
+OF_STAGES: tuple[Artifact[Any], ...] = (PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS, CLUSTER_MODEL, SELFLABEL_MODEL)
+"""Written by the stages: repeating a stage removes its own and those of later stages."""
+AT_END: tuple[Artifact[Any], ...] = (ASSIGNMENTS, CONFUSION, CONFUSION_FIGURE, MODEL, REPORT)
+"""Written after the last stage: repeating any stage removes them."""
+
+
+def checkpoint(stage: str) -> Artifact[Checkpoint]:
+    """Return the checkpoint of a learned stage that is training."""
+    return Artifact(f"{CHECKPOINTS}/{stage}.pt", Checkpoint.dump, Checkpoint.load, stage)

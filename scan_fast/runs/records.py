@@ -1,0 +1,338 @@
+"""The records of a run folder that are no tables: the summary, the metrics, arrays and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, BinaryIO, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class Summary:
+    """Results of a run.
+
+    Attributes:
+        seed: the seed of the run; None before the first stage has finished.
+        stages: by finished stage, ``seconds`` and its metrics, some of them by split.
+        baselines: by method, the mean and deviation of its metrics over seeds; None before they are computed.
+    """
+
+    seed: int | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The time that the stages took together."""
+        return round(sum(entry["seconds"] for entry in self.stages.values()), 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of summary.json."""
+        content = {"seed": self.seed, "stages": self.stages, "seconds": self.seconds}
+        return content if self.baselines is None else content | {"baselines": self.baselines}
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write JSON."""
+        dump_json(self.to_dict(), file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Summary:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_json(file)
+        stages, baselines = content.get("stages"), content.get("baselines")
+        if not isinstance(stages, dict) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("seconds"), int | float) for entry in stages.values()
+        ):
+            raise ValueError("stages must hold the seconds and metrics of each stage")
+        if not isinstance(baselines, dict | None):
+            raise ValueError("baselines must hold the metrics of each method")
+        return cls(content.get("seed"), stages, baselines)
+
+
+@dataclass(frozen=True)
+class MetricsEntry:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        stage: the stage's name.
+        epoch: finished epochs, from 1.
+        step: finished steps of the stage.
+        time: seconds since 1970.
+        values: the metrics by name.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    time: float
+    values: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the line."""
+        return {"stage": self.stage, "epoch": self.epoch, "step": self.step, "time": self.time, **self.values}
+
+    def to_line(self) -> str:
+        """Return the entry as one line of JSON, with its line feed."""
+        return json.dumps(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> MetricsEntry:
+        """Read what :meth:`to_line` returned.
+
+        Raises:
+            ValueError: for anything else, such as a line that a crash cut short.
+        """
+        content = json.loads(line)
+        if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
+            raise ValueError("a line of metrics must name its stage")
+        stage = content.pop("stage")
+        if not content.keys() >= {"epoch", "step", "time"} or not all(
+            isinstance(x, int | float) for x in content.values()
+        ):
+            raise ValueError("a line of metrics must hold epoch, step, time and numbers")
+        epoch, step, time = (content.pop(name) for name in ("epoch", "step", "time"))
+        return cls(stage, epoch, step, time, content)
+
+
+def dump_metrics(entries: Sequence[MetricsEntry], file: BinaryIO) -> None:
+    """Write one line per entry."""
+    file.write("".join(entry.to_line() for entry in entries).encode())
+
+
+def load_metrics(file: BinaryIO) -> list[MetricsEntry]:
+    """Read the entries; a line that a crash cut short is left out."""
+    entries = []
+    for line in file.read().decode("utf-8", "replace").splitlines():
+        try:
+            entries.append(MetricsEntry.from_line(line))
+        except ValueError:
+            continue
+    return entries
+
+
+@dataclass(frozen=True)
+class PrecisionRecord:
+    """The dtype that ``precision=auto`` stands for in this run.
+
+    Attributes:
+        precision: "float32" or "bfloat16".
+        reason: why, in words.
+        tried: the settings that the choice was made for; other settings need another choice.
+    """
+
+    precision: str
+    reason: str
+    tried: dict[str, Any]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write JSON."""
+        dump_json(asdict(self), file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> PrecisionRecord:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_json(file)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError("it must hold precision, reason and tried") from error
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of all images, by split: (N, D) float32 unit rows."""
+
+    rows: dict[str, NDArray[np.float32]]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write an .npz with one array per split."""
+        np.savez(file, **self.rows)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Embeddings:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        return cls(load_arrays(file))
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The nearest neighbours of all images, without the image itself, most similar first.
+
+    Attributes:
+        index: by split, (N, k) int64 rows of the same split, -1 if there are fewer than k.
+        similarity: by split, (N, k) float32 cosine similarities.
+    """
+
+    index: dict[str, NDArray[np.int64]]
+    similarity: dict[str, NDArray[np.float32]]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write an .npz with the arrays SPLIT and SPLIT_similarity."""
+        similarity = {f"{split}_similarity": array for split, array in self.similarity.items()}
+        np.savez(file, **self.index, **similarity)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Neighbors:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        arrays = load_arrays(file)
+        similarity = {
+            name.removesuffix("_similarity"): array for name, array in arrays.items() if name.endswith("_similarity")
+        }
+        index = {name: array for name, array in arrays.items() if not name.endswith("_similarity")}
+        if index.keys() != similarity.keys():
+            raise ValueError(f"every split must have its indices and similarities, got {', '.join(arrays)}")
+        return cls(index, similarity)
+
+
+@dataclass
+class Checkpoint:
+    """The state of a stage while it trains.
+
+    Attributes:
+        model: the network's state_dict.
+        optimizer: the optimiser's state_dict.
+        stage: further state of the stage: plain values and tensors.
+        n_images: images per epoch.
+        epoch: finished epochs.
+        step: finished steps of the epoch that has begun.
+        totals: by metric, the sum over these steps.
+        seconds: the time spent so far.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    stage: dict[str, Any]
+    n_images: int
+    epoch: int
+    step: int
+    totals: dict[str, Tensor]
+    seconds: float
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write a file of torch.save, for ``torch.load(weights_only=True)``."""
+        torch.save(dict(vars(self)), file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Checkpoint:
+        """Read what :meth:`dump` wrote, onto the CPU.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_tensors(file)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"it is no checkpoint of a stage, it holds {', '.join(content)}") from error
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The result of a learned stage.
+
+    Attributes:
+        model: the network's state_dict.
+        record: how the result was chosen: plain values.
+    """
+
+    model: dict[str, Tensor]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write a file of torch.save, for ``torch.load(weights_only=True)``."""
+        torch.save({"model": self.model, **self.record}, file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> StageResult:
+        """Read what :meth:`dump` wrote, onto the CPU.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_tensors(file)
+        if not isinstance(content.get("model"), dict):
+            raise ValueError(f"it is no result of a stage, it holds {', '.join(content)}")
+        return cls(content.pop("model"), content)
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Return nested dataclasses, dictionaries, lists and tuples with ``function`` applied to every tensor."""
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = function(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        result = replace(value, **{name: map_tensors(inner, function) for name, inner in vars(value).items()})
+    elif isinstance(value, dict):
+        result = {key: map_tensors(inner, function) for key, inner in value.items()}
+    elif isinstance(value, list | tuple):
+        result = type(value)(map_tensors(inner, function) for inner in value)
+    return cast(T, result)
+
+
+def dump_json(content: dict[str, Any], file: BinaryIO) -> None:
+    """Write a mapping as indented JSON."""
+    file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def load_json(file: BinaryIO) -> dict[str, Any]:
+    """Read a mapping from JSON.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    content = json.loads(file.read())
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a mapping, it holds {type(content).__name__}")
+    return content
+
+
+def load_arrays(file: BinaryIO) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an .npz.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # zipfile and NumPy raise BadZipFile, EOFError, ValueError and more
+        raise ValueError(f"it is no .npz of arrays ({type(error).__name__})") from error
+
+
+def load_tensors(file: BinaryIO) -> dict[str, Any]:
+    """Read a mapping of tensors and plain values that torch.save wrote, onto the CPU.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
+        raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a mapping, it holds {type(content).__name__}")
+    return content

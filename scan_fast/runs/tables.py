@@ -1,0 +1,273 @@
+"""The tables of a run folder, each with its CSV form: assignments, skipped images and the confusion matrix."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+UNMATCHED = "(unmatched)"
+"""The column of the images whose cluster has no class."""
+
+
+class _Writer(Protocol):
+    def writerow(self, row: Iterable[Any], /) -> Any: ...
+    def writerows(self, rows: Iterable[Iterable[Any]], /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The clusters of N images.
+
+    Attributes:
+        paths: the images' paths or names.
+        clusters: (N,) cluster ids from 0.
+        confidence: (N,) the probability of the image's cluster.
+        margin: (N,) ``confidence`` minus the probability of the second most probable cluster.
+    """
+
+    paths: Sequence[str]
+    clusters: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    margin: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, paths: Sequence[str], probabilities: Tensor) -> Predictions:
+        """Take the most probable cluster of each image.
+
+        Args:
+            paths: N names.
+            probabilities: (N, K) with K of at least 2.
+        """
+        top, cluster = probabilities.topk(2, dim=1)
+        best, second = top.double().unbind(dim=1)
+        return cls(paths, cluster[:, 0].numpy(), best.numpy(), (best - second).numpy())
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write one row per image: path, cluster, confidence, margin."""
+        with _csv_writer(file) as writer:
+            writer.writerow(("path", "cluster", "confidence", "margin"))
+            writer.writerows(_prediction_rows(self))
+
+    def to_csv(self) -> str:
+        """Return what :meth:`dump` writes."""
+        buffer = io.BytesIO()
+        self.dump(buffer)
+        return buffer.getvalue().decode()
+
+
+@dataclass(frozen=True)
+class Assignments(Predictions):
+    """The clusters of all images of a run, split by split in the order of the embeddings.
+
+    Attributes:
+        splits: the split of each image, "train" or "test".
+        labels: the true class of each image, empty if it is unknown; None if the images have no classes.
+    """
+
+    splits: Sequence[str]
+    labels: Sequence[str] | None
+
+    @classmethod
+    def join(cls, parts: Mapping[str, Predictions], labels: Mapping[str, Sequence[str]] | None) -> Assignments:
+        """Join the predictions and the labels of the splits."""
+        splits = [split for split, part in parts.items() for _ in part.paths]
+        return cls(
+            [path for part in parts.values() for path in part.paths],
+            np.concatenate([part.clusters for part in parts.values()]),
+            np.concatenate([part.confidence for part in parts.values()]),
+            np.concatenate([part.margin for part in parts.values()]),
+            splits,
+            None if labels is None else [label for split in parts for label in labels[split]],
+        )
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) each image's row within its split."""
+        seen: dict[str, int] = {}
+        rows = np.empty(len(self.splits), dtype=np.int64)
+        for number, split in enumerate(self.splits):
+            rows[number] = seen.get(split, 0)
+            seen[split] = seen.get(split, 0) + 1
+        return rows
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write one row per image: path, cluster, confidence, margin, split and, if there are classes, label."""
+        columns = [map(printable, self.splits)]
+        if self.labels is not None:
+            columns.append(map(printable, self.labels))
+        with _csv_writer(file) as writer:
+            header = ("path", "cluster", "confidence", "margin", "split", "label")
+            writer.writerow(header if self.labels is not None else header[:-1])
+            for row, *further in zip(_prediction_rows(self), *columns, strict=True):
+                writer.writerow((*row, *further))
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Assignments:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for a missing column or a damaged row.
+        """
+        table: dict[str, list[Any]] = {"path": [], "cluster": [], "confidence": [], "margin": [], "split": []}
+        with _text(file) as text:
+            reader = csv.DictReader(text)
+            found = reader.fieldnames or []
+            missing = [name for name in table if name not in found]
+            if missing:
+                raise ValueError(f"it lacks the columns {', '.join(missing)}; it has {', '.join(found) or 'none'}")
+            if "label" in found:
+                table["label"] = []
+            for record in reader:
+                try:
+                    for name, column in table.items():
+                        column.append(_PARSERS.get(name, str)(_cell(record[name])))
+                except ValueError as error:
+                    raise ValueError(f"line {reader.line_num} is no row of assignments: {error}") from error
+        return cls(
+            table["path"],
+            np.array(table["cluster"], dtype=np.int64),
+            np.array(table["confidence"], dtype=np.float64),
+            np.array(table["margin"], dtype=np.float64),
+            table["split"],
+            table.get("label"),
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The images that were left out because they cannot be read, as (path, reason)."""
+
+    images: Sequence[tuple[str, str]]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write one row per image: path, reason."""
+        with _csv_writer(file) as writer:
+            writer.writerow(("path", "reason"))
+            writer.writerows((printable(path), " ".join(printable(reason).split())) for path, reason in self.images)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Skipped:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for a row that does not have two columns.
+        """
+        with _text(file) as text:
+            rows = list(csv.reader(text))[1:]
+        return cls([(path, reason) for path, reason in rows])
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of images by true class (rows) and class of the assigned cluster (columns).
+
+    Attributes:
+        row_names: the C classes.
+        column_names: the C classes, and :data:`UNMATCHED` if some cluster has no class.
+        counts: (C, C) or (C, C + 1) int64.
+    """
+
+    row_names: list[str]
+    column_names: list[str]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, counts: ArrayLike, class_names: Sequence[str]) -> Confusion:
+        """Name the rows and columns of what :func:`scan_fast.evaluation.metrics.confusion` returns.
+
+        Raises:
+            ValueError: if the shape of ``counts`` does not fit the number of names.
+        """
+        matrix = np.asarray(counts)
+        n = len(class_names)
+        if matrix.shape not in ((n, n), (n, n + 1)):
+            raise ValueError(f"counts must be ({n}, {n}) or ({n}, {n + 1}) for {n} class names, got {matrix.shape}")
+        return cls(list(class_names), [*class_names, UNMATCHED][: matrix.shape[1]], matrix)
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """The counts divided by the sum of their row; an empty row stays zero."""
+        return self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write the counts with the names in the first row and column."""
+        with _csv_writer(file) as writer:
+            writer.writerow(("true \\ assigned", *map(printable, self.column_names)))
+            for name, row in zip(self.row_names, self.counts.tolist(), strict=True):
+                writer.writerow((printable(name), *row))
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Confusion:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: if it is not a table of counts.
+        """
+        with _text(file) as text:
+            table = [row for row in csv.reader(text) if row]
+        if len({len(row) for row in table}) != 1:
+            raise ValueError("it is no confusion matrix: the rows differ in length, or there are none")
+        counts = np.array([[int(cell) for cell in row[1:]] for row in table[1:]], dtype=np.int64)
+        return cls([row[0] for row in table[1:]], table[0][1:], counts.reshape(-1, len(table[0]) - 1))
+
+
+def printable(text: str) -> str:
+    """Replace what UTF-8 cannot hold by question marks: file names may be any bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _prediction_rows(table: Predictions) -> Iterator[tuple[Any, ...]]:
+    columns = (table.clusters.tolist(), table.confidence.tolist(), table.margin.tolist())
+    for path, cluster, confidence, margin in zip(table.paths, *columns, strict=True):
+        yield printable(path), cluster, f"{confidence:.6f}", f"{margin:.6f}"
+
+
+def _cell(cell: str | None) -> str:
+    if cell is None:
+        raise ValueError("a column is missing")
+    return cell
+
+
+def _cluster_id(cell: str) -> int:
+    cluster = int(cell)
+    if cluster < 0:
+        raise ValueError(f"cluster must not be negative, got {cluster}")
+    return cluster
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"cluster": _cluster_id, "confidence": float, "margin": float}
+
+
+class _LineFeeds:
+    """Ends rows in a line feed. The csv module quotes a carriage return only if its line terminator has one."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+
+    def write(self, row: str) -> int:
+        return self._text.write(row.removesuffix("\r\n") + "\n")
+
+
+@contextmanager
+def _csv_writer(file: BinaryIO) -> Iterator[_Writer]:
+    with _text(file) as text:
+        yield csv.writer(_LineFeeds(text), lineterminator="\r\n")
+
+
+@contextmanager
+def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
+    """Read or write text without closing the file below it."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
+        yield text
+        text.flush()
+    finally:
+        text.detach()

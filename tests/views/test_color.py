@@ -23,7 +23,7 @@ ENHANCE: dict[str, tuple[Callable[..., torch.Tensor], PilOperation]] = {
 TABLES: dict[str, PilOperation] = {
     "autocontrast": lambda im, _: ImageOps.autocontrast(im),
     "equalize": lambda im, _: ImageOps.equalize(im),
-    "solarize": lambda im, v: ImageOps.solarize(im, int(v)),
+    "solarize": lambda im, v: ImageOps.solarize(im, v),  # type: ignore[arg-type]  # a float works
     "posterize": lambda im, v: ImageOps.posterize(im, int(v)),
     "contrast": lambda im, f: ImageEnhance.Contrast(im).enhance(f),
     "brightness": lambda im, f: ImageEnhance.Brightness(im).enhance(f),

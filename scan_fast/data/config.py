@@ -26,7 +26,8 @@ class DataConfig(Settings):
         download: whether a missing data set may be downloaded.
         image_size: side of the stored square images in pixels. Default: the data set's own; 224 for ImageNet; for
             folders and containers 32, 64, 96 or 128 by the median shorter side (see `folders.default_size`).
-        mean, std: per-channel normalization in [0, 1]. Default: the data set's if it has its own, else ImageNet's.
+        mean, std: per-channel normalization in [0, 1]. Default: that of the pretrained weights if there are any, else
+            the data set's, else ImageNet's.
         limit: train on this many images only, drawn at random, the same for every seed.
         test_fraction: fraction that is held out for testing if the source has no test split.
         classes_file: file with the name of one class folder per line, in the order of the labels; imagenet_50.txt,

@@ -63,7 +63,7 @@ def test_types_and_defaults_in_words() -> None:
         "| `cached_views` | int ≥ 1 or `null` | `null` |",
         "| `precision` | `auto` or `float32` or `bfloat16` | `auto` |",
         "| `file` | path | required |",
-        "| `std` | [float, float, float] or `null` | `null` | Per-channel normalisation",
+        "| `std` | [float, float, float] or `null` | `null` | Per-channel normali",
     ):
         assert row in page, row
 

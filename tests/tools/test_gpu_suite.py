@@ -64,6 +64,7 @@ def test_a_bare_machine_lacks_what_is_hidden(tmp_path: Path) -> None:
 
 
 @needs_module
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_rehearsal_on_a_bare_machine(tmp_path: Path) -> None:
     command = rehearsal(tmp_path / "site", tmp_path / "out")
@@ -264,6 +265,7 @@ def go(run: suite.Suite, stage: Stage, sets: tuple[str, ...] = SETS) -> None:
     suite.run_stage(run, stage, sets, stages.NAMES)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("action, said", [("time.sleep(60)", "hung after 2 s"), ("sys.exit(3)", "failed (3)")])
 def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite, action: str, said: str) -> None:
     begin = time.monotonic()
@@ -284,6 +286,7 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
     assert run.summary["sets"]["neighbors:portable"]["stages"]["accuracy"]["done"]
 
 
+@pytest.mark.serial
 def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     """While a process goes on, the file has what it said before."""
     thread = threading.Thread(
@@ -300,6 +303,7 @@ def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     assert list(found["cases"]) == ["5x7"] and known["stages"]["smoke"]["status"] == "running"
 
 
+@pytest.mark.serial
 def test_time_that_ends_is_no_failure(run: suite.Suite) -> None:
     run.end = time.monotonic() + suite.RESERVE + 6
     go(run, stage_of("time.sleep(60)"), ("self_label:portable", "scan_loss:portable", "nt_xent:sm90"))
@@ -399,6 +403,7 @@ def test_what_decides_about_a_kernel_keeps_its_time() -> None:
     assert sum(s.seconds for s in first) + stages.kept_for_later("timings", stages.NAMES) < suite.DEFAULT_BUDGET
 
 
+@pytest.mark.serial
 def test_a_process_ends_with_its_children(tmp_path: Path) -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begin = time.monotonic()
@@ -409,6 +414,7 @@ def test_a_process_ends_with_its_children(tmp_path: Path) -> None:
     assert outcome.status == "failed (3)" and outcome.tail == ["last words"] and "last words" in log.getvalue()
 
 
+@pytest.mark.serial
 def test_a_process_may_take_longer_to_start_than_between_two_lines() -> None:
     text = "import time; time.sleep(1.5); print('{}', flush=True); time.sleep(60)"
     job = Job((sys.executable, "-c", text), patience=1.0, startup=20.0)
@@ -417,6 +423,7 @@ def test_a_process_may_take_longer_to_start_than_between_two_lines() -> None:
     assert jobs.run(job, 60, io.StringIO(), lambda line: None).status == "hung after 1 s"
 
 
+@pytest.mark.serial
 def test_a_child_that_holds_the_output_does_not_hold_the_suite() -> None:
     text = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begin = time.monotonic()

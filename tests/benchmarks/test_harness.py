@@ -56,6 +56,7 @@ def test_a_wrong_or_broken_contender_is_not_timed() -> None:
     assert "not installed" in family.table(list(results.values()))
 
 
+@pytest.mark.serial
 def test_medians_tell_a_slow_contender_from_a_fast_one() -> None:
     def slow(x: Tensor) -> tuple[Tensor, ...]:
         time.sleep(0.01)

@@ -600,6 +600,7 @@ def test_a_first_use_in_any_state(state: str, tests: SelfTests) -> None:
 # ---- scan-fast info --check ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.serial
 def test_a_crash_or_a_hang_is_one_line_and_the_next_test_runs(tests: SelfTests) -> None:
     passed = json.dumps({"passed": True, "how": "self-test passed", "worst": 0.5, "milliseconds": 12.0})
     words = {

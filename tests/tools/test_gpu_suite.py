@@ -64,6 +64,7 @@ def test_a_bare_machine_lacks_what_is_hidden(tmp_path: Path) -> None:
 
 
 @needs_module
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_rehearsal_on_a_bare_machine(tmp_path: Path) -> None:
     command = rehearsal(tmp_path / "site", tmp_path / "out")
@@ -269,6 +270,7 @@ def go(run: suite.Suite, stage: Stage, sets: tuple[str, ...] = SETS) -> None:
     suite.run_stage(run, stage, sets, stages.NAMES)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("action, said", [("time.sleep(60)", "hung after 2 s"), ("sys.exit(3)", "failed (3)")])
 def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite, action: str, said: str) -> None:
     begin = time.monotonic()
@@ -289,6 +291,7 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
     assert run.summary["sets"]["neighbors:portable"]["stages"]["accuracy"]["done"]
 
 
+@pytest.mark.serial
 def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     """While a process goes on, the file has what it said before."""
     thread = threading.Thread(
@@ -306,6 +309,7 @@ def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     assert list(found["cases"]) == ["5x7"] and known["stages"]["smoke"]["status"] == "running"
 
 
+@pytest.mark.serial
 def test_time_that_ends_is_no_failure(run: suite.Suite) -> None:
     run.end = time.monotonic() + suite.RESERVE + 6
     go(run, stage_of("time.sleep(60)"), ("self_label:portable", "scan_loss:portable", "nt_xent:sm90"))

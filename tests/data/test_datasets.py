@@ -1,4 +1,4 @@
-"""Folder layouts, splits and configurations; every image is made here."""
+"""Folder layouts, splits and configurations, on images that the tests write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torchvision
 from PIL import Image
 from pydantic import ValidationError
 
-from scan_fast.data import DataConfig, FileSource, open_splits
-from scan_fast.data.datasets import CIFAR20_COARSE, CIFAR20_NAMES, STATISTICS
+from scan_fast.data import DataConfig, FileSource, ImagePaths, open_splits
+from scan_fast.data.datasets import STATISTICS
 from scan_fast.data.folders import default_size
+from scan_fast.data.kinds.cifar import CIFAR20_COARSE, CIFAR20_NAMES
+from scan_fast.data.kinds.folder import SUBSETS
 from scan_fast.errors import DataError
 
 
@@ -189,8 +191,6 @@ def test_classes_file_chooses_and_orders(tmp_path: Path) -> None:
 
 
 def test_shipped_subsets_are_nested() -> None:
-    from scan_fast.data.datasets import SUBSETS
-
     lists = {n: (SUBSETS / f"imagenet_{n}.txt").read_text().split() for n in (50, 100, 200)}
     assert all(len(set(names)) == n and names == sorted(names) for n, names in lists.items())
     assert set(lists[50]) < set(lists[100]) < set(lists[200])
@@ -209,7 +209,7 @@ def test_default_size_follows_the_median_side(tmp_path: Path, side: int, expecte
     images(tmp_path, "a.png", "b.png", "c.png", size=side)
     images(tmp_path, "small.png", size=3)
     (tmp_path / "broken.png").write_bytes(b"")
-    assert default_size(sorted(tmp_path.iterdir())) == expected
+    assert default_size(ImagePaths(sorted(tmp_path.iterdir()))) == expected
     (tmp_path / "broken.png").unlink()
     assert open_splits(DataConfig(root=tmp_path)).train.size == expected
 
@@ -250,7 +250,7 @@ def test_statistics_may_be_set() -> None:
 
 
 def test_cifar20_superclasses() -> None:
-    """Five fine classes each; spot checks against the dataset's published table."""
+    """Five fine classes each; spot checks against the published table of the data set."""
     assert np.bincount(CIFAR20_COARSE).tolist() == [5] * 20 and len(CIFAR20_NAMES) == 20
     fine = {"apple": 0, "aquarium_fish": 1, "baby": 2, "bear": 3, "bee": 6, "maple_tree": 47, "rocket": 69, "worm": 99}
     coarse = {name: CIFAR20_NAMES[CIFAR20_COARSE[number]] for name, number in fine.items()}

@@ -12,7 +12,7 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import FileSource, TensorSource, epoch_batches, prefetch, steps_per_epoch
+from scan_fast.data import FileSource, ImagePaths, TensorSource, epoch_batches, prefetch, steps_per_epoch
 from scan_fast.random import stream_key
 from scan_fast.views import FusedRenderer, PlainView, SimCLRView, TorchRenderer, ViewMaker
 from scan_fast.views.parameters import View
@@ -75,7 +75,7 @@ def test_view_maker_draws_by_sample_and_shows_the_image() -> None:
 
 
 def test_several_views_are_those_that_are_made_alone() -> None:
-    """And every image is read once for all of them."""
+    """Every image is read once for all views."""
 
     class Counting(TensorSource):
         reads = 0
@@ -139,7 +139,7 @@ def test_prefetch_ends_its_threads_when_the_consumer_stops() -> None:
 
 
 def test_prefetch_runs_ahead_and_side_by_side() -> None:
-    """While the first result is in use the next two are being made, at the same time."""
+    """While the consumer uses the first result, two threads compute the next two."""
     together = threading.Barrier(2)
 
     def meet(i: int) -> int:
@@ -165,12 +165,12 @@ def test_ranks_share_each_batch() -> None:
 
 @pytest.mark.parametrize("make_renderer", [TorchRenderer, FusedRenderer])
 def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRenderer]) -> None:
-    """The same part of the picture as without, in the file's resolution: the oracle cuts with PIL."""
+    """The same region as from resized images, at the resolution of the file; compared with crops of PIL."""
     size, side = 16, 24
     for i, pixels in enumerate(varied(6, 90, 130).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     files = [f"{i}.png" for i in range(6)]
-    source = FileSource(files, None, size, root=tmp_path, workers=2, resident=False)
+    source = FileSource(ImagePaths(files, tmp_path), None, size, workers=2, resident=False)
     images, samples = torch.tensor([5, 0, 3]), torch.tensor([1, 2, 3])
     renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
     make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
@@ -198,7 +198,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
 
 def test_files_smaller_than_the_frame_can_be_cut(tmp_path: Path) -> None:
     Image.new("RGB", (3, 1), (10, 20, 30)).save(tmp_path / "x.png")
-    source = FileSource(["x.png"], None, 32, root=tmp_path, resident=False)
+    source = FileSource(ImagePaths(["x.png"], tmp_path), None, 32, resident=False)
     boxes = torch.tensor([[31, 31, 1, 1], [0, 0, 32, 32], [0, 31, 32, 1]])
     (cut,) = source.files.cut(torch.zeros(3, dtype=torch.int64), 32, [boxes], [4])
     assert torch.equal(cut, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(3, 4, 4, 3))

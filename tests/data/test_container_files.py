@@ -11,7 +11,7 @@ import torch
 from containers import Item, encoded, write_parquet, write_tar
 from images import varied
 
-from scan_fast.data import DataConfig, open_splits, source_from
+from scan_fast.data import DataConfig, Splits, open_splits, source_from
 from scan_fast.data.containers import class_numbers, expand_braces, find_files, split_files
 from scan_fast.errors import DataError
 
@@ -197,11 +197,12 @@ def test_hugging_face_splits_and_columns(tmp_path: Path) -> None:
     found = {"a": part(0, [1, 0, 1]), "b": part(3, [0, 1]), "hidden": part(5, [-1, -1])}
     datasets.DatasetDict(found).save_to_disk(tmp_path)
 
-    def opened(splits: str) -> object:
+    def opened(splits: str) -> Splits:
         return open_splits(DataConfig(source=f"hf:{tmp_path}{splits}", image_size=8))
 
     both = opened(":a:b")
     assert both.train.paths == ["a row 0", "a row 1", "a row 2"] and both.test.paths == ["b row 0", "b row 1"]
+    assert both.train.labels is not None
     assert both.train.labels.tolist() == [1, 0, 1] and both.train.class_names == ["x", "y"]
     assert opened(":a:hidden").train.labels is None
     assert len(opened(":a").train) + len(opened(":a").test) == 3
@@ -220,9 +221,9 @@ def test_hugging_face_reads_local_folders_and_parquet(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     photos = tmp_path / "photos"
     for i, data in enumerate(JPEG):
-        folder = photos / "xy"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:02d}.jpg").write_bytes(data)
+        of_class = photos / "xy"[i % 2]
+        of_class.mkdir(parents=True, exist_ok=True)
+        (of_class / f"{i:02d}.jpg").write_bytes(data)
     config = DataConfig(root=tmp_path / "cache", image_size=20, resident="files")
     source = source_from(f"hf:{photos}", config)
     assert source.labels is not None and source.labels.tolist() == [0] * 6 + [1] * 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +47,7 @@ def test_a_run_of_each_kind(tmp_path: Path, kind: str) -> None:
         out = tmp_path / resident
         result = run_here("run", "--data", f"{kind}:set", *OPTIONS, f"data.resident={resident}", "--out", out)
         assert result.code == 0, result.err
-    streamed, resident = results(tmp_path / "files"), results(tmp_path / "host")
-    assert streamed == resident
+    assert results(tmp_path / "files") == results(tmp_path / "host")
     assert str(tmp_path / "set") in (tmp_path / "host" / "config.yaml").read_text()
     rows = assignments(tmp_path / "host")
     assert sorted(row["split"] for row in rows) == ["test"] * 9 + ["train"] * 27
@@ -62,7 +62,7 @@ def test_the_results_are_those_of_a_folder(tmp_path: Path, kind: str) -> None:
     """Only the names of the images differ."""
     source = CONTAINERS[kind](tmp_path / "set", items())
     unlike = ("assignments.csv", "summary.json", "metrics.jsonl", "embeddings.npz.paths")
-    found = []
+    found: list[dict[str, Any]] = []
     for data in (source, write_folder(tmp_path / "photos", [item._replace(label=None) for item in items()])):
         out = tmp_path / f"run{len(found)}"
         result = run_here("run", "--data", data, *OPTIONS, "data.labels=none", "--out", out)

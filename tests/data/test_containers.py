@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from containers import CONTAINERS, Item, encoded, write_folder
 from images import varied
 
 from scan_fast.data import DataConfig, Splits, files, open_splits, source_from
+from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 from scan_fast.errors import DataError, MissingPackageError
 
@@ -50,7 +52,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"resident": "files"}, {"decode": "scaled", "workers": 1}])
-def test_pixels_labels_and_splits_are_those_of_a_folder(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
+def test_pixels_labels_and_splits_are_those_of_a_folder(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     everything = items(split=half)
     folder = opened("folder", root=write_folder(tmp_path / "folder", everything), **options)
     splits = opened(CONTAINERS[kind](tmp_path / "container", everything), **options)
@@ -58,6 +60,7 @@ def test_pixels_labels_and_splits_are_those_of_a_folder(tmp_path: Path, kind: st
         assert len(ours) == len(theirs) > 5 and ours.resident == theirs.resident
         order = torch.arange(len(ours)).flip(0)
         assert torch.equal(ours.read(order), theirs.read(order))
+        assert ours.labels is not None and theirs.labels is not None
         assert ours.labels.tolist() == theirs.labels.tolist() and ours.class_names == theirs.class_names == list(LABELS)
         assert len(set(ours.paths)) == len(ours)
         assert ours.files is not None and theirs.files is not None
@@ -119,9 +122,8 @@ def test_the_decode_cache_spares_a_second_decoding(tmp_path: Path, kind: str, mo
     for path in (tmp_path / "container").rglob("*"):
         os.utime(path, ns=(10**18, 10**18))
     count = [0]
-    decode = files.decode
 
-    def counted(*arguments: object, **words: object) -> object:
+    def counted(*arguments: Any, **words: Any) -> Any:
         count[0] += 1
         return decode(*arguments, **words)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def many(folder: Path, n: int) -> None:
     images(folder, *(f"{i:03d}.png" for i in range(n)))
 
 
-def opened(root: Path, **options: object):
+def opened(root: Path, **options: object) -> Any:
     return open_splits(DataConfig.model_validate({"root": root, "image_size": 8, **options}))
 
 
@@ -230,6 +231,7 @@ def test_digits_are_split_the_same_every_time() -> None:
     digits = load_digits()
     for source in (splits.train, splits.test):
         own = [int(path.rsplit("/", 1)[1]) for path in source.paths]
+        assert source.labels is not None
         assert source.labels.tolist() == digits.target[own].tolist()
         pixels = source.read(torch.arange(len(source)))
         assert torch.equal(pixels[..., 0], pixels[..., 2]) and int(pixels.max()) == 255
@@ -310,6 +312,7 @@ def test_cifar_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert torch.equal(splits.train.read(torch.arange(5)), images[:5])
     assert torch.equal(splits.test.read(torch.arange(2)), images[5:])
     expected = fine if source == "cifar10" else [CIFAR20_COARSE[label] for label in fine]
+    assert splits.train.labels is not None and splits.test.labels is not None
     assert splits.train.labels.tolist() + splits.test.labels.tolist() == expected
     assert splits.train.paths[1] == f"{source}/train/1" and splits.pretext is None
     assert (splits.mean, splits.std) == STATISTICS[source]
@@ -337,8 +340,10 @@ def test_stl10_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images = torch.from_numpy(planes).permute(0, 2, 3, 1)
     assert torch.equal(splits.train.read(torch.arange(3)), images[:3])
     assert torch.equal(splits.test.read(torch.arange(2)), images[7:])
+    assert splits.train.labels is not None and splits.test.labels is not None
     assert splits.train.labels.tolist() == [0, 9, 3] and splits.test.labels.tolist() == [1, 2]
     assert splits.pretext is not None and splits.pretext.labels is None
     assert torch.equal(splits.pretext.read(torch.arange(7)), images[:7])
     assert splits.pretext.paths[:3] == splits.train.paths and splits.pretext.paths[3] == "stl10/unlabeled/00000"
-    assert len(open_splits(DataConfig(source="stl10", root=tmp_path, download=False, limit=2)).pretext) == 2
+    limited = open_splits(DataConfig(source="stl10", root=tmp_path, download=False, limit=2)).pretext
+    assert limited is not None and len(limited) == 2

@@ -14,6 +14,7 @@ from images import varied
 from PIL import Image
 
 from scan_fast.data import DataConfig, files, open_splits
+from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 
 
@@ -40,7 +41,6 @@ def opened(
 ) -> tuple[list[str], Any, bytes]:
     """Open the folder; return the names of the files that were decoded, the training source and the new record."""
     decoded: list[str] = []
-    decode = files.decode
 
     def noted(path: str, *arguments: Any, **words: Any) -> Any:
         decoded.append(os.path.basename(path))

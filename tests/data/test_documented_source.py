@@ -39,6 +39,7 @@ def test_the_documented_source_gives_the_images_of_a_folder(tmp_path: Path) -> N
         config = DataConfig.model_validate({"image_size": 16, "resident": resident})
         source = source_from(f"zip:{tmp_path}/x.zip", config)
         assert torch.equal(source.read(torch.arange(12)), folder.read(torch.arange(12)))
+        assert source.labels is not None and folder.labels is not None
         assert source.class_names == ["a", "b"] and np.array_equal(source.labels, folder.labels)
     with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
         archive.writestr("b/broken.jpg", b"no image")

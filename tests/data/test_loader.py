@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from scan_fast.data import FileSource, ImagePaths, TensorSource, epoch_batches, prefetch, steps_per_epoch
 from scan_fast.random import stream_key
 from scan_fast.views import FusedRenderer, PlainView, SimCLRView, TorchRenderer, ViewMaker
+from scan_fast.views.parameters import View
 
 KEY = stream_key(0, "pretext")
 
@@ -85,7 +87,7 @@ def test_several_views_are_those_that_are_made_alone() -> None:
     source = Counting(varied(12, 16, 16))
     make = ViewMaker(source, TorchRenderer((0.5,) * 3, (0.25,) * 3, "cpu"), seed=1, stage="pretext")
     images, samples = torch.tensor([4, 9, 4]), torch.tensor([7, 8, 9])
-    views = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
+    views: list[tuple[View, int]] = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
     together = make.render(views, images, epoch=3, samples=samples)
     assert source.reads == 1 and [view.shape[-1] for view in together] == [16, 16, 8]
     for (view, number), got in zip(views, together, strict=True):
@@ -131,6 +133,7 @@ def test_prefetch_raises_in_the_consumer_after_the_good_items() -> None:
 def test_prefetch_ends_its_threads_when_the_consumer_stops() -> None:
     stream = prefetch(abs, itertools.count())
     assert [next(stream), next(stream)] == [0, 1]
+    assert isinstance(stream, Generator)
     stream.close()
     assert not prefetch_threads()
 
@@ -171,7 +174,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
     images, samples = torch.tensor([5, 0, 3]), torch.tensor([1, 2, 3])
     renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
     make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
-    views = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
+    views: list[tuple[View, int]] = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
     got = make.render(views, images, epoch=3, samples=samples)
     for (view, number), result in zip(views, got, strict=True):
         params = view.sample(make.key, 3, samples, number, size, size)
@@ -180,7 +183,9 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
             with Image.open(tmp_path / f"{images[row]}.png") as picture:
                 corners = (left, top, left + width, top + height)
                 box = [offset + round(90 * v / size + 1e-9) for v, offset in zip(corners, (20, 0, 20, 0), strict=True)]
-                part = picture.crop(box).resize((view.side, view.side), Image.Resampling.BILINEAR)
+                part = picture.crop((box[0], box[1], box[2], box[3])).resize(
+                    (view.side, view.side), Image.Resampling.BILINEAR
+                )
             own = {name: value[row : row + 1] for name, value in params.items()}
             own |= {"top": torch.tensor([0]), "left": torch.tensor([0])}
             own |= {name: torch.tensor([view.side]) for name in ("height", "width")}

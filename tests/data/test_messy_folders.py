@@ -16,6 +16,7 @@ from images import varied
 from PIL import Image
 
 from scan_fast.data import DataConfig, open_splits
+from scan_fast.data.datasets import Splits
 from scan_fast.data.folders import find_images
 from scan_fast.errors import DataError
 
@@ -26,7 +27,7 @@ def image(path: Path, number: int = 0) -> Path:
     return path
 
 
-def opened(root: Path, **options: object):
+def opened(root: Path, **options: object) -> Splits:
     return open_splits(DataConfig.model_validate({"root": root, "image_size": 8, **options}))
 
 

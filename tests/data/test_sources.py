@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from scan_fast.data import (
 from scan_fast.errors import DataError
 
 
-def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
+def save(path: Path, array: np.ndarray, mode: str | None = None, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(path, **options)
@@ -150,8 +151,8 @@ def test_subset_renumbers_everything(tmp_path: Path) -> None:
     assert torch.equal(subset.read(torch.tensor([2, 0])), source.read(torch.tensor([4, 7])))
 
 
-class Items(torch.utils.data.Dataset):
-    def __init__(self, items: list) -> None:
+class Items(torch.utils.data.Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
         self.items = items
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -72,7 +72,7 @@ def write_parquet(root: Path, items: list[Item], per_file: int = 11) -> str:
     for split, own in splits_of(items).items():
         for number, start in enumerate(range(0, len(own), per_file)):
             part = own[start : start + per_file]
-            columns = {"image": [{"bytes": item.data, "path": None} for item in part]}
+            columns: dict[str, list[Any]] = {"image": [{"bytes": item.data, "path": None} for item in part]}
             if part[0].label is not None:
                 columns["label"] = [item.label for item in part]
             pq.write_table(pa.table(columns), root / f"{split}-{number:05d}.parquet", row_group_size=4)
@@ -85,9 +85,11 @@ def write_huggingface(root: Path, items: list[Item]) -> str:
     found = {}
     for split, own in splits_of(items).items():
         features = datasets.Features({"image": datasets.Image()})
-        columns = {"image": [{"bytes": item.data, "path": None} for item in own]}
+        columns: dict[str, list[Any]] = {"image": [{"bytes": item.data, "path": None} for item in own]}
         if own[0].label is not None:
-            features["label"] = datasets.ClassLabel(names=sorted({item.label for item in items}))
+            features["label"] = datasets.ClassLabel(
+                names=sorted({item.label for item in items if item.label is not None})
+            )
             columns["label"] = [item.label for item in own]
         found[split] = datasets.Dataset.from_dict(columns, features=features)
     datasets.DatasetDict(found).save_to_disk(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .data.datasets import source_from, split_source
+from .data.sources import Source
 from .devices import choose_device
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, RunError
 from .predictor import Predictor
+from .runs import artifacts
 from .runs.config import Config, find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
@@ -64,7 +67,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         random_state: Seed of everything random. A non-negative int is the seed itself, as ``seed=`` of ``scan-fast
             run``. A ``numpy.random.RandomState``, or None for NumPy's global one, draws a new seed in every fit; it is
             ``summary_["seed"]``.
-        out: Run folder to keep; an interrupted fit continues there. None uses a temporary folder.
+        out: Run folder to keep. An interrupted fit on the same images continues there. None uses a temporary folder.
         settings: Further configuration by dotted keys, e.g. ``{"pretext.epochs": 50, "data.image_size": 64}``;
             ``docs/configuration.md`` lists all of them.
         verbose: Print progress.
@@ -113,6 +116,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
         Raises:
             ValueError: For parameters, settings or images that cannot be used.
+            RunError: If ``out`` holds a run of another configuration or on other images, or if training diverges.
         """
         config = self._config()
         images = _as_images(X)
@@ -125,6 +129,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
                 run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
                 with run:
+                    _check_images(run, source)
                     tracker = Tracker(run, quiet=not self.verbose)
                     context = open_context(config, run, tracker, splits)
                     run_stages(context, stages_of(context))
@@ -236,6 +241,21 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         tags.no_validation = True
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _check_images(run: RunFolder, source: Source) -> None:
+    """Note which images a run is on, by names and, for images in memory, pixels; refuse to continue it on others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in source.paths:
+        digest.update(path.encode(errors="surrogateescape") + b"\0")
+    if source.files is None:
+        for rows in torch.arange(len(source)).split(1024):
+            digest.update(source.read(rows).numpy().data)
+    images = {"images": len(source), "digest": digest.hexdigest()}
+    if not run.has(artifacts.IMAGES):
+        run.write(artifacts.IMAGES, images)
+    elif run.read(artifacts.IMAGES) != images:
+        raise RunError(f"{run.path} holds a run on other images; choose another folder for out, or remove this one")
 
 
 @contextmanager

@@ -165,6 +165,8 @@ DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_ca
 """The files that ``data.on_error=skip`` has found good; only changed ones are decoded again."""
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
 """The images left out as unreadable, with the reason."""
+IMAGES = Artifact("images.json", dump_json, load_json)
+"""The number and a digest of the images that ``ImageClusterer`` was fitted to with ``out``."""
 
 PRETEXT_MODEL = _stage_result("pretext")
 """The trained backbone and projector."""
@@ -192,7 +194,7 @@ REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
 SWEEP = Artifact("sweep.json", dump_json, load_json)
 """In the folder that holds the runs of a sweep: mean and deviation of their results."""
 
-AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED)
+AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
 OF_STAGES: tuple[Artifact[Any], ...] = (PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS, CLUSTER_MODEL, SELFLABEL_MODEL)
 """Written by the stages: repeating a stage removes its own and those of later stages."""

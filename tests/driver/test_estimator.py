@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from torch.utils.data import Dataset
 
 from scan_fast import ImageClusterer
+from scan_fast.errors import RunError
 from scan_fast.runs.config import parse_override
 
 SETTINGS = {**dict(parse_override(word) for word in TINY_FOLDER), "data.image_size": 20, "data.test_fraction": 0.2}
@@ -222,7 +223,7 @@ def test_the_process_stays_as_it_was(pixels: np.ndarray, tmp_path: Path) -> None
     model = ImageClusterer(3, settings={**SETTINGS, "runtime.threads": 1})
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    state, numpy_state = torch.random.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002
     try:
         model.fit(pixels)
         assert torch.get_num_threads() == 3
@@ -237,7 +238,21 @@ def test_the_process_stays_as_it_was(pixels: np.ndarray, tmp_path: Path) -> None
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.random.get_rng_state(), state)
-    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)  # noqa: NPY002
+
+
+def test_a_run_folder_is_of_the_same_images(pixels: np.ndarray, tmp_path: Path) -> None:
+    model = clusterer(out=tmp_path / "run").fit(pixels)
+    labels, spent = model.labels_, model.summary_["seconds"]
+    np.testing.assert_array_equal(model.fit(pixels).labels_, labels)
+    assert model.summary_["seconds"] == spent  # nothing was trained again
+    changed = pixels.copy()
+    changed[7, 0, 0, 0] ^= 1
+    fill(tmp_path / "images", N)
+    for other in (changed, pixels[:-1], tmp_path / "images"):
+        with pytest.raises(RunError, match="run holds a run on other images; choose another folder for out"):
+            model.fit(other)
+    np.testing.assert_array_equal(model.labels_, labels)
 
 
 def test_unreadable_files_can_be_skipped(tmp_path: Path) -> None:

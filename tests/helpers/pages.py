@@ -41,7 +41,9 @@ def blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page."""
     tokens = MarkdownIt("commonmark").parse((ROOT / page).read_text(encoding="utf-8"))
     return [
-        Block(page, token.map[0] + 1, token.info.strip(), token.content) for token in tokens if token.type == "fence"
+        Block(page, token.map[0] + 1, token.info.strip(), token.content)
+        for token in tokens
+        if token.type == "fence" and token.map is not None
     ]
 
 

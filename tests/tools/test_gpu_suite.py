@@ -169,7 +169,7 @@ def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pyt
         take(answer)
         return jobs.Outcome("passed", None, [])
 
-    monkeypatch.setattr(suite.jobs, "run", say)
+    monkeypatch.setattr(jobs, "run", say)
     run.device = "cuda"
     answer["sources"] = hashes
     assert suite.inspect_machine(run) == ("", False)
@@ -203,7 +203,7 @@ def test_where_no_module_fits_one_is_built(run: suite.Suite, monkeypatch: pytest
         answer["problem"] = ""
         return jobs.Outcome("passed", None, [])
 
-    monkeypatch.setattr(suite.jobs, "run", say)
+    monkeypatch.setattr(jobs, "run", say)
     run.device, run.folder = "cuda", run.out / "nothing was carried"
     assert suite.provide_module(run, build=False) == "no module" and not built
     problem = suite.provide_module(run, build=True)
@@ -295,7 +295,8 @@ def test_every_result_is_written_at_once(run: suite.Suite) -> None:
         target=go, args=(run, stage_of("time.sleep(60)", patience=5.0), ("self_label:portable", "scan_loss:portable"))
     )
     thread.start()
-    end, found = time.monotonic() + 4, {}
+    end = time.monotonic() + 4
+    found: dict[str, Any] = {}
     while time.monotonic() < end and not found.get("cases"):
         time.sleep(0.05)
         with contextlib.suppress(FileNotFoundError):

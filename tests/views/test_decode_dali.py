@@ -17,6 +17,7 @@ from scan_fast.data.files import FileSource, ImageFiles
 from scan_fast.errors import DataError
 from scan_fast.views import DaliRenderer, FusedRenderer, PlainView, SimCLRView, ViewMaker, decode_dali, render_dali
 from scan_fast.views.decode_dali import DaliDecoder
+from scan_fast.views.parameters import View
 
 pytestmark = pytest.mark.skipif(not render_dali.is_installed(), reason=f"DALI is not installed: {render_dali.INSTALL}")
 
@@ -168,7 +169,7 @@ def test_a_replaced_file_is_cropped_as_by_the_pool(tmp_path: Path, decoder: Dali
 def test_views_of_files_do_not_depend_on_interruptions(folder: Path) -> None:
     images = ImagePaths(sorted(p.name for p in folder.iterdir()), folder)
     source = FileSource(images, None, FRAME, workers=2, resident=False)
-    views = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
+    views: list[tuple[View, int]] = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
 
     def views_of(renderer: Any, batch: Tensor) -> list[Tensor]:
         return ViewMaker(source, renderer, 1, "pretext", crop="file").render(views, batch, epoch=2)

@@ -5,6 +5,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.scan-fast-installed
 DEV    := $(VENV)/.scan-fast-dev-installed
+# One process per core, with one thread each. Tests of several threads ask for them.
+WORKERS  ?= logical
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
 
 .PHONY: demo test test-fast test-oldest lint format reference bench results dist install clean
@@ -13,10 +16,11 @@ demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
 
 test: lint                ## every test, and the linters
-	$(BIN)/python -m pytest
+	$(PARALLEL) -m "not serial"
+	$(BIN)/python -m pytest -m serial
 
 test-fast: $(DEV)         ## without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(PARALLEL) -m "not slow and not serial"
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -37,10 +41,10 @@ bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, o
 results: $(DEV)           ## every figure of the documentation, on an otherwise idle machine; DATA=folder of images
 	$(BIN)/python -m tools.docs.record --device cpu $(if $(DATA),--data $(DATA))
 
-dist: $(DEV)              ## the sdist and the wheel in dist/, built and used in a fresh environment
+dist: $(DEV)              ## the sdist and a wheel without CUDA in dist/, built and used in a fresh environment
 	$(BIN)/python -m tools.check_dist --keep dist
 
-test-oldest:              ## a part of the tests with the oldest Python and PyTorch that are supported
+test-oldest: $(DEV)       ## the sdist, its wheel and a part of the tests with the oldest supported Python and packages
 	$(BIN)/python -m tools.test_oldest
 
 install: $(STAMP)
@@ -56,7 +60,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --editable .
 	touch $@
 
-$(DEV): $(STAMP)
+$(DEV): $(STAMP) pyproject.toml
 	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scan_fast.data.loader import steps_per_epoch
 from scan_fast.runs.artifacts import PRETEXT_MODEL
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
@@ -43,7 +44,7 @@ from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.mining import run_mining
 from scan_fast.training.context import Context, open_context
-from scan_fast.training.loop import steps_per_epoch, train
+from scan_fast.training.loop import train
 from scan_fast.training.process import kept_memory
 
 from . import baseline, baseline_images, neighbors

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scan_fast.data.datasets import STATISTICS, Splits, open_splits, source_from
-from scan_fast.data.loader import epoch_batches
+from scan_fast.data.loader import epoch_batches, steps_per_epoch
 from scan_fast.data.sources import Source, SubsetSource
 from scan_fast.methods import SimCLRSettings
 from scan_fast.models.heads import ClusterModel, PretextModel
@@ -27,7 +27,7 @@ from scan_fast.stages import clustering, pretext, selflabel
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.inputs import mined_neighbors
 from scan_fast.training.context import Context, seeded
-from scan_fast.training.loop import Stage, steps_per_epoch
+from scan_fast.training.loop import Stage
 from scan_fast.training.step import build_optimizer, write_learning_rate
 
 from . import baseline, baseline_images

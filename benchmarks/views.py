@@ -35,6 +35,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
+from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource
 from scan_fast.data.folders import find_images
 from scan_fast.ops.augment import augment
@@ -230,8 +231,9 @@ def photo_contenders(folder: Path, device: str, n: int) -> dict[str, tuple[int, 
     """Return by name the number of views of photographs that a call cuts out of n files, and the call."""
     names = find_images(folder)[0]
     view = SimCLRView(size=224)
+    images = ImagePaths(names, folder)
     exact, scaled = (
-        FileSource(names, None, view.side, root=folder, workers=1, resident=False, scaled=scaled, on_error="skip").files
+        FileSource(images, None, view.side, workers=1, resident=False, scaled=scaled, on_error="skip").files
         for scaled in (False, True)
     )
     n = min(n, len(exact))

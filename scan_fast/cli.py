@@ -16,6 +16,8 @@ from .errors import ScanFastError
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
+IMAGES = "a folder of images, or PREFIX:ARGUMENT as in data.source, such as webdataset:SHARDS"
+
 EXIT_DEFECT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 DEFECT = (
@@ -61,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="a configuration (YAML file or the name of a shipped one) or an existing run folder",
         )
         sub.set_defaults(overrides=[])
-        sub.add_argument("--data", type=Path, metavar="FOLDER", help="a folder of images, instead of a configuration")
+        sub.add_argument("--data", metavar="IMAGES", help=f"{IMAGES}, instead of a configuration")
         sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
         sub.add_argument("--again", action="store_true", help="repeat this stage and those after it")
@@ -73,13 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("predict", commands.predict, "assign new images to the clusters of a run (CSV)")
     sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
     sub.add_argument("--device", default="auto")
 
     sub = command("embed", commands.embed, "write the feature vectors of images (.npz with features and paths)")
     sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the images")
+    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
     sub.add_argument("--device", default="auto")
 

@@ -52,6 +52,7 @@ def train(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     """Return the configuration and the run folder that the command line names."""
+    from .data.datasets import settings_for
     from .runs.artifacts import CONFIG
     from .runs.config import build_config, find_config, load_config, merge, nested, parse_override
     from .runs.folder import RunFolder
@@ -65,8 +66,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise ConfigError(
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
-        folder = options.data.expanduser().resolve()
-        changes |= {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
+        changes |= settings_for(options.data)
         target = "folder"
     if target is None:
         raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")

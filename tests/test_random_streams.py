@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,8 +63,8 @@ def test_uniforms_do_not_depend_on_the_batch(device: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"view": 1}, {"key": stream_key(1, "s")}, {"samples": 1}])
-def test_uniforms_change_with_every_argument(change: dict) -> None:
-    base = {"key": stream_key(0, "s"), "epoch": 0, "samples": 0, "view": 0}
+def test_uniforms_change_with_every_argument(change: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"key": stream_key(0, "s"), "epoch": 0, "samples": 0, "view": 0}
 
     def draw(key: tuple[int, int], epoch: int, samples: int, view: int) -> torch.Tensor:
         return uniforms(key, epoch, torch.arange(64) + 64 * samples, view, 8)

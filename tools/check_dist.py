@@ -45,6 +45,7 @@ NOT_IN_WHEEL = ("tests/", "benchmarks/", "tools/", "csrc/")
 
 USE = """
 import sys
+import numpy as np
 import torch
 import scan_fast
 from scan_fast import nt_xent
@@ -58,6 +59,7 @@ z0, z1 = torch.randn(2, 64, 32)
 native, reference = (nt_xent(z0, z1, 0.2, impl=impl) for impl in ("native", "reference"))
 torch.testing.assert_close(native, reference)
 print("installed:", scan_fast.__version__, scan_fast.__file__)
+print("python", sys.version.split()[0], "torch", torch.__version__, "numpy", np.__version__)
 """
 DIGITS = (
     "run", "digits", "--out", "run", "data.limit=200", "model.width=0.25", "pretext.epochs=2", "pretext.batch_size=64",
@@ -96,6 +98,12 @@ def check_contents(sdist: Path, wheel: Path) -> list[str]:
     return problems
 
 
+def plain_environment() -> dict[str, str]:
+    """Return the environment variables without search paths of Python, and with CUDA left out of builds."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    return environment | {"SCAN_FAST_CUDA": "off"}
+
+
 def fresh_environment(folder: Path) -> Path:
     """Create a virtual environment that sees the present one's packages except scan-fast; return its interpreter."""
     venv.create(folder, with_pip=False, symlinks=True)
@@ -120,8 +128,7 @@ def main() -> int:
             old.unlink()
         sdist = build_sdist(target)
         python = fresh_environment(work / "fresh")
-        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-        environment["SCAN_FAST_CUDA"] = "off"
+        environment = plain_environment()
         begin = time.perf_counter()
         wheel = build_wheel(python, sdist, target, environment)
         print(f"built {wheel.name} from {sdist.name} in {time.perf_counter() - begin:.0f} s", flush=True)

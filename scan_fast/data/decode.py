@@ -1,7 +1,8 @@
-"""One image file becomes an upright RGB image, and that a centre square resized with antialias."""
+"""Decoding of one image, from bytes or a file, to upright RGB pixels; cutting and resizing with antialias."""
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Callable
@@ -12,18 +13,19 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, augment
+from .encoded import Encoded
 
-with suppress(ImportError):  # iPhones' photographs, where the package is installed
+with suppress(ImportError):  # photographs of iPhones, if the package is installed
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
-#: A file with another suffix is no image.
+#: Image files are recognised by suffix.
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"),
@@ -32,14 +34,14 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 
-#: The longest side that the native kernel takes.
+#: Longest side that the native kernel accepts.
 MAX_SIDE = 16384
 
 _BILINEAR = Image.Resampling.BILINEAR
 _EXIF_ORIENTATION = 0x0112
 
-# Threads decode side by side; of files above this many pixels (PIL keeps 4 bytes for each) only one at a time, so that
-# a folder of panoramas takes the memory of one.
+# Threads decode at the same time, but only one decodes an image above this many pixels (4 bytes each in PIL), so that a
+# folder of panoramas takes the memory of one.
 _LARGE = 1 << 25
 _one_large = threading.Lock()
 
@@ -49,12 +51,12 @@ Box = tuple[int, int, int, int]
 
 
 class Header(NamedTuple):
-    """What is known of a file without its pixels.
+    """Facts about an encoded image that need no decoding.
 
     Attributes:
-        height, width: in pixels of the upright image.
-        orientation: 1 to 8, as EXIF counts them; 1 is upright as stored.
-        jpeg: whether it is a JPEG of grey or YCbCr colours, which every JPEG decoder reads alike.
+        height, width: of the upright image, in pixels.
+        orientation: EXIF orientation, 1 to 8; 1 is upright as stored.
+        jpeg: whether it is a grey or YCbCr JPEG, for which all JPEG decoders agree on the colors.
     """
 
     height: int
@@ -63,22 +65,29 @@ class Header(NamedTuple):
     jpeg: bool
 
 
-def read_header(path: str | Path) -> Header:
-    """Read a file's header, and decode a JPEG or PNG whose end is missing, to find out those that were cut off.
+def read_header(encoded: Encoded | Path) -> Header:
+    """Read the header, and decode a JPEG or PNG whose end is missing, to raise the error of one that was cut off.
 
-    The orientation of a PNG counts only where it stands before the pixels; nothing else shows it without decoding.
+    The orientation of a PNG counts only if it is stored before the pixels; finding it behind them needs decoding.
+
+    Args:
+        encoded: bytes of an image, or the path of its file.
 
     Raises:
-        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file.
+        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken image.
     """
-    with Image.open(path) as image:
+    with _open(encoded) as image:
         header = _header(image)
         end = _ENDS.get(image.format or "", b"")
-        # Where _header has loaded the pixels, PIL has let go of the file.
+        # PIL has closed the file if _header has loaded the pixels.
         if end and image.fp is not None and not _ends_with(image.fp, end):
             with _alone(*image.size):
                 image.load()
         return header
+
+
+def _open(encoded: Encoded | Path) -> ImageFile.ImageFile:
+    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
 
 
 JPEG_END = b"\xff\xd9"
@@ -95,7 +104,7 @@ def _ends_with(file: IO[bytes], end: bytes) -> bool:
 
 
 def _header(image: Image.Image) -> Header:
-    """Read an image's header; of a PNG more may be known after its pixels have been loaded."""
+    """Read the header of an image; a PNG may reveal its orientation only after its pixels have been loaded."""
     width, height = image.size
     orientation = 1
     # PIL would load a PNG to look for what comes after its pixels, and turns a TIFF upright by itself.
@@ -109,7 +118,7 @@ def _header(image: Image.Image) -> Header:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: 16-bit grey is scaled to 8 bits, transparency is laid on black."""
+    """Convert any mode to RGB: scale 16-bit grey to 8 bits, composite transparency on black."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -131,12 +140,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def cut(image: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut boxes out of an image and resize each with antialias, as PIL's ``crop(...).resize(...)``.
 
-    Squares get PIL's very levels. Of some others PIL resizes the height before the width, which rounds differently.
+    Square boxes give exactly PIL's pixel values. For some others PIL resizes the height first and rounds differently.
 
     Args:
         image: (H, W, 3) uint8.
         boxes: (n, 4) int64 top, left, height, width in pixels.
-        size: side of the squares that are made.
+        size: side of the resulting squares, in pixels.
 
     Returns:
         (n, size, size, 3) uint8.
@@ -159,26 +168,28 @@ def square(image: Tensor, size: int) -> Tensor:
     return cut(image, box, size)[0]
 
 
-def decode(path: str | Path, header: Header | None = None, *, smallest: int | None = None) -> tuple[Header, Tensor]:
-    """Read one file (the first frame of an animation), upright by its EXIF orientation.
+def decode(
+    encoded: Encoded | Path, header: Header | None = None, *, smallest: int | None = None
+) -> tuple[Header, Tensor]:
+    """Decode one image (the first frame of an animation), upright by its EXIF orientation.
 
-    Whole JPEG files are decoded by torchvision where their header is simple, all others by PIL: both use libjpeg-turbo
-    and give the same levels, but torchvision copies less and keeps no Python lock.
+    torchvision decodes whole grey and YCbCr JPEGs, PIL everything else. Both use libjpeg-turbo and give the same pixel
+    values, but torchvision copies less and releases Python's global lock.
 
     Args:
-        path: the file.
-        header: what :func:`read_header` returned for it, to save reading that again.
-        smallest: where given, a JPEG is decoded at 1/2, 1/4 or 1/8 as long as both sides stay at least this long.
+        encoded: bytes of an image, or the path of its file.
+        header: result of :func:`read_header` for the image, to save reading it again.
+        smallest: if given, decode a JPEG at 1/2, 1/4 or 1/8 as long as both sides stay at least this long.
 
     Returns:
-        The header, which tells the full size, and (H, W, 3) uint8.
+        The header, with the full size, and (H, W, 3) uint8.
 
     Raises:
-        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken file. That includes
-            more than 178,956,970 pixels (twice PIL.Image.MAX_IMAGE_PIXELS), which PIL takes for an attack.
+        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken image. That includes
+            more than 178,956,970 pixels (twice PIL.Image.MAX_IMAGE_PIXELS), which PIL refuses as an attack.
     """
     if header is None or smallest is not None or not header.jpeg:
-        with Image.open(path) as image:
+        with _open(encoded) as image:
             header = _header(image)
             if smallest is not None or not header.jpeg:
                 if smallest is not None:
@@ -189,36 +200,43 @@ def decode(path: str | Path, header: Header | None = None, *, smallest: int | No
                         header = _header(image)
                 return header, upright(pixels, header.orientation)
     with _alone(header.width, header.height):
-        whole = _whole_jpeg(path)
+        whole = _whole_jpeg(encoded)
         if whole is None:
-            with Image.open(path) as image:
+            with _open(encoded) as image:
                 whole = torch.from_numpy(np.array(to_rgb(image)))
         return header, upright(whole, header.orientation)
+
+
+def to_array(encoded: Encoded | Path) -> np.ndarray:
+    """Return the bytes of an encoded image, or of the file with this path, as (bytes,) uint8."""
+    if isinstance(encoded, bytes):
+        return np.frombuffer(bytearray(encoded), dtype=np.uint8)  # a copy, as tensors need writable memory
+    return np.fromfile(encoded, dtype=np.uint8)
 
 
 def _alone(width: int, height: int) -> AbstractContextManager[object]:
     return _one_large if width * height > _LARGE else nullcontext()
 
 
-def _whole_jpeg(path: str | Path) -> Tensor | None:
-    """Decode a JPEG file into (H, W, 3) uint8 by torchvision; None where PIL has to.
+def _whole_jpeg(encoded: Encoded | Path) -> Tensor | None:
+    """Decode a JPEG into (H, W, 3) uint8 with torchvision; return None if PIL has to.
 
-    For a file that was cut off, libjpeg only makes up what is missing; PIL says so.
+    libjpeg invents the missing part of an image that was cut off; PIL raises an error.
     """
-    data = np.fromfile(path, dtype=np.uint8)
+    data = to_array(encoded)
     operator = _jpeg_operator()
     if operator is None or data[-2:].tobytes() != JPEG_END:
         return None
     try:
         planar: Tensor = operator(torch.from_numpy(data), 3)  # 3 is ImageReadMode.RGB
-    except RuntimeError:  # what is wrong, PIL will say
+    except RuntimeError:  # PIL reports the cause
         return None
     return planar.permute(1, 2, 0)
 
 
 @cache
 def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
-    """Return torchvision's JPEG decoder, where it has one: its function warns at every call that it will move out."""
+    """Return torchvision's JPEG operator, or None if it has none; the public function warns of its removal."""
     try:
         import torchvision.io  # noqa: F401  (registers the operator)
 
@@ -228,12 +246,12 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     return operator
 
 
-# The axes that an EXIF orientation mirrors, after those from 5 on have transposed the image.
+# Axes that an EXIF orientation mirrors, after orientations 5 to 8 have transposed the image.
 _MIRRORED: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
-    """Turn and mirror an (H, W, 3) image on any device as its EXIF orientation asks for."""
+    """Rotate and mirror an (H, W, 3) image on any device by its EXIF orientation."""
     if orientation >= 5:
         image = image.transpose(0, 1)
     axes = _MIRRORED.get(orientation)
@@ -241,7 +259,7 @@ def upright(image: Tensor, orientation: int) -> Tensor:
 
 
 def stored_box(box: Box, header: Header) -> Box:
-    """Return where a box (top, left, height, width) of the upright image lies in the image as it is stored."""
+    """Map a box (top, left, height, width) of the upright image to the image as stored."""
     top, left, height, width = box
     mirrored = _MIRRORED.get(header.orientation, ())
     top = header.height - top - height if 0 in mirrored else top

@@ -1,28 +1,28 @@
-"""Which files have been decoded whole and found good, so that the next start need not decode them all again."""
+"""Record of images that were decoded whole without an error, so that the next start need not decode them again."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 
 from .decode import Header
+from .encoded import Identity
 
 _VERSION = 1
 
-# A file that was written this shortly before it was read may be written again without its time showing it.
+# A file written this shortly before it was read may be written again without a change of its time.
 _SETTLED_NS = 2_000_000_000
 
 
 class DecodeCache:
-    """A record of good files: what their headers say, by absolute path, size and time of the last change.
+    """Headers of readable images by identity: path, size and time of the last change of the file.
 
-    An entry counts only where all three agree. Unreadable files are not in it: they are few, and what is wrong with
-    one, such as a permission or a package that is missing, may be put right without changing it.
+    An entry counts only if all three agree. Unreadable images have no entry: they are few, and the cause, such as a
+    permission or a missing package, may go away without a change of the file.
 
     Args:
         content: what :meth:`to_bytes` returned at the last start. Anything else, such as a damaged record or one of
-            another version, counts as none.
+            another version, counts as an empty record.
     """
 
     def __init__(self, content: bytes = b"") -> None:
@@ -31,26 +31,25 @@ class DecodeCache:
 
     @property
     def changed(self) -> bool:
-        """Whether files were looked at, and the record of them differs from the former one."""
+        """True if images were recalled or noted and the record differs from the former one."""
         return bool(self._entries) and self._entries != self._former
 
-    def recall(self, path: str, status: os.stat_result) -> Header | None:
-        """Return the header of a file that was good and has not changed since, and keep its entry; else None."""
-        path = os.path.abspath(path)
-        entry = self._former.get(path)
-        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+    def recall(self, identity: Identity) -> Header | None:
+        """Return the header of an image that has an entry, and keep the entry; None if it has none."""
+        entry = self._former.get(identity.key)
+        if entry is None or entry[:2] != [identity.size, identity.mtime_ns]:
             return None
-        self._entries[path] = entry
+        self._entries[identity.key] = entry
         height, width, orientation, jpeg = entry[2:]
         return Header(height, width, orientation, bool(jpeg))
 
-    def note(self, path: str, status: os.stat_result, header: Header) -> None:
-        """Enter a file that was decoded after its status had been read."""
-        if status.st_mtime_ns < time.time_ns() - _SETTLED_NS:
-            self._entries[os.path.abspath(path)] = [status.st_size, status.st_mtime_ns, *map(int, header)]
+    def note(self, identity: Identity, header: Header) -> None:
+        """Enter an image that was decoded after its identity had been read."""
+        if identity.mtime_ns < time.time_ns() - _SETTLED_NS:
+            self._entries[identity.key] = [identity.size, identity.mtime_ns, *map(int, header)]
 
     def to_bytes(self) -> bytes:
-        """Return the entries of the files that were recalled or noted."""
+        """Return the entries of the images that were recalled or noted."""
         return json.dumps({"version": _VERSION, "files": self._entries}, sort_keys=True, separators=(",", ":")).encode()
 
 

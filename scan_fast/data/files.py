@@ -1,11 +1,10 @@
-"""Images in files: what is known of each, the encoded bytes, and the source that decodes them."""
+"""Encoded images and their headers, a pool of threads that decodes them, and the source built on it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,85 +13,85 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DataError
-from .decode import Box, Header, cut, decode, read_header, square
+from .decode import Box, Header, cut, decode, read_header, square, to_array
 from .decode_cache import DecodeCache
+from .encoded import EncodedImages
 from .sources import check_annotations, take_rows
 
-_SKIP_ADVICE = "Remove or repair the file, or set data.on_error=skip to leave unreadable images out."
+_SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."
 
 
 class ImageFiles:
-    """The files behind a source, in its numbering: decoded by a pool of threads, or as they are for a renderer.
+    """Encoded images of a source, in its numbering: decoded by a pool of threads, or as bytes for a renderer.
 
     Attributes:
-        root: the folder that the names are relative to, or "".
-        names: the name of each file.
+        images: the encoded images.
         workers: decoding threads; by default one per core, at most 16.
-        scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
+        scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
         heights, widths: (N,) int32 pixels of the upright images.
-        orientations: (N,) uint8, 1 to 8 as EXIF counts them; 1 is upright as stored.
-        jpeg: (N,) bool, whether a file is a JPEG in grey or YCbCr colours. The others need :func:`.decode.decode`.
+        orientations: (N,) uint8 EXIF orientations, 1 to 8; 1 is upright as stored.
+        jpeg: (N,) bool, True for grey and YCbCr JPEGs. All others need :func:`.decode.decode`.
     """
 
-    def __init__(self, root: str, names: list[str], workers: int | None = None, *, scaled: bool = False) -> None:
-        self.root = root
-        self.names = names
+    def __init__(self, images: EncodedImages, workers: int | None = None, *, scaled: bool = False) -> None:
+        self.images = images
         self.workers = workers or min(16, _cores())
         self.scaled = scaled
-        self.heights = torch.zeros(len(names), dtype=torch.int32)
-        self.widths = torch.zeros(len(names), dtype=torch.int32)
-        self.orientations = torch.ones(len(names), dtype=torch.uint8)
-        self.jpeg = torch.zeros(len(names), dtype=torch.bool)
-        # The same memory, which NumPy writes single entries of much faster.
+        self.heights = torch.zeros(len(images), dtype=torch.int32)
+        self.widths = torch.zeros(len(images), dtype=torch.int32)
+        self.orientations = torch.ones(len(images), dtype=torch.uint8)
+        self.jpeg = torch.zeros(len(images), dtype=torch.bool)
+        # Views of the same memory: NumPy writes single entries much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.images)
 
-    def path(self, index: int) -> str:
-        """Return where a file is."""
-        return os.path.join(self.root, self.names[index])
+    @property
+    def names(self) -> list[str]:
+        """Name of each image."""
+        return self.images.names
 
     def take(self, indices: Tensor) -> ImageFiles:
-        """Return some of the files, (n,) int64."""
-        some = ImageFiles(self.root, [self.names[i] for i in indices.tolist()], self.workers, scaled=self.scaled)
+        """Return some of the images, (n,) int64."""
+        some = ImageFiles(self.images.select(indices.tolist()), self.workers, scaled=self.scaled)
         some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
         return some
 
     def encoded(self, indices: Tensor) -> list[np.ndarray]:
-        """Return the bytes of the files (n,) int64, each (bytes,) uint8.
+        """Return the bytes of the images (n,) int64, each (bytes,) uint8.
 
         Raises:
-            DataError: for a file that can no longer be read.
+            DataError: if an image can no longer be read.
         """
         return list(self.pool.map(self._bytes, indices.tolist()))
 
     def squares(self, indices: Tensor) -> Tensor:
-        """Return (n, 3) int64: top, left and side, in upright pixels, of the centre squares that a source reduces.
+        """Return (n, 3) int64: top, left and side of the centre squares, in pixels of the upright images.
 
-        A point (y, x) of the reduced image of `size` pixels lies at (top, left) + (y, x) * side / size.
+        A point (y, x) of the square resized to `size` pixels is at (top, left) + (y, x) * side / size.
         """
         heights, widths = self.heights[indices].long(), self.widths[indices].long()
         side = torch.minimum(heights, widths)
         return torch.stack(((heights - side) // 2, (widths - side) // 2, side), dim=1)
 
     def cut(self, indices: Tensor, frame: int, boxes: Sequence[Tensor], sides: Sequence[int]) -> list[Tensor]:
-        """Cut boxes out of the centre squares of files, each file decoded once, and resize them with antialias.
+        """Cut boxes out of the centre squares of images, decoding each image once, and resize them with antialias.
 
         Args:
             indices: (n,) int64.
-            frame: the number of units into which a centre square's side is divided.
-            boxes: several times (n, 4) int64 top, left, height, width in these units; rounded to whole pixels.
-            sides: the side in pixels of what is made of each.
+            frame: number of units per side of a centre square.
+            boxes: for each view, (n, 4) int64 top, left, height, width in these units; rounded to whole pixels.
+            sides: for each view, the side of its result in pixels.
 
         Returns:
-            Several times (n, side, side, 3) uint8.
+            For each view, (n, side, side, 3) uint8.
 
         Raises:
-            DataError: for a file that can no longer be read.
+            DataError: if an image can no longer be read.
         """
         out = [torch.empty((len(indices), side, side, 3), dtype=torch.uint8) for side in sides]
         numbers = indices.tolist()
@@ -101,16 +100,15 @@ class ImageFiles:
         def fill(rows: range) -> None:
             for row in rows:
                 wanted = [several[row] for several in corners]
-                path = self.path(numbers[row])
                 try:
                     image = self._decode(numbers[row], frame, wanted, sides)
                     for part, box, side in zip(out, wanted, sides, strict=True):
                         pixels = in_pixels(box, frame, *image.shape[:2])
                         part[row] = cut(image, torch.tensor([pixels]), side)[0]
                 except Exception as error:
-                    raise unreadable(path, _reason(error, path)) from error
+                    raise self._unreadable(numbers[row], error) from error
 
-        # Several files to a task, as small ones take no longer than a task's own overhead.
+        # Several images per task, as a small one takes no longer than the overhead of a task.
         step = max(1, len(numbers) // (8 * self.workers))
         parts = [range(start, min(start + step, len(numbers))) for start in range(0, len(numbers), step)]
         for future in [self.pool.submit(fill, rows) for rows in parts]:
@@ -120,59 +118,61 @@ class ImageFiles:
     def _decode(self, index: int, frame: int, boxes: Sequence[Sequence[int]], sides: Sequence[int]) -> Tensor:
         smallest = None
         if self.scaled:
-            # Twice the wanted side leaves the antialiasing of every box enough to work on.
+            # Twice the wanted side leaves enough pixels to antialias every box.
             smallest = max(-(-2 * side * frame // min(box[2:])) for box, side in zip(boxes, sides, strict=True))
-        return decode(self.path(index), self.header(index), smallest=smallest)[1]
+        return decode(self.images.encoded(index), self.header(index), smallest=smallest)[1]
 
     def note(self, index: int, header: Header) -> None:
-        """Keep what the header of a file says."""
+        """Store the header of an image."""
         for column, value in zip(self._columns, header, strict=True):
             column[index] = value
 
     def header(self, index: int) -> Header:
-        """Return what is known of a file."""
+        """Return the header of an image."""
         height, width, orientation, jpeg = (column[index].item() for column in self._columns)
         return Header(height, width, orientation, jpeg)
 
     def _bytes(self, index: int) -> np.ndarray:
         try:
-            return np.fromfile(self.path(index), dtype=np.uint8)
-        except OSError as error:
-            raise unreadable(self.path(index), _reason(error, self.path(index))) from error
+            return to_array(self.images.encoded(index))
+        except Exception as error:
+            raise self._unreadable(index, error) from error
+
+    def _unreadable(self, index: int, error: Exception) -> DataError:
+        location = self.images.location(index)
+        return unreadable(location, _reason(error, location))
 
 
 class FileSource:
-    """Images in files, decoded in a thread pool; a :class:`.sources.Source`.
+    """Encoded images, decoded in a thread pool; a :class:`.sources.Source`.
 
-    A resident source decodes every file here and keeps the images. Of another one every file's header and end are read
-    here and the pixels at each use; with ``on_error="skip"`` every file is decoded here in any case, because an image
-    that fails in mid-training can no longer be left out without renumbering the others.
-    Files in `decode_cache` are not decoded again.
+    A resident source decodes every image at once and keeps the pixels. Any other source checks the header and the end
+    of every image at once and decodes at each use. With ``on_error="skip"`` it also decodes every image at once,
+    because an image that fails during training cannot be left out without renumbering the others. Images in
+    `decode_cache` are not decoded again.
 
     Args:
-        files: the image files, relative to `root`.
+        images: the encoded images.
         labels: (N,) int64 or None.
-        size: side of the square images.
-        root: the folder of the files; by default they are named as seen from the working directory.
+        size: side of the square images, in pixels.
         class_names: name of each class.
-        on_error: "raise", or "skip" to list unreadable files in `skipped` and leave them out.
+        on_error: "raise", or "skip" to list unreadable images in `skipped` and leave them out.
         workers: decoding threads; by default the number of cores, at most 16.
-        resident: whether the decoded images are kept: N * size * size * 3 bytes.
-        scaled: decode large JPEG files at a reduced scale, see ``data.decode``.
-        problems: (path, reason) of what could not even be listed; treated as unreadable files.
-        decode_cache: the files that an earlier start has decoded; those that are decoded here are entered.
+        resident: keep the decoded images in memory: N * size * size * 3 bytes.
+        scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
+        problems: (name, reason) of images that could not be listed; treated as unreadable.
+        decode_cache: images that an earlier start has decoded; those decoded here are entered.
 
     Raises:
-        DataError: for an unreadable file with ``on_error="raise"``, or where no readable file remains.
+        DataError: if an image is unreadable and `on_error` is "raise", or if no image is readable.
     """
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        images: EncodedImages,
         labels: Tensor | None,
         size: int,
         *,
-        root: str | Path = "",
         class_names: Sequence[str] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         workers: int | None = None,
@@ -181,20 +181,19 @@ class FileSource:
         problems: Sequence[tuple[str, str]] = (),
         decode_cache: DecodeCache | None = None,
     ) -> None:
-        if not files:
-            raise DataError("files must name at least one image, got none")
+        if not len(images):
+            raise DataError("images must hold at least one image, got none")
         if problems and on_error == "raise":
-            raise unreadable(os.path.join(root, problems[0][0]), problems[0][1])
-        names = [os.fspath(file) for file in files]
-        self.files: ImageFiles = ImageFiles(os.fspath(root), names, workers, scaled=scaled)
-        check_annotations(len(files), labels, self.files.names)
+            raise unreadable(os.path.join(images.root, problems[0][0]), problems[0][1])
+        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled)
+        check_annotations(len(images), labels, images.names)
         self.size = size
         self.class_names = None if class_names is None else list(class_names)
         self.skipped: list[tuple[str, str]] = list(problems)
         self.resident = resident
-        self.images = torch.empty((len(files), size, size, 3), dtype=torch.uint8) if resident else None
+        self.images = torch.empty((len(images), size, size, 3), dtype=torch.uint8) if resident else None
 
-        # The pixels of images that are kept are wanted, whatever is known of their files.
+        # Resident images are decoded in any case.
         decode_cache = DecodeCache() if decode_cache is None or resident else decode_cache
         kept = self._check_all(on_error, decode_cache, decode_all=resident or on_error == "skip")
         if len(kept) < len(self.files):
@@ -209,32 +208,32 @@ class FileSource:
         return len(self.paths)
 
     def _check_all(self, on_error: str, decode_cache: DecodeCache, *, decode_all: bool) -> list[int]:
-        """Decode every file, or only read its header; return the numbers of the good ones."""
-        images = None if self.images is None else self.images.numpy()
+        """Decode every image, or only read its header; return the numbers of the readable ones."""
+        pixels = None if self.images is None else self.images.numpy()
+        images = self.files.images
         smallest = 2 * self.size if self.files.scaled else None
 
         def check(i: int) -> str | None:
-            path = self.files.path(i)
             try:
                 if not decode_all:
-                    header = read_header(path)
+                    header = read_header(images.encoded(i))
                 else:
-                    status = os.stat(path)
-                    known = decode_cache.recall(path, status)
+                    identity = images.identity(i)
+                    known = decode_cache.recall(identity)
                     if known is None:
-                        header, image = decode(path, smallest=smallest)
-                        decode_cache.note(path, status, header)
-                        if images is not None:
-                            images[i] = square(image, self.size).numpy()
+                        header, image = decode(images.encoded(i), smallest=smallest)
+                        decode_cache.note(identity, header)
+                        if pixels is not None:
+                            pixels[i] = square(image, self.size).numpy()
                     else:
                         header = known
-            except Exception as error:  # PIL's plugins raise OSError, ValueError, SyntaxError, struct.error and more
-                return _reason(error, path)
+            except Exception as error:  # plugins of PIL raise OSError, ValueError, SyntaxError, struct.error and others
+                return _reason(error, images.location(i))
             self.files.note(i, header)
             return None
 
         kept = []
-        step = 256 * self.files.workers  # so that a failure is noticed soon
+        step = 256 * self.files.workers  # notice a failure soon
         for start in range(0, len(self.files), step):
             numbers = range(start, min(start + step, len(self.files)))
             for i, reason in zip(numbers, list(self.files.pool.map(check, numbers)), strict=True):
@@ -243,16 +242,16 @@ class FileSource:
                 elif on_error == "skip":
                     self.skipped.append((self.files.names[i], reason))
                 else:
-                    raise unreadable(self.files.path(i), reason)
+                    raise unreadable(images.location(i), reason)
         if not kept:
-            raise DataError(f"none of the {len(self.files)} image files could be read; the first: {self.skipped[0]}")
+            raise DataError(f"none of the {len(self.files)} images could be read; the first: {self.skipped[0]}")
         return kept
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8.
 
         Raises:
-            DataError: for a file that can no longer be read.
+            DataError: if an image can no longer be read.
         """
         if self.images is not None:
             return take_rows(self.images, indices)
@@ -260,7 +259,7 @@ class FileSource:
         return self.files.cut(indices, self.size, [whole], [self.size])[0]
 
     def keep_on(self, device: torch.device) -> None:
-        """Move the images, where they are kept, to a device."""
+        """Move resident images to a device."""
         if self.images is not None:
             self.images = self.images.to(device)
 
@@ -270,23 +269,23 @@ def _cores() -> int:
 
 
 def in_pixels(box: Sequence[int], frame: int, height: int, width: int) -> Box:
-    """Return the whole pixels of a box whose unit is a part of `frame` of the centre square of (height, width)."""
+    """Convert a box from `frame` units per side of the centre square of (height, width) to whole pixels."""
     edge = min(height, width)
     top, left, box_height, box_width = box
     ends = (top, top + box_height, left, left + box_width)
     y, bottom, x, right = ((2 * edge * end + frame) // (2 * frame) for end in ends)
-    # Of an image smaller than the frame, a narrow box may round to nothing.
+    # A narrow box may round to nothing in an image smaller than the frame.
     y, x = min(y, edge - 1), min(x, edge - 1)
     return (height - edge) // 2 + y, (width - edge) // 2 + x, max(1, bottom - y), max(1, right - x)
 
 
-def unreadable(path: str, reason: str) -> DataError:
-    """Return the error that names an unreadable file and what may be done."""
-    return DataError(f"cannot read image {path}: {reason}. {_SKIP_ADVICE}")
+def unreadable(location: str, reason: str) -> DataError:
+    """Return the error that names an unreadable image and the remedies."""
+    return DataError(f"cannot read image {location}: {reason}. {_SKIP_ADVICE}")
 
 
-def _reason(error: Exception, path: str) -> str:
+def _reason(error: Exception, location: str) -> str:
     advice = ""
-    if isinstance(error, UnidentifiedImageError) and path.lower().endswith((".heic", ".heif")):
-        advice = "; files of this kind need the package pillow-heif"
+    if isinstance(error, UnidentifiedImageError) and location.lower().endswith((".heic", ".heif")):
+        advice = "; images of this kind need the package pillow-heif (pip install pillow-heif)"
     return f"{type(error).__name__}: {error}{advice}"

@@ -1,4 +1,4 @@
-"""Image folders: which layouts are recognised, which files count, and how a test part is held out."""
+"""Image folders: recognised layouts and files, and the held-out test part."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .decode import IMAGE_SUFFIXES, read_header
+from .encoded import EncodedImages
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "validation")
@@ -25,9 +26,9 @@ class Listing:
     Attributes:
         folder: the folder.
         files: their paths relative to it, with slashes, sorted folder by folder.
-        labels: (N,) int64 rank of each file's sub-folder, where there is one per class.
-        class_names: the sub-folders' names.
-        problems: (path, reason) of what could not be listed: folders that may not be opened, broken links, pipes.
+        labels: (N,) int64 rank of each file's sub-folder; None unless there is one sub-folder per class.
+        class_names: names of the sub-folders, or None.
+        problems: (path, reason) of entries that could not be listed: unreadable folders, broken links, pipes.
     """
 
     folder: Path
@@ -53,11 +54,11 @@ def check_folder(folder: Path, setting: str = "data.root") -> None:
 def find_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """Find every image file below a folder.
 
-    A file counts by its suffix; hidden files and folders do not count. Links are followed, except back to a folder
-    that they lie in.
+    Files are recognised by suffix. Hidden files and folders do not count. Links are followed, except to a folder that
+    contains them.
 
     Returns:
-        The files' paths relative to the folder, sorted by their parts, and (path, reason) of what could not be listed.
+        Paths relative to the folder, sorted by their parts, and (path, reason) of entries that could not be listed.
     """
     found: list[str] = []
     problems: list[tuple[str, str]] = []
@@ -71,7 +72,7 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
             return iter(())
         return iter(sorted(visible, key=lambda entry: entry.name))
 
-    # A stack of the folders that are open, as names may nest deeper than Python calls may.
+    # A stack of open folders: folders may nest deeper than Python's recursion limit.
     stack = [("", entries(""), _identity(os.stat(folder)))]
     while stack:
         prefix, rest, _ = stack[-1]
@@ -89,7 +90,7 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
             elif image and entry.is_file():
                 found.append(path)
             elif image:
-                entry.stat()  # a broken link says so
+                entry.stat()  # raises the error of a broken link
                 problems.append((path, "it is neither a file nor a folder"))
         except OSError as error:
             if image or not entry.is_symlink():
@@ -102,15 +103,15 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bool = True) -> Listing:
-    """List a folder: labelled where it holds two or more sub-folders of images and no image beside them.
+    """List a folder: labelled if it holds two or more sub-folders of images and no image outside them.
 
     Args:
         folder: the folder.
-        classes: take these sub-folders only, in this order of labels.
+        classes: list these sub-folders only, in this order of labels.
         labelled: False lists the same files without labels.
 
     Raises:
-        DataError: where a class has no folder, or there is no image at all.
+        DataError: if a class has no folder, or there is no image at all.
     """
     check_folder(folder)
     if classes is not None:
@@ -148,7 +149,7 @@ def _looked_for() -> str:
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path | None:
-    """Return the sub-folder with the first of the names, whatever its case."""
+    """Return the sub-folder with the first of the names that exists, ignoring case."""
     present = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
     return next((present[name] for name in names if name in present), None)
 
@@ -158,11 +159,11 @@ def split_folder(
 ) -> tuple[Listing, Listing]:
     """List the train and test images of a folder.
 
-    A folder with ``train/`` and one of ``test/``, ``val/``, ``validation/`` is split as it is; of any other, the test
-    part is held out by :func:`held_out`.
+    ``train/`` and one of ``test/``, ``val/``, ``validation/`` are the splits if both exist; otherwise :func:`held_out`
+    holds out a test part.
 
     Raises:
-        DataError: for a missing or empty folder, classes that differ between the splits, or a test split without train.
+        DataError: if the folder is missing or empty, classes differ between the splits, or train is missing.
     """
     check_folder(root)
     train, test = find_split(root, TRAIN_NAMES), find_split(root, TEST_NAMES)
@@ -190,7 +191,7 @@ def _unlabelled(listing: Listing) -> Listing:
 
 
 def _has_other_content(root: Path) -> bool:
-    """Whether anything but split folders lies in the root."""
+    """Return whether the root holds anything but split folders."""
     return any(
         entry.name.lower() not in TEST_NAMES
         for entry in root.iterdir()
@@ -199,15 +200,15 @@ def _has_other_content(root: Path) -> bool:
 
 
 def held_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
-    """Split off a test part by a hash of each file's relative path, so that new files do not move the others.
+    """Hold out a test part by a hash of each file's relative path, so that new files do not move the others.
 
     Raises:
-        DataError: where fewer than two images leave nothing to hold out.
+        DataError: if there are fewer than two images.
     """
     if len(listing.files) < 2:
         raise DataError(f"{listing.folder} holds {len(listing.files)} image; at least 2 are needed, one for testing")
     train, test = held_out_rows(listing.files, fraction)
-    # What could not be listed belongs to neither part; the first one reports it.
+    # Entries that could not be listed belong to neither part; the first one reports them.
     return replace(listing.take(train), problems=listing.problems), listing.take(test)
 
 
@@ -229,18 +230,18 @@ def _hash01(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=6).digest(), "big") / 2**48
 
 
-def default_size(files: Sequence[str | Path], folder: str | Path = "") -> int:
-    """Choose the side of the stored images from the median shorter side of up to 256 files below a folder.
+def default_size(images: EncodedImages) -> int:
+    """Choose the side of the stored images from the median shorter side of up to 256 of them.
 
-    32 up to 40 pixels, 64 up to 80, 96 up to 128, and 128 above: larger inputs cost more than they usually bring, so
-    224 must be asked for.
+    32 up to 40 pixels, 64 up to 80, 96 up to 128, and 128 above: larger inputs cost more than they usually gain, so 224
+    must be asked for.
     """
-    step = max(1, len(files) // 256)
+    step = max(1, len(images) // 256)
     sides = []
-    for file in files[::step]:
+    for index in range(0, len(images), step):
         try:
-            header = read_header(os.path.join(folder, file))
-        except Exception:  # An unreadable file is reported, by name, when all files are decode_cache.
+            header = read_header(images.encoded(index))
+        except Exception:  # an unreadable image is reported by name when all images are checked
             continue
         sides.append(min(header.height, header.width))
     median = sorted(sides)[len(sides) // 2] if sides else 0

@@ -1,4 +1,4 @@
-"""Batches of an epoch in random order, and background threads that compute ahead."""
+"""Batches of an epoch in random order, and threads that compute results in advance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
-    """Return the number of batches :func:`epoch_batches` makes of n samples."""
+    """Return the number of batches that :func:`epoch_batches` yields for n samples."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return max(n // batch_size, min(n, 1)) if drop_last else -(-n // batch_size)
@@ -34,20 +34,20 @@ def epoch_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield one epoch's batches of sample numbers, in the epoch's random order.
+    """Yield the batches of an epoch, as sample numbers in random order.
 
     Args:
         key: from :func:`~scan_fast.random.stream_key`.
         epoch: 0-based epoch.
         n: number of samples.
-        batch_size: samples per batch. Fewer samples than this make one batch of them all, so that small sets train.
-        start_step: batches to leave out at the start, for a run that goes on in mid-epoch.
-        drop_last: leave out a last batch that is not full.
-        rank, world: take every world-th sample of each batch, from the rank-th; what all ranks take together does not
+        batch_size: samples per batch. Fewer samples than this form one batch, so that small sets can train.
+        start_step: batches to skip, for a run that resumes within an epoch.
+        drop_last: skip an incomplete last batch.
+        rank, world: yield every world-th sample of each batch, from the rank-th; the union over all ranks does not
             depend on their number.
 
     Yields:
-        (batch_size,) int64 sample numbers on the CPU; of several ranks, each one's part.
+        (batch_size,) int64 sample numbers on the CPU; with several ranks, the part of this rank.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to world - 1, got {rank} of {world}")
@@ -60,19 +60,19 @@ def epoch_batches(
 
 
 def prefetch(function: Callable[[S], T], items: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
-    """Yield function(item) of every item in order, computed in background threads up to `depth` ahead of the consumer.
+    """Yield function(item) for every item in order, computed by threads up to `depth` items in advance.
 
-    What the function raises is raised in the consumer, after the good results before it. When the consumer stops early
-    (close, break, an exception), the threads end after what they are computing.
+    An exception of the function is raised in the consumer after all earlier results. If the consumer stops early
+    (close, break, an exception), each thread ends after its current item.
 
-    This pays where the consumer waits for a device or the function for files. On a CPU that also trains, both sides'
-    thread teams would wait for each other's cores; make the views of resident images in the loop there.
+    Use it if the consumer waits for a device, or the function for files. If training itself runs on the CPU, both would
+    compete for cores; render the views of resident images in the loop then.
 
     Args:
-        function: computes a result; two threads may be in it at once.
-        items: its arguments; taken in the consumer's thread.
-        depth: how many results may wait or be in the making, at least 1.
-        threads: how many are computed at once: a second one decodes the files of the next batch while the first
+        function: computes a result; called from several threads at once.
+        items: its arguments; iterated in the consumer's thread.
+        depth: largest number of results that wait or are being computed, at least 1.
+        threads: number of results that are computed at once: a second thread decodes the next batch while the first
             renders views.
     """
     if depth < 1 or threads < 1:

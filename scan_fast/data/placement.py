@@ -1,4 +1,4 @@
-"""Where the images of a run are kept: on the host, on the GPU, or nowhere but in their files."""
+"""Placement of the decoded images of a run: on the host, on the GPU, or not kept at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from ..errors import DataError
 from .sources import Source, SubsetSource
 
-#: The value of ``data.resident``.
+#: Values of ``data.resident``.
 Resident = Literal["auto", "host", "device", "files"]
 
-#: What the images may take, at most, of the memory that is free when they are opened.
+#: Largest shares of the free memory that resident images may take.
 HOST_SHARE = 1 / 2
 DEVICE_SHARE = 1 / 4
 
@@ -26,7 +26,7 @@ def image_bytes(n: int, size: int) -> int:
 
 
 def kept_on_host(resident: Resident, size_in_bytes: int) -> bool:
-    """Return whether images in files are decoded once and kept; ``auto`` where half of the free memory holds them.
+    """Return whether encoded images are decoded once and kept; ``auto`` keeps them if they fit in half the free memory.
 
     Images for the GPU pass through the host.
     """
@@ -34,12 +34,12 @@ def kept_on_host(resident: Resident, size_in_bytes: int) -> bool:
 
 
 def move_to_device(sources: Sequence[Source], resident: Resident, device: torch.device) -> bool:
-    """Move the images that are kept to a run's device where they are to be, and return whether they are there.
+    """Move resident images to the device of a run if the configuration asks for it; return whether they are there.
 
-    ``auto`` moves them to a GPU of which a quarter of the free memory holds them all.
+    ``auto`` moves them to a GPU if they fit in a quarter of its free memory.
 
     Raises:
-        DataError: for ``device`` where the run's device is no GPU.
+        DataError: for ``device`` if the run's device is not a GPU.
     """
     if resident == "device" and device.type != "cuda":
         raise DataError(f"data.resident=device needs a CUDA device, this run is on {device}; use auto, host or files")
@@ -61,7 +61,7 @@ def _owner(source: Source) -> Source:
 
 
 def free_memory() -> int:
-    """Return the bytes of host memory that this process may still take: of the machine and of its control group."""
+    """Return the bytes of host memory that this process may still allocate, limited by machine and control group."""
     free = _machine_memory()
     for limit, used, cache in _CONTROL_GROUP_FILES:
         try:
@@ -69,7 +69,7 @@ def free_memory() -> int:
             fields = dict(line.split() for line in Path(cache).read_text().splitlines())
         except (OSError, ValueError):  # no control groups, or "max"
             continue
-        # Cached pages of files are given back on demand.
+        # The kernel frees cached pages of files on demand.
         free = min(free, max(0, most - now + int(fields.get("inactive_file", 0))))
     return free
 
@@ -91,7 +91,7 @@ def _machine_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    try:  # macOS says only how much there is
+    try:  # macOS reports only the total
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
         return 8 << 30

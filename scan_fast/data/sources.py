@@ -1,4 +1,4 @@
-"""Sources: numbered square uint8 images with a name each. Those in memory are here, those in files in `files`."""
+"""Sources: numbered square uint8 images with names. See `files` for encoded images, decoded on demand."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Source(Protocol):
     """Numbered images.
 
     Attributes:
-        paths: one identifier per image: the file's path relative to its root, or a made-up one such as
+        paths: unique name of each image: path of its file relative to the root, or another such as
             ``digits/train/0012``.
-        labels: (N,) int64 class numbers, or None. Used to report, never to train.
+        labels: (N,) int64 class numbers, or None. For reporting, never for training.
         class_names: name of each class, or None.
         size: side of the square images in pixels.
-        resident: whether the images are kept in memory, so that reading decodes nothing.
-        files: the encoded files, for a renderer that decodes them itself; None where there are none.
-        skipped: (path, reason) of the files left out as unreadable.
+        resident: True if decoded images are kept in memory, so that reading decodes nothing.
+        files: encoded images, for a renderer that decodes them itself; None if there are none.
+        skipped: (path, reason) of the images left out as unreadable.
     """
 
     paths: list[str]
@@ -51,26 +51,26 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images of (n,) int64 indices, which are on the CPU, as (n, size, size, 3) uint8.
+        """Return the images of (n,) int64 indices, given on the CPU, as (n, size, size, 3) uint8.
 
-        They come on the device where they are kept; what is decoded comes on the CPU. Threads may read side by side.
+        Resident images are returned on the device that keeps them, decoded ones on the CPU. Thread-safe.
         """
         ...
 
     def keep_on(self, device: torch.device) -> None:
-        """Move the images that are kept to a device; nothing happens where none are kept."""
+        """Move resident images to a device; do nothing if none are resident."""
         ...
 
 
 def take_rows(images: Tensor, indices: Tensor) -> Tensor:
-    """Select rows (n,) int64, given on the CPU, of a tensor on any device; the host does not wait for a GPU."""
+    """Select rows (n,) int64, given on the CPU, of a tensor on any device, without waiting for a GPU."""
     if images.is_cuda:
         indices = indices.pin_memory().to(images.device, non_blocking=True)
     return images.index_select(0, indices)
 
 
 def check_annotations(n: int, labels: Tensor | None, paths: Sequence[str]) -> None:
-    """Raise DataError unless there is a label, if any, and a path for each of n images."""
+    """Raise DataError unless there is a path, and a label if there are any, for each of n images."""
     if labels is not None and (labels.shape != (n,) or labels.dtype != torch.int64):
         raise DataError(f"labels must be ({n},) int64, one per image, got {tuple(labels.shape)} {labels.dtype}")
     if len(paths) != n:
@@ -83,9 +83,9 @@ class TensorSource:
     Args:
         images: (N, H, W, 3), (N, H, W, 1) or (N, H, W) uint8. Oblong images are cut to their centre square.
         labels: (N,) int64 or None.
-        paths: one identifier per image; ``image/0000000`` and so on by default.
+        paths: unique name of each image; ``image/0000000`` and so on by default.
         class_names: name of each class.
-        size: side to resize to, with antialias; the images' own by default.
+        size: side to resize to with antialias, in pixels; by default the images' own.
 
     Raises:
         DataError: for another shape or dtype, or labels or paths of another length.
@@ -123,7 +123,7 @@ class TensorSource:
         return len(self.paths)
 
     def read(self, indices: Tensor) -> Tensor:
-        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8, on the device where they are kept."""
+        """Return the images of (n,) int64 indices as (n, size, size, 3) uint8, on the device that keeps them."""
         return take_rows(self.images, indices).expand(-1, -1, -1, 3).contiguous()
 
     def keep_on(self, device: torch.device) -> None:
@@ -169,12 +169,12 @@ class SubsetSource:
         return self.source.read(self.indices[indices])
 
     def keep_on(self, device: torch.device) -> None:
-        """Move the images of the whole source, where they are kept, to a device."""
+        """Move resident images of the whole source to a device."""
         self.source.keep_on(device)
 
 
 def _item_array(item: Any, number: int) -> tuple[np.ndarray, Any]:
-    """Split a dataset's item into an (H, W, 3) uint8 array and its label."""
+    """Split an item of a dataset into an (H, W, 3) uint8 array and its label."""
     image, label = (item[0], item[1] if len(item) > 1 else None) if isinstance(item, (tuple, list)) else (item, None)
     if isinstance(image, Image.Image):
         return np.array(to_rgb(image)), label
@@ -199,12 +199,12 @@ def dataset_source(dataset: Any, size: int | None = None) -> TensorSource:
     """Read a whole torch dataset into memory.
 
     Args:
-        dataset: has ``__len__`` and ``__getitem__``; items are a PIL image, an array or a tensor, alone or first in a
-            tuple whose second entry is an integer label.
-        size: side of the square images; by default the first image's shorter side.
+        dataset: has ``__len__`` and ``__getitem__``. An item is a PIL image, an array or a tensor, or a tuple of one of
+            these and an integer label.
+        size: side of the square images in pixels; by default the shorter side of the first image.
 
     Raises:
-        DataError: for an empty dataset or an item of another kind.
+        DataError: if the dataset is empty or an item is of another kind.
     """
     n = len(dataset)
     if n == 0:

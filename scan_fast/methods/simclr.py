@@ -20,7 +20,7 @@ class SimCLRSettings(MethodSettings):
     """SimCLR: two views of an image attract, the views of all other images repel.
 
     Attributes:
-        temperature: of the NT-Xent loss.
+        temperature: of the NT-Xent loss, which takes no less than 1e-8.
         anchors: ``both`` is the symmetric loss over all 2B rows. ``first`` takes the rows of the first view as anchors
             only, as the reference trains.
         view: the random view; an open size is the source's.
@@ -29,7 +29,7 @@ class SimCLRSettings(MethodSettings):
     """
 
     kind: Literal["simclr"] = "simclr"
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, ge=1e-8)
     anchors: Literal["both", "first"] = "both"
     view: View = SimCLRView(kind="simclr", size=None)
     resolutions: tuple[tuple[float, int], ...] = ()

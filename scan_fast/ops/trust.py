@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import platform
 import re
@@ -248,7 +249,7 @@ def _module() -> str:
     """Return an identifier of the build of the compiled module; architectures and host code count, too."""
     if native._C is None:
         return "none"
-    file = os.stat(native._C.__file__)
+    file = os.stat(inspect.getfile(native._C))
     return f"{file.st_size}-{file.st_mtime_ns}"
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.heads import ClusterModel
+from ..objectives import Objective
 from ..random import integers, permutation, stream_key
 from ..runs.artifacts import CLUSTER_MODEL, checkpoint
 from ..runs.records import StageResult
@@ -45,7 +46,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.n_images = len(self.source)
         self.background = not self.source.resident
         self.model = model
-        self.objective = self.config.objective.build()
+        self.objective: Objective = self.config.objective.build()
         self.frozen = self.config.update == "heads"
         neighbors = mined_neighbors(context)
         self._neighbors = neighbors["train"][:, : self.config.neighbors]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ..data.decode import JPEG_END, Box, stored_box, upright
 from ..data.files import ImageFiles, in_pixels
@@ -120,7 +121,7 @@ class DaliDecoder:
             return False
         rows = torch.tensor(part, device=self.device)
         for target, result in zip(out, results, strict=True):
-            target[rows] = torch.from_dlpack(result.as_tensor())
+            target[rows] = from_dlpack(result.as_tensor())
             for row, number in zip(part, numbers, strict=True):
                 orientation = int(files.orientations[number])
                 if orientation != 1:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ..data.files import ImageFiles
 from ..errors import MissingPackageError
@@ -189,7 +190,7 @@ class DaliRenderer:
         if key not in self._pipelines:
             self._pipelines[key] = self._build.crop_pipeline(resize, batch_size=_RUN_IMAGES, **self._options)
         feeds = {"images": images, "start": box[:, :2].contiguous(), "shape": box[:, 2:].contiguous(), "size": size}
-        return torch.from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
+        return from_dlpack(self._outputs(self._pipelines[key], feeds).as_tensor())
 
     def _apply(self, operation: Operation, pixels: Tensor, view: View, arguments: Tensor) -> Tensor:
         """Apply one operation to images, each with its own argument: (n, S, S, 3) uint8."""
@@ -201,7 +202,7 @@ class DaliRenderer:
         # DALI distributes samples over its threads.
         blocks = self.threads if self.device.type == "cpu" else 1
         feeds = {"block": pixels.chunk(blocks), "arguments": arguments.chunk(blocks)}
-        results = [torch.from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)]
+        results = [from_dlpack(block) for block in self._outputs(self._pipelines[key], feeds)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _outputs(self, pipeline: Any, feeds: Mapping[str, Tensor | Sequence[Tensor]]) -> Any:

@@ -67,7 +67,9 @@ def pair(name: str, context: Context, images: Images) -> Pair:
     elif name == "selflabel":
         former = ClusterModel(context.model_config, context.n_clusters)
         # Sure of some images and not of others, so that the threshold matters.
-        former.cluster_head[0].weight.data *= 3
+        head = former.cluster_head[0]
+        assert isinstance(head, torch.nn.Linear)
+        head.weight.data *= 3
     return make_pair(name, context, images, former, workers=0)
 
 
@@ -150,7 +152,11 @@ def test_every_strong_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: dict[str, list[float]] = {}
 
     def note(name: str) -> Any:
-        return lambda image, value: seen.setdefault(name, []).append(value) or image
+        def unchanged(image: Image.Image, value: float) -> Image.Image:
+            seen.setdefault(name, []).append(value)
+            return image
+
+        return unchanged
 
     monkeypatch.setattr(baseline_images, "STRONG", {name: note(name) for name, _, _ in STRONG_OPERATIONS})
     baseline_images.RandomOperations(2000)(Image.new("RGB", (4, 4)))

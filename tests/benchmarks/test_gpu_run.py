@@ -261,6 +261,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_result(
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_time_that_ends_in_the_middle(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = ["pretext.epochs=100000"]

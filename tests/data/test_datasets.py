@@ -1,10 +1,11 @@
-"""Folder layouts, splits and configurations; every image is made here."""
+"""Folder layouts, splits and configurations, on images that the tests write."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torchvision
 from PIL import Image
 from pydantic import ValidationError
 
-from scan_fast.data import DataConfig, FileSource, open_splits
-from scan_fast.data.datasets import CIFAR20_COARSE, CIFAR20_NAMES, STATISTICS
+from scan_fast.data import DataConfig, FileSource, ImagePaths, open_splits
+from scan_fast.data.datasets import STATISTICS
 from scan_fast.data.folders import default_size
+from scan_fast.data.kinds.cifar import CIFAR20_COARSE, CIFAR20_NAMES
+from scan_fast.data.kinds.folder import SUBSETS
 from scan_fast.errors import DataError
 
 
@@ -30,7 +33,7 @@ def many(folder: Path, n: int) -> None:
     images(folder, *(f"{i:03d}.png" for i in range(n)))
 
 
-def opened(root: Path, **options: object):
+def opened(root: Path, **options: object) -> Any:
     return open_splits(DataConfig.model_validate({"root": root, "image_size": 8, **options}))
 
 
@@ -188,8 +191,6 @@ def test_classes_file_chooses_and_orders(tmp_path: Path) -> None:
 
 
 def test_shipped_subsets_are_nested() -> None:
-    from scan_fast.data.datasets import SUBSETS
-
     lists = {n: (SUBSETS / f"imagenet_{n}.txt").read_text().split() for n in (50, 100, 200)}
     assert all(len(set(names)) == n and names == sorted(names) for n, names in lists.items())
     assert set(lists[50]) < set(lists[100]) < set(lists[200])
@@ -208,7 +209,7 @@ def test_default_size_follows_the_median_side(tmp_path: Path, side: int, expecte
     images(tmp_path, "a.png", "b.png", "c.png", size=side)
     images(tmp_path, "small.png", size=3)
     (tmp_path / "broken.png").write_bytes(b"")
-    assert default_size(sorted(tmp_path.iterdir())) == expected
+    assert default_size(ImagePaths(sorted(tmp_path.iterdir()))) == expected
     (tmp_path / "broken.png").unlink()
     assert open_splits(DataConfig(root=tmp_path)).train.size == expected
 
@@ -230,6 +231,7 @@ def test_digits_are_split_the_same_every_time() -> None:
     digits = load_digits()
     for source in (splits.train, splits.test):
         own = [int(path.rsplit("/", 1)[1]) for path in source.paths]
+        assert source.labels is not None
         assert source.labels.tolist() == digits.target[own].tolist()
         pixels = source.read(torch.arange(len(source)))
         assert torch.equal(pixels[..., 0], pixels[..., 2]) and int(pixels.max()) == 255
@@ -248,7 +250,7 @@ def test_statistics_may_be_set() -> None:
 
 
 def test_cifar20_superclasses() -> None:
-    """Five fine classes each; spot checks against the dataset's published table."""
+    """Five fine classes each; spot checks against the published table of the data set."""
     assert np.bincount(CIFAR20_COARSE).tolist() == [5] * 20 and len(CIFAR20_NAMES) == 20
     fine = {"apple": 0, "aquarium_fish": 1, "baby": 2, "bear": 3, "bee": 6, "maple_tree": 47, "rocket": 69, "worm": 99}
     coarse = {name: CIFAR20_NAMES[CIFAR20_COARSE[number]] for name, number in fine.items()}
@@ -310,6 +312,7 @@ def test_cifar_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert torch.equal(splits.train.read(torch.arange(5)), images[:5])
     assert torch.equal(splits.test.read(torch.arange(2)), images[5:])
     expected = fine if source == "cifar10" else [CIFAR20_COARSE[label] for label in fine]
+    assert splits.train.labels is not None and splits.test.labels is not None
     assert splits.train.labels.tolist() + splits.test.labels.tolist() == expected
     assert splits.train.paths[1] == f"{source}/train/1" and splits.pretext is None
     assert (splits.mean, splits.std) == STATISTICS[source]
@@ -337,8 +340,10 @@ def test_stl10_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images = torch.from_numpy(planes).permute(0, 2, 3, 1)
     assert torch.equal(splits.train.read(torch.arange(3)), images[:3])
     assert torch.equal(splits.test.read(torch.arange(2)), images[7:])
+    assert splits.train.labels is not None and splits.test.labels is not None
     assert splits.train.labels.tolist() == [0, 9, 3] and splits.test.labels.tolist() == [1, 2]
     assert splits.pretext is not None and splits.pretext.labels is None
     assert torch.equal(splits.pretext.read(torch.arange(7)), images[:7])
     assert splits.pretext.paths[:3] == splits.train.paths and splits.pretext.paths[3] == "stl10/unlabeled/00000"
-    assert len(open_splits(DataConfig(source="stl10", root=tmp_path, download=False, limit=2)).pretext) == 2
+    limited = open_splits(DataConfig(source="stl10", root=tmp_path, download=False, limit=2)).pretext
+    assert limited is not None and len(limited) == 2

@@ -1,4 +1,4 @@
-"""The record of files that have been decoded: what it spares, and when it is not believed."""
+"""Record of decoded files: decodings that it saves, and entries that do not count."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from images import varied
 from PIL import Image
 
 from scan_fast.data import DataConfig, files, open_splits
+from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty good photographs and a broken one, written a day ago."""
+    """Return twenty readable photographs and a broken one, written a day ago."""
     root = tmp_path / "photos"
     root.mkdir()
     for i, pixels in enumerate(varied(20, 30, 40).numpy()):
@@ -40,7 +41,6 @@ def opened(
 ) -> tuple[list[str], Any, bytes]:
     """Open the folder; return the names of the files that were decoded, the training source and the new record."""
     decoded: list[str] = []
-    decode = files.decode
 
     def noted(path: str, *arguments: Any, **words: Any) -> Any:
         decoded.append(os.path.basename(path))
@@ -88,7 +88,7 @@ def test_changed_and_new_files_are_decoded_again(folder: Path, monkeypatch: pyte
     }
 
 
-def test_a_file_written_just_now_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_just_now_gets_no_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.utime(folder / "3.jpg")
     _, _, record = opened(folder, b"", monkeypatch)
     assert opened(folder, record, monkeypatch)[0] == ["3.jpg", "broken.jpg"]

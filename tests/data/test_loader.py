@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import FileSource, TensorSource, epoch_batches, prefetch, steps_per_epoch
+from scan_fast.data import FileSource, ImagePaths, TensorSource, epoch_batches, prefetch, steps_per_epoch
 from scan_fast.random import stream_key
 from scan_fast.views import FusedRenderer, PlainView, SimCLRView, TorchRenderer, ViewMaker
+from scan_fast.views.parameters import View
 
 KEY = stream_key(0, "pretext")
 
@@ -73,7 +75,7 @@ def test_view_maker_draws_by_sample_and_shows_the_image() -> None:
 
 
 def test_several_views_are_those_that_are_made_alone() -> None:
-    """And every image is read once for all of them."""
+    """Every image is read once for all views."""
 
     class Counting(TensorSource):
         reads = 0
@@ -85,7 +87,7 @@ def test_several_views_are_those_that_are_made_alone() -> None:
     source = Counting(varied(12, 16, 16))
     make = ViewMaker(source, TorchRenderer((0.5,) * 3, (0.25,) * 3, "cpu"), seed=1, stage="pretext")
     images, samples = torch.tensor([4, 9, 4]), torch.tensor([7, 8, 9])
-    views = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
+    views: list[tuple[View, int]] = [(SimCLRView(), 0), (SimCLRView(), 1), (PlainView(size=8), 2)]
     together = make.render(views, images, epoch=3, samples=samples)
     assert source.reads == 1 and [view.shape[-1] for view in together] == [16, 16, 8]
     for (view, number), got in zip(views, together, strict=True):
@@ -131,12 +133,13 @@ def test_prefetch_raises_in_the_consumer_after_the_good_items() -> None:
 def test_prefetch_ends_its_threads_when_the_consumer_stops() -> None:
     stream = prefetch(abs, itertools.count())
     assert [next(stream), next(stream)] == [0, 1]
+    assert isinstance(stream, Generator)
     stream.close()
     assert not prefetch_threads()
 
 
 def test_prefetch_runs_ahead_and_side_by_side() -> None:
-    """While the first result is in use the next two are being made, at the same time."""
+    """While the consumer uses the first result, two threads compute the next two."""
     together = threading.Barrier(2)
 
     def meet(i: int) -> int:
@@ -162,16 +165,16 @@ def test_ranks_share_each_batch() -> None:
 
 @pytest.mark.parametrize("make_renderer", [TorchRenderer, FusedRenderer])
 def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRenderer]) -> None:
-    """The same part of the picture as without, in the file's resolution: the oracle cuts with PIL."""
+    """The same region as from resized images, at the resolution of the file; compared with crops of PIL."""
     size, side = 16, 24
     for i, pixels in enumerate(varied(6, 90, 130).numpy()):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     files = [f"{i}.png" for i in range(6)]
-    source = FileSource(files, None, size, root=tmp_path, workers=2, resident=False)
+    source = FileSource(ImagePaths(files, tmp_path), None, size, workers=2, resident=False)
     images, samples = torch.tensor([5, 0, 3]), torch.tensor([1, 2, 3])
     renderer = make_renderer((0.5,) * 3, (0.25,) * 3, "cpu")
     make = ViewMaker(source, renderer, seed=1, stage="pretext", crop="file")
-    views = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
+    views: list[tuple[View, int]] = [(SimCLRView(size=side), 0), (PlainView(size=12), 1)]
     got = make.render(views, images, epoch=3, samples=samples)
     for (view, number), result in zip(views, got, strict=True):
         params = view.sample(make.key, 3, samples, number, size, size)
@@ -180,7 +183,9 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
             with Image.open(tmp_path / f"{images[row]}.png") as picture:
                 corners = (left, top, left + width, top + height)
                 box = [offset + round(90 * v / size + 1e-9) for v, offset in zip(corners, (20, 0, 20, 0), strict=True)]
-                part = picture.crop(box).resize((view.side, view.side), Image.Resampling.BILINEAR)
+                part = picture.crop((box[0], box[1], box[2], box[3])).resize(
+                    (view.side, view.side), Image.Resampling.BILINEAR
+                )
             own = {name: value[row : row + 1] for name, value in params.items()}
             own |= {"top": torch.tensor([0]), "left": torch.tensor([0])}
             own |= {name: torch.tensor([view.side]) for name in ("height", "width")}
@@ -193,7 +198,7 @@ def test_views_cut_out_of_files(tmp_path: Path, make_renderer: type[FusedRendere
 
 def test_files_smaller_than_the_frame_can_be_cut(tmp_path: Path) -> None:
     Image.new("RGB", (3, 1), (10, 20, 30)).save(tmp_path / "x.png")
-    source = FileSource(["x.png"], None, 32, root=tmp_path, resident=False)
+    source = FileSource(ImagePaths(["x.png"], tmp_path), None, 32, resident=False)
     boxes = torch.tensor([[31, 31, 1, 1], [0, 0, 32, 32], [0, 31, 32, 1]])
     (cut,) = source.files.cut(torch.zeros(3, dtype=torch.int64), 32, [boxes], [4])
     assert torch.equal(cut, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(3, 4, 4, 3))

@@ -1,4 +1,4 @@
-"""Folders as people have them: names, links, rights and things that only look like images."""
+"""Unusual folders: names, links, permissions, and files that are not images in spite of their suffix."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from images import varied
 from PIL import Image
 
 from scan_fast.data import DataConfig, open_splits
+from scan_fast.data.datasets import Splits
 from scan_fast.data.folders import find_images
 from scan_fast.errors import DataError
 
@@ -26,7 +27,7 @@ def image(path: Path, number: int = 0) -> Path:
     return path
 
 
-def opened(root: Path, **options: object):
+def opened(root: Path, **options: object) -> Splits:
     return open_splits(DataConfig.model_validate({"root": root, "image_size": 8, **options}))
 
 
@@ -109,7 +110,7 @@ def test_files_that_are_no_images_in_spite_of_their_names(tmp_path: Path) -> Non
     }
     for name, content in wrong.items():
         (tmp_path / name).write_bytes(content)
-    # The suffix may be wrong where the content is an image.
+    # The suffix may be wrong if the content is an image.
     image(tmp_path / "really-a-png.jpg")
     for resident in ("host", "files"):
         splits = opened(tmp_path, on_error="skip", resident=resident)
@@ -150,7 +151,7 @@ def test_folders_may_nest_deeper_than_calls(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs the rights of Unix")
 def test_files_and_folders_that_may_not_be_read() -> None:
-    """As another user than root, who may read everything; in a folder that this user can reach."""
+    """Run as another user than root, who may read everything."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Where images are kept, and by which rule."""
+"""Placement of decoded images, and the rules of `auto`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import DataConfig, FileSource, SubsetSource, TensorSource, open_splits, placement
+from scan_fast.data import (
+    DataConfig,
+    FileSource,
+    ImagePaths,
+    SubsetSource,
+    TensorSource,
+    open_splits,
+    placement,
+)
 from scan_fast.data.placement import free_memory, image_bytes, kept_on_host, move_to_device
 from scan_fast.errors import DataError
 
@@ -46,7 +54,7 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path, monkeypatch: pytest
 
 
 def test_all_parts_are_kept_or_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training part alone would fit."""
+    """The training part alone fits in memory."""
     for free, resident in ((2 * 12 * 8 * 8 * 3, True), (2 * 12 * 8 * 8 * 3 - 2, False)):
         monkeypatch.setattr(placement, "free_memory", lambda free=free: free)
         splits = open_splits(DataConfig(root=folder, image_size=8))
@@ -82,7 +90,7 @@ def test_batches_are_gathered_on_the_gpu_without_waiting(folder: Path) -> None:
     images = varied(9, 8, 8)
     whole = TensorSource(images)
     subset = SubsetSource(whole, torch.tensor([7, 2, 4]))
-    streamed = FileSource([f"{i:02d}.png" for i in range(12)], None, 8, root=folder, resident=False)
+    streamed = FileSource(ImagePaths([f"{i:02d}.png" for i in range(12)], folder), None, 8, resident=False)
     assert not move_to_device([whole, streamed], "host", device)
     assert move_to_device([whole, subset, streamed], "auto", device)
     whole.read(torch.tensor([0]))
@@ -103,7 +111,7 @@ def test_files_are_handed_out_as_they_are(folder: Path) -> None:
     Image.new("L", (30, 14)).save(folder / "a.jpg", exif=exif)
     names = ["03.png", "a.jpg", "05.png", "broken.png"]
     (folder / "broken.png").write_bytes(b"")
-    source = FileSource(names, None, 8, root=folder, on_error="skip", resident=False)
+    source = FileSource(ImagePaths(names, folder), None, 8, on_error="skip", resident=False)
     subset = SubsetSource(source, torch.tensor([2, 1]))
     for files, order in ((source.files, ["03.png", "a.jpg", "05.png"]), (subset.files, ["05.png", "a.jpg"])):
         assert files is not None and files.names == order

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,19 @@ from images import varied
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from scan_fast.data import DataConfig, FileSource, Source, SubsetSource, TensorSource, source_from
+from scan_fast.data import (
+    DataConfig,
+    FileSource,
+    ImagePaths,
+    Source,
+    SubsetSource,
+    TensorSource,
+    source_from,
+)
 from scan_fast.errors import DataError
 
 
-def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
+def save(path: Path, array: np.ndarray, mode: str | None = None, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(path, **options)
@@ -21,13 +30,13 @@ def save(path: Path, array: np.ndarray, mode: str | None = None, **options: obje
 
 
 def pictures(folder: Path, n: int, size: int = 12) -> list[str]:
-    """Write images 000.png and so on, and return their names."""
+    """Write images 000.png, 001.png, ... and return their names."""
     images = varied(n, size, size).numpy()
     return [save(folder / f"{i:03d}.png", image).name for i, image in enumerate(images)]
 
 
 def cut(path: Path, length: int) -> None:
-    """Cut a file to its first bytes, or by its last ones."""
+    """Truncate a file to `length` bytes, or by -`length` bytes if it is negative."""
     path.write_bytes(path.read_bytes()[:length])
 
 
@@ -76,7 +85,7 @@ def test_annotations_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize("resident", [False, True])
 def test_file_source_reads_files_in_any_order(tmp_path: Path, resident: bool) -> None:
     files = [f"a b/{name}" for name in pictures(tmp_path / "a b", 7)]
-    source = FileSource(files, torch.arange(7), 12, root=tmp_path, resident=resident, workers=2)
+    source = FileSource(ImagePaths(files, tmp_path), torch.arange(7), 12, resident=resident, workers=2)
     assert source.resident == resident
     assert source.paths[3] == "a b/003.png"
     order = torch.tensor([6, 0, 6, 2])
@@ -91,8 +100,8 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> No
     cut(tmp_path / files[3], 0)
     labels = torch.tensor([5, 6, 7, 8, 9])
     with pytest.raises(DataError, match=r"001\.png.*data\.on_error=skip"):
-        FileSource(files, labels, 12, root=tmp_path, resident=resident)
-    source = FileSource(files, labels, 12, root=tmp_path, on_error="skip", resident=resident)
+        FileSource(ImagePaths(files, tmp_path), labels, 12, resident=resident)
+    source = FileSource(ImagePaths(files, tmp_path), labels, 12, on_error="skip", resident=resident)
     assert source.paths == ["000.png", "002.png", "004.png"]
     assert source.labels is not None and source.labels.tolist() == [5, 7, 9]
     assert [path for path, _ in source.skipped] == ["001.png", "003.png"]
@@ -103,24 +112,24 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, resident: bool) -> No
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_file_cut_in_its_pixels_is_found_before_training(tmp_path: Path, resident: bool, suffix: str) -> None:
-    """Its header is fine, so only its end, or decoding it, shows what is missing."""
+    """The header is intact, so only the end of the file, or decoding it, shows the error."""
     files = [f"{i}.{suffix}" for i in range(3)]
     for name, image in zip(files, varied(3, 64, 64).numpy(), strict=True):
         save(tmp_path / name, image)
     cut(tmp_path / files[2], -600)
     with pytest.raises(DataError, match=rf"2\.{suffix}"):
-        FileSource(files, None, 64, root=tmp_path, resident=resident)
-    source = FileSource(files, None, 64, root=tmp_path, on_error="skip", resident=resident)
+        FileSource(ImagePaths(files, tmp_path), None, 64, resident=resident)
+    source = FileSource(ImagePaths(files, tmp_path), None, 64, on_error="skip", resident=resident)
     assert len(source) == 2 and [path for path, _ in source.skipped] == [files[2]]
     # What a camera or a server has appended does no harm.
     for name in files[:2]:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\0\n")
-    assert len(FileSource(files[:2], None, 64, root=tmp_path, resident=resident)) == 2
+    assert len(FileSource(ImagePaths(files[:2], tmp_path), None, 64, resident=resident)) == 2
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
     files = pictures(tmp_path, 3)
-    source = FileSource(files, None, 12, root=tmp_path, resident=False)
+    source = FileSource(ImagePaths(files, tmp_path), None, 12, resident=False)
     (tmp_path / files[2]).unlink()
     with pytest.raises(DataError, match=r"cannot read image .*002\.png"):
         source.read(torch.arange(3))
@@ -129,8 +138,8 @@ def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
 def test_only_broken_files_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     file.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of the 1 image files could be read"):
-        FileSource([file], None, 8, on_error="skip")
+    with pytest.raises(DataError, match="none of the 1 images could be read"):
+        FileSource(ImagePaths([file]), None, 8, on_error="skip")
 
 
 def test_subset_renumbers_everything(tmp_path: Path) -> None:
@@ -142,8 +151,8 @@ def test_subset_renumbers_everything(tmp_path: Path) -> None:
     assert torch.equal(subset.read(torch.tensor([2, 0])), source.read(torch.tensor([4, 7])))
 
 
-class Items(torch.utils.data.Dataset):
-    def __init__(self, items: list) -> None:
+class Items(torch.utils.data.Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
         self.items = items
 
     def __len__(self) -> int:

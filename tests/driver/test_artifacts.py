@@ -23,7 +23,9 @@ from scan_fast.runs import artifacts
 from scan_fast.runs.folder import RunFolder
 from scan_fast.stages.pipeline import PIPELINE
 
-LISTED = {value.name: value for value in vars(artifacts).values() if isinstance(value, artifacts.Artifact)}
+LISTED: dict[str, artifacts.Artifact[Any]] = {
+    value.name: value for value in vars(artifacts).values() if isinstance(value, artifacts.Artifact)
+}
 LEARNED = ("pretext", "clustering", "selflabel")
 
 
@@ -35,7 +37,12 @@ def test_every_file_of_a_finished_run_is_an_artifact(finished_run: Path) -> None
     known = {*LISTED, *(artifacts.checkpoint(stage).name for stage in LEARNED)}
     assert files_of(finished_run) <= known
     assert {artifact.name for artifact in (*artifacts.OF_STAGES, *artifacts.AT_END)} <= files_of(finished_run)
-    others = (artifacts.CONFIG, artifacts.SUMMARY, artifacts.METRICS, artifacts.SWEEP)
+    others: tuple[artifacts.Artifact[Any], ...] = (
+        artifacts.CONFIG,
+        artifacts.SUMMARY,
+        artifacts.METRICS,
+        artifacts.SWEEP,
+    )
     grouped = [*others, *artifacts.AT_START, *artifacts.OF_STAGES, *artifacts.AT_END]
     assert sorted(artifact.name for artifact in grouped) == sorted(LISTED)
 

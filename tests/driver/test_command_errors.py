@@ -85,6 +85,7 @@ def test_traceback_shows_where_an_error_came_from() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["run", "digits", *TINY, "pretext.method.temperature=1e-9"], "pretext.method.temperature: input should be"),
         (["run", "digits", *TINY, "data.std=[1, 0, 1]"], "mean and std must be 3 numbers each, std above 0"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:resnet"], "torchvision has no"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:squeezenet1_0"], "0 linear classifiers"),
@@ -106,6 +107,7 @@ def test_mistakes_that_are_found_deep_inside(words: list[str], message: str) -> 
     [
         ("timm", ["run", "digits", *TINY, "model.width=1", "model.backbone=timm:resnet18"]),
         ("tensorboard", ["run", "digits", *TINY, "runtime.tensorboard=true"]),
+        ("faiss", ["run", "digits", *TINY, "--quiet", "mining.backend=faiss"]),
         ("onnxscript", ["export", "RUN", "--format", "onnx", "--out", "model.onnx"]),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from scan_fast.data.datasets import STATISTICS
+from scan_fast.errors import ConfigError
+from scan_fast.methods import SimCLRSettings
 from scan_fast.runs.config import (
     Config,
-    ConfigError,
     ScheduleConfig,
     build_config,
     differences,
@@ -248,7 +249,8 @@ def test_a_shipped_configuration_is_found_by_name_and_by_its_usual_path(tmp_path
 def test_overrides_win_over_changes_over_presets() -> None:
     config = load_config(find_config("digits"), ["pretext.epochs=3"], {"pretext.epochs": 2, "mining.k": 7})
     assert (config.pretext.epochs, config.mining.k) == (3, 7)
-    assert load_config(find_config("digits"), ["preset=paper"]).pretext.method.anchors == "first"
+    method = load_config(find_config("digits"), ["preset=paper"]).pretext.method
+    assert isinstance(method, SimCLRSettings) and method.anchors == "first"
 
 
 def test_overrides_are_yaml() -> None:

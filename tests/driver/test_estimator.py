@@ -223,7 +223,7 @@ def test_the_process_stays_as_it_was(pixels: np.ndarray, tmp_path: Path) -> None
     model = ImageClusterer(3, settings={**SETTINGS, "runtime.threads": 1})
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    state, numpy_state = torch.random.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002
     try:
         model.fit(pixels)
         assert torch.get_num_threads() == 3
@@ -238,7 +238,7 @@ def test_the_process_stays_as_it_was(pixels: np.ndarray, tmp_path: Path) -> None
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.random.get_rng_state(), state)
-    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)  # noqa: NPY002
 
 
 def test_a_run_folder_is_of_the_same_images(pixels: np.ndarray, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from scan_fast.runs.artifacts import PRETEXT_MODEL, Artifact, checkpoint
 from scan_fast.stages import embedding
 from scan_fast.stages.handover import EMBEDDINGS, FEATURES, Handover
 from scan_fast.stages.pipeline import FINISH_TAKES, PIPELINE, STAGES, run_stage
+from scan_fast.training.inference import forward_all
 
 
 def test_a_stage_may_only_use_what_it_declares() -> None:
@@ -42,11 +43,10 @@ def test_every_value_that_is_taken_is_handed_on_by_an_earlier_stage() -> None:
 
 def test_embeddings_are_computed_once_and_dropped_after_mining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    forward = embedding.forward_all
 
     def counted(context: Any, model: Any, function: Any, source: Any) -> Any:
         calls.append(len(source))
-        return forward(context, model, function, source)
+        return forward_all(context, model, function, source)
 
     monkeypatch.setattr(embedding, "forward_all", counted)
     handover = Handover()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from scan_fast.data import files as file_source
 from scan_fast.data.datasets import open_splits
+from scan_fast.data.decode import decode
 from scan_fast.errors import RunError
 from scan_fast.runs.artifacts import CONFIG, DECODE_CACHE
 from scan_fast.runs.folder import RunFolder
@@ -42,6 +44,11 @@ def fill_mixed(folder: Path, count: int, first: int = 0) -> None:
         image = mixed(number)
         ending = {"CMYK": "jpg", "L": "jpg", "P": "gif", "1": "bmp"}.get(image.mode, "png")
         image.save(folder / f"{number:03d}.{ending}")
+
+
+def every_third(make: Callable[[int], Image.Image], first: int) -> Callable[[int], Image.Image]:
+    """Return a function that makes image ``first``, ``first + 3``, ... for 0, 1, ..."""
+    return lambda number: make(3 * number + first)
 
 
 def run(images: Path, *words: object) -> Path:
@@ -115,7 +122,7 @@ def test_flat_folder_without_labels(tmp_path: Path) -> None:
 
 def test_class_folders(tmp_path: Path) -> None:
     for kind, name in enumerate(("waves", "bars", "slopes")):
-        fill(tmp_path / "images" / name, 14, make=lambda number, kind=kind: png(3 * number + kind))
+        fill(tmp_path / "images" / name, 14, make=every_third(png, kind))
     folder = run(tmp_path / "images")
     check_summary(folder, labelled=True)
     check_assignments(folder, files(tmp_path / "images"), labelled=True)
@@ -125,7 +132,7 @@ def test_class_folders(tmp_path: Path) -> None:
 def test_train_and_test_folders(tmp_path: Path) -> None:
     for split, count in (("train", 12), ("test", 4)):
         for kind, name in enumerate(("a", "b", "c")):
-            fill(tmp_path / "images" / split / name, count, make=lambda number, kind=kind: picture(3 * number + kind))
+            fill(tmp_path / "images" / split / name, count, make=every_third(picture, kind))
     folder = run(tmp_path / "images")
     check_summary(folder, labelled=True)
     check_assignments(folder, files(tmp_path / "images"), labelled=True)
@@ -144,7 +151,7 @@ def test_file_names_of_every_kind(tmp_path: Path) -> None:
     names = ["with, comma.png", 'with "quotes".png', "ümläut 写真.png", "new\nline.png"]
     for number, name in enumerate(names):
         picture(number).save(tmp_path / "images" / name)
-    shutil.copy(tmp_path / "images" / "000.png", os.fsencode(tmp_path / "images") + b"/bad\xff.png")
+    shutil.copy(os.fsencode(tmp_path / "images" / "000.png"), os.fsencode(tmp_path / "images") + b"/bad\xff.png")
     folder = run(tmp_path / "images")
     paths = {row["path"] for row in assignments(folder)}
     assert {*names, "bad?.png"} <= paths
@@ -157,7 +164,7 @@ def test_file_names_of_every_kind(tmp_path: Path) -> None:
 
 def test_clusters_default_to_the_classes(tmp_path: Path) -> None:
     for kind, name in enumerate(("a", "b", "c")):
-        fill(tmp_path / "images" / name, 12, make=lambda number, kind=kind: picture(3 * number + kind))
+        fill(tmp_path / "images" / name, 12, make=every_third(picture, kind))
     words = ("run", "--data", tmp_path / "images", "--out", "out", "--quiet", *TINY_FOLDER, "data.test_fraction=0.2")
     assert run_here(*words).code == 0
     check_assignments(Path("out"), files(tmp_path / "images"), labelled=True)
@@ -165,7 +172,7 @@ def test_clusters_default_to_the_classes(tmp_path: Path) -> None:
 
 def test_overclustering_and_fewer_clusters_than_classes(tmp_path: Path) -> None:
     for kind, name in enumerate(("a", "b", "c")):
-        fill(tmp_path / "images" / name, 12, make=lambda number, kind=kind: picture(3 * number + kind))
+        fill(tmp_path / "images" / name, 12, make=every_third(picture, kind))
     for clusters in (2, 7):
         words = (
             "--data",
@@ -282,8 +289,12 @@ def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch:
     changes = (f"root={images}", "source=folder", "on_error=skip", "resident=files")
     config = tiny_config(*(f"data.{change}" for change in changes), "clustering.n_clusters=2", "mining.k=2")
     decoded: list[str] = []
-    decode = file_source.decode
-    monkeypatch.setattr(file_source, "decode", lambda path, **words: decoded.append(path) or decode(path, **words))
+
+    def noted(path: str, **words: Any) -> Any:
+        decoded.append(path)
+        return decode(path, **words)
+
+    monkeypatch.setattr(file_source, "decode", noted)
     for start in range(2):
         folder = RunFolder.open(tmp_path / "run", config)
         with folder:

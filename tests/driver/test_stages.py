@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -138,6 +138,7 @@ class Diverging(Line):
     def after_step(self) -> None:
         if self.steps >= self.first and self.fault == "weight":
             with torch.no_grad():
+                assert isinstance(self.model.weight, Tensor)
                 self.model.weight.fill_(float("inf"))
 
 
@@ -156,7 +157,7 @@ def test_a_checkpoint_is_never_overwritten_by_one_that_is_not_finite(fault: str,
 
 
 @pytest.mark.parametrize("every", ["epoch", "step"])
-def test_the_learning_rate_follows_the_schedule(every: str) -> None:
+def test_the_learning_rate_follows_the_schedule(every: Literal["epoch", "step"]) -> None:
     schedule = ScheduleConfig(name="cosine", floor=0.01, warmup_epochs=1, every=every)
     training = TrainingConfig(epochs=5, optimizer=OptimizerConfig(lr=0.3), schedule=schedule)
     optimizer = build_optimizer([nn.Parameter(torch.zeros(2))], training.optimizer)
@@ -196,7 +197,7 @@ def test_pretext_step_is_nt_xent_of_both_views_in_one_pass(anchors: str, tmp_pat
         stage.train_mode()
         batch = stage.batch(0, torch.arange(12))
         assert not batch[0].equal(batch[1])
-        expected = copy.deepcopy(stage.model)(torch.cat(batch))
+        expected = copy.deepcopy(stage.model)(torch.cat(list(batch)))
         loss, _ = stage.step(batch)
         torch.testing.assert_close(loss, nt_xent(expected[:12], expected[12:], 0.2, anchors=anchors))
         # Each image has its parameters whatever batch it is in.
@@ -290,8 +291,8 @@ def test_neighbours_are_drawn_evenly(include_self: bool, use: int | None, finish
             mined = file["train"][:, :use]
         drawn: Counter[int] = Counter()
         everyone = torch.arange(160)
-        stage._views = lambda view, images, **_: images  # type: ignore[assignment,method-assign]
-        stage._views.key = stream_key(0, "clustering")  # type: ignore[attr-defined]
+        stage._views = lambda view, images, **_: images  # type: ignore[assignment]
+        stage._views.key = stream_key(0, "clustering")
         for epoch in range(200):
             anchors, chosen = stage.batch(epoch, everyone)
             assert anchors.equal(everyone)

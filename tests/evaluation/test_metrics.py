@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_tensors_of_any_integer_type() -> None:
         (([0], [0], 1, 1, [[float("nan")]]), "probabilities must not hold NaN"),
     ],
 )
-def test_wrong_input(arguments: tuple, message: str) -> None:
+def test_wrong_input(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clustering_metrics(*arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from scan_fast.evaluation.metrics import clustering_metrics
 from scan_fast.evaluation.probes import kmeans_baseline, kmeans_metrics, knn_accuracy, linear_probe
 
 
-def naive_knn(bank, bank_labels, queries, query_labels, k: int, temperature: float) -> float:
+def naive_knn(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, temperature: float
+) -> float:
     right = 0
     for query, label in zip(queries.tolist(), query_labels.tolist(), strict=True):
         found = []
@@ -76,7 +80,7 @@ def test_knn_spans_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"queries": torch.zeros(2)}, "queries must be floats"),
     ],
 )
-def test_knn_wrong_input(change: dict, message: str) -> None:
+def test_knn_wrong_input(change: dict[str, Any], message: str) -> None:
     arguments = {
         "bank": torch.eye(3),
         "bank_labels": torch.arange(3),

@@ -40,9 +40,10 @@ class Block:
 def blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page."""
     tokens = MarkdownIt("commonmark").parse((ROOT / page).read_text(encoding="utf-8"))
-    fences = [(token, token.map) for token in tokens if token.type == "fence"]
     return [
-        Block(page, lines[0] + 1, token.info.strip(), token.content) for token, lines in fences if lines is not None
+        Block(page, token.map[0] + 1, token.info.strip(), token.content)
+        for token in tokens
+        if token.type == "fence" and token.map is not None
     ]
 
 

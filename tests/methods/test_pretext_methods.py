@@ -35,7 +35,9 @@ class Bootstrap(PretextMethod):
 
     def __init__(self, model: PretextModel, size: int) -> None:
         super().__init__(model)
-        self.predictor = nn.Linear(model.contrastive_head[-1].out_features, 64)  # type: ignore[index, union-attr, arg-type]
+        *_, last = model.contrastive_head.modules()
+        assert isinstance(last, nn.Linear)
+        self.predictor = nn.Linear(last.out_features, 64)
         self.average = MovingAverage(model, 0.9)
         self.size = size
 

@@ -17,13 +17,19 @@ from scan_fast.ops import native, reference
 class PlainBlock(nn.Module):
     """A basic block of PyTorch's own layers, with the names of ours."""
 
+    conv1: nn.Module
+    conv2: nn.Module
+    shortcut: nn.Sequential
+
     def __init__(self, block: BasicBlock) -> None:
         super().__init__()
         for name in ("conv1", "conv2", "shortcut"):
             self.add_module(name, getattr(block, name))
         self.bn1, self.bn2 = plain_norm(block.bn1), plain_norm(block.bn2)
         if len(self.shortcut) > 0:
-            self.shortcut[1] = plain_norm(self.shortcut[1])
+            norm = self.shortcut[1]
+            assert isinstance(norm, BatchNormAct2d)
+            self.shortcut[1] = plain_norm(norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))

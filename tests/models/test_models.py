@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -67,7 +69,7 @@ def test_resnet18_equals_torchvisions_blocks() -> None:
 
 
 def test_stl_stem_matches_a_fixed_seven_pixel_pool_and_takes_other_sizes() -> None:
-    backbone = build_backbone(ModelConfig(backbone="resnet18_stl", width=0.125)).eval()
+    backbone: Any = build_backbone(ModelConfig(backbone="resnet18_stl", width=0.125)).eval()
     x = torch.randn(2, 3, 96, 96)
     y = F.max_pool2d(F.relu(backbone.bn1(backbone.conv1(x))), 2, stride=2, padding=1)
     for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
@@ -89,7 +91,8 @@ def test_resnet50_has_torchvisions_names_without_the_classifier() -> None:
 
 def test_initialisation_is_kaiming_fan_out() -> None:
     torch.manual_seed(0)
-    weight = build_backbone(ModelConfig()).layer3[1].conv1.weight
+    backbone: Any = build_backbone(ModelConfig())
+    weight = backbone.layer3[1].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
 
 
@@ -121,7 +124,7 @@ def test_width_scales_channels() -> None:
         ({"stem": "cifar"}, "Extra inputs"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
 
@@ -181,8 +184,10 @@ def test_heads_equal_each_linear_and_share_with_the_single_head_view() -> None:
         "cluster_head.0.weight",
         "cluster_head.0.bias",
     }
+    head = view.cluster_head[0]
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        view.cluster_head[0].bias.add_(1)
+        head.bias.add_(1)
     torch.testing.assert_close(model(x)[2], logits[2] + 1)
     torch.testing.assert_close(model(x)[:2], logits[:2])
     view.train()
@@ -192,7 +197,7 @@ def test_heads_equal_each_linear_and_share_with_the_single_head_view() -> None:
 def test_every_head_receives_its_own_gradient() -> None:
     model = ClusterModel(DIGITS, n_clusters=4, n_heads=2).eval()
     model.heads(torch.ones(3, 64))[1].sum().backward()
-    gradients = [head.weight.grad for head in model.cluster_head]
+    gradients: list[Any] = [head.weight.grad for head in model.cluster_head]
     assert torch.equal(gradients[0], torch.zeros(4, 64))
     assert torch.equal(gradients[1], torch.full((4, 64), 3.0))
 

@@ -11,7 +11,7 @@ from torch import nn
 from scan_fast.models.moving_average import MovingAverage
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
@@ -44,8 +44,10 @@ def test_it_follows_the_definition(buffers: Literal["average", "keep"]) -> None:
 def test_it_goes_on_from_a_checkpoint() -> None:
     model = network()
     average = MovingAverage(model, 0.5)
+    linear = model[0]
+    assert isinstance(linear, nn.Linear)
     with torch.no_grad():
-        model[0].weight.add_(1)  # type: ignore[union-attr, operator]
+        linear.weight.add_(1)
     average.update()
     other = MovingAverage(model, 0.5)
     other.load_state_dict({name: value.clone() for name, value in average.state_dict().items()})

@@ -7,7 +7,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def prefixed(state: dict[str, Any], prefix: str = "module.") -> dict[str, Any]:
 
 def optimizer_state(model: torch.nn.Module) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    sum(p.sum() for p in model.parameters()).backward()
+    torch.stack([p.sum() for p in model.parameters()]).sum().backward()
     optimizer.step()
     return optimizer.state_dict()
 
@@ -60,7 +60,7 @@ def test_pretext(save: Any) -> None:
 
 
 @pytest.mark.parametrize("projector", ["mlp", "linear"])
-def test_pretext_weights_load_into_our_models(save: Any, projector: str) -> None:
+def test_pretext_weights_load_into_our_models(save: Any, projector: Literal["mlp", "linear"]) -> None:
     source = PretextModel(ModelConfig(width=0.125, projector=projector))
     weights = read_original(save(source.state_dict()))
     target = PretextModel(ModelConfig(width=0.125, projector=projector))
@@ -127,7 +127,7 @@ def small_moco() -> torch.nn.Module:
 
 def test_moco(save: Any) -> None:
     model = small_moco()
-    content = {"epoch": 800, "arch": "resnet50", "state_dict": moco_state(model)}
+    content: dict[str, Any] = {"epoch": 800, "arch": "resnet50", "state_dict": moco_state(model)}
     weights = read_original(save(content))
     assert (weights.kind, weights.head, weights.architecture) == ("moco", None, "resnet50")
     expected = {

@@ -75,7 +75,11 @@ def test_scan_is_the_scan_loss() -> None:
 
 @pytest.mark.parametrize("update", ["full", "heads"])
 def test_another_objective_trains_mlp_heads_and_resumes_in_the_same_bits(update: str, finished: Path) -> None:
-    overrides = ("model.cluster_head=mlp", "model.cluster_hidden_dim=12", f"clustering.update={update}")
+    overrides: tuple[str, ...] = (
+        "model.cluster_head=mlp",
+        "model.cluster_hidden_dim=12",
+        f"clustering.update={update}",
+    )
     overrides += ("clustering.initialize=random", "runtime.checkpoint_seconds=0", "clustering.epochs=2")
 
     class Interrupted(Clustering):

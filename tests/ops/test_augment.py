@@ -275,8 +275,8 @@ def test_wrong_input_raises() -> None:
     with pytest.raises(ValueError, match="operation 13, which does not exist"):
         call(recipes=changed(RECIPE_HEADER, 13))
     posterize = changed(RECIPE_HEADER, int(Operation.POSTERIZE))
-    for value in (-1.0, 9.0, float("nan")):
-        posterize[1, RECIPE_HEADER + 1] = bits(value)
+    for bad in (-1.0, 9.0, float("nan")):
+        posterize[1, RECIPE_HEADER + 1] = bits(bad)
         with pytest.raises(ValueError, match="0 to 8 are possible"):
             call(recipes=posterize)
     with pytest.raises(ValueError, match="size and the images' sides"):

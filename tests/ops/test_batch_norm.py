@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from scan_fast.ops import dispatch, native, reference
 from scan_fast.ops.batch_norm import batch_norm
+from scan_fast.ops.dispatch import Impl
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the compiled module is not built")
 DEVICES = [
@@ -21,39 +24,59 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 SHAPES = [(4, 16, 8, 8), (2, 1, 1, 1), (3, 3, 5, 7), (130, 20, 1, 1), (2, 130, 9, 9), (1, 64, 33, 1), (9, 17, 40, 50)]
 NAMES = ("y", "running_mean", "running_var", "grad_x", "grad_weight", "grad_bias", "grad_residual")
+Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, torch.Tensor
+]  # x, weight, bias, running_mean, running_var, residual or None, upstream gradient
 
 
-def problem(shape, dtype=torch.float32, *, residual=False, seed=0, device="cpu", mean=0.4, spread=1.7):
+def problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    residual: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    mean: float = 0.4,
+    spread: float = 1.7,
+) -> Inputs:
     """Return x, weight, bias, running_mean, running_var, residual and upstream gradient."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*size):
+    def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator)
 
-    def images(values):
+    def images(values: torch.Tensor) -> torch.Tensor:
         return values.to(dtype).to(device, memory_format=torch.channels_last)
 
     channels = shape[1]
     x, other, upstream = mean + spread * normal(*shape), normal(*shape), normal(*shape)
     statistics = mean + 0.1 * normal(channels), spread**2 * (0.5 + torch.rand(channels, generator=generator))
-    tensors = (t.to(device) for t in (normal(channels), normal(channels), *statistics))
-    return (images(x), *tensors, images(other) if residual else None, images(upstream))
+    weight, bias, running_mean, running_var = (t.to(device) for t in (normal(channels), normal(channels), *statistics))
+    return (images(x), weight, bias, running_mean, running_var, images(other) if residual else None, images(upstream))
 
 
-def run(inputs, impl, *, training=True, relu=True, running=True, gate=None):
+def run(
+    inputs: Sequence[Any],
+    impl: Impl,
+    *,
+    training: bool = True,
+    relu: bool = True,
+    running: bool = True,
+    gate: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """Return all results of a call, by name. A gate, if given, replaces the ReLU's mask in the backward pass."""
-    *tensors, residual, upstream = (t if t is None else t.detach().clone() for t in inputs)
-    x, weight, bias, mean, var = tensors
+    copies: list[Any] = [t if t is None else t.detach().clone() for t in inputs]
+    x, weight, bias, mean, var, residual, upstream = copies
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
     mean, var = (mean, var) if running else (None, None)
-    options = {"residual": residual, "training": training, "momentum": 0.2, "impl": impl}
+    options: dict[str, Any] = {"residual": residual, "training": training, "momentum": 0.2, "impl": impl}
     y = batch_norm(x, weight, bias, mean, var, relu=relu and gate is None, **options)
     gradients = torch.autograd.grad(y, leaves, upstream if gate is None else upstream * gate)
     y = y.detach().relu() if relu else y.detach()
     return dict(zip(NAMES, (y, mean, var, *gradients), strict=False))
 
 
-def errors(found, inputs, **options):
+def errors(found: dict[str, Any], inputs: Sequence[Any], **options: bool) -> dict[str, tuple[float, float]]:
     """Return per result its error against float64 and its Euclidean norm.
 
     Rounding may move a value across zero, where both gradients of the ReLU are right. The sign is taken from `found`.
@@ -68,9 +91,9 @@ def errors(found, inputs, **options):
     }
 
 
-def check(inputs, *, training=True, relu=True, running=True):
+def check(inputs: Sequence[Any], *, training: bool = True, relu: bool = True, running: bool = True) -> None:
     """Check that errors are at most twice those of PyTorch in the same dtype, plus a few units in the last place."""
-    options = {"training": training, "relu": relu, "running": running}
+    options: dict[str, Any] = {"training": training, "relu": relu, "running": running}
     ours, plain = run(inputs, "native", **options), run(inputs, "reference", **options)
     allowed = errors(plain, inputs, **options)
     for name, (error, size) in errors(ours, inputs, **options).items():
@@ -88,7 +111,9 @@ def check(inputs, *, training=True, relu=True, running=True):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtype, residual, relu, training, device):
+def test_matches_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: bool, relu: bool, training: bool, device: str
+) -> None:
     check(problem(shape, dtype, residual=residual, device=device), training=training, relu=relu)
 
 
@@ -100,14 +125,16 @@ def test_matches_float64(shape, dtype, residual, relu, training, device):
     relu=st.booleans(),
     training=st.booleans(),
 )
-def test_matches_float64_at_any_shape(shape, dtype, residual, relu, training):
+def test_matches_float64_at_any_shape(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: bool, relu: bool, training: bool
+) -> None:
     training = training and shape[0] * shape[2] * shape[3] > 1
     check(problem(shape, dtype, residual=residual, seed=sum(shape)), training=training, relu=relu)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mean", [1e3, -1e4])
-def test_a_large_mean_leaves_the_variance_its_digits(mean, device):
+def test_a_large_mean_leaves_the_variance_its_digits(mean: float, device: str) -> None:
     inputs = problem((16, 24, 12, 12), device=device, mean=mean, spread=1.0)
     check(inputs)
     y = run(inputs, "native", relu=False)["y"].transpose(0, 1).flatten(1).double()
@@ -115,7 +142,7 @@ def test_a_large_mean_leaves_the_variance_its_digits(mean, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_constant_channel_becomes_its_bias(device):
+def test_a_constant_channel_becomes_its_bias(device: str) -> None:
     inputs = list(problem((4, 24, 6, 6), device=device))
     inputs[0] = torch.full_like(inputs[0], 3.7)
     found = run(inputs, "native", relu=False)
@@ -126,7 +153,7 @@ def test_a_constant_channel_becomes_its_bias(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_non_finite_values_propagate_as_in_pytorch(residual, training, device):
+def test_non_finite_values_propagate_as_in_pytorch(residual: bool, training: bool, device: str) -> None:
     inputs = problem((4, 20, 6, 6), residual=residual, device=device)
     inputs[1].abs_()
     inputs[0][1, 0, 2, 3], inputs[0][1, 5, 2, 3], inputs[0][2, 19, 0, 0] = torch.nan, torch.inf, -torch.inf
@@ -138,11 +165,11 @@ def test_non_finite_values_propagate_as_in_pytorch(residual, training, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual", [True, False])
-def test_without_running_statistics(residual, device):
+def test_without_running_statistics(residual: bool, device: str) -> None:
     inputs = problem((5, 18, 4, 4), residual=residual, device=device)
     check(inputs, running=False)
     for missing in (2, 3):
-        arguments = [t.clone() for t in inputs[1:5]]
+        arguments: list[Any] = [t.clone() for t in inputs[1:5]]
         arguments[missing] = None
         with pytest.raises(ValueError, match="running_mean and running_var must both be given"):
             batch_norm(inputs[0], *arguments, training=True, impl="native")
@@ -150,10 +177,10 @@ def test_without_running_statistics(residual, device):
         batch_norm(*inputs[:3], None, None, training=False, impl="native")
 
 
-def test_auto_uses_the_kernel_if_possible(monkeypatch):
+def test_auto_uses_the_kernel_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def plain(*arguments, **options):
+    def plain(*arguments: Any, **options: Any) -> torch.Tensor:
         taken.append("reference")
         return right(*arguments, **options)
 
@@ -162,7 +189,7 @@ def test_auto_uses_the_kernel_if_possible(monkeypatch):
     inputs = problem((4, 16, 5, 5), residual=True)
     x, residual = inputs[0], inputs[5]
 
-    def auto(x, residual=None):
+    def auto(x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
         taken.clear()
         arguments = [t.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for t in inputs[1:5]]
         y = batch_norm(x, *arguments, residual=residual, training=True)
@@ -179,7 +206,7 @@ def test_auto_uses_the_kernel_if_possible(monkeypatch):
     assert not auto(x)
 
 
-def test_native_requires_channels_last():
+def test_native_requires_channels_last() -> None:
     inputs = problem((4, 16, 5, 5))
     for x in (inputs[0].contiguous(), inputs[0][:, :, ::2], inputs[0][:, ::2]):
         channels = x.shape[1]
@@ -190,7 +217,7 @@ def test_native_requires_channels_last():
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_the_upstream_gradient_may_have_any_layout_and_dtype(layout):
+def test_the_upstream_gradient_may_have_any_layout_and_dtype(layout: torch.memory_format) -> None:
     inputs = problem((4, 16, 5, 5), residual=True)
     expected = run(inputs, "native")
     found = run((*inputs[:6], inputs[6].contiguous(memory_format=layout)), "native")
@@ -201,7 +228,7 @@ def test_the_upstream_gradient_may_have_any_layout_and_dtype(layout):
     torch.testing.assert_close(x.grad, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
-def test_gradients_of_some_inputs():
+def test_gradients_of_some_inputs() -> None:
     inputs = problem((4, 16, 5, 5), residual=True)
     expected = run(inputs, "native")
     leaves = [t.clone() for t in (*inputs[:3], inputs[5])]
@@ -217,7 +244,7 @@ def test_gradients_of_some_inputs():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_graph_can_be_used_again(device):
+def test_graph_can_be_used_again(device: str) -> None:
     inputs = problem((4, 16, 5, 5), residual=True, device=device)
     x, residual = (t.clone().requires_grad_() for t in (inputs[0], inputs[5]))
     y = batch_norm(x, *inputs[1:5], residual=residual, training=True, impl="native")
@@ -229,7 +256,7 @@ def test_graph_can_be_used_again(device):
     torch.testing.assert_close(x.grad, 2 * first[0])
 
 
-def test_double_backward_raises():
+def test_double_backward_raises() -> None:
     inputs = problem((4, 16, 5, 5))
     x = inputs[0].clone().requires_grad_()
     y = batch_norm(x, *inputs[1:5], training=True, impl="native")
@@ -240,7 +267,7 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_input_same_bits(dtype, device):
+def test_same_input_same_bits(dtype: torch.dtype, device: str) -> None:
     inputs = problem((16, 48, 20, 20), dtype, residual=True, device=device)
     expected = run(inputs, "native")
     threads = torch.get_num_threads()
@@ -254,7 +281,7 @@ def test_same_input_same_bits(dtype, device):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa: str) -> None:
     code = """
 import test_batch_norm as cases
 from scan_fast import _C
@@ -275,7 +302,7 @@ print(_C.build_info()["cpu_isa"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_opcheck(training, residual, device):
+def test_opcheck(training: bool, residual: bool, device: str) -> None:
     x, weight, bias, mean, var, other, upstream = problem((3, 20, 4, 4), residual=residual, device=device)
     ops = torch.ops.scan_fast
     arguments = (x, other, weight, bias, mean, var, training, 0.1, 1e-5, True)
@@ -287,10 +314,10 @@ def test_opcheck(training, residual, device):
     torch.library.opcheck(ops.batch_norm, arguments)
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks() -> None:
     inputs = problem((3, 20, 4, 4), residual=True)
 
-    def step(x, residual, mean, var):
+    def step(x: torch.Tensor, residual: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
         return batch_norm(x + 0, *inputs[1:3], mean, var, residual=2 * residual, training=True, impl="native") * 3
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -303,7 +330,7 @@ def test_compiles_without_graph_breaks():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_wrong_input_raises():
+def test_wrong_input_raises() -> None:
     x, weight, bias, mean, var, residual, _ = problem((4, 16, 5, 5), residual=True)
     for changed, message in [
         ({"x": x[0]}, r"x must be \(N, C, H, W\) in channels-last layout, got shape \[16, 5, 5\]"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import grad as conv2d_gradients
 
 from scan_fast.models import convolution
 from scan_fast.models.backbones import BasicBlock
@@ -73,8 +74,8 @@ def test_matches_float64(case: tuple[int, ...]) -> None:
     sizes = tuple(weight.shape)
     terms = (
         F.conv2d(x64.detach().abs(), weight64.detach().abs(), stride=stride, padding=padding),
-        torch.nn.grad.conv2d_input(x.shape, weight64.detach().abs(), grad.double().abs(), stride, padding),
-        torch.nn.grad.conv2d_weight(x64.detach().abs(), sizes, grad.double().abs(), stride, padding),
+        conv2d_gradients.conv2d_input(x.shape, weight64.detach().abs(), grad.double().abs(), stride, padding),
+        conv2d_gradients.conv2d_weight(x64.detach().abs(), sizes, grad.double().abs(), stride, padding),
     )
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = conv2d(*leaves, stride, padding)

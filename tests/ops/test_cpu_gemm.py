@@ -26,13 +26,13 @@ sizes = st.integers(1, 130)
     beta=st.sampled_from([0.0, 1.0, -0.5]),
     padding=st.integers(0, 3),
 )
-def test_matches_float64(m, n, k, layout, kernel, beta, padding):
+def test_matches_float64(m: int, n: int, k: int, layout: str, kernel: str, beta: float, padding: int) -> None:
     if kernel == "bfloat16" and not native._C.build_info()["cpu_gemm_bf16"]:
         return
     generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
     dtype = torch.bfloat16 if kernel == "bfloat16" else torch.float32
 
-    def matrix(rows, columns):
+    def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns + padding, generator=generator).to(dtype)[:, :columns]
 
     a = matrix(k, m) if layout == "tn" else matrix(m, k)
@@ -50,7 +50,7 @@ def test_matches_float64(m, n, k, layout, kernel, beta, padding):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa: str) -> None:
     """Environment variables select a lower instruction set and disable MKL; the product stays the same."""
     code = """
 import torch

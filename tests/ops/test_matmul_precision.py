@@ -77,6 +77,6 @@ sys.exit(failed > 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nt_xent_follows_the_precision_settings(device):
+def test_nt_xent_follows_the_precision_settings(device: str) -> None:
     result = subprocess.run([sys.executable, "-c", CODE, device], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import scan_fast
 from scan_fast.ops import native, reference
+from scan_fast.ops.dispatch import Impl
 from scan_fast.ops.neighbors import search
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason="the compiled module is not built")
@@ -151,7 +152,7 @@ DATA = {
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("name", list(DATA))
-def test_exact(name: str, metric: str, impl: str, device: str) -> None:
+def test_exact(name: str, metric: str, impl: Impl, device: str) -> None:
     x = DATA[name]().to(device)
     similarity, index = scan_fast.topk_neighbors(x, 20, metric=metric, impl=impl)
     assert similarity.device == index.device == x.device
@@ -271,7 +272,7 @@ def test_any_shape(device: str, n: int, q: int, d: int, share: float, n_values: 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_queries_and_their_duplicates(impl: str, device: str) -> None:
+def test_queries_and_their_duplicates(impl: Impl, device: str) -> None:
     x = normal(500, 32).to(device)
     queries = torch.cat([x[7:9], normal(3, 32, seed=9).to(device), torch.full((1, 32), torch.nan, device=device)])
     similarity, index = scan_fast.topk_neighbors(x, 4, queries=queries, impl=impl)
@@ -286,7 +287,7 @@ def test_queries_and_their_duplicates(impl: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_inputs_are_converted_to_float32(dtype: torch.dtype, impl: str, device: str) -> None:
+def test_sixteen_bit_inputs_are_converted_to_float32(dtype: torch.dtype, impl: Impl, device: str) -> None:
     x = normal(400, 65).to(device, dtype)
     prove(*scan_fast.topk_neighbors(x, 10, impl=impl), x.float(), 10)
 
@@ -361,7 +362,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_agrees_with_faiss(impl: str) -> None:
+def test_agrees_with_faiss(impl: Impl) -> None:
     faiss = pytest.importorskip("faiss")
     x = torch.nn.functional.normalize(normal(1000, 32), dim=1)
     searcher = faiss.IndexFlatIP(32)
@@ -404,7 +405,7 @@ def test_compiles_without_graph_break(device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_queries(impl: str) -> None:
+def test_no_queries(impl: Impl) -> None:
     similarity, index = scan_fast.topk_neighbors(normal(5, 3), 2, queries=torch.empty(0, 3), impl=impl)
     assert similarity.shape == index.shape == (0, 2)
     assert similarity.dtype == torch.float32 and index.dtype == torch.int64

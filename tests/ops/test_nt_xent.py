@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +18,28 @@ from hypothesis import strategies as st
 
 from scan_fast import NTXentLoss, nt_xent
 from scan_fast.ops import native, reference, trust
+from scan_fast.ops.dispatch import Impl
 from scan_fast.ops.nt_xent import _check_ranks_agree, _DistributedNTXent, _local_choices
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-IMPLS = ["reference", *(["native"] if native.is_available() else [])]
+IMPLS: list[Impl] = ["reference", "native"] if native.is_available() else ["reference"]
 needs_native = pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
 
 
-def views(n, d, *, seed=0, dtype=torch.float32, device="cpu", close=0.5):
+def views(
+    n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", close: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two correlated views, so that positives differ from negatives."""
     generator = torch.Generator().manual_seed(seed)
     z0 = torch.randn(n, d, generator=generator)
     z1 = close * z0 + (1 - close) * torch.randn(n, d, generator=generator)
-    return [z.to(device=device, dtype=dtype).requires_grad_() for z in (z0, z1)]
+    z0, z1 = (z.to(device=device, dtype=dtype).requires_grad_() for z in (z0, z1))
+    return z0, z1
 
 
-def oracle(z0, z1, temperature, anchors):
+def oracle(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float, anchors: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Compute the definition in float64: one cross-entropy per anchor over all rows except the anchor."""
     z0, z1 = (z.detach().double().cpu().requires_grad_() for z in (z0, z1))
     unit = F.normalize(torch.cat([z0, z1]), dim=1)
@@ -43,11 +52,11 @@ def oracle(z0, z1, temperature, anchors):
     return F.cross_entropy(logits, target, reduction="none"), (z0, z1)
 
 
-def gradients(losses, inputs, upstream):
+def gradients(losses: torch.Tensor, inputs: Sequence[torch.Tensor], upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(losses, inputs, upstream.to(losses), retain_graph=True)
 
 
-def assert_matches(z0, z1, temperature, anchors, impl):
+def assert_matches(z0: torch.Tensor, z1: torch.Tensor, temperature: float, anchors: str, impl: Impl) -> None:
     """Check losses and gradients for a random upstream gradient; the tolerance grows with rounding of the logits."""
     expected, inputs = oracle(z0, z1, temperature, anchors)
     losses = nt_xent(z0, z1, temperature, anchors=anchors, reduction="none", impl=impl)
@@ -70,7 +79,7 @@ def assert_matches(z0, z1, temperature, anchors, impl):
     ("n", "d", "temperature"),
     [(1, 3, 0.5), (2, 1, 0.5), (3, 7, 0.1), (65, 33, 0.07), (130, 128, 0.5), (40, 300, 0.1), (9, 2051, 0.2)],
 )
-def test_matches_the_definition(device, impl, anchors, n, d, temperature):
+def test_matches_the_definition(device: str, impl: Impl, anchors: str, n: int, d: int, temperature: float) -> None:
     assert_matches(*views(n, d, device=device), temperature, anchors, impl)
 
 
@@ -83,7 +92,9 @@ def test_matches_the_definition(device, impl, anchors, n, d, temperature):
     impl=st.sampled_from(IMPLS),
     seed=st.integers(0, 1000),
 )
-def test_matches_the_definition_for_any_shape(n, d, temperature, anchors, impl, seed):
+def test_matches_the_definition_for_any_shape(
+    n: int, d: int, temperature: float, anchors: str, impl: Impl, seed: int
+) -> None:
     assert_matches(*views(n, d, seed=seed), temperature, anchors, impl)
 
 
@@ -91,12 +102,14 @@ def test_matches_the_definition_for_any_shape(n, d, temperature, anchors, impl, 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("anchors", ["both", "first"])
 @pytest.mark.parametrize("temperature", [0.5, 0.0301, 0.02, 0.003])
-def test_several_blocks_against_the_reference(device, anchors, temperature):
+def test_several_blocks_against_the_reference(device: str, anchors: str, temperature: float) -> None:
     """More rows than one tile holds, at temperatures with one shift for all rows and with one per row."""
     z0, z1 = views(701, 72, device=device, seed=3)
     exact0, exact1 = (z.detach().double().requires_grad_() for z in (z0, z1))
     upstream = torch.linspace(-1, 2, 1402 if anchors == "both" else 701, device=device)
     results = []
+    inputs: tuple[torch.Tensor, torch.Tensor]
+    impl: Impl
     for inputs, impl in (((z0, z1), "native"), ((z0, z1), "reference"), ((exact0, exact1), "reference")):
         losses = nt_xent(*inputs, temperature, anchors=anchors, reduction="none", impl=impl)
         results.append([losses, *gradients(losses, inputs, upstream)])
@@ -106,10 +119,10 @@ def test_several_blocks_against_the_reference(device, anchors, temperature):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_golden_value(impl):
+def test_golden_value(impl: Impl) -> None:
     """The result equals that of the original implementation."""
 
-    def grid(k):
+    def grid(k: float) -> torch.Tensor:
         return torch.tensor([[math.sin((i * 6 + j) * k) for j in range(6)] for i in range(8)])
 
     loss = nt_xent(grid(0.9), grid(1.1), 0.1, anchors="first", impl=impl)
@@ -119,7 +132,7 @@ def test_golden_value(impl):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_inputs(device, impl, dtype):
+def test_sixteen_bit_inputs(device: str, impl: Impl, dtype: torch.dtype) -> None:
     z0, z1 = views(50, 24, dtype=dtype, device=device)
     expected, inputs = oracle(z0, z1, 0.2, "both")
     loss = nt_xent(z0, z1, 0.2, impl=impl)
@@ -127,12 +140,13 @@ def test_sixteen_bit_inputs(device, impl, dtype):
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-3 if device == "cuda" else 1e-6)
     loss.backward()
     for z, exact in zip((z0, z1), torch.autograd.grad(expected.mean(), inputs), strict=True):
+        assert z.grad is not None
         assert z.grad.dtype == dtype
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(z.grad.double().cpu(), exact, rtol=2 * unit, atol=unit * float(exact.abs().max()))
 
 
-def test_float64_goes_through_the_reference():
+def test_float64_goes_through_the_reference() -> None:
     z0, z1 = views(5, 4, dtype=torch.float64)
     assert nt_xent(z0, z1).dtype == torch.float64
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3, reduction="none"), (z0, z1))
@@ -142,7 +156,7 @@ def test_float64_goes_through_the_reference():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_reductions(impl):
+def test_reductions(impl: Impl) -> None:
     z0, z1 = views(6, 5)
     losses = nt_xent(z0, z1, reduction="none", impl=impl)
     assert losses.shape == (12,)
@@ -155,17 +169,18 @@ def test_reductions(impl):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_one_pair_has_no_negatives(device, impl):
+def test_one_pair_has_no_negatives(device: str, impl: Impl) -> None:
     z0, z1 = views(1, 4, device=device)
     loss = nt_xent(z0, z1, 0.1, impl=impl)
     loss.backward()
     assert float(loss.detach()) == 0
+    assert z0.grad is not None and z1.grad is not None
     assert not z0.grad.any() and not z1.grad.any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_non_contiguous_inputs(device, impl):
+def test_non_contiguous_inputs(device: str, impl: Impl) -> None:
     z0, z1 = views(20, 16, device=device)
     wide = torch.stack([z0.detach(), z1.detach()], dim=2).requires_grad_()  # stride 2 along D
     transposed = z1.detach().T.contiguous().T.requires_grad_()
@@ -173,13 +188,14 @@ def test_non_contiguous_inputs(device, impl):
     expected.backward()
     torch.testing.assert_close(nt_xent(wide[..., 0], transposed, impl=impl), expected)
     nt_xent(wide[..., 0], transposed, impl=impl).backward()
+    assert wide.grad is not None
     torch.testing.assert_close(wide.grad[..., 0], z0.grad)
     torch.testing.assert_close(transposed.grad, z1.grad)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_expanded_upstream_gradient_and_repeated_backward(device, impl):
+def test_expanded_upstream_gradient_and_repeated_backward(device: str, impl: Impl) -> None:
     z0, z1 = views(9, 6, device=device)
     losses = nt_xent(z0, z1, reduction="none", impl=impl)
     ones = torch.ones((), device=device).expand(18)  # stride 0
@@ -195,9 +211,10 @@ def test_expanded_upstream_gradient_and_repeated_backward(device, impl):
 
 @needs_native
 @pytest.mark.parametrize("device", DEVICES)
-def test_only_one_input_needs_a_gradient(device):
+def test_only_one_input_needs_a_gradient(device: str) -> None:
     z0, z1 = views(8, 6, device=device)
     nt_xent(z0, z1.detach(), impl="native").backward()
+    assert z0.grad is not None
     expected, inputs = oracle(z0, z1, 0.5, "both")
     torch.testing.assert_close(
         z0.grad.double().cpu(), torch.autograd.grad(expected.mean(), inputs)[0], rtol=1e-4, atol=1e-6
@@ -206,7 +223,7 @@ def test_only_one_input_needs_a_gradient(device):
 
 
 @needs_native
-def test_double_backward_raises():
+def test_double_backward_raises() -> None:
     z0, z1 = views(4, 3)
     (grad,) = torch.autograd.grad(nt_xent(z0, z1, impl="native"), z0, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
@@ -216,7 +233,7 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("factor", [1e-6, 1e8])
-def test_scale_does_not_matter(device, impl, factor):
+def test_scale_does_not_matter(device: str, impl: Impl, factor: float) -> None:
     z0, z1 = views(30, 12, device=device)
     plain = nt_xent(z0, z1, 0.2, impl=impl)
     plain.backward()
@@ -224,13 +241,14 @@ def test_scale_does_not_matter(device, impl, factor):
     scaled = nt_xent(s0, s1, 0.2, impl=impl)
     scaled.backward()
     torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-5)
+    assert s0.grad is not None
     torch.testing.assert_close(s0.grad * factor, z0.grad, rtol=1e-4, atol=1e-6)
 
 
 @needs_native
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("factor", [1e30, 1e-11])
-def test_lengths_whose_squares_leave_float32(device, factor):
+def test_lengths_whose_squares_leave_float32(device: str, factor: float) -> None:
     z0, z1 = views(30, 12, device=device)
     s0, s1 = ((z.detach() * factor).requires_grad_() for z in (z0, z1))
     torch.testing.assert_close(nt_xent(s0, s1, 0.2, impl="native"), nt_xent(z0, z1, 0.2), rtol=1e-5, atol=1e-5)
@@ -238,7 +256,7 @@ def test_lengths_whose_squares_leave_float32(device, factor):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_zero_rows(device, impl):
+def test_zero_rows(device: str, impl: Impl) -> None:
     z0, z1 = (z.detach() for z in views(5, 4, device=device))
     z0[2] = 0
     z1[2:4] = 0
@@ -247,7 +265,7 @@ def test_zero_rows(device, impl):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_identical_and_opposite_rows(device, impl):
+def test_identical_and_opposite_rows(device: str, impl: Impl) -> None:
     """All similarities are at their bounds, the worst case for one shift for all rows."""
     base = torch.tensor([[1.0, 2.0, -1.0]], device=device)
     same = base.expand(6, 3).clone().requires_grad_()
@@ -260,30 +278,32 @@ def test_identical_and_opposite_rows(device, impl):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.5, 0.01])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_rows_are_not_hidden(device, temperature, bad):
+def test_bad_rows_are_not_hidden(device: str, temperature: float, bad: float) -> None:
     z0, z1 = (z.detach() for z in views(40, 20, device=device))
     z0[3, 5] = bad
     z0.requires_grad_()
     losses = nt_xent(z0, z1, temperature, reduction="none", impl="native")
     assert losses.isnan().all()  # the row is a negative or the anchor of every loss
     losses.sum().backward()
+    assert z0.grad is not None
     assert z0.grad.isnan().all()
 
 
 @needs_native
 @pytest.mark.parametrize("temperature", [1e-8, 1e-4, 1e4])
-def test_extreme_temperatures_stay_finite(temperature):
+def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     z0, z1 = views(33, 8)
     loss = nt_xent(z0, z1, temperature, impl="native")
     loss.backward()
     expected = nt_xent(z0.double(), z1.double(), temperature)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
+    assert z0.grad is not None and z1.grad is not None
     assert z0.grad.isfinite().all() and z1.grad.isfinite().all()
 
 
 @needs_native
 @pytest.mark.parametrize("anchors", ["both", "first"])
-def test_same_bits_for_any_number_of_threads(anchors):
+def test_same_bits_for_any_number_of_threads(anchors: str) -> None:
     z0, z1 = views(700, 40)
     before = torch.get_num_threads()
     results = []
@@ -300,7 +320,7 @@ def test_same_bits_for_any_number_of_threads(anchors):
 
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa, tmp_path):
+def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     """One process per instruction set, with the portable matrix product, gives what this process gives."""
     z0, z1 = views(150, 37)
     expected = {}
@@ -325,7 +345,7 @@ for temperature, expected in case["expected"].items():
 
 
 @needs_native
-def test_medium_matmul_precision_allows_sixteen_bit_products():
+def test_medium_matmul_precision_allows_sixteen_bit_products() -> None:
     z0, z1 = views(600, 128)
     exact = nt_xent(z0, z1, 0.1, impl="native")
     exact_grad = torch.autograd.grad(exact, z0)[0]
@@ -343,7 +363,7 @@ def test_medium_matmul_precision_allows_sixteen_bit_products():
 
 
 @needs_native
-def test_no_matrix_of_all_pairs_is_stored():
+def test_no_matrix_of_all_pairs_is_stored() -> None:
     """The peak of the process grows by far less than one M x M matrix (268 MB here)."""
     code = """
 import resource, torch
@@ -364,7 +384,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @needs_native
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_pass_opcheck(device):
+def test_operators_pass_opcheck(device: str) -> None:
     z0, z1 = views(9, 6, device=device)
     ops = torch.ops.scan_fast
     for both, begin, count in ((True, 0, 9), (False, 2, 4)):
@@ -378,10 +398,10 @@ def test_operators_pass_opcheck(device):
 @needs_native
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("anchors", ["both", "first"])
-def test_compiles_without_graph_breaks(device, anchors):
+def test_compiles_without_graph_breaks(device: str, anchors: str) -> None:
     z0, z1 = views(12, 8, device=device)
 
-    def step(a, b):
+    def step(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return nt_xent(2 * a, b, 0.2, anchors=anchors, impl="native") * 3
 
     expected = step(z0, z1)
@@ -397,7 +417,7 @@ def test_compiles_without_graph_breaks(device, anchors):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast(device, impl):
+def test_autocast(device: str, impl: Impl) -> None:
     z0, z1 = views(30, 16, device=device)
     expected = nt_xent(z0, z1, 0.1, impl=impl)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -406,6 +426,7 @@ def test_autocast(device, impl):
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
     assert mixed.dtype == torch.float32
     mixed.backward()
+    assert z0.grad is not None
     assert z0.grad.dtype == torch.float32 and z0.grad.any()
 
 
@@ -430,19 +451,19 @@ def test_autocast(device, impl):
         ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got \'max\''),
     ],
 )
-def test_wrong_arguments_raise(impl, change, message):
+def test_wrong_arguments_raise(impl: Impl, change: dict[str, Any], message: str) -> None:
     arguments = {"z0": torch.zeros(3, 5), "z1": torch.zeros(3, 5), "temperature": 0.5, "impl": impl, **change}
     with pytest.raises(ValueError, match=message):
         nt_xent(**arguments)
 
 
-def test_unknown_impl_raises():
+def test_unknown_impl_raises() -> None:
     with pytest.raises(ValueError, match="impl must be"):
-        nt_xent(torch.zeros(2, 2), torch.zeros(2, 2), impl="fast")
+        nt_xent(torch.zeros(2, 2), torch.zeros(2, 2), impl="fast")  # type: ignore[arg-type]
 
 
 @needs_native
-def test_local_ranges_make_up_the_whole():
+def test_local_ranges_make_up_the_whole() -> None:
     """Any split of the samples gives the rows of the full result, as in a distributed run."""
     z0, z1 = (z.detach() for z in views(300, 24))
     ops = torch.ops.scan_fast
@@ -461,22 +482,23 @@ def test_local_ranges_make_up_the_whole():
                 torch.testing.assert_close(grad, full[begin:end], rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_process_group_gathering_changes_nothing():
+def test_without_a_process_group_gathering_changes_nothing() -> None:
     z0, z1 = views(6, 5)
     torch.testing.assert_close(NTXentLoss(0.2, gather_distributed=True)(z0, z1), NTXentLoss(0.2)(z0, z1))
 
 
-def _rank(rank, store_path, world, n, results):
+def _rank(rank: int, store_path: str, world: int, n: int, results: Any) -> None:
     """Run one rank in its own process: put (rank, losses and gradients per case, error text) into the queue."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store_path}", rank=rank, world_size=world)
-    answers = {}
+    answers: dict[Any, Any] = {}
     full = [z.detach() for z in views(world * n, 19, seed=5)]
     for impl in IMPLS:
         for anchors in ("both", "first"):
             z0, z1 = (z[rank * n : (rank + 1) * n].clone().requires_grad_() for z in full)
             loss = NTXentLoss(0.1, anchors=anchors, gather_distributed=True, impl=impl)(z0, z1)
             loss.backward()
+            assert z0.grad is not None and z1.grad is not None
             answers[impl, anchors] = (loss.item(), z0.grad.tolist(), z1.grad.tolist())
     try:
         NTXentLoss(0.1, gather_distributed=True)(*(z[: 8 - 3 * rank] for z in full))
@@ -497,7 +519,12 @@ def _rank(rank, store_path, world, n, results):
     _local_choices.clear()
     taken = []
     forward = _DistributedNTXent.apply
-    _DistributedNTXent.apply = lambda *arguments: (taken.append("kernel"), forward(*arguments))[1]
+
+    def counted(*arguments: Any) -> Any:
+        taken.append("kernel")
+        return forward(*arguments)
+
+    _DistributedNTXent.apply = counted
     for impl, trusted_by_all in (("auto", False), ("auto", True), ("native", True)):
         # A later decision, as after a CUDA graph, changes nothing: the other ranks would not know it in time.
         trust._decided["nt_xent", "cpu", 0] = trusted_by_all or rank == 0
@@ -515,7 +542,7 @@ def _rank(rank, store_path, world, n, results):
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path: Path) -> None:
     """Two ranks give the loss and the gradient of the full batch, and raise for batches of different sizes."""
     world, n = 2, 21
     context = torch.multiprocessing.get_context("spawn")
@@ -524,7 +551,12 @@ def test_two_processes(tmp_path):
     processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
-    guard = threading.Timer(120, lambda: [process.kill() for process in processes])
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    guard = threading.Timer(120, kill)
     guard.start()
     for process in processes:
         process.join()
@@ -550,7 +582,7 @@ def test_two_processes(tmp_path):
     assert by_rank[1][3][0] == "agreed" and "(21, 19)" in by_rank[1][3][1] and "(20, 19)" in by_rank[1][3][1]
 
 
-def test_reference_is_the_definition_of_the_gradient():
+def test_reference_is_the_definition_of_the_gradient() -> None:
     """The gradient of the reference equals finite differences."""
     z0, z1 = views(3, 4, dtype=torch.float64)
     for both in (True, False):

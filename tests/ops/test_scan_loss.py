@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from scan_fast import SCANLoss, scan_loss
 from scan_fast.ops import native, reference
+from scan_fast.ops.dispatch import Impl
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason="the compiled module is not built")
 pytestmark = needs_native
@@ -37,12 +39,20 @@ SHAPES = [
 ]
 
 
-def logits(shape, dtype=torch.float32, scale=3.0, seed=0, device="cpu"):
+def logits(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    scale: float = 3.0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
 
 
-def oracle(anchors, neighbors, entropy_weight, upstream):
+def oracle(
+    anchors: torch.Tensor, neighbors: torch.Tensor, entropy_weight: float, upstream: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Return values and gradients by autograd through the reference, in float64."""
     a, n = (x.detach().double().requires_grad_() for x in (anchors, neighbors))
     heads = (a, n) if a.ndim == 3 else (a[None], n[None])
@@ -50,7 +60,7 @@ def oracle(anchors, neighbors, entropy_weight, upstream):
     return values, torch.autograd.grad(values, (a, n), [u.double() for u in upstream])
 
 
-def check(anchors, neighbors, entropy_weight=5.0, seed=3):
+def check(anchors: torch.Tensor, neighbors: torch.Tensor, entropy_weight: float = 5.0, seed: int = 3) -> None:
     a, n = (x.detach().clone().requires_grad_() for x in (anchors, neighbors))
     values = scan_loss(a, n, entropy_weight, impl="native")
     upstream = [logits(v.shape, seed=seed + i, scale=1.0, device=a.device) for i, v in enumerate(values)]
@@ -74,7 +84,7 @@ def check(anchors, neighbors, entropy_weight=5.0, seed=3):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtype, device):
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     check(logits(shape, dtype, seed=1, device=device), logits(shape, dtype, seed=2, device=device))
 
 
@@ -86,14 +96,14 @@ def test_matches_float64(shape, dtype, device):
     scale=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_matches_float64_at_any_shape(heads, rows, classes, scale, dtype):
+def test_matches_float64_at_any_shape(heads: int, rows: int, classes: int, scale: float, dtype: torch.dtype) -> None:
     shape = (heads, rows, classes)
     check(logits(shape, dtype, scale, seed=rows), logits(shape, dtype, scale, seed=classes + 100))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 50])
-def test_few_classes(rows, dtype):
+def test_few_classes(rows: int, dtype: torch.dtype) -> None:
     """One row per lane up to 32 classes, one row at a time from 33 on; row counts around the vector widths."""
     for classes in range(1, 34):
         a, n = (logits((2, rows, classes), dtype, seed=classes + s) for s in (1, 2))
@@ -105,7 +115,7 @@ def test_few_classes(rows, dtype):
 
 
 @pytest.mark.parametrize("rows", [5, 16, 40])
-def test_a_bad_row_spoils_its_own_gradient_only(rows):
+def test_a_bad_row_spoils_its_own_gradient_only(rows: int) -> None:
     for classes in (1, 10, 16, 17, 33):
         a, n = logits((rows, classes), seed=1), logits((rows, classes), seed=2)
         n[rows - 2, 0] = torch.nan
@@ -117,7 +127,7 @@ def test_a_bad_row_spoils_its_own_gradient_only(rows):
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
-def test_golden_values(impl):
+def test_golden_values(impl: Impl) -> None:
     """The values equal those of the original implementation."""
     a, n = (3 * torch.sin(torch.arange(40, dtype=torch.float64) * k).view(8, 5).float() for k in (0.7, 1.3))
     total, consistency, entropy = scan_loss(a, n, 5.0, impl=impl)
@@ -129,7 +139,7 @@ def test_golden_values(impl):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [5, 40, 1100, 4200])
 @pytest.mark.parametrize("size", [40.0, 200.0, 3e4])
-def test_confident_rows_that_disagree_keep_their_gradient(size, classes, device):
+def test_confident_rows_that_disagree_keep_their_gradient(size: float, classes: int, device: str) -> None:
     """<p, q> underflows in float32, but the loss is exact and its gradient brings the two predictions together."""
     a, n = (torch.zeros(4, classes, device=device) for _ in range(2))
     a[:, 0] = size
@@ -140,13 +150,14 @@ def test_confident_rows_that_disagree_keep_their_gradient(size, classes, device)
     consistency = scan_loss(a, n, impl="native")[1]
     consistency.backward()
     assert consistency.item() == pytest.approx(0.75 * (size - math.log(2)), rel=1e-4)
+    assert a.grad is not None
     assert (a.grad[1:, 1] < -0.1).all()  # upward for the neighbour's class
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [6, 50, 1100, 4200])
-def test_masked_classes(classes, dtype, device):
+def test_masked_classes(classes: int, dtype: torch.dtype, device: str) -> None:
     a, n = (logits((9, classes), dtype, seed=s, device=device) for s in (1, 2))
     a[:, 3] = -torch.inf
     n[:, 4] = -torch.inf
@@ -155,14 +166,14 @@ def test_masked_classes(classes, dtype, device):
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
-def test_large_offsets(offset):
+def test_large_offsets(offset: float) -> None:
     a, n = logits((33, 20), seed=1) + offset, logits((33, 20), seed=2) - offset
     check(a, n)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [5, 40, 1100])
-def test_nan_and_inf_stay_visible(classes, device):
+def test_nan_and_inf_stay_visible(classes: int, device: str) -> None:
     for bad in (torch.nan, torch.inf):
         a, n = logits((3, classes), seed=1, device=device), logits((3, classes), seed=2, device=device)
         a[1, 2] = bad
@@ -176,7 +187,7 @@ def test_nan_and_inf_stay_visible(classes, device):
     assert scan_loss(a, n, impl="native")[1] == torch.inf
 
 
-def test_a_class_without_images():
+def test_a_class_without_images() -> None:
     """A mean prediction below 1e-8 is clamped and has no gradient."""
     a, n = logits((16, 12), seed=1), logits((16, 12), seed=2)
     a[:, 5] = -60.0
@@ -184,7 +195,7 @@ def test_a_class_without_images():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_strides_do_not_matter(device):
+def test_strides_do_not_matter(device: str) -> None:
     base = logits((10, 40, 24), seed=5, device=device)
     a, n = base.transpose(0, 1)[:, ::2, 1::3], base.flip(0).transpose(0, 1)[:, ::2, 1::3]
     check(a, n)
@@ -196,7 +207,7 @@ def test_strides_do_not_matter(device):
     assert gradient.isfinite().all()
 
 
-def test_graph_can_be_used_again():
+def test_graph_can_be_used_again() -> None:
     a, n = (logits((20, 10), seed=s).requires_grad_() for s in (1, 2))
     total, consistency, entropy = scan_loss(a, n, impl="native")
     first = torch.autograd.grad(total, (a, n), retain_graph=True)
@@ -207,10 +218,10 @@ def test_graph_can_be_used_again():
         torch.testing.assert_close(x, z)
 
 
-def test_only_one_input_needs_a_gradient():
+def test_only_one_input_needs_a_gradient() -> None:
     a, n = logits((20, 10), seed=1), logits((20, 10), seed=2)
     both = [x.clone().requires_grad_() for x in (a, n)]
-    expected = torch.autograd.grad(scan_loss(*both, impl="native")[0], both)
+    expected = torch.autograd.grad(scan_loss(both[0], both[1], impl="native")[0], both)
     for i, x in enumerate((a, n)):
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(scan_loss(a, n, impl="native")[0], x)
@@ -219,7 +230,7 @@ def test_only_one_input_needs_a_gradient():
     assert not scan_loss(a, n, impl="native")[0].requires_grad
 
 
-def test_double_backward_raises():
+def test_double_backward_raises() -> None:
     a, n = (logits((6, 4), seed=s).requires_grad_() for s in (1, 2))
     (gradient,) = torch.autograd.grad(scan_loss(a, n, impl="native")[0], a, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -228,8 +239,8 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(300, 10), (2, 5000, 10), (4, 900, 37), (3, 40, 1500)], ids=str)
-def test_same_input_same_bits(shape, device):
-    def run():
+def test_same_input_same_bits(shape: tuple[int, ...], device: str) -> None:
+    def run() -> list[torch.Tensor]:
         a, n = (logits(shape, seed=s, device=device).requires_grad_() for s in (1, 2))
         values = scan_loss(a, n, impl="native")
         return [*values, *torch.autograd.grad(values[0].sum(), (a, n))]
@@ -245,8 +256,8 @@ def test_same_input_same_bits(shape, device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic):
-    def step(a, n):
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    def step(a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         total, consistency, entropy = scan_loss(a * 2, n + 1, 3.0, impl="native")
         return (total + 0.5 * consistency * entropy).sum()
 
@@ -259,7 +270,7 @@ def test_compiles_without_graph_breaks(dynamic):
             torch.testing.assert_close(x, y)
 
 
-def test_autocast_takes_16_bit_logits():
+def test_autocast_takes_16_bit_logits() -> None:
     weight = logits((10, 16), scale=1.0).requires_grad_()
     x = logits((32, 16), seed=4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,12 +278,13 @@ def test_autocast_takes_16_bit_logits():
         total = scan_loss(a, a.flip(0), impl="native")[0]
     assert a.dtype == torch.bfloat16 and total.dtype == torch.float32
     total.backward()
+    assert weight.grad is not None
     assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 7, 5)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(shape, device):
+def test_opcheck(shape: tuple[int, ...], device: str) -> None:
     a, n = (logits(shape, seed=s, device=device) for s in (1, 2))
     ops = torch.ops.scan_fast
     torch.library.opcheck(ops.scan_loss_forward, (a, n, 2.0))
@@ -281,7 +293,7 @@ def test_opcheck(shape, device):
     torch.library.opcheck(ops.scan_loss, (a.requires_grad_(), n.requires_grad_(), 2.0))
 
 
-def test_float64_goes_through_the_reference():
+def test_float64_goes_through_the_reference() -> None:
     a, n = (logits((5, 4), torch.float64, seed=s).requires_grad_() for s in (1, 2))
     assert scan_loss(a, n)[0].dtype == torch.float64
     assert torch.autograd.gradcheck(lambda x, y: scan_loss(x, y, 2.0), (a, n))
@@ -289,9 +301,9 @@ def test_float64_goes_through_the_reference():
         scan_loss(a, n, impl="native")
 
 
-def test_wrong_input_raises():
+def test_wrong_input_raises() -> None:
     a = torch.zeros(4, 3)
-    for arguments, message in [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         ((torch.zeros(3), torch.zeros(3)), r"anchors must be logits.*\(3,\)"),
         ((torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 3)), "anchors must be logits"),
         ((torch.zeros(0, 3), torch.zeros(0, 3)), "anchors must not be empty"),
@@ -302,21 +314,22 @@ def test_wrong_input_raises():
         ((a.long(), a.long()), "anchors must be floating-point"),
         ((a, a, math.nan), "entropy_weight must be a finite number, got nan"),
         ((a, a, math.inf), "entropy_weight"),
-    ]:
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             scan_loss(*arguments)
     with pytest.raises(ValueError, match="impl must be"):
-        scan_loss(a, a, impl="fast")
+        scan_loss(a, a, impl="fast")  # type: ignore[arg-type]
 
 
-def test_module_is_the_function():
+def test_module_is_the_function() -> None:
     a, n = logits((6, 4), seed=1), logits((6, 4), seed=2)
     for x, y in zip(SCANLoss(3.0)(a, n), scan_loss(a, n, 3.0), strict=True):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa: str) -> None:
     code = """
 import torch
 from scan_fast import _C, scan_loss, self_label_loss

@@ -1,6 +1,7 @@
 """The self-label loss: compiled kernel and reference against float64, on every available device."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from scan_fast import SelfLabelLoss, self_label_loss
 from scan_fast.ops import native, reference
+from scan_fast.ops.dispatch import Impl
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the compiled module is not built")
 DEVICES = [
@@ -20,7 +22,9 @@ GRADIENT_RTOL = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-
 SHAPES = [(1, 1), (1, 2), (7, 10), (7000, 9), (130, 33), (65, 100), (9, 1000), (33, 1025), (3, 5000)]
 
 
-def views(shape, dtype=torch.float32, seed=0, device="cpu"):
+def views(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weak logits, about half of whose rows are confident, and strong logits."""
     generator = torch.Generator().manual_seed(seed)
     weak = torch.randn(shape, generator=generator)
@@ -30,7 +34,7 @@ def views(shape, dtype=torch.float32, seed=0, device="cpu"):
     return weak.to(dtype).to(device), strong.to(dtype).to(device)
 
 
-def check(weak, strong, threshold=0.9, balance=True):
+def check(weak: torch.Tensor, strong: torch.Tensor, threshold: float = 0.9, balance: bool = True) -> int:
     s, s64 = strong.detach().clone().requires_grad_(), strong.detach().double().requires_grad_()
     loss, count = self_label_loss(weak, s, threshold, balance=balance, impl="native")
     expected, expected_count = reference.self_label_loss(weak.double(), s64, threshold, balance)
@@ -54,7 +58,7 @@ def check(weak, strong, threshold=0.9, balance=True):
 @pytest.mark.parametrize("balance", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtype, balance, device):
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, balance: bool, device: str) -> None:
     assert check(*views(shape, dtype, device=device), balance=balance) > 0
 
 
@@ -66,13 +70,15 @@ def test_matches_float64(shape, dtype, balance, device):
     balance=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_matches_float64_at_any_shape(rows, classes, threshold, balance, dtype):
+def test_matches_float64_at_any_shape(
+    rows: int, classes: int, threshold: float, balance: bool, dtype: torch.dtype
+) -> None:
     check(*views((rows, classes), dtype, seed=rows * 71 + classes), threshold, balance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 50])
-def test_few_classes(rows, dtype):
+def test_few_classes(rows: int, dtype: torch.dtype) -> None:
     """One row per lane up to 32 classes, one row at a time from 33 on; row counts around the vector widths."""
     for classes in range(1, 34):
         weak, strong = views((rows, classes), dtype, seed=classes)
@@ -84,7 +90,7 @@ def test_few_classes(rows, dtype):
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
-def test_golden_values(impl):
+def test_golden_values(impl: Impl) -> None:
     """The values equal those of the original implementation."""
     weak, strong = (
         s * torch.sin(torch.arange(40, dtype=torch.float64) * k).view(8, 5).float() for s, k in ((9, 0.7), (3, 1.3))
@@ -97,16 +103,17 @@ def test_golden_values(impl):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", ["native", "reference"])
-def test_no_confident_row(impl, device):
+def test_no_confident_row(impl: Impl, device: str) -> None:
     weak, strong = torch.zeros(5, 4, device=device), torch.ones(5, 4, device=device, requires_grad=True)
     loss, count = self_label_loss(weak, strong, 0.5, impl=impl)
     assert loss == 0 and count == 0
     loss.backward()
+    assert strong.grad is not None
     assert torch.equal(strong.grad, torch.zeros_like(strong))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_threshold_is_strict_and_ties_go_to_the_first_class(device):
+def test_the_threshold_is_strict_and_ties_go_to_the_first_class(device: str) -> None:
     weak = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, -torch.inf]], device=device)
     strong = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]], device=device)
     loss, count = self_label_loss(weak, strong, 0.5, impl="native")
@@ -120,7 +127,7 @@ def test_the_threshold_is_strict_and_ties_go_to_the_first_class(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [5, 40, 1100])
-def test_unconfident_rows_may_hold_anything(classes, device):
+def test_unconfident_rows_may_hold_anything(classes: int, device: str) -> None:
     weak, strong = views((8, classes), device=device)
     clean, _ = self_label_loss(weak, strong, 0.9, impl="native")
     strong[1], strong[3, 0], weak[5] = torch.nan, torch.inf, torch.nan
@@ -128,12 +135,13 @@ def test_unconfident_rows_may_hold_anything(classes, device):
     loss, count = self_label_loss(weak, strong, 0.9, impl="native")
     assert torch.equal(loss, clean) and count == 4
     loss.backward()
+    assert strong.grad is not None
     assert strong.grad.isfinite().all() and (strong.grad[1::2] == 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_classes(dtype, device):
+def test_masked_classes(dtype: torch.dtype, device: str) -> None:
     weak, strong = views((9, 50), dtype, device=device)
     labels = set(weak.float().argmax(1).tolist())
     masked = next(c for c in range(50) if c not in labels)
@@ -142,14 +150,14 @@ def test_masked_classes(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_strides_do_not_matter(device):
+def test_strides_do_not_matter(device: str) -> None:
     weak, strong = views((40, 60), device=device)
     check(weak.T, strong.T, 0.1)
     check(weak[::3, 1::2], strong[::3, 1::2], 0.1)
     check(weak[:1].expand(8, 60), strong[:1].expand(8, 60))
 
 
-def test_no_gradient_flows_into_the_weak_view():
+def test_no_gradient_flows_into_the_weak_view() -> None:
     weak, strong = views((12, 6))
     weak.requires_grad_()
     assert not self_label_loss(weak, strong, 0.5, impl="native")[0].requires_grad
@@ -160,7 +168,7 @@ def test_no_gradient_flows_into_the_weak_view():
     assert weak.grad is None and strong.grad is not None
 
 
-def test_graph_can_be_used_again():
+def test_graph_can_be_used_again() -> None:
     weak, strong = views((20, 10))
     strong.requires_grad_()
     loss, _ = self_label_loss(weak, strong, 0.9, impl="native")
@@ -169,7 +177,7 @@ def test_graph_can_be_used_again():
     torch.testing.assert_close(3 * first, again)
 
 
-def test_double_backward_raises():
+def test_double_backward_raises() -> None:
     weak, strong = views((6, 4))
     strong.requires_grad_()
     loss, _ = self_label_loss(weak, strong, 0.9, impl="native")
@@ -180,10 +188,10 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(4000, 10), (300, 1000)], ids=str)
-def test_same_input_same_bits(shape, device):
+def test_same_input_same_bits(shape: tuple[int, ...], device: str) -> None:
     weak, strong = views(shape, device=device)
 
-    def run():
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         s = strong.clone().requires_grad_()
         loss, count = self_label_loss(weak, s, 0.9, impl="native")
         return loss, count, torch.autograd.grad(loss, s)[0]
@@ -198,8 +206,8 @@ def test_same_input_same_bits(shape, device):
         torch.set_num_threads(threads)
 
 
-def test_compiles_without_graph_breaks():
-    def step(weak, strong):
+def test_compiles_without_graph_breaks() -> None:
+    def step(weak: torch.Tensor, strong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss, count = self_label_loss(weak + 0, strong * 2, 0.9, impl="native")
         return loss * 3, count + 1
 
@@ -212,7 +220,7 @@ def test_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
+def test_opcheck(device: str) -> None:
     weak, strong = views((7, 5), device=device)
     ops = torch.ops.scan_fast
     torch.library.opcheck(ops.self_label_forward, (weak, strong, 0.9, True))
@@ -221,7 +229,7 @@ def test_opcheck(device):
     torch.library.opcheck(ops.self_label, (weak, strong.requires_grad_(), 0.9, True))
 
 
-def test_float64_goes_through_the_reference():
+def test_float64_goes_through_the_reference() -> None:
     weak, strong = (x.double() for x in views((5, 4)))
     strong.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: self_label_loss(weak, s, 0.9)[0], (strong,))
@@ -229,9 +237,9 @@ def test_float64_goes_through_the_reference():
         self_label_loss(weak, strong, 0.9, impl="native")
 
 
-def test_wrong_input_raises():
+def test_wrong_input_raises() -> None:
     a = torch.zeros(4, 3)
-    for arguments, message in [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         ((torch.zeros(3), torch.zeros(3)), r"weak must be logits \(B, C\), got shape \(3,\)"),
         ((torch.zeros(1, 4, 3), torch.zeros(1, 4, 3)), "weak must be logits"),
         ((torch.zeros(0, 3), torch.zeros(0, 3)), "weak must not be empty"),
@@ -241,12 +249,13 @@ def test_wrong_input_raises():
         ((a.long(), a.long()), "weak must be floating-point"),
         ((a, a, 1.5), r"threshold must be in \[0, 1\], got 1.5"),
         ((a, a, math.nan), "threshold"),
-    ]:
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             self_label_loss(*arguments)
 
 
-def test_module_returns_only_the_loss():
+def test_module_returns_only_the_loss() -> None:
     weak, strong = views((6, 4))
     assert torch.equal(SelfLabelLoss(0.9)(weak, strong), self_label_loss(weak, strong, 0.9)[0])
     weak = 20 * torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 0, 0, 1]), 4).float()

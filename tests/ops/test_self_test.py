@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +48,13 @@ def test_every_family_has_outputs_to_corrupt() -> None:
     assert {family for family, _, _ in WRONG} == {family.name for family in GPU_FAMILIES}
 
 
-def corrupt(monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tuple, tuple], None]) -> None:
+def corrupt(
+    monkeypatch: pytest.MonkeyPatch, operator: str, change: Callable[[tuple[Any, ...], tuple[Any, ...]], object]
+) -> None:
     """Change the results of an operator in place by calling `change` with its arguments and results."""
     right = getattr(torch.ops.scan_fast, operator)
 
-    def wrong(*arguments):
+    def wrong(*arguments: Any) -> Any:
         results = right(*arguments)
         change(arguments, results if isinstance(results, tuple) else (results,))
         return results
@@ -70,7 +73,7 @@ def change_one_value(x: torch.Tensor) -> None:
 def test_one_wrong_value_is_found(family: str, operator: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def change(arguments: tuple, results: tuple) -> None:
+    def change(arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         if results[output].numel():
             calls.append(operator)
             change_one_value(results[output])
@@ -95,7 +98,7 @@ def test_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_tile_of_a_long_run_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows 448 to 511 do not see the block whose rows lie near coordinate 20."""
 
-    def change(arguments: tuple, results: tuple) -> None:
+    def change(arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         if results[0].shape == (3072, 96) and results[0].dtype == dtype:
             results[0][448:512, 20] = 0
 
@@ -108,7 +111,7 @@ def test_a_lost_tile_of_a_long_run_is_found(dtype: torch.dtype, monkeypatch: pyt
 def test_a_lost_tile_of_a_long_sum_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums of rows 448 to 511 lack the exponentials of one block, 64 of 6,144 columns."""
 
-    def change(arguments: tuple, results: tuple) -> None:
+    def change(arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         if arguments[0].shape == (3072, 96) and arguments[0].dtype == dtype:
             results[0][448:512] += torch.tensor(1 - 64 / 7500).log()
 
@@ -120,7 +123,7 @@ def test_a_lost_tile_of_a_long_sum_is_found(dtype: torch.dtype, monkeypatch: pyt
 def test_a_lost_tile_of_a_long_search_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries 512 to 639 do not see rows 1,280 to 1,407."""
 
-    def change(arguments: tuple, results: tuple) -> None:
+    def change(arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         index = results[1]
         if index.shape == (6144, 40):
             tile = index[512:640]
@@ -132,7 +135,7 @@ def test_a_lost_tile_of_a_long_search_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_errors_of_kernels_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments):
+    def broken(*arguments: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     monkeypatch.setattr(torch.ops.scan_fast, "self_label_forward", broken)
@@ -171,7 +174,7 @@ def medium() -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-STATES = {
+STATES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),

@@ -5,6 +5,7 @@ No GPU is needed: the tests treat the CPU as a device whose kernels must be trus
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def forget_this_process() -> None:
         memory.clear()
 
 
-class SelfTests(list):
+class SelfTests(list[tuple[str, str]]):
     """Self-tests that ran, as (family, kernels); `results` overrides the results of some."""
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ def test_a_wrong_kernel_is_not_used(family: str, tests: SelfTests, monkeypatch: 
     right = getattr(torch.ops.scan_fast, operator)
     through = []
 
-    def wrong(*arguments):
+    def wrong(*arguments: Any) -> Any:
         results = right(*arguments)
         first = results[0] if isinstance(results, tuple) else results
         # For augment, only batches are wrong: on the CPU the test compares them with single images.
@@ -218,7 +220,7 @@ def test_the_record_counts_for_its_own_source_and_gpu(
     wrong: str, tests: SelfTests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "build_info", lambda: {"sources": {"self_label/self_label_cuda": "abc"}})
-    record = {"status": "verified", "passed": {"sha256": "abc", "device": trust._name(CPU)}}
+    record: dict[str, Any] = {"status": "verified", "passed": {"sha256": "abc", "device": trust._name(CPU)}}
     monkeypatch.setattr(gpu_status, "records", lambda: {"self_label/self_label_cuda": record})
     assert decide() and tests == []
     assert trust.standing(FAMILY, "portable", CPU) == "verified"
@@ -572,20 +574,25 @@ def test_a_first_use_in_any_state(state: str, tests: SelfTests) -> None:
         warnings.simplefilter("error")
         if state == "grad transform":
             seen = []
-            torch.func.grad(lambda z: (seen.append(dispatch.use_native("auto", z, "scan_loss_forward")), z.sum())[1])(x)
+
+            def objective(z: torch.Tensor) -> torch.Tensor:
+                seen.append(dispatch.use_native("auto", z, "scan_loss_forward"))
+                return z.sum()
+
+            torch.func.grad(objective)(x)
             assert seen == [True]
         elif state == "fake":
             with FakeTensorMode():
                 y = torch.randn(8, 5)
                 assert type(scan_fast.scan_loss(y, y, 5.0)[0]) is type(y) is not torch.Tensor
         else:
-            context = {
+            contexts: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
                 "inference": torch.inference_mode,
                 "no_grad": torch.no_grad,
                 "autocast": lambda: torch.autocast("cpu"),
                 "default device": lambda: torch.device("meta"),
-            }[state]
-            with context():
+            }
+            with contexts[state]():
                 scan_fast.scan_loss(x[0], x[1], 5.0)
     assert tests == [("scan_loss", "portable")] and trust._decided["scan_loss", "cpu", 0] is True
 
@@ -593,6 +600,7 @@ def test_a_first_use_in_any_state(state: str, tests: SelfTests) -> None:
 # ---- scan-fast info --check ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.serial
 def test_a_crash_or_a_hang_is_one_line_and_the_next_test_runs(tests: SelfTests) -> None:
     passed = json.dumps({"passed": True, "how": "self-test passed", "worst": 0.5, "milliseconds": 12.0})
     words = {

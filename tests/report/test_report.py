@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,9 @@ class Page(HTMLParser):
         return re.sub(r"[ \n]+", " ", " ".join(self.text))
 
 
-def write_run(folder: Path, rows: Iterable[tuple], *, extra: tuple[str, ...] = (), n_clusters: int | None = 3) -> None:
+def write_run(
+    folder: Path, rows: Iterable[tuple[Any, ...]], *, extra: tuple[str, ...] = (), n_clusters: int | None = 3
+) -> None:
     with (folder / "assignments.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "split", "cluster", "confidence", "margin", *extra])
@@ -87,13 +90,13 @@ def pictures(split: str, rows: list[int]) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), colour(split, row)) for row in rows]
 
 
-def shown_colours(page: Page) -> list[tuple[int, int, int]]:
+def shown_colours(page: Page) -> list[Any]:
     urls = page.values("img", "src")
     assert all(url.startswith("data:image/png;base64,") for url in urls)
     return [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).getpixel((3, 3)) for url in urls]
 
 
-def simple_rows(labelled: bool = False) -> list[tuple]:
+def simple_rows(labelled: bool = False) -> list[tuple[Any, ...]]:
     rows = []
     for i in range(90):
         split = "test" if i % 3 == 2 else "train"
@@ -357,7 +360,9 @@ def test_a_large_confusion_matrix_is_a_picture(tmp_path: Path) -> None:
 def drawn_points(svg: str) -> list[list[tuple[float, float]]]:
     """The strokes of the curve, as lists of points."""
     strokes: list[list[tuple[float, float]]] = []
-    for letter, x, y in re.findall(r"([ML])([\d.]+) ([\d.]+)", re.search(r'd="([^"]*)"', svg).group(1)):
+    path = re.search(r'd="([^"]*)"', svg)
+    assert path is not None
+    for letter, x, y in re.findall(r"([ML])([\d.]+) ([\d.]+)", path.group(1)):
         if letter == "M":
             strokes.append([])
         strokes[-1].append((float(x), float(y)))

@@ -9,6 +9,9 @@ import torch
 import scan_fast
 from benchmarks import augment as benchmark
 from scan_fast.ops import native
+from scan_fast.ops.augment import augment as fused_augment
+from scan_fast.ops.batch_norm import batch_norm as fused_batch_norm
+from scan_fast.ops.dispatch import Impl
 from tools.gpu import checks, process
 from tools.gpu.cases import SIZES, augment, batch_norm, exempt, neighbors, nt_xent
 
@@ -107,9 +110,9 @@ def test_the_checks_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, one_thr
 @needs_module
 def test_the_checks_find_a_layer_that_forgets_its_statistics(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     assert problems("accuracy", "batch_norm", 6) == {}
-    right = batch_norm.batch_norm
+    right = fused_batch_norm
 
-    def forgets(x: torch.Tensor, *arguments: Any, impl: str, **options: Any) -> torch.Tensor:
+    def forgets(x: torch.Tensor, *arguments: Any, impl: Impl, **options: Any) -> torch.Tensor:
         if impl == "native":
             arguments = (*arguments[:3], arguments[3].clone())
         return right(x, *arguments, impl=impl, **options)
@@ -122,7 +125,7 @@ def test_the_checks_find_a_layer_that_forgets_its_statistics(monkeypatch: pytest
 @needs_module
 def test_the_checks_find_a_view_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     assert problems("accuracy", "augment", 4) == {}
-    right = benchmark.augment
+    right = fused_augment
 
     def off_in_batches(images: torch.Tensor, recipes: torch.Tensor, *arguments: Any) -> torch.Tensor:
         views = right(images, recipes, *arguments)

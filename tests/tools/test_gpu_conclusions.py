@@ -17,9 +17,9 @@ def stage_record(*problems: str, done: bool = True) -> dict[str, Any]:
     return conclusions.empty() | {"cases": cases, "done": done}
 
 
-def summary_of(hashes: str = "a", device: str = "a GPU", **of_scan_loss: dict[str, Any]) -> dict[str, Any]:
+def summary_of(hashes: str = "a", device: str = "a GPU", **of_scan_loss: Any) -> dict[str, Any]:
     """Return a summary in which every set passed everything, except for the given stages of the SCAN loss."""
-    sets = {
+    sets: dict[str, Any] = {
         name: {
             "source": source,
             "sha256": hashes * 64,
@@ -44,14 +44,15 @@ def test_verified_is_what_passed_everything() -> None:
     assert len(summary_of()["kernels"]) == len(SETS)
     for stage in conclusions.GATING:
         for gap in (stage_record("", "", done=False), stage_record()):
-            kernel = scan_loss_of(summary_of(**{stage: gap}))
+            changed: dict[str, Any] = {stage: gap}
+            kernel = scan_loss_of(summary_of(**changed))
             assert (kernel["status"], kernel["reason"]) == (conclusions.PARTLY, f"not finished: {stage}")
     kernel = scan_loss_of(summary_of(timings=stage_record("", "nan", "inf")))
     assert (kernel["status"], kernel["reason"]) == (conclusions.FAILED, "timings: 1: nan (and 1 more)")
 
 
 def test_a_stage_that_makes_no_sense_for_a_family_is_no_gap() -> None:
-    sets = {"scan_loss:portable": {"stages": {}}}
+    sets: dict[str, Any] = {"scan_loss:portable": {"stages": {}}}
     about = {"stage": "graph", "family": "scan_loss", "kernels": "portable"}
     conclusions.note(sets, {"exempt": "the host reads something", **about})
     graph = sets["scan_loss:portable"]["stages"]["graph"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scan_fast import gpu_status
+from tools.docs.gpu_status import PAGE, render
 from tools.gpu import conclusions
 from tools.gpu import status as tool
 
@@ -16,7 +17,7 @@ PASSED = {"sha256": "a" * 64, "date": "2030-01-02", "commit": "c" * 40, "device"
 
 
 def test_the_record_of_this_repository_is_right() -> None:
-    assert tool.problems(gpu_status.records(), tool.hashes(), tool.PAGE.read_text()) == []
+    assert tool.problems(gpu_status.records(), tool.hashes(), PAGE.read_text()) == []
 
 
 def test_every_record_has_one_line_in_info() -> None:
@@ -26,19 +27,19 @@ def test_every_record_has_one_line_in_info() -> None:
 
 def test_a_changed_kernel_may_not_stay_verified() -> None:
     records = {"f/k": {"status": "verified", "passed": PASSED}}
-    assert tool.problems(records, {"f/k": "a" * 64}, tool.render(records)) == []
-    (problem,) = tool.problems(records, {"f/k": "b" * 64}, tool.render(records))
+    assert tool.problems(records, {"f/k": "a" * 64}, render(records)) == []
+    (problem,) = tool.problems(records, {"f/k": "b" * 64}, render(records))
     assert "f/k" in problem and "verified" in problem
     again = tool.refreshed(records, {"f/k": "b" * 64, "f/new": "d" * 64})
     assert again["f/k"] == {"status": "unverified", "passed": PASSED, "latest": None}
     assert again["f/new"] == {"status": "never run", "passed": None, "latest": None}
-    assert tool.problems(again, {"f/k": "b" * 64, "f/new": "d" * 64}, tool.render(again)) == []
+    assert tool.problems(again, {"f/k": "b" * 64, "f/new": "d" * 64}, render(again)) == []
 
 
 def test_a_stale_page_and_a_lost_source_are_found() -> None:
     records = tool.refreshed({}, {"f/k": "a" * 64})
     assert tool.problems(records, {"f/k": "a" * 64}, "old") == ["docs/gpu-status.md does not show the record"]
-    assert tool.problems(records, {}, tool.render(records)) == ["f/k has an entry but no source"]
+    assert tool.problems(records, {}, render(records)) == ["f/k has an entry but no source"]
 
 
 def record(problem: str) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_update_takes_over_what_ran_and_nothing_else() -> None:
     assert records["f/good"]["passed"] == PASSED
     assert records["f/bad"]["passed"]["sha256"] == "9" * 64, "what passed before is kept"
     assert records["f/bad"]["latest"]["reason"] == "accuracy: 5x7: nan | inf"
-    page = tool.render(records)
+    page = render(records)
     assert "accuracy: 5x7: nan / inf |" in page and "not finished: memcheck |" in page
     assert tool.problems(records, present, page) == []
     assert "failed on a GPU" in gpu_status.summary("f/bad", records["f/bad"])
@@ -98,7 +99,10 @@ def test_update_takes_over_what_ran_and_nothing_else() -> None:
 
 
 def test_only_the_very_source_and_the_very_model_count_as_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    records = {"a": {"status": "verified", "passed": {"sha256": "1", "device": "GPU"}}, "b": {"status": "never run"}}
+    records: dict[str, Any] = {
+        "a": {"status": "verified", "passed": {"sha256": "1", "device": "GPU"}},
+        "b": {"status": "never run"},
+    }
     monkeypatch.setattr(gpu_status, "records", lambda: records)
     assert gpu_status.passed_on("a", "1", "GPU")
     assert not any(gpu_status.passed_on(*other) for other in (("a", "2", "GPU"), ("a", "1", "G"), ("b", "1", "GPU")))

@@ -64,6 +64,7 @@ def test_a_bare_machine_lacks_what_is_hidden(tmp_path: Path) -> None:
 
 
 @needs_module
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_rehearsal_on_a_bare_machine(tmp_path: Path) -> None:
     command = rehearsal(tmp_path / "site", tmp_path / "out")
@@ -169,7 +170,7 @@ def test_a_module_of_other_sources_is_refused(run: suite.Suite, monkeypatch: pyt
         take(answer)
         return jobs.Outcome("passed", None, [])
 
-    monkeypatch.setattr(suite.jobs, "run", say)
+    monkeypatch.setattr(jobs, "run", say)
     run.device = "cuda"
     answer["sources"] = hashes
     assert suite.inspect_machine(run) == ("", False)
@@ -203,7 +204,7 @@ def test_where_no_module_fits_one_is_built(run: suite.Suite, monkeypatch: pytest
         answer["problem"] = ""
         return jobs.Outcome("passed", None, [])
 
-    monkeypatch.setattr(suite.jobs, "run", say)
+    monkeypatch.setattr(jobs, "run", say)
     run.device, run.folder = "cuda", run.out / "nothing was carried"
     assert suite.provide_module(run, build=False) == "no module" and not built
     problem = suite.provide_module(run, build=True)
@@ -269,6 +270,7 @@ def go(run: suite.Suite, stage: Stage, sets: tuple[str, ...] = SETS) -> None:
     suite.run_stage(run, stage, sets, stages.NAMES)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("action, said", [("time.sleep(60)", "hung after 2 s"), ("sys.exit(3)", "failed (3)")])
 def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite, action: str, said: str) -> None:
     begin = time.monotonic()
@@ -289,13 +291,15 @@ def test_a_kernel_that_hangs_or_crashes_takes_no_other_with_it(run: suite.Suite,
     assert run.summary["sets"]["neighbors:portable"]["stages"]["accuracy"]["done"]
 
 
+@pytest.mark.serial
 def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     """While a process goes on, the file has what it said before."""
     thread = threading.Thread(
         target=go, args=(run, stage_of("time.sleep(60)", patience=5.0), ("self_label:portable", "scan_loss:portable"))
     )
     thread.start()
-    end, found = time.monotonic() + 4, {}
+    end = time.monotonic() + 4
+    found: dict[str, Any] = {}
     while time.monotonic() < end and not found.get("cases"):
         time.sleep(0.05)
         with contextlib.suppress(FileNotFoundError):
@@ -305,6 +309,7 @@ def test_every_result_is_written_at_once(run: suite.Suite) -> None:
     assert list(found["cases"]) == ["5x7"] and known["stages"]["smoke"]["status"] == "running"
 
 
+@pytest.mark.serial
 def test_time_that_ends_is_no_failure(run: suite.Suite) -> None:
     run.end = time.monotonic() + suite.RESERVE + 6
     go(run, stage_of("time.sleep(60)"), ("self_label:portable", "scan_loss:portable", "nt_xent:sm90"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scan_fast.models import batch_norm
 from scan_fast.models.backbones import ModelConfig
+from scan_fast.ops.batch_norm import batch_norm as fused_batch_norm
 from scan_fast.training import precision
 from scan_fast.training.precision import choose_on_cpu
 from scan_fast.training.process import core_limit, kept_memory, set_threads
@@ -35,7 +36,7 @@ def _no_cached_trial() -> Iterator[None]:
 
 def disturbed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let something happen to every activation of one dtype."""
-    layer = batch_norm.batch_norm
+    layer = fused_batch_norm
     monkeypatch.setattr(batch_norm, "batch_norm", lambda x, *more, **named: layer(change(x), *more, **named))
 
 
@@ -70,7 +71,7 @@ def test_a_wrong_dtype_is_refused(fault: str, monkeypatch: pytest.MonkeyPatch) -
             return x.flip(-1) if fault == "forward" else x * float("nan") if fault == "nan" else x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             return grad.flip(-1)
 
     # In 2x2 and smaller maps alone, where such faults have been seen.

@@ -106,7 +106,7 @@ def test_sums_go_on_from_a_checkpoint() -> None:
 def test_the_learning_rate_lies_where_the_weights_are(device: str) -> None:
     for name in ("sgd", "adam"):
         weight = nn.Parameter(torch.zeros(3, device=device))
-        optimizer = build_optimizer([weight], OptimizerConfig(name=name))  # type: ignore[arg-type]
+        optimizer = build_optimizer([weight], OptimizerConfig(name=name))
         # As a checkpoint of the other kind of device leaves it.
         optimizer.param_groups[0]["lr"] = 0.5 if device == "cuda" else torch.tensor(0.5)
         fit_to_device(optimizer)

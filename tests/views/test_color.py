@@ -14,7 +14,7 @@ from torchvision.transforms import functional as tv
 from scan_fast.views import color
 from scan_fast.views.parameters import STRONG_INDEX
 
-ENHANCE: dict[str, tuple[Callable, PilOperation]] = {
+ENHANCE: dict[str, tuple[Callable[..., torch.Tensor], PilOperation]] = {
     "brightness": (color.brightness, lambda im, f: ImageEnhance.Brightness(im).enhance(f)),
     "contrast": (color.contrast, lambda im, f: ImageEnhance.Contrast(im).enhance(f)),
     "saturation": (color.saturation, lambda im, f: ImageEnhance.Color(im).enhance(f)),
@@ -23,7 +23,7 @@ ENHANCE: dict[str, tuple[Callable, PilOperation]] = {
 TABLES: dict[str, PilOperation] = {
     "autocontrast": lambda im, _: ImageOps.autocontrast(im),
     "equalize": lambda im, _: ImageOps.equalize(im),
-    "solarize": lambda im, v: ImageOps.solarize(im, v),
+    "solarize": lambda im, v: ImageOps.solarize(im, v),  # type: ignore[arg-type]  # a float works
     "posterize": lambda im, v: ImageOps.posterize(im, int(v)),
     "contrast": lambda im, f: ImageEnhance.Contrast(im).enhance(f),
     "brightness": lambda im, f: ImageEnhance.Brightness(im).enhance(f),

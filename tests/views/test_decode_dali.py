@@ -12,10 +12,12 @@ from images import varied
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource, ImageFiles
 from scan_fast.errors import DataError
 from scan_fast.views import DaliRenderer, FusedRenderer, PlainView, SimCLRView, ViewMaker, decode_dali, render_dali
 from scan_fast.views.decode_dali import DaliDecoder
+from scan_fast.views.parameters import View
 
 pytestmark = pytest.mark.skipif(not render_dali.is_installed(), reason=f"DALI is not installed: {render_dali.INSTALL}")
 
@@ -54,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_files(root: Path, **options: Any) -> ImageFiles:
     names = sorted(path.name for path in root.iterdir())
-    return FileSource(names, None, FRAME, root=root, workers=2, resident=False, **options).files
+    return FileSource(ImagePaths(names, root), None, FRAME, workers=2, resident=False, **options).files
 
 
 def boxes_of(n: int, seed: int = 0) -> Tensor:
@@ -165,8 +167,9 @@ def test_a_replaced_file_is_cropped_as_by_the_pool(tmp_path: Path, decoder: Dali
 
 
 def test_views_of_files_do_not_depend_on_interruptions(folder: Path) -> None:
-    source = FileSource(sorted(p.name for p in folder.iterdir()), None, FRAME, root=folder, workers=2, resident=False)
-    views = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
+    images = ImagePaths(sorted(p.name for p in folder.iterdir()), folder)
+    source = FileSource(images, None, FRAME, workers=2, resident=False)
+    views: list[tuple[View, int]] = [(SimCLRView(size=40), 0), (PlainView(size=24), 1)]
 
     def views_of(renderer: Any, batch: Tensor) -> list[Tensor]:
         return ViewMaker(source, renderer, 1, "pretext", crop="file").render(views, batch, epoch=2)

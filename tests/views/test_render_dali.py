@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_the_graphs_of_a_gpu_give_the_same_pixels_on_the_cpu(monkeypatch: Any) -
     images, params = varied(60, 32, 32), jitter(60, contrast=torch.linspace(0.6, 1.4, 60))
     plain = DaliRenderer(MEAN, STD, "cpu").pixels(images, view, params)
     build = dali_graphs.block_pipeline
-    monkeypatch.setattr(dali_graphs, "block_pipeline", lambda *a, **k: build(*a, on_device=True, **k))
+    monkeypatch.setattr(dali_graphs, "block_pipeline", lambda *a, **k: build(*a, **{"on_device": True, **k}))
     found = (DaliRenderer(MEAN, STD, "cpu").pixels(images, view, params).int() - plain.int()).abs()
     assert int(found.max()) <= 1
 
@@ -247,7 +248,7 @@ def test_configuration_selects_dali() -> None:
 
 def test_without_dali_the_error_names_the_package(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.setattr(render_dali.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = DataConfig(source="digits", renderer="dali")
     with pytest.raises(MissingPackageError, match="pip install nvidia-dali-cuda130"):
         make_renderer(config, open_splits(config), torch.device("cpu"))

@@ -59,7 +59,7 @@ def test_epochs_views_stages_and_seeds_draw_different_parameters(view: View) -> 
     view=st.sampled_from(["simclr", "strong", "plain"]),
 )
 def test_boxes_lie_inside_the_image(height: int, width: int, low: float, ratio: float, view: str) -> None:
-    views = {
+    views: dict[str, View] = {
         "simclr": SimCLRView(size=16, scale=(low, 1.0), ratio=(ratio, 1 / ratio)),
         "strong": StrongView(size=16),
         "plain": PlainView(size=16),

@@ -1,0 +1,84 @@
+"""Configuration of the images of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from ..schema import Settings
+from .kinds import Triple, find_kind
+from .placement import Resident, image_bytes, kept_on_host
+
+
+class DataConfig(Settings):
+    """Images that a run works on.
+
+    Attributes:
+        source: a data set (digits, cifar10, cifar20, stl10, imagenet), "folder" for your own images, or images in
+            containers: hf:DATASET[:SPLIT[:SPLIT]] (Hugging Face, from the Hub or a local folder), webdataset:SHARDS
+            (tar files) or parquet:GLOB. Shards and files may be a folder, or a pattern with {000..010} and wildcards.
+        root: folder of the images; for data sets that are downloaded, the folder they are kept in (default
+            ~/.cache/scan-fast/data; for hf, the library's own); for webdataset and parquet, the folder that relative
+            patterns start from.
+        download: whether a missing data set may be downloaded.
+        image_size: side of the stored square images in pixels. Default: the data set's own; 224 for ImageNet; for
+            folders and containers 32, 64, 96 or 128 by the median shorter side (see `folders.default_size`).
+        mean, std: per-channel normalization in [0, 1]. Default: that of the pretrained weights if there are any, else
+            the data set's, else ImageNet's.
+        limit: train on this many images only, drawn at random, the same for every seed.
+        test_fraction: fraction that is held out for testing if the source has no test split.
+        classes_file: file with the name of one class folder per line, in the order of the labels; imagenet_50.txt,
+            imagenet_100.txt and imagenet_200.txt without a folder are SCAN's ImageNet subsets.
+        labels: "auto" reads labels if there are any, for reporting only; "none" ignores them.
+        on_error: "raise" at an unreadable image, or "skip" it and list it in skipped.csv.
+        resident: memory that keeps decoded images. "host": main memory, decoded once. "device": likewise, then moved to
+            the run's GPU. "files": none; images are decoded at each use (sources without encoded images stay on the
+            host). "auto": the host if they take at most half of its free memory, and then the GPU if they take at most
+            a quarter of its free memory. Results are the same.
+        crop: pixels that the boxes of views are cut from. "image": the square image of image_size pixels. "file": the
+            same region of the encoded image at full resolution, so that small boxes of large photographs stay sharp and
+            nothing is resized twice; images are then decoded at each use. Sources without encoded images use "image".
+        decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as
+            long as every region cut from it stays at least twice as large as its result, which takes a fraction of the
+            time for large photographs and changes pixel values slightly.
+        workers: decoding threads; by default one per core, at most 16.
+        renderer: implementation of the views: "fused" (one native kernel, on the devices it is compiled for), "dali"
+            (NVIDIA DALI, on a GPU or the CPU), "torch" (torch operations, on any device), or "auto" for fused if
+            possible, else torch.
+    """
+
+    source: str = "folder"
+    root: Path | None = None
+    download: bool = True
+    image_size: int | None = Field(default=None, ge=1)
+    mean: Triple | None = None
+    std: Triple | None = None
+    limit: int | None = Field(default=None, ge=1)
+    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    classes_file: Path | None = None
+    labels: Literal["auto", "none"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+    resident: Resident = "auto"
+    crop: Literal["image", "file"] = "image"
+    decode: Literal["exact", "scaled"] = "exact"
+    workers: int | None = Field(default=None, ge=1)
+    renderer: Literal["auto", "torch", "dali", "fused"] = "auto"
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, source: str) -> str:
+        find_kind(source)
+        return source
+
+    @model_validator(mode="after")
+    def _files_are_read(self) -> Self:
+        if self.crop == "file" and self.resident in ("host", "device"):
+            raise ValueError(f"crop=file decodes at each use: set resident to auto or files, not {self.resident}")
+        return self
+
+    def keeps(self, n: int, size: int) -> bool:
+        """Return whether n encoded images are decoded once and kept, as square images of `size` pixels."""
+        return self.crop == "image" and kept_on_host(self.resident, image_bytes(n, size))

@@ -1,0 +1,125 @@
+"""Container files: patterns that select them, their splits, and labels as class numbers."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .folders import TEST_NAMES, TRAIN_NAMES
+
+Label = int | str | None
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand ``{000..012}`` and ``{a,b}`` as a shell does; a range keeps the width of a zero-padded start.
+
+    Raises:
+        DataError: if a range is descending.
+    """
+    found = _BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    content = _RANGE.fullmatch(found[1])
+    if content is None:
+        choices = found[1].split(",")
+    else:
+        first, last = content[1], content[2]
+        if int(first) > int(last):
+            raise DataError(f"{pattern}: the range {found[0]} is descending; write {{{last}..{first}}}")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+
+
+def find_files(pattern: str, root: Path | None, suffixes: Sequence[str]) -> list[str]:
+    """Return the files that a pattern selects, sorted.
+
+    Args:
+        pattern: a file, a folder (all its files with one of the suffixes, at any depth), or a pattern with braces and
+            wildcards (``*``, ``?``, ``[...]``, ``**``).
+        root: folder that a relative pattern starts from; by default the working directory.
+        suffixes: of the files in a folder.
+
+    Raises:
+        DataError: if a file is missing or nothing matches.
+    """
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"{pattern}: only local files are read; download them first")
+    found: set[str] = set()
+    for choice in expand_braces(pattern):
+        path = os.path.join("" if root is None else root.expanduser(), os.path.expanduser(choice))
+        if os.path.isdir(path):
+            folder = glob.escape(path)
+            matches = [file for suffix in suffixes for file in glob.glob(f"{folder}/**/*{suffix}", recursive=True)]
+        elif os.path.exists(path):
+            matches = [path]
+        else:
+            matches = glob.glob(path, recursive=True)
+        matches = [file for file in matches if os.path.isfile(file)]
+        if not matches:
+            if os.path.isdir(path):
+                raise DataError(f"no files found in {path}: looked for {' '.join('*' + suffix for suffix in suffixes)}")
+            raise DataError(f"{path} matches no file; check its folder, and the numbers in braces")
+        found.update(matches)
+    return sorted(found)
+
+
+def common_folder(files: Sequence[str]) -> str:
+    """Return the deepest folder that holds all files."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+
+
+def split_files(files: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Split container files into train and test by name.
+
+    A file belongs to the split that its name starts with, such as ``train-00000-of-00004.parquet``, or that a folder
+    below the common one is called.
+
+    Returns:
+        The training files and the test files; all files and None unless there are files of both splits.
+
+    Raises:
+        DataError: if there are files of both splits and others of neither.
+    """
+    root = common_folder(files)
+    splits: dict[str | None, list[str]] = {}
+    for file in files:
+        *folders, name = os.path.relpath(os.path.abspath(file), root).lower().split(os.sep)
+        words = [*folders, re.split(r"[-_.\d]", name)[0]]
+        split = next((word for word in words if word in (*TRAIN_NAMES, *TEST_NAMES)), None)
+        splits.setdefault(split, []).append(file)
+    train = next((splits[name] for name in TRAIN_NAMES if name in splits), None)
+    test = next((splits[name] for name in TEST_NAMES if name in splits), None)
+    if train is None or test is None:
+        return list(files), None
+    if None in splits:
+        raise DataError(
+            f"{splits[None][0]} belongs to no split by its name, but {train[0]} to train and {test[0]} to test; "
+            "select fewer files, or rename it"
+        )
+    return train, test
+
+
+def class_numbers(labels: Sequence[Label]) -> tuple[Tensor | None, list[str] | None]:
+    """Number the distinct labels, in numeric order if all are integers, else in alphabetical order.
+
+    Returns:
+        (N,) int64 class numbers and the name of each class; None and None unless every image has a label.
+    """
+    if not labels or None in labels:
+        return None, None
+    texts = [str(label) for label in labels]
+    numeric = all(re.fullmatch(r"-?\d+", text) for text in texts)
+    names = sorted(set(texts), key=int) if numeric else sorted(set(texts))
+    rank = {name: number for number, name in enumerate(names)}
+    return torch.tensor([rank[text] for text in texts], dtype=torch.int64), names

@@ -1,0 +1,76 @@
+"""Folders of images: the user's own, and ImageNet's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import DataError
+from ..decode_cache import DecodeCache
+from ..encoded import ImagePaths
+from ..folders import Listing, check_folder, find_split, list_folder, split_folder
+from .kind import Contents, Opened, SourceKind, file_sources
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+
+SUBSETS = Path(__file__).parents[1] / "subsets"
+
+
+def _open_folder(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
+    if config.root is None:
+        raise DataError("data.root must name the folder of images when data.source is 'folder'")
+    root = config.root.expanduser()
+    check_folder(root)
+    parts = split_folder(root, config.test_fraction, _classes(config), labelled=config.labels == "auto")
+    train, test = file_sources([folder_contents(part, root) for part in parts], config, decode_cache=decode_cache)
+    return train, test, None
+
+
+def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
+    """Open ImageNet's training and validation folders, with one sub-folder per class."""
+    if config.root is None:
+        raise DataError("data.root must name the folder that holds ImageNet's train/ and val/: it is not downloaded")
+    root = config.root.expanduser()
+    check_folder(root)
+    train = find_split(root, ("train", "ilsvrc2012_img_train"))
+    test = find_split(root, ("val", "validation", "test", "ilsvrc2012_img_val"))
+    if train is None or test is None:
+        raise DataError(f"{root} must hold train/ and val/ with one sub-folder per class (WordNet id)")
+    classes = _classes(config)
+    if classes is None:
+        classes = list_folder(train).class_names
+    parts = [folder_contents(list_folder(part, classes), root) for part in (train, test)]
+    size = config.image_size or 224
+    train_source, test_source = file_sources(parts, config, size=size, decode_cache=decode_cache)
+    return train_source, test_source, None
+
+
+def folder_contents(listing: Listing, root: Path) -> Contents:
+    """Return the images of a folder at or below a root; their names are relative to the root."""
+    below = listing.folder.relative_to(root).as_posix()
+    prefix = "" if below == "." else f"{below}/"
+    problems = [(prefix + path, reason) for path, reason in listing.problems]
+    files = ImagePaths([prefix + file for file in listing.files], root)
+    return Contents(files, listing.labels, listing.class_names, problems=problems)
+
+
+def _classes(config: DataConfig) -> list[str] | None:
+    """Return the names of the class folders, in the order of their labels; None if all folders count."""
+    if config.classes_file is None:
+        return None
+    file = config.classes_file.expanduser()
+    if not file.exists() and file.parent == Path():
+        file = SUBSETS / file.name if file.suffix else SUBSETS / f"{file.name}.txt"
+    if not file.is_file():
+        shipped = ", ".join(sorted(path.name for path in SUBSETS.glob("*.txt")))
+        raise DataError(f"data.classes_file: {config.classes_file} does not exist; shipped lists are {shipped}")
+    # A line may continue with the class's name in words.
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"data.classes_file: {file} must name each class folder once, one a line")
+    return names
+
+
+FOLDER = SourceKind("folder", _open_folder)
+IMAGENET = SourceKind("imagenet", _open_imagenet, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

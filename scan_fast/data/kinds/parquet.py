@@ -1,0 +1,163 @@
+"""Parquet files with encoded images in a column: binary, or a struct of ``bytes`` and ``path``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import DataError
+from ..containers import Label, class_numbers, common_folder, find_files, split_files
+from ..encoded import Encoded, EncodedImages, Identity, file_identity
+from .kind import ContainerKind, Contents
+from .packages import optional_package
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+
+_KEPT_GROUPS = 8
+"""Number of row groups whose images stay in memory."""
+
+
+class ParquetRows(EncodedImages):
+    """Images in the rows of Parquet files; the row groups that were used last are kept in memory.
+
+    Args:
+        files: paths of the files.
+        footers: metadata of each file.
+        column: name of the column with the images.
+        root: folder that the names of the files are relative to.
+    """
+
+    def __init__(self, files: Sequence[str], footers: Sequence[Any], column: str, root: str) -> None:
+        short = [os.path.relpath(file, root) for file in files]
+        counts = [footer.num_rows for footer in footers]
+        names = [f"{name} row {row}" for name, count in zip(short, counts, strict=True) for row in range(count)]
+        super().__init__(names, root)
+        self._parquet = optional_package("pyarrow.parquet", "parquet")
+        self._files = list(files)
+        self._footers = list(footers)
+        self._column = column
+        self._status = [os.stat(file) for file in files]
+        groups = [(f, g) for f, footer in enumerate(footers) for g in range(footer.num_row_groups)]
+        self._groups = groups
+        sizes = [footers[f].row_group(g).num_rows for f, g in groups]
+        self._group_starts = np.cumsum([0, *sizes])
+        self._file_starts = np.cumsum([0, *counts])
+        self._kept: OrderedDict[int, Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encoded(self, index: int) -> Encoded:
+        """Return the bytes in a row, or the path of the file that the row names."""
+        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        value = self._rows(group)[index - int(self._group_starts[group])].as_py()
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            return bytes(data)
+        if path is None:
+            raise ValueError("the row holds no image")
+        return os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path)
+
+    def identity(self, index: int) -> Identity:
+        """Return the identity of a row: its file's, with its number."""
+        file = int(np.searchsorted(self._file_starts, index, side="right")) - 1
+        return file_identity(self._files[file], self._status[file], f"row {index - int(self._file_starts[file])}")
+
+    def _rows(self, group: int) -> Any:
+        """Return the image column of a row group; threads that ask for the same one wait for one reader."""
+        with self._lock:
+            future = self._kept.pop(group, None)
+            reads = future is None
+            if future is None:
+                future = Future()
+                while len(self._kept) >= _KEPT_GROUPS:
+                    self._kept.popitem(last=False)
+            self._kept[group] = future
+        if reads:
+            try:
+                file, number = self._groups[group]
+                with self._parquet.ParquetFile(self._files[file], metadata=self._footers[file]) as reader:
+                    table = reader.read_row_group(number, columns=[self._column])
+                future.set_result(table.column(self._column).combine_chunks())
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(group, None)
+                future.set_exception(error)
+        return future.result()
+
+
+def _index(argument: str, config: DataConfig) -> Contents:
+    """List the rows of all files."""
+    parquet = optional_package("pyarrow.parquet", "parquet")
+    train, test = split_files(find_files(argument, config.root, (".parquet",)))
+    files = [*train, *(test or [])]
+    footers, labels = [], []
+    column = None
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as reader:
+                footers.append(reader.metadata)
+                own = image_column(reader.schema_arrow, file)
+                if column not in (None, own):
+                    raise DataError(f"{file} has its images in the column {own!r}, {files[0]} in {column!r}")
+                column = own
+                if config.labels == "auto":
+                    labels.extend(_labels(reader))
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+            raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+    assert column is not None
+    images = ParquetRows(files, footers, column, common_folder(files))
+    if not len(images):
+        raise DataError(f"no images found in {argument}: its {len(files)} files have no rows")
+    numbers, names = class_numbers(labels)
+    first_test = sum(footer.num_rows for footer in footers[: len(train)])
+    rows = None if test is None else range(first_test, len(images))
+    return Contents(images, numbers, names, rows)
+
+
+def image_column(schema: Any, file: str) -> str:
+    """Return the column named ``image``, or the only one of a type that may hold encoded images.
+
+    Raises:
+        DataError: if there is no such column, or several.
+    """
+    types = optional_package("pyarrow.types", "parquet")
+
+    def binary(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    def holds_images(kind: Any) -> bool:
+        if types.is_struct(kind):
+            at = kind.get_field_index("bytes")
+            return at >= 0 and binary(kind.field(at).type)
+        return binary(kind)
+
+    columns = [field.name for field in schema if holds_images(field.type)]
+    if "image" in columns:
+        return "image"
+    if len(columns) != 1:
+        all_columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise DataError(
+            f"{file} must have a column image of type binary or struct<bytes: binary, path: string>, "
+            f"or one such column of another name; it has {all_columns}"
+        )
+    return str(columns[0])
+
+
+def _labels(reader: Any) -> list[Label]:
+    """Return the column ``label`` of integers or strings; a label for each row, None if it is missing or null."""
+    rows = reader.metadata.num_rows
+    if "label" not in reader.schema_arrow.names:
+        return [None] * rows
+    values = reader.read(columns=["label"]).column("label").to_pylist()
+    return [value if isinstance(value, (int, str)) else None for value in values]
+
+
+PARQUET = ContainerKind("parquet", "GLOB", _index)

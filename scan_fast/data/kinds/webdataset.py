@@ -1,0 +1,155 @@
+"""WebDataset: tar shards whose members with the same key, the path up to the first dot of its name, form a sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...errors import DataError
+from ..containers import Label, class_numbers, common_folder, find_files, split_files
+from ..decode import IMAGE_SUFFIXES
+from ..encoded import EncodedImages, Identity, file_identity
+from .kind import ContainerKind, Contents
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+
+
+class Member(NamedTuple):
+    """A member of a tar file: its name, and the place of its bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarMembers(EncodedImages):
+    """Images in uncompressed tar files, read in place.
+
+    Args:
+        shards: paths of the tar files.
+        members: for each image, the number of its shard and the member.
+        root: folder that the names of the shards are relative to.
+    """
+
+    def __init__(self, shards: Sequence[str], members: Sequence[tuple[int, Member]], root: str) -> None:
+        short = [os.path.relpath(shard, root) for shard in shards]
+        super().__init__([f"{short[shard]}: {member.name}" for shard, member in members], root)
+        self._shards = list(shards)
+        self._status = [os.stat(shard) for shard in shards]
+        self._members = list(members)
+
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of a member."""
+        shard, member = self._members[index]
+        with open(self._shards[shard], "rb", buffering=0) as file:
+            return read_member(file.fileno(), member)
+
+    def identity(self, index: int) -> Identity:
+        """Return the identity of a member: its shard's, with its name."""
+        shard, member = self._members[index]
+        return file_identity(self._shards[shard], self._status[shard], member.name)
+
+
+def read_member(file: int, member: Member) -> bytes:
+    """Read the bytes of a member from a file descriptor.
+
+    Raises:
+        OSError: if the tar file ends first.
+    """
+    data = os.pread(file, member.size, member.offset)
+    while 0 < len(data) < member.size:
+        more = os.pread(file, member.size - len(data), member.offset + len(data))
+        if not more:
+            break
+        data += more
+    if len(data) < member.size:
+        raise OSError(f"the tar file ends after {len(data)} of the {member.size} bytes")
+    return data
+
+
+def _index(argument: str, config: DataConfig) -> Contents:
+    """List the images of all shards."""
+    train, test = split_files(find_files(argument, config.root, (".tar",)))
+    shards = [*train, *(test or [])]
+    members: list[tuple[int, Member]] = []
+    labels: list[Label] = []
+    problems: list[tuple[str, str]] = []
+    first_test = 0
+    root = common_folder(shards)
+    for number, shard in enumerate(shards):
+        if number == len(train):
+            first_test = len(members)
+        short = os.path.relpath(shard, root)
+        found, reason = _list_shard(shard)
+        if reason is not None:
+            problems.append((short, reason))
+        with open(shard, "rb") as file:
+            for key, sample in found.items():
+                images = _images(sample)
+                if len(images) > 1:
+                    names = ", ".join(image.name for image in images)
+                    problems.append((f"{short}: {key}", f"the sample has {len(images)} images: {names}"))
+                elif images:
+                    try:
+                        label = _label(sample, file.fileno()) if config.labels == "auto" else None
+                    except (OSError, ValueError, TypeError) as error:
+                        problems.append((f"{short}: {key}", f"its label cannot be read: {error}"))
+                        continue
+                    members.append((number, images[0]))
+                    labels.append(label)
+    if not members:
+        raise DataError(
+            f"no images found in {argument}: looked for members such as 0001.jpg in {len(shards)} tar files"
+            + (f"; {': '.join(problems[0])}" if problems else "")
+        )
+    numbers, classes = class_numbers(labels)
+    rows = None if test is None else range(first_test, len(members))
+    return Contents(TarMembers(shards, members, root), numbers, classes, rows, problems)
+
+
+def _list_shard(shard: str) -> tuple[dict[str, dict[str, Member]], str | None]:
+    """Return the members of each sample by extension, and the reason if the shard is damaged behind them."""
+    samples: dict[str, dict[str, Member]] = {}
+    reason = None
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for info in archive:
+                folder, name = os.path.split(info.name)
+                if not info.isreg() or name.startswith((".", "__")):
+                    continue
+                key, _, extension = name.partition(".")
+                sample = samples.setdefault(os.path.join(folder, key), {})
+                if extension.lower() in sample:
+                    raise DataError(f"{shard} holds {info.name} twice; write each member once")
+                sample[extension.lower()] = Member(info.name, info.offset_data, info.size)
+    except tarfile.TarError as error:
+        if not samples and tarfile.is_tarfile(shard):
+            raise DataError(f"{shard} is compressed; decompress it, as single members are read in any order") from error
+        reason = f"{type(error).__name__}: {error}"
+    return samples, reason
+
+
+def _images(sample: dict[str, Member]) -> list[Member]:
+    """Return the images of a sample: those with a plain extension (``jpg``), else with any (``seg.png``)."""
+    plain = [member for extension, member in sample.items() if f".{extension}" in IMAGE_SUFFIXES]
+    return plain or [m for extension, m in sample.items() if os.path.splitext(extension)[1] in IMAGE_SUFFIXES]
+
+
+def _label(sample: dict[str, Member], file: int) -> Label:
+    """Return the label in the member ``cls``, or under "label" or "cls" in ``json``; None if there is none."""
+    for extension in ("cls", "json"):
+        if extension not in sample:
+            continue
+        text = read_member(file, sample[extension]).decode()
+        content = {"cls": text.strip()} if extension == "cls" else json.loads(text)
+        label = next((content[key] for key in ("label", "cls") if key in content), None)
+        if isinstance(label, (int, str)) and label != "":
+            return label
+    return None
+
+
+WEBDATASET = ContainerKind("webdataset", "SHARDS", _index)

@@ -56,8 +56,9 @@ def step(loss: Tensor) -> None:
 # 1. A representation: two views of an image attract, all other images repel.
 for _ in range(20):
     for rows in torch.randperm(len(images)).split(128):
-        embeddings = network.projector(network.features(torch.cat((views(images[rows]), views(images[rows])))))
-        loss = nt_xent(*embeddings.chunk(2), temperature=0.2)
+        both = torch.cat((views(images[rows]), views(images[rows])))
+        z0, z1 = network.projector(network.features(both)).chunk(2)
+        loss = nt_xent(z0, z1, temperature=0.2)
         step(loss)
 print(f"SimCLR: loss {loss:.2f}")
 
@@ -75,7 +76,8 @@ for _ in range(40):
     for rows in torch.randperm(len(images)).split(512):
         partners = neighbors[rows, torch.randint(10, (len(rows),))]
         pairs = torch.cat((views(images[rows]), views(images[partners])))
-        total, consistency, entropy = scan_loss(*network.head(network.features(pairs)).chunk(2), entropy_weight=5.0)
+        anchor, neighbor = network.head(network.features(pairs)).chunk(2)
+        total, consistency, entropy = scan_loss(anchor, neighbor, entropy_weight=5.0)
         step(total)
 print(f"SCAN: consistency {consistency:.3f}, entropy {entropy:.2f} of at most 2.30")
 

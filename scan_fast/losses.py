@@ -112,8 +112,8 @@ def scan_loss(
         neighbors: Logits of the same shape. Row i belongs to a neighbour of anchor i.
         entropy_weight: Weight of the entropy term. The default, 2.0, is that of ``SCANLoss`` in the reference
             implementation, so that code can be moved over unchanged. All configurations of the reference
-            implementation and of this package set 5.0. If the weight is too small, the consistency alone is minimal
-            with all images in one cluster; if it is too large, clusters of unequal size are forced apart.
+            implementation and of this package set 5.0. With a small weight, all images can end in one cluster, which
+            minimizes the consistency term alone. A large one evens out the cluster sizes, whatever the images.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:

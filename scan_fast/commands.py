@@ -71,7 +71,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     if target is None:
         raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
     path = Path(target).expanduser()
-    if path.is_dir():
+    if options.data is None and path.is_dir():
         values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
         for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
             values = merge(values, nested(key, value))

@@ -214,3 +214,10 @@ def test_version_and_help() -> None:
     assert run_here("--version").out == f"scan-fast {scan_fast.__version__}\n"
     listed = run_here("--help").out.split()
     assert {"run", "pretext", "mine", "cluster", "selflabel", "evaluate", "sweep"} <= set(listed)
+
+
+def test_a_folder_called_folder_is_no_run_folder(images: Path, tmp_path: Path) -> None:
+    """``--data`` uses the configuration of that name, whatever lies in the working directory."""
+    (tmp_path / "folder").mkdir()
+    message = run_here("run", "--data", images, "--clusters", 100, "--out", tmp_path / "run", "--quiet").refusal()
+    assert "training images are fewer than the 100 clusters" in message

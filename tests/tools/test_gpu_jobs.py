@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tools.gpu import jobs
 from tools.gpu.jobs import Job
 

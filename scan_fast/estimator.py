@@ -52,14 +52,16 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     ``X`` is, in every method, one of:
 
     - a folder (str or Path), searched with its sub-folders in sorted order;
+    - images in containers, as ``data.source`` names them: ``"hf:DATASET"``, ``"webdataset:SHARDS"``,
+      ``"parquet:GLOB"``;
     - a list, tuple, 1-D array or Series of files (str or Path);
     - an array or tensor of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), dtype uint8;
     - a list of PIL images, (H, W), (H, W, 1) or (H, W, 3) uint8 arrays, or uint8 tensors, which may differ in size;
     - a torch ``Dataset`` with a length, whose items are images, or tuples that start with an image.
 
     Images are cut to their centre square and resized to ``data.image_size`` pixels. Its default is chosen while
-    fitting: the images' own size for arrays and tensors; for files 32, 64, 96 or 128 by their median shorter side; for
-    lists of images their median shorter side, at most 128; for a Dataset the first image's shorter side.
+    fitting: the images' own size for arrays and tensors; 32, 64, 96 or 128 by the median shorter side for files and
+    containers; the median shorter side, at most 128, for lists of images; the first image's shorter side for a Dataset.
 
     Args:
         n_clusters: Number of clusters, at least 2.

@@ -14,19 +14,14 @@ from pages import ROOT
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each script prints. They run in an empty folder, on one thread each."""
-    folder = tmp_path_factory.mktemp("examples")
+def output(name: str, folder: Path) -> str:
+    """Return what a script prints. It runs in an empty folder, on one thread, and leaves nothing there."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = {}
-    for name in EXAMPLES:
-        command = [sys.executable, str(ROOT / "examples" / name)]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{name}: {result.stderr}"
-        assert not list(folder.iterdir()), f"{name} leaves files in the working directory"
-        found[name] = result.stdout
-    return found
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{name}: {result.stderr}"
+    assert not list(folder.iterdir()), f"{name} leaves files in the working directory"
+    return result.stdout
 
 
 def number(text: str, after: str) -> float:
@@ -36,22 +31,22 @@ def number(text: str, after: str) -> float:
 
 
 @pytest.mark.slow
-def test_training_loop(output: dict[str, str]) -> None:
-    text = output["training_loop.py"]
+def test_training_loop(tmp_path: Path) -> None:
+    text = output("training_loop.py", tmp_path)
     assert number(text, "neighbours of the same digit:") > 85
     assert number(text, "accuracy:") > 60  # chance is about 15
 
 
 @pytest.mark.slow
-def test_cluster_arrays(output: dict[str, str]) -> None:
-    text = output["cluster_arrays.py"]
+def test_cluster_arrays(tmp_path: Path) -> None:
+    text = output("cluster_arrays.py", tmp_path)
     assert number(text, "adjusted Rand index:") > 0.3
     assert "loaded model agrees: True" in text
 
 
 @pytest.mark.slow
-def test_nearest_neighbors(output: dict[str, str]) -> None:
-    text = output["nearest_neighbors.py"]
+def test_nearest_neighbors(tmp_path: Path) -> None:
+    text = output("nearest_neighbors.py", tmp_path)
     assert number(text, "neighbours of the same group:") > 95
     assert "equal to the reference: True" in text
 
@@ -59,4 +54,4 @@ def test_nearest_neighbors(output: dict[str, str]) -> None:
 def test_every_example_is_tested() -> None:
     source = Path(__file__).read_text()
     for name in EXAMPLES:
-        assert f'output["{name}"]' in source, name
+        assert f'output("{name}", tmp_path)' in source, name

@@ -11,6 +11,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from containers import Item, write_shards
 from driving import TINY_FOLDER, assignments, fill, picture
 from sklearn.exceptions import NotFittedError
 from torch.utils.data import Dataset
@@ -101,6 +102,9 @@ def test_every_kind_of_input_gives_the_same(fitted: ImageClusterer, pixels: np.n
         "tuple of files": tuple(files),
         "array of names": np.array(list(map(str, files))),
         "column of files": Column(files),
+        "tar shards": write_shards(
+            tmp_path / "shards", [Item(file.stem, file.read_bytes(), suffix="png") for file in files]
+        ),
         "dataset": Pictures(),
         "tensor": torch.from_numpy(pixels.copy()),
         "PIL images": [picture(number) for number in range(N)],

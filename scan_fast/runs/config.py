@@ -415,6 +415,6 @@ def _kind(model: type[BaseModel]) -> str:
 
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_of(part)]
+    if parts := getattr(annotation, "__args__", ()):  # first, because Python 3.10 takes tuple[int] for a type
+        return [model for part in parts for model in _models_of(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

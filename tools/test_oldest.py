@@ -44,7 +44,7 @@ TESTS = (
     "tests/ops/test_self_label.py",
     "tests/models/test_batch_norm_act.py",
     "tests/driver/test_config.py",
-    "tests/driver/test_estimator_contract.py",
+    "tests/driver/test_estimator.py",
 )
 
 

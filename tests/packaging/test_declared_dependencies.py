@@ -60,10 +60,11 @@ def imported() -> dict[str, tuple[str, bool]]:
 
 
 IMPORTED = imported()
+INSTALLED = packages_distributions()
 
 
 def distribution(module: str) -> str:
-    known = OTHERWISE.get(module) or packages_distributions().get(module, [module])[0]
+    known = OTHERWISE.get(module) or INSTALLED.get(module, [module])[0]
     return known.lower().replace("_", "-")
 
 

@@ -1,9 +1,9 @@
-"""Builds the native module ``scan_fast._C``.
+"""Build the native module ``scan_fast._C``.
 
-CMakeLists.txt says how the native sources are compiled, and scan_fast/ops/families.json lists them. This file asks
-torch where its headers and libraries are, decides whether CUDA can be built, and runs CMake with ninja. Environment
-variables:
+CMakeLists.txt says how the native sources are compiled, and scan_fast/ops/families.json lists them. This file decides
+whether CUDA can be built, and runs CMake with ninja. Environment variables:
 
+``CXX``                   C++ compiler, GCC or Clang (default: CMake's choice)
 ``SCAN_FAST_CUDA``        ``auto`` (default), ``on`` or ``off``
 ``SCAN_FAST_CUDA_ARCHS``  semicolon-separated list, default ``80;90a;100``
 ``SCAN_FAST_WAIT_LIMIT``  ``1``: kernels that wait for more than about two seconds end with an error instead of hanging
@@ -15,7 +15,6 @@ variables:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -45,45 +44,12 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def cuda_include_dirs(torch_cuda: str) -> list[str]:
-    """Return the pip CUDA header folder that torch's own headers need (a compiler-only toolkit lacks cusparse.h)."""
-    major = torch_cuda.split(".")[0]
-    folder = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / f"cu{major}" / "include"
-    return [str(folder)] if folder.is_dir() else []
-
-
-def source_hashes(architectures: str) -> dict[str, str]:
-    """Return the hash of each CUDA source that a build for these architectures compiles, by the kernel's name."""
-    # By its file: the package itself would load the module that is being built.
-    spec = importlib.util.spec_from_file_location("gpu_status", ROOT / "scan_fast" / "gpu_status.py")
-    assert spec is not None and spec.loader is not None
-    gpu_status = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu_status)
-    csrc = ROOT / "csrc"
-    hopper = "90a" in architectures.split(";")
-    sources: dict[str, Path] = gpu_status.kernels_of(csrc)
-    return {
-        name: gpu_status.source_hash(csrc, path)
-        for name, path in sources.items()
-        if hopper or not name.endswith("_sm90")
-    }
-
-
-def write_if_changed(path: Path, text: str) -> None:
-    """Write a file, but leave one alone that has this text: what includes it need not be compiled again."""
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 class CMakeBuild(build_ext):
     """Runs CMake for the single extension of this package."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build ``scan_fast._C`` next to the Python sources (or into the wheel)."""
-        import pybind11
         import torch
-        from torch.utils import cpp_extension
 
         mode = os.environ.get("SCAN_FAST_CUDA", "auto").lower()
         if mode not in ("auto", "on", "off"):
@@ -104,9 +70,6 @@ class CMakeBuild(build_ext):
             f"scan-fast: building for {'CPU and CUDA, nvcc ' + str(nvcc) if with_cuda else 'the CPU only: ' + reason}"
         )
 
-        include_dirs = cpp_extension.include_paths()
-        if torch_cuda is not None:
-            include_dirs += cuda_include_dirs(torch_cuda)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per interpreter and torch, kept between builds (editable installs would use a temporary one).
         build_dir = (
@@ -114,27 +77,14 @@ class CMakeBuild(build_ext):
         )
         build_dir.mkdir(parents=True, exist_ok=True)
         architectures = os.environ.get("SCAN_FAST_CUDA_ARCHS", "80;90a;100")
-        hashes = source_hashes(architectures) if with_cuda else {}
-        pairs = "".join(f'    {{"{name}", "{sha256}"}},\n' for name, sha256 in hashes.items())
-        write_if_changed(
-            build_dir / "generated" / "source_hashes.inc",
-            # The last pair is no source: an array cannot be empty.
-            f'constexpr const char* kSourceHashes[][2] = {{\n{pairs}    {{"", ""}},\n}};\n',
-        )
         arguments = [
             f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DSCAN_FAST_TORCH_INCLUDE_DIRS={';'.join(include_dirs)}",
-            f"-DSCAN_FAST_TORCH_LIBRARY_DIRS={';'.join(cpp_extension.library_paths())}",
-            f"-DSCAN_FAST_TORCH_VERSION={torch.__version__}",
-            f"-DSCAN_FAST_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-DSCAN_FAST_OUTPUT_DIR={output.parent}",
             f"-DSCAN_FAST_OUTPUT_NAME={output.name}",
             f"-DSCAN_FAST_WITH_CUDA={'ON' if with_cuda else 'OFF'}",
             f"-DSCAN_FAST_CUDA_ARCHS={architectures}",
             f"-DSCAN_FAST_WAIT_LIMIT={'ON' if os.environ.get('SCAN_FAST_WAIT_LIMIT', '0') == '1' else 'OFF'}",
-            f"-DSCAN_FAST_GENERATED_DIR={build_dir / 'generated'}",
             f"-DSCAN_FAST_BUILD_TESTS={'ON' if os.environ.get('SCAN_FAST_BUILD_TESTS', '0') == '1' else 'OFF'}",
         ]
         if with_cuda:

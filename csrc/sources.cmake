@@ -8,21 +8,21 @@ file(READ ${SCAN_FAST_FAMILIES_FILE} SCAN_FAST_FAMILIES_JSON)
 
 # SCAN_FAST_FAMILIES: the names of all families.
 set(SCAN_FAST_FAMILIES "")
-string(JSON last LENGTH ${SCAN_FAST_FAMILIES_JSON})
+string(JSON last LENGTH "${SCAN_FAST_FAMILIES_JSON}")
 math(EXPR last "${last} - 1")
 foreach(index RANGE ${last})
-  string(JSON name MEMBER ${SCAN_FAST_FAMILIES_JSON} ${index})
+  string(JSON name MEMBER "${SCAN_FAST_FAMILIES_JSON}" ${index})
   list(APPEND SCAN_FAST_FAMILIES ${name})
 endforeach()
 
 # scan_fast_json_list(<variable> <key>...): the strings of a list in families.json; empty if there is none.
 function(scan_fast_json_list variable)
   set(values "")
-  string(JSON count ERROR_VARIABLE missing LENGTH ${SCAN_FAST_FAMILIES_JSON} ${ARGN})
+  string(JSON count ERROR_VARIABLE missing LENGTH "${SCAN_FAST_FAMILIES_JSON}" ${ARGN})
   if(NOT missing AND count GREATER 0)
     math(EXPR last "${count} - 1")
     foreach(index RANGE ${last})
-      string(JSON value GET ${SCAN_FAST_FAMILIES_JSON} ${ARGN} ${index})
+      string(JSON value GET "${SCAN_FAST_FAMILIES_JSON}" ${ARGN} ${index})
       list(APPEND values ${value})
     endforeach()
   endif()
@@ -63,6 +63,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     -mprefer-vector-width=512)
   set(SCAN_FAST_FLAGS_amx -mamx-tile -mamx-bf16)
   set(SCAN_FAST_FLAGS_amx_avx512 ${SCAN_FAST_FLAGS_amx} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16)
+endif()
+
+# Options for compiling and linking with SCAN_FAST_SANITIZE; the first error of either sanitizer ends the program.
+set(SCAN_FAST_SANITIZE_FLAGS "")
+if(SCAN_FAST_SANITIZE)
+  set(SCAN_FAST_SANITIZE_FLAGS -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
 endif()
 
 # scan_fast_set_source_options(): gives the CPU sources the options of their family and role, in this directory.

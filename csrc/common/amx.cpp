@@ -1,4 +1,4 @@
-// This file alone is compiled with AMX; its instructions are reached only after amx_is_usable().
+// Compiled with AMX. Its instructions are executed only if amx_is_usable().
 #include "common/amx.h"
 
 #include <chrono>
@@ -7,15 +7,16 @@
 #include "common/cpu_features.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "common/intrinsics.h"
 
 namespace scan_fast {
 
 bool amx_is_usable() {
   static const bool usable = [] {
-    // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+    // Linux lets a process use the tile registers only on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
     return cpu_has_amx_bf16() && std::getenv("SCAN_FAST_CPU_ISA") == nullptr &&
            syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }();

@@ -1,7 +1,8 @@
-// Declares functions that ISA_SOURCES (CMakeLists.txt) compile once per instruction set, and picks one at run time.
+// Declares functions that are compiled once per instruction set, and chooses one at run time.
 //
-// A file in ISA_SOURCES wraps its code in `namespace scan_fast::SCAN_FAST_ISA`. It must not include templates or inline
-// functions of other headers that could be emitted there: the linker may keep the copy with the highest instruction set.
+// Sources with the role `isa` (scan_fast/ops/families.json) wrap their code in `namespace scan_fast::SCAN_FAST_ISA`.
+// They must not use templates or inline functions of other headers that the compiler may emit as symbols: the linker
+// could keep the copy with the highest instruction set.
 #pragma once
 
 #include "common/cpu_features.h"

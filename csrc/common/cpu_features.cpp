@@ -45,7 +45,7 @@ const char* cpu_isa_name(CpuIsa isa) {
 bool cpu_has_amx_bf16() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // GCC 12 does not know "amx-bf16" in __builtin_cpu_supports: CPUID leaf 7, EDX bits 22 (AMX-BF16) and 24 (AMX-TILE).
+  // CPUID leaf 7, EDX bits 22 (AMX-BF16) and 24 (AMX-TILE); __builtin_cpu_supports of GCC 12 does not know "amx-bf16".
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   return cpu_isa() == CpuIsa::kAvx512 && (edx & (1u << 22)) && (edx & (1u << 24));

@@ -11,7 +11,7 @@
 namespace scan_fast {
 namespace {
 
-// The Fortran and C interfaces of MKL with 32-bit integers, the flavour that torch links.
+// Fortran and C interfaces of MKL with 32-bit integers, as PyTorch links it.
 using Sgemm = void (*)(const char* transa, const char* transb, const int* m, const int* n, const int* k,
                        const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
                        const float* beta, float* c, const int* ldc);
@@ -27,11 +27,12 @@ struct Mkl {
   Mkl() {
     const char* wanted = std::getenv("SCAN_FAST_CPU_GEMM");
     if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) return;
-    // Only torch's own library is asked: another BLAS in the process may use 64-bit integers or threads of its own.
+    // Symbols are looked up in PyTorch's library only: another BLAS in the process may use 64-bit integers or other
+    // threads.
     void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
     if (torch_cpu == nullptr) return;
     set_threads = reinterpret_cast<SetThreadsLocal>(dlsym(torch_cpu, "MKL_Set_Num_Threads_Local"));
-    if (set_threads == nullptr) return;  // not MKL: its threads could not be held to one
+    if (set_threads == nullptr) return;  // not MKL: it could not be limited to one thread
     sgemm = reinterpret_cast<Sgemm>(dlsym(torch_cpu, "sgemm_"));
     gemm_bf16 = reinterpret_cast<GemmBf16>(dlsym(torch_cpu, "cblas_gemm_bf16bf16f32"));
   }
@@ -42,7 +43,7 @@ const Mkl& mkl() {
   return instance;
 }
 
-// Holds MKL to the calling thread while it lives.
+// Limits MKL to the calling thread during its lifetime.
 class OneThread {
  public:
   OneThread() : before_(mkl().set_threads(1)) {}
@@ -54,7 +55,7 @@ class OneThread {
   int before_;
 };
 
-// Row-major C = op(A) * op(B) is column-major C^T = op(B)^T * op(A)^T.
+// A row-major C = op(A) * op(B) is a column-major C^T = op(B)^T * op(A)^T.
 void mkl_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
                int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
   const OneThread pinned;

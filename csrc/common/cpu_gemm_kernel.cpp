@@ -1,8 +1,8 @@
-// The portable matrix product, compiled once per instruction set.
+// Portable matrix product, compiled once per instruction set.
 //
-// The usual three-level blocking: a (kDepth x kColumns) block of B is packed into panels of kPanel columns, a
-// (kRows x kDepth) block of A into panels of kTall rows, and a kTall x kPanel accumulator stays in registers over the
-// whole depth. Edges are padded with zeros in the packed copies and cut when C is updated.
+// Three levels of blocking: a (kDepth x kColumns) block of B is packed into panels of kPanel columns, a (kRows x
+// kDepth) block of A into panels of kTall rows, and a kTall x kPanel accumulator stays in registers over the whole
+// depth. The packed copies are padded with zeros at the edges; the padding is left out when C is updated.
 #include "common/cpu_gemm.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
@@ -24,7 +24,8 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 
 inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
-// Packs `count` <= width lines into panel[depth][width]; element (line, k) is source[line * line_step + k * depth_step].
+// Packs `count` <= width lines into panel[depth][width]; element (line, k) is source[line * line_step + k *
+// depth_step].
 void pack_panel(const float* source, int64_t line_step, int64_t depth_step, int64_t count, int64_t depth, int width,
                 float* panel) {
   for (int64_t k = 0; k < depth; ++k) {

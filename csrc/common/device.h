@@ -1,4 +1,4 @@
-// The device layer: one kernel source, compiled by nvcc for the GPU and by g++ (-DSCAN_FAST_EMULATE) for the tests.
+// Device layer: one kernel source, compiled by nvcc for the GPU and by a C++ compiler (-DSCAN_FAST_EMULATE) for tests.
 //
 // A .cu file includes this header, <common/types.h> and its own contract; no torch header. It is ordinary CUDA C++:
 //
@@ -27,27 +27,31 @@
 //   ld_shared<V>(p), st_shared(p, v) vector access (V = uint4, float4, ...) to shared memory, p a raw T* or Shared<T>
 //   ld_global<V>(p), st_global(p, v) vector access to global memory; p must be aligned to sizeof(V)
 //   cp_async_16(dst, src, bytes=16)  16-byte asynchronous copy global -> shared; only the first `bytes` are read, the
-//   cp_async_commit(), cp_async_wait<N>()   rest is zero-filled. After a wait, __syncthreads() before others read.
+//   cp_async_commit(), cp_async_wait<N>()   rest is filled with zeros. Other threads read after a __syncthreads().
 //   ldmatrix_x4(r, p), ldmatrix_x4_trans(r, p)   p: this lane's 16-byte row (lane l gives row l%8 of matrix l/8)
 //   mma_16816<T>(d, a, b)            d[4] += a[4] x b[2], mma.sync.m16n8k16 row.col, T = half_t or bf16_t, float32 sums
 //   exp2_approx, log2_approx, rsqrt_approx, rcp_approx      the unit's .approx.ftz instructions
 //   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
-//   warp_sum, warp_max, warp_min     butterfly over 32 lanes (float, int; every lane gets the result, fixed order)
+//   warp_sum, warp_max, warp_min     butterfly over 32 lanes in a fixed order (float, int); every lane gets the result
 //   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
-//   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), shared_memory_limit(), dispatch_dtype(dtype,
-//                                    []<typename T>() {...})
+//   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), shared_memory_limit()
+//   dispatch_dtype(dtype, []<typename T>() {...})
 //
-// The host form runs block after block, the threads of a block as fibers, each until its next barrier or warp
-// collective (testing/emulator.h). It sees what a GPU would silently accept: out-of-range access (AddressSanitizer; shared
-// memory is allocated to its exact size), reading shared memory never written (poisoned with NaN), a missing
-// cp_async_wait (copies land only at the wait), collectives some lanes never reach, misaligned vectors, and with
-// emu::options().detect_races two threads touching one shared address without a barrier between (through Shared<T>,
-// ld_shared/st_shared, cp_async, ldmatrix and atomics), and launches that the emulated GPU (emu::options()) would refuse:
-// too much shared memory, or more than 48 KB that were not asked for. Static arrays count once a thread has come to them;
-// nvcc counts those of branches that nobody takes, too. emu::options().seed permutes the order of blocks and threads.
-// Limits: a block may not wait for another block (no grid barrier, no clusters); one stream; tensor-core products are
-// summed in float32 in ascending k, which hardware does not promise (emu::options().truncate: as aligned addends, all cut
-// off at 24 bits). Times mean nothing.
+// The host form (testing/emulator.h) runs one block after the other. The threads of a block are fibers, each of which
+// runs until its next barrier or warp collective. It detects errors that a GPU accepts silently:
+//   - access out of range (AddressSanitizer; shared memory is allocated to its exact size)
+//   - reads of shared memory that was never written (it is filled with NaN)
+//   - a missing cp_async_wait (copies land only at the wait)
+//   - collectives that some lanes never reach, and misaligned vectors
+//   - with emu::options().detect_races, races on shared memory, accessed through Shared<T>, ld_shared/st_shared,
+//     cp_async, ldmatrix and atomics
+//   - launches that the emulated GPU (emu::options()) would refuse: too much shared memory, or more than 48 KB that
+//     were not requested. A static array counts from its first use on; nvcc counts all arrays of the kernel.
+// emu::options().seed permutes the order of blocks and threads.
+//
+// Limits: a block may not wait for another block (no grid barrier, no clusters). There is one stream. Matrix products
+// are summed in float32 in ascending k, an order that the hardware does not guarantee; with emu::options().truncate
+// they are summed as aligned addends that are truncated to 24 bits. Times are meaningless.
 //
 // Hopper's bulk copies, memory barriers and warpgroup products: hopper.cuh. The main loop on them: tile_products.cuh.
 #pragma once
@@ -222,7 +226,7 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits) {
 
 inline void throw_on_error(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // CUDA keeps the error, and the next launch, perhaps PyTorch's, would report it again
+  (void)cudaGetLastError();  // clears the error, which the next launch, perhaps PyTorch's, would report again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -249,7 +253,7 @@ inline void zero_async(void* pointer, size_t bytes, StreamHandle stream) {
   throw_on_error(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
-// The number of multiprocessors of the current device.
+// Returns the number of multiprocessors of the current device.
 inline int multiprocessors() {
   int count = 0;
   throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
@@ -257,7 +261,7 @@ inline int multiprocessors() {
   return count;
 }
 
-// The current device's compute capability: 90 for 9.0.
+// Returns the compute capability of the current device: 90 for 9.0.
 inline int compute_capability() {
   const int device = current_device();
   int major = 0, minor = 0;
@@ -266,7 +270,7 @@ inline int compute_capability() {
   return 10 * major + minor;
 }
 
-// The bytes of shared memory that a block may ask for on the current device, static ones included.
+// Returns the bytes of shared memory, static and dynamic, that a block may have on the current device.
 inline size_t shared_memory_limit() {
   int bytes = 0;
   throw_on_error(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()),
@@ -278,9 +282,9 @@ inline size_t shared_memory_limit() {
 
 // ---- both forms --------------------------------------------------------------------------------------------------
 
-// Lets a kernel have `bytes` of dynamic shared memory. A block has 48 KB unasked, static arrays included; for more the
-// kernel must be allowed its dynamic part, on each device. How large the static arrays are only the compiler knows, so
-// every kernel with a dynamic part asks. What it may have only grows: other threads launch at the same time.
+// Allows a kernel `bytes` of dynamic shared memory on the current device. Without this a block has 48 KB, static arrays
+// included. Only the compiler knows the size of the static arrays, so every kernel with a dynamic part calls this. The
+// allowance never shrinks, because other threads may launch the kernel at the same time.
 inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, size_t> allowed;
@@ -332,7 +336,7 @@ __device__ __forceinline__ T warp_min(T value) {
   return value;
 }
 
-// Calls body.template operator()<T>() with the element type that dtype names.
+// Calls body.template operator()<T>() with the element type of dtype.
 template <typename Body>
 void dispatch_dtype(DType dtype, Body&& body) {
   switch (dtype) {

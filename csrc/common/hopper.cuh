@@ -1,29 +1,27 @@
-// The sm_90a part of the device layer: what Hopper's copy engine, barriers and matrix units add to device.h, as thin
-// wrappers that also have a host form (testing/hopper_emulator.h). A source that includes it is compiled for sm_90a alone.
+// The sm_90a part of the device layer: thin wrappers of Hopper's copy engine, memory barriers and matrix units. They
+// also have a host form (testing/hopper_emulator.h). A source that includes this header is compiled for sm_90a only.
 //
-// Operands. A matrix of 16-bit values lies in memory as tiles of 128 rows, a tile as panels of 64 dimensions, a panel as
-// 128 rows of 128 bytes (16 KB) whose 16-byte pieces are permuted within each row: piece ^ (row % 8). That is the
-// 128-byte swizzle that the matrix units read without bank conflicts, and the form in which panels lie in global memory
-// too: our own preparation kernels write it (panel_at). A plain one-dimensional bulk copy then moves a whole panel, or
-// any number of consecutive ones, with one instruction by one thread. Tensor maps would let the copy engine swizzle
-// from a row-major operand; we do without them because the operand must be written anew in any case (float32 to
-// scaled 16-bit), because making a map needs the driver's API at every call, and because rows that do not exist are
-// then simply zeros in the padding of the last tile.
+// Operands. A matrix of 16-bit values is stored as tiles of 128 rows, a tile as panels of 64 dimensions, a panel as 128
+// rows of 128 bytes (16 KB) whose 16-byte vectors are permuted within each row: vector ^ (row % 8). This 128-byte
+// swizzle lets the matrix units read without bank conflicts. Panels have it in global memory already, because our
+// preparation kernels write it (panel_at). So one thread copies a whole panel, or several consecutive ones, with one
+// plain bulk copy. Tensor maps would let the copy engine swizzle a row-major operand. They are not used for three
+// reasons: the operand must be rewritten in any case (float32 to scaled 16-bit), creating a map needs the driver's API
+// in each call, and padding rows are simply zeros here.
 //
 //   panel_at(row, dim, panels)             index of an element of such a matrix; 128-row tiles of `panels` panels
 //   panels_of(dim), row_tiles(rows), packed_size(rows, panels)
-//   k_major(p)                             descriptor of (rows x 16 dimensions) at a panel's row and dimension; for A and B
-//   k_major_step(), ...                    see below
+//   k_major(p)                             descriptor of rows x 16 dimensions at a panel's row and dimension, of A or B
 //   mn_major(p, panel_bytes)               descriptor of B = (16 rows as k) x (N dimensions) of the same panels
 //   wgmma<T, N>(d, a, b, accumulate)       d (64 x N, float[N / 2] a thread) (+)= A B^T; A and B descriptors
 //   wgmma<T, N, kMnMajor>(d, a[4], b, accumulate)   A from registers, in the fragment layout of mma_16816
 //   wgmma_fence(x...)                      before the first wgmma after any other use of its registers x
-//   wgmma_commit(), wgmma_wait<N>(x...)    after the wait, the results x of all but the last N groups may be used; what
-//                                          the group reads (A registers, shared memory) must stay until then
+//   wgmma_commit(), wgmma_wait<N>(x...)    after the wait, the results x of all but the last N groups may be used; the
+//                                          operands of a group (registers, shared memory) must not change before
 //   mbarrier_init, mbarrier_init_fence, mbarrier_arrive, mbarrier_expect (arrive and expect bytes), mbarrier_wait
 //   bulk_copy(dst, src, bytes, barrier)    global -> shared, multiples of 16 bytes; lands at the barrier
 //   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)    ids 1..15; 0 is __syncthreads
-//   elect_one()                            one thread of a whole warp; warp_in_block(), warpgroup_index(): see below
+//   elect_one()                            true in one thread of a whole warp; warp_in_block(), warpgroup_index()
 //   give_registers<N>(), take_registers<N>()    setmaxnreg; whole warpgroups, kernel bound by __launch_bounds__(t, 1)
 //   async_proxy_fence()                    between ordinary stores to shared memory and wgmma or copies that read them
 //
@@ -44,12 +42,12 @@ using MBarrier = uint64_t;
 
 #if !defined(SCAN_FAST_EMULATE)
 
-// ---- barriers and copies ---------------------------------------------------------------------------------------------
+// ---- barriers and copies --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// By the initialising thread, before the __syncthreads after which others use the barriers.
+// Called by the initialising thread, before the __syncthreads after which other threads use the barriers.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -63,11 +61,11 @@ __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
 }
 // Returns once the phase of the given parity is complete; a new barrier is in phase 0, and passes for parity 1.
 //
-// With SCAN_FAST_WAIT_LIMIT a wait of two seconds traps, so that an error in a protocol ends as a launch failure and
-// does not hang; the process can then launch nothing more. The clock is read only after a first attempt has failed. No
-// message: with a printf here the compiler serialises all products (C7510) and spills. This is the only loop of our GPU
-// code that waits for another thread. What the hardware waits for cannot time out: named barriers, __syncthreads,
-// setmaxnreg, wgmma's wait. But a thread that fails to come there is as a rule held up by a memory barrier, and traps.
+// With SCAN_FAST_WAIT_LIMIT a wait of two seconds traps: an error in a protocol ends as a launch failure instead of a
+// hang. The process can then launch nothing more. The clock is read only after a first attempt has failed. There is no
+// message, because a printf makes the compiler serialise all products (C7510) and spill. This is the only loop in our
+// GPU code that waits for another thread. Waits inside the hardware cannot time out: named barriers, __syncthreads,
+// setmaxnreg, wgmma's wait. But a thread that does not arrive there usually waits at a memory barrier, and traps.
 __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, unsigned parity) {
 #if defined(SCAN_FAST_WAIT_LIMIT)
   asm volatile(
@@ -134,9 +132,9 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// ---- matrix units ----------------------------------------------------------------------------------------------------
+// ---- matrix units ---------------------------------------------------------------------------------------------------
 
-// Tells the compiler that x may have changed: it must not move uses of x across.
+// Tells the compiler that x may have changed, so that it does not move uses of x across.
 __device__ __forceinline__ void pin_register(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 __device__ __forceinline__ void pin_register(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 template <typename X, int kCount>
@@ -254,12 +252,12 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4]
 
 #endif
 
-// ---- both forms ------------------------------------------------------------------------------------------------------
+// ---- both forms -----------------------------------------------------------------------------------------------------
 
-// By whole warps. Of threadIdx.x / 128 the compiler cannot see that it is one number for a warp; it then forms
-// descriptors per thread and moves them into the uniform registers that the matrix units read, and puts a loop around
-// every copy. Of a shuffle from one lane, and of an elected thread, it can. NT-Xent's forward kernel had 66 such moves,
-// and has 10.
+// Called by whole warps. The compiler does not see that threadIdx.x / 128 is the same number in a whole warp. It then
+// forms descriptors per thread, moves them into the uniform registers that the matrix units read, and puts a loop
+// around every copy. It does see it for the result of a shuffle from one lane and for an elected thread: NT-Xent's
+// forward kernel had 66 such moves, and has 10.
 __device__ __forceinline__ int warp_in_block() { return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 32, 0); }
 __device__ __forceinline__ int warpgroup_index() {
   return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 128, 0);
@@ -271,23 +269,23 @@ __device__ __forceinline__ uint64_t operand_descriptor(const void* p, uint32_t l
          (shared_address(p) & 0x3ffff) >> 4;
 }
 
-// Rows (A's M or B's N) of a panel, 16 dimensions as k. `p` is the panel's start plus a multiple of 8 rows (1024 bytes);
-// the tile's rows are consecutive. advance(descriptor, 32 * i) is the same for the i-th 16 dimensions of the panel, and
-// any number of whole panels further on is as many bytes more.
+// Returns the descriptor of rows of a panel (M of A or N of B) and 16 dimensions as k. `p` is the start of the panel
+// plus a multiple of 8 rows (1024 bytes); the rows of the tile are consecutive. advance(descriptor, 32 * i) gives the
+// descriptor of the i-th 16 dimensions; that of another panel differs by the distance of the panels in bytes.
 __device__ __forceinline__ uint64_t k_major(const void* p) { return operand_descriptor(p, 16, 1024); }
 
-// Dimensions as N, in panels `panel_bytes` apart (64 dimensions each), 16 rows as k: the transposed reading of the same
-// memory. advance(descriptor, 2048 * i) for the i-th 16 rows.
+// Returns the descriptor of the same memory, read transposed: dimensions as N, in panels of 64 dimensions that are
+// `panel_bytes` apart, and 16 rows as k. advance(descriptor, 2048 * i) gives that of the i-th 16 rows.
 __device__ __forceinline__ uint64_t mn_major(const void* p, int panel_bytes) {
   return operand_descriptor(p, static_cast<uint32_t>(panel_bytes), 1024);
 }
 
-// The address of a descriptor never carries out of its 14 bits: shared memory ends at 227 KB.
+// Adds bytes to the address of a descriptor. It stays within its 14 bits, because shared memory ends at 227 KB.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes >> 4);
 }
 
-// Where the accumulators of wgmma lie: row within the warpgroup's 64, and column.
+// Position of accumulator r of wgmma: row within the warpgroup's 64 rows, and column.
 __device__ __forceinline__ int accumulator_row(int r) {
   return static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + r / 2 % 2 * 8;
 }
@@ -295,7 +293,7 @@ __device__ __forceinline__ int accumulator_column(int r) {
   return r / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + r % 2;
 }
 
-// Dynamic shared memory begins at a multiple of 128; panels need 1024. Ask for 1024 bytes more than you use.
+// Aligns dynamic shared memory to 1024 bytes for panels; it begins at a multiple of 128. Request 1024 bytes more.
 __device__ __forceinline__ Shared<unsigned char> aligned_to_panels(const Shared<unsigned char>& dynamic) {
   return dynamic + static_cast<int64_t>((1024 - shared_address(dynamic.get()) % 1024) % 1024);
 }

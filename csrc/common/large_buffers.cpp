@@ -34,7 +34,7 @@ class Pool {
   Buffer* take(size_t wanted) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      // The latest that fits without wasting more than a quarter; its pages are the likeliest to be in the cache.
+      // The most recent one that fits and wastes at most a quarter: its pages are the likeliest to be in the cache.
       for (auto it = waiting_.begin(); it != waiting_.end(); ++it) {
         if ((*it)->bytes < wanted || (*it)->bytes > wanted + wanted / 4 + kHugePage) continue;
         Buffer* found = *it;
@@ -51,7 +51,7 @@ class Pool {
       TORCH_CHECK_WITH(OutOfMemoryError, pointer != nullptr, "scan_fast could not allocate ", bytes, " bytes");
     }
 #ifdef __linux__
-    (void)madvise(pointer, bytes, MADV_HUGEPAGE);  // a hint: where it is refused, ordinary pages serve
+    (void)madvise(pointer, bytes, MADV_HUGEPAGE);  // a hint; ordinary pages serve as well
 #endif
     return new Buffer{pointer, bytes};
   }

@@ -1,24 +1,25 @@
-// Memory for large CPU results, kept for the next call.
+// Pool of memory for large CPU results.
 //
-// malloc maps a large array anew each time and returns it to the kernel when it is freed; the page faults of the next
-// first touch (20,000 for the 80 MB of gradients of a 10 x 1024 x 1000 SCAN loss) then cost twice what computing the
-// values does. A training step frees last step's gradients before it asks for new ones, so the pages are there.
+// malloc maps memory for a large array in each call, and returns it to the operating system when it is freed. The page
+// faults of the first access (20,000 for the 80 MB of gradients of a 10 x 1024 x 1000 SCAN loss) then take twice as
+// long as the computation. A training step frees the previous step's gradients before it allocates new ones, so a pool
+// of freed buffers avoids the page faults.
 #pragma once
 
 #include <ATen/ATen.h>
 
 namespace scan_fast {
 
-// As at::empty for a contiguous CPU tensor. From kLargeBuffer bytes on, its memory comes from the pool, in huge pages
-// where the system offers them; smaller ones and other devices are at::empty.
+// Does what at::empty does. A contiguous CPU tensor of kLargeBuffer bytes or more gets its memory from the pool, in
+// huge pages if the system offers them.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 constexpr size_t kLargeBuffer = size_t{1} << 20;
 
-// At most so many bytes wait in the pool for reuse; what is freed beyond that goes back to the system at once.
+// Most bytes that wait in the pool for reuse; freed memory beyond this goes back to the system at once.
 constexpr size_t kPoolCapacity = size_t{256} << 20;
 
-// Bytes that wait in the pool now.
+// Returns the bytes that wait in the pool.
 size_t pooled_bytes();
 
 // Gives the waiting memory back to the system.

@@ -16,7 +16,7 @@ namespace {
 std::mutex mutex;
 std::vector<const void*> kernels;
 
-// The runtime knows a kernel's mangled name.
+// The CUDA runtime knows the mangled name of a kernel.
 std::string name_of(const void* kernel) {
 #ifdef SCAN_FAST_WITH_CUDA
   const char* mangled = nullptr;

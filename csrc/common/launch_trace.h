@@ -1,5 +1,5 @@
-// Which CUDA kernels were launched: for tests and the GPU suite, which must know what they measured. Off until asked
-// for; launch() in device.h then pays one relaxed load.
+// Trace of kernel launches, for tests and the GPU suite: they must know which kernels they measured. While it is off,
+// launch() in device.h pays one relaxed load.
 #pragma once
 
 #include <atomic>
@@ -13,13 +13,14 @@ inline std::atomic<bool>& traces_launches() {
   return on;
 }
 
-// Notes a kernel, given by the address that a launch takes. Each is kept once, in the order of its first launch.
+// Records a kernel, given by its host address. Each kernel is kept once, in the order of first launches.
 void note_launch(const void* kernel);
 
-// Turns the trace on or off; turning it on forgets what was noted before.
+// Turns the trace on or off. Turning it on clears it.
 void trace_launches(bool on);
 
-// The C++ names of the kernels noted, e.g. "void scan_fast::(anonymous namespace)::prepare_kernel<float>(...)".
+// Returns the C++ names of the recorded kernels, e.g. "void scan_fast::(anonymous
+// namespace)::prepare_kernel<float>(...)".
 std::vector<std::string> launched();
 
 }  // namespace scan_fast

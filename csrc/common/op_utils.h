@@ -1,4 +1,4 @@
-// Small helpers of the torch-facing layer (the _op.cpp files), shared by the kernel families.
+// Helpers that the torch-facing layers (_op.cpp) of the kernel families share.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -27,7 +27,7 @@ inline DType dtype_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
-// Two logit tensors that must agree in shape, dtype and device, `ndim` of them or one more.
+// Checks that two logit tensors agree in shape, dtype and device, and are not empty.
 inline void check_pair(const at::Tensor& first, const at::Tensor& second, const char* first_name,
                        const char* second_name) {
   TORCH_CHECK_VALUE(first.sizes() == second.sizes(), second_name, " must have the shape of ", first_name, ", ",
@@ -39,15 +39,15 @@ inline void check_pair(const at::Tensor& first, const at::Tensor& second, const 
   TORCH_CHECK_VALUE(first.numel() > 0, first_name, " must not be empty, got shape ", first.sizes());
 }
 
-// A float32 upstream gradient as a pointer, or null where the output was not used. `holder` keeps a copy alive.
+// Returns a pointer to an upstream gradient as float32, or null if the output was not used. `holder` owns the memory.
 inline const float* gradient_pointer(const std::optional<at::Tensor>& gradient, at::Tensor& holder) {
   if (!gradient.has_value() || !gradient->defined()) return nullptr;
   holder = gradient->to(at::kFloat).contiguous();
   return holder.const_data_ptr<float>();
 }
 
-// In a backward pass that is itself recorded (create_graph=True): makes the gradients raise when differentiated, as
-// Python's once_differentiable does.
+// Makes the gradients raise an error if they are differentiated, as once_differentiable in Python does. This matters in
+// a backward pass that is recorded (create_graph=True).
 inline torch::autograd::variable_list once_differentiable(torch::autograd::variable_list gradients, const char* name) {
   if (!at::GradMode::is_enabled()) return gradients;
   auto error = std::make_shared<torch::autograd::DelayedError>(

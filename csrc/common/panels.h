@@ -1,8 +1,8 @@
-// How the sm_90a kernels lay 16-bit operands out in memory: index arithmetic only, for host and device.
+// Memory layout of the 16-bit operands of the sm_90a kernels: index arithmetic only, for host and device.
 //
-// Tiles of 128 rows; a tile is `panels` panels of 64 dimensions; a panel is 128 rows of 64 values, whose pieces of 8
-// values (16 bytes) are permuted: piece ^ (row % 8), the 128-byte swizzle. Rows and dimensions that do not exist are
-// zeros. See hopper.cuh for the reason.
+// A matrix is stored as tiles of 128 rows, a tile as `panels` panels of 64 dimensions, a panel as 128 rows of 64
+// values. The 16-byte vectors of a row (8 values) are permuted, vector ^ (row % 8): the 128-byte swizzle. Padding rows
+// and dimensions are zeros. hopper.cuh gives the reason.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@ SCAN_FAST_INDEX_MATH int64_t packed_size(int64_t rows, int64_t panels) {
   return row_tiles(rows) * panels * kPanelElements;
 }
 
-// The index of an element; dim < 64 * panels.
+// Returns the index of an element; dim < 64 * panels.
 SCAN_FAST_INDEX_MATH int64_t panel_at(int64_t row, int64_t dim, int64_t panels) {
   const int64_t panel = row / kPanelRows * panels + dim / kPanelDims;
-  const int in_tile = static_cast<int>(row % kPanelRows), piece = static_cast<int>(dim % kPanelDims) / 8;
-  return panel * kPanelElements + in_tile * kPanelDims + (piece ^ (in_tile % 8)) * 8 + static_cast<int>(dim % 8);
+  const int in_tile = static_cast<int>(row % kPanelRows), vector = static_cast<int>(dim % kPanelDims) / 8;
+  return panel * kPanelElements + in_tile * kPanelDims + (vector ^ (in_tile % 8)) * 8 + static_cast<int>(dim % 8);
 }
 
 }  // namespace scan_fast

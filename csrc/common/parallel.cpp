@@ -4,8 +4,8 @@
 
 #include <atomic>
 
-// Entry points of libgomp, GCC's OpenMP runtime, which PyTorch's binaries for Linux use. They are called directly, because
-// Clang compiles `#pragma omp` for another runtime: a process would have two pools of threads, and
+// Entry points of libgomp, GCC's OpenMP runtime, which PyTorch's binaries for Linux use. They are called directly,
+// because Clang compiles `#pragma omp` for another runtime: a process would have two pools of threads, and
 // torch.set_num_threads() would set the size of one.
 extern "C" {
 void GOMP_parallel(void (*region)(void*), void* data, unsigned threads, unsigned flags);

@@ -6,7 +6,7 @@
 
 namespace scan_fast {
 
-// The number of threads that parallel_for may use now: torch.get_num_threads(), or 1 inside a parallel region.
+// Returns the number of threads that parallel_for may use now: torch.get_num_threads(), or 1 inside a parallel region.
 int max_threads();
 
 // Calls body(task, thread) for every task in [0, tasks), where thread < max_threads(). Threads take one task after the

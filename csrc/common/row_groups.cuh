@@ -1,4 +1,4 @@
-// Rows of logits spread over groups of lanes, shared by the loss kernels (.cu on common/device.h).
+// Rows of logits in the registers of groups of lanes, for the loss kernels.
 //
 // A group of kGroup lanes (8 or 32) holds one row of up to kGroup * kPer classes in registers. Element i of a lane is
 // class i * kGroup + lane, or with kVector (classes a multiple of 4 and rows aligned) class
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store4(T* p, const float* x) {
   }
 }
 
-// True where rows of `classes` elements starting at p can be read four elements at a time.
+// Returns whether rows of `classes` elements from p on can be read four elements at a time.
 template <typename T>
 inline bool aligned_rows(const void* p, int64_t classes) {
   return classes % 4 == 0 && reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_row(T* row, int classes, int lane, const f
   }
 }
 
-// Butterflies over the lanes of a group; every lane of the warp must take part.
+// Butterfly reductions over the lanes of a group. All lanes of the warp must take part.
 template <int kGroup>
 __device__ __forceinline__ float group_sum(float x) {
 #pragma unroll
@@ -98,7 +98,7 @@ __device__ __forceinline__ int group_min(int x) {
   return x;
 }
 
-// Combines each of v[0..N) over the block in a fixed order; every thread gets the result. scratch: N * warps elements.
+// Reduces each of v[0..N) over the block in a fixed order; every thread gets the result. scratch: N * warps elements.
 template <int N, typename V, typename Combine>
 __device__ __forceinline__ void block_combine(V (&v)[N], const Shared<V>& scratch, Combine combine) {
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -132,8 +132,8 @@ struct Larger {
   __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
-// True in the block that calls this last among `blocks` sharing the (zeroed) ticket; what the others wrote before their
-// call is then visible to it. With one block no ticket is needed and none is touched.
+// Returns true in the last of `blocks` blocks that call this with the same ticket, which must be zero before. That
+// block then sees what the others wrote before their calls. With one block the ticket is not used.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   SCAN_FAST_SHARED(unsigned, order, 1);
   if (blocks == 1) {

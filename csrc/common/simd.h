@@ -1,16 +1,14 @@
-// Vectors of floats for sources that are compiled once per instruction set. The width depends on the set. Arithmetic uses
-// the vector extensions of GCC and Clang; intrinsics serve for what these cannot express (partial and 16-bit loads and
-// stores).
+// Vectors of floats for sources that are compiled once per instruction set. The width depends on the set. Arithmetic
+// uses the vector extensions of GCC and Clang; intrinsics serve for what these cannot express (partial and 16-bit loads
+// and stores).
 //
 // load<T>(p) and store<T>(p, v) move kLanes elements of float, Bf16 or Fp16 to and from float lanes; load_partial and
-// store_partial the first n < kLanes of them, touching no other memory. load_columns and store_columns move kLanes
-// consecutive rows of a narrow matrix, transposed: one row per lane. exp and log are accurate to about 2 units in the
-// last place and keep NaN; exp returns exactly 0 below -87.3 and expects no argument above 88.
+// store_partial the first n < kLanes of them, touching no other memory. exp and log are accurate to about 2 units in
+// the last place and keep NaN; exp returns exactly 0 below -87.3 and expects no argument above 88.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #if defined(SCAN_FAST_ISA_avx512) || defined(SCAN_FAST_ISA_avx2)
 #include "common/intrinsics.h"
@@ -45,7 +43,7 @@ struct Fp16 {
 };
 
 inline Vec splat(float x) { return x - Vec{}; }
-// The second operand where either is NaN.
+// Returns the second operand if either is NaN.
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 
 inline float reduce_add(Vec v) {
@@ -83,7 +81,7 @@ inline bool any(IntVec mask) {
 #endif
 }
 
-// A mask as bits, lane 0 the lowest, and back; bits past the last lane do not matter.
+// Converts a mask to bits, lane 0 the lowest, and back. Bits past the last lane are ignored.
 inline uint32_t lane_bits(IntVec mask) {
 #if defined(SCAN_FAST_ISA_avx512)
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
@@ -148,7 +146,7 @@ inline float widen(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) 
 inline float widen(Fp16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 1023u) << 13);
-  // Subnormals included: the exponent field is rescaled by an exact product.
+  // The exponent is corrected by an exact product, which also normalises subnormal numbers.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 template <typename T>
@@ -227,7 +225,7 @@ inline void store(T* p, Vec v) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(p, &v, sizeof(v));
   } else if constexpr (__is_same(T, Bf16)) {
-    // Round to nearest even by integer arithmetic; the half-word moves keep compilers busy enough to need no intrinsic.
+    // Round to nearest even by integer arithmetic.
     IntVec bits;
     std::memcpy(&bits, &v, sizeof(v));
     const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -273,129 +271,11 @@ inline void store_lanes(T* p, Vec v, int lanes) {
   }
 }
 
-// ---- one row per lane --------------------------------------------------------------------------------------------
-
-// Matrices of more columns are not moved by load_columns and store_columns; their users keep Vec[kMaxColumns].
-constexpr int kMaxColumns = 32;
-
-typedef float Quad __attribute__((vector_size(16)));
-constexpr int kQuads = kLanes / 4;
-
-inline Quad load_quad(const float* p) {
-  Quad quad;
-  std::memcpy(&quad, p, sizeof(quad));
-  return quad;
-}
-// A vector of the quads at p, p + stride, ...
-inline Vec load_quads(const float* p, int64_t stride) {
-#if defined(SCAN_FAST_ISA_avx512)
-  Vec v = _mm512_castps128_ps512(load_quad(p));
-  v = _mm512_insertf32x4(v, load_quad(p + stride), 1);
-  v = _mm512_insertf32x4(v, load_quad(p + 2 * stride), 2);
-  return _mm512_insertf32x4(v, load_quad(p + 3 * stride), 3);
-#elif defined(SCAN_FAST_ISA_avx2)
-  return _mm256_set_m128(load_quad(p + stride), load_quad(p));
-#else
-  (void)stride;
-  return load_quad(p);
-#endif
-}
-template <int kIndex>
-inline void store_quad(float* p, Vec v) {
-#if defined(SCAN_FAST_ISA_avx512)
-  _mm_storeu_ps(p, _mm512_extractf32x4_ps(v, kIndex));
-#elif defined(SCAN_FAST_ISA_avx2)
-  _mm_storeu_ps(p, _mm256_extractf128_ps(v, kIndex));
-#else
-  std::memcpy(p, &v, sizeof(v));
-#endif
-}
-
-// Shuffles x and y quad by quad: each quad of the result holds the elements kElements of the quads of x (0 to 3) and y
-// (4 to 7) at its place.
-template <int... kElements>
-inline Vec shuffle_quads(Vec x, Vec y) {
-  static_assert(sizeof...(kElements) == 4);
-  constexpr int elements[] = {kElements...};
-  constexpr auto index = [](int i) { return i / 4 * 4 + elements[i % 4] % 4 + elements[i % 4] / 4 * kLanes; };
-  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(x, y, index(kLane)...);
-  }(std::make_integer_sequence<int, kLanes>());
-}
-
-// Transposes the 4 x 4 matrices that the four vectors hold quad by quad.
-inline void transpose_quads(Vec* v) {
-  const Vec a = shuffle_quads<0, 4, 1, 5>(v[0], v[1]), b = shuffle_quads<0, 4, 1, 5>(v[2], v[3]);
-  const Vec c = shuffle_quads<2, 6, 3, 7>(v[0], v[1]), d = shuffle_quads<2, 6, 3, 7>(v[2], v[3]);
-  v[0] = shuffle_quads<0, 1, 4, 5>(a, b);
-  v[1] = shuffle_quads<2, 3, 6, 7>(a, b);
-  v[2] = shuffle_quads<0, 1, 4, 5>(c, d);
-  v[3] = shuffle_quads<2, 3, 6, 7>(c, d);
-}
-
-// kLanes rows in float, and what the last quad reads past them.
-constexpr int64_t kRowsScratch = kLanes * kMaxColumns + kLanes;
-
-// columns[c][r] = p[r * count + c] for c < count and r < kLanes: kLanes rows of a row-major matrix of `count` columns,
-// of which `left` elements remain from p on. Rows past the end are zeros; columns past the last, up to a multiple of
-// four, hold anything.
-template <typename T>
-inline void load_columns(const T* p, int64_t count, int64_t left, Vec* columns) {
-  float scratch[kRowsScratch];
-  const float* rows = scratch;
-  const int64_t all = kLanes * count;
-  if (sizeof(T) == sizeof(float) && left >= all + 3) {
-    rows = reinterpret_cast<const float*>(p);
-  } else {
-    for (int64_t i = 0; i < all + 3; i += kLanes) {
-      const int64_t after = left - i;
-      store(scratch + i, after >= kLanes ? load(p + i)
-                         : after > 0     ? load_partial(p + i, static_cast<int>(after), 0.0f)
-                                         : Vec{});
-    }
-  }
-  for (int64_t c = 0; c < count; c += 4) {
-    // The quads of one vector come from rows r, r + 4, ..., so that 4 x 4 transpositions end in the order of rows.
-    for (int r = 0; r < 4; ++r) columns[c + r] = load_quads(rows + r * count + c, 4 * count);
-    transpose_quads(columns + c);
-  }
-}
-
-template <int kIndex>
-inline void store_rows(float* rows, int64_t count, const Vec* columns) {
-  if constexpr (kIndex < kQuads) {
-    // Row after row, so that what a quad spills past its row is overwritten by the next.
-    for (int r = 0; r < 4; ++r) {
-      for (int64_t c = 0; c < count; c += 4) store_quad<kIndex>(rows + (4 * kIndex + r) * count + c, columns[c + r]);
-    }
-    store_rows<kIndex + 1>(rows, count, columns);
-  }
-}
-
-// The reverse for the first min(kLanes, rows left) rows. Destroys `columns`, and may write anything to the elements of
-// later rows among the `left`: they must be stored afterwards.
-template <typename T>
-inline void store_columns(T* p, int64_t count, int64_t left, Vec* columns) {
-  for (int64_t c = 0; c < count; c += 4) transpose_quads(columns + c);
-  const int64_t all = kLanes * count;
-  if (sizeof(T) == sizeof(float) && left >= all + 3) {
-    store_rows<0>(reinterpret_cast<float*>(p), count, columns);
-    return;
-  }
-  float scratch[kRowsScratch];
-  store_rows<0>(scratch, count, columns);
-  const int64_t used = left < all ? left : all;
-  for (int64_t i = 0; i < used; i += kLanes) {
-    const int64_t after = used - i;
-    store_lanes(p + i, load(scratch + i), after < kLanes ? static_cast<int>(after) : kLanes);
-  }
-}
-
 // ---- functions ---------------------------------------------------------------------------------------------------
 
 inline Vec exp(Vec x) {
 #if defined(SCAN_FAST_ISA_avx512)
-  // The same sum as below in fewer instructions: the mask keeps NaN and zeroes what lies below the range, and scalef
+  // The same polynomial as below in fewer instructions: the mask keeps NaN and gives 0 below the range, and scalef
   // applies the exponent.
   const __mmask16 used = _mm512_cmp_ps_mask(x, splat(-87.3f), _CMP_NLT_UQ);
   const Vec magic = splat(12582912.0f);

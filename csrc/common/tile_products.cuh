@@ -1,23 +1,24 @@
-// The main loop of the sm_90a kernels: all products of row tiles with column tiles, handed to an epilogue in registers.
+// Main loop of the sm_90a kernels: multiplies row tiles with column tiles and passes the products, in registers, to an
+// epilogue.
 //
-// One block per multiprocessor, three warpgroups. Warpgroup 0 gives its registers away, and one of its threads keeps the
-// copy engine busy; warpgroups 1 and 2 multiply, 64 of a tile's 128 rows each, 240 registers a thread. With a resident
-// operand they take turns (ping-pong, by two named barriers): while one has the matrix units, the other is in its
-// epilogue. Without, they multiply side by side: a tile then has more panels than the ring has stages, and none could
-// be refilled while one warpgroup waits for its turn.
+// There is one block per multiprocessor, with three warpgroups. Warpgroup 0 releases its registers, and one of its
+// threads issues the copies. Warpgroups 1 and 2 multiply, 64 of a tile's 128 rows each, with 240 registers per thread.
+// With a resident operand they take turns (ping-pong, by two named barriers): while one uses the matrix units, the
+// other runs its epilogue. Without a resident operand they multiply side by side: a tile then has more panels than the
+// ring has stages, and no stage could be refilled while one warpgroup waits for its turn.
 //
 //   C (128 x kColumns) = A (128 x dims) B^T,   A: row tile, B: column tile of packed operands (panels.h)
 //
-// One of the two may stay in shared memory while the other passes by in panels of 64 dimensions through a ring of
-// stages; with kNone both pass, for any number of dimensions. What stays is double-buffered, so that the next is
-// there when its turn comes. A schedule says which tiles meet, an epilogue what becomes of the products:
+// One operand may be resident, i.e. stay in shared memory, while the other streams through a ring of stages in panels
+// of 64 dimensions. With kNone both stream, for any number of dimensions. The resident operand is double-buffered, so
+// that the next one is loaded in time. A schedule chooses the pairs of tiles, an epilogue uses the products:
 //
-//   struct Schedule {              // both roles walk over their own copy and must see the same runs
+//   struct Schedule {              // producer and consumers each have a copy and must see the same runs
 //     struct Run { int fixed, begin, end; ... };     // may hold more, for the epilogue
 //     __device__ bool next(Run& run);                // this block's next run, false at the end
 //   };
-//     kRows, kNone: row tile `fixed` meets the column tiles [begin, end); kColumns: column tile `fixed` meets the row
-//     tiles [begin, end). Column tiles count kColumns columns. begin < end.
+//     kRows, kNone: row tile `fixed` times the column tiles [begin, end); kColumns: column tile `fixed` times the row
+//     tiles [begin, end). Column tiles have kColumns columns. begin < end.
 //   struct Epilogue {              // one per thread of the two warpgroups
 //     __device__ void begin(const Run& run);
 //     __device__ void tile(float (&c)[kColumns / 2], const Run& run, int moving);   // moving in [begin, end)
@@ -33,12 +34,12 @@
 //     multiply_tiles<Products>(memory, rows, columns, schedule, epilogue);
 //   }
 //
-// Operands must be packed to a whole number of tiles (for kColumns = 256, an even number of 128-row tiles): a tile is
-// copied as a whole. With kSplit each value is hi + lo: a tile has `panels` panels of hi, then as many of lo, and a
-// product is hi hi + hi lo + lo hi.
+// Operands must be packed to a whole number of tiles (for kColumns = 256, an even number of 128-row tiles), because
+// tiles are copied as a whole. With kSplit each value is hi + lo: a tile has `panels` panels of hi, then as many of lo,
+// and a product is hi hi + hi lo + lo hi.
 //
-// Invariants. A stage is filled after all eight multiplying warps have released it, and released after the wait that
-// completes the last product that reads it. All products of a tile are of one chain of accumulation in the order of its
+// Invariants. A stage is filled after all eight multiplying warps have released it. It is released after the wait that
+// completes the last product that reads it. The products of a tile are accumulated in one chain in the order of
 // dimensions, so that results do not depend on timing.
 #pragma once
 
@@ -49,14 +50,14 @@ namespace scan_fast {
 constexpr int kProductThreads = 384, kMultipliers = 256;
 constexpr int kOrderBarrier = 1, kFreeBarrier = 3;
 
-// A packed operand: tile t begins at values + t * panels * kPanelElements (twice that many panels when split).
+// A packed operand: tile t begins at values + t * panels * kPanelElements, with twice as many panels if it is split.
 template <typename T>
 struct PackedOperand {
   const T* values;
   int panels;
 };
 
-// Where a role stands in a ring of stages.
+// Position of a producer or consumer in a ring of stages.
 template <int kStages>
 struct RingPosition {
   int stage = 0;
@@ -69,20 +70,20 @@ struct RingPosition {
   }
 };
 
-// A ring's barriers, in shared memory: kStages full ones, then kStages empty ones.
+// Barriers of a ring, in shared memory: kStages `full` ones, then kStages `empty` ones.
 template <int kStages>
 struct Ring {
   MBarrier* barriers;
   __device__ __forceinline__ MBarrier* full(int stage) const { return barriers + stage; }
   __device__ __forceinline__ MBarrier* empty(int stage) const { return barriers + kStages + stage; }
-  // By one thread; mbarrier_init_fence and __syncthreads follow.
+  // Called by one thread; mbarrier_init_fence and __syncthreads must follow.
   __device__ __forceinline__ void init() const {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full(stage), 1);
       mbarrier_init(empty(stage), kMultipliers / 32);
     }
   }
-  // The producer's: waits until the stage is free, and announces the bytes that the copies to full(stage) will bring.
+  // Called by the producer: waits until the stage is free, and announces the bytes of the copies to full(stage).
   __device__ __forceinline__ void claim(const RingPosition<kStages>& at, int bytes) const {
     mbarrier_wait(empty(at.stage), at.parity ^ 1);
     mbarrier_expect(full(at.stage), bytes);
@@ -90,13 +91,13 @@ struct Ring {
   __device__ __forceinline__ void wait(const RingPosition<kStages>& at) const {
     mbarrier_wait(full(at.stage), at.parity);
   }
-  // By whole warps, after the wait that completes their last product from this stage.
+  // Called by whole warps, after the wait that completes their last product from this stage.
   __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(stage));
   }
 };
 
-// The two multiplying warpgroups take turns at the matrix units (kTurns; else this does nothing).
+// Lets the two multiplying warpgroups take turns at the matrix units. Without kTurns it does nothing.
 template <bool kTurns>
 struct Turns {
   int group;  // 0 or 1
@@ -107,7 +108,7 @@ struct Turns {
     if constexpr (kTurns) named_barrier_sync(kOrderBarrier + group, kMultipliers);
   }
   __device__ __forceinline__ void pass() const { named_barrier_arrive_if(kOrderBarrier + 1 - group); }
-  // After the last tile: takes the turn that is left over.
+  // Called after the last tile: takes the remaining turn.
   __device__ __forceinline__ void finish() const {
     if (group == 0) wait();
   }
@@ -120,7 +121,7 @@ struct Turns {
 
 enum class Resident { kNone, kRows, kColumns };
 
-// kMaxPanels: of the resident operand, lo included; 0 for kNone. Panels passing by are kStages deep.
+// kMaxPanels: panels of the resident operand, lo included; 0 for kNone. kStages: stages of the ring.
 template <typename T_, int kColumns_, Resident kResident_, int kMaxPanels_, int kStages_, bool kSplit_ = false>
 struct Products {
   using T = T_;
@@ -143,7 +144,7 @@ struct Products {
   static_assert(kSharedBytes + 1024 <= 227 * 1024, "more shared memory than a block can have");
 };
 
-// The row of accumulator r within a tile of 128 rows, for a thread of the multiplying warpgroups.
+// Returns the row of accumulator r in a tile of 128 rows, for a thread of the multiplying warpgroups.
 __device__ __forceinline__ int tile_row(int r) {
   return (static_cast<int>(threadIdx.x) / 128 - 1) * 64 + accumulator_row(r);
 }
@@ -239,7 +240,7 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
       float c[P::kColumns / 2];
       turns.wait();
       int last_stage = 0;
-      // The products of the panel that passes by now, with one panel of the resident operand or with two.
+      // Multiplies the next streamed panel with one or two panels of the resident operand.
       const auto multiply_next = [&](bool first, int fixed_panel, auto second_panel) {
         ring.wait(at);
         unsigned char* const stage = stages + at.stage * P::kStageBytes;
@@ -252,10 +253,10 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
             multiply_panel<P>(c, advance(fixed, second_panel * P::kFixedPanelBytes), k_major(stage), true);
           }
         } else {
-          const uint64_t passing = k_major(stage + group * kHalf);
-          multiply_panel<P>(c, passing, advance(fixed, fixed_panel * P::kFixedPanelBytes), !first);
+          const uint64_t streamed = k_major(stage + group * kHalf);
+          multiply_panel<P>(c, streamed, advance(fixed, fixed_panel * P::kFixedPanelBytes), !first);
           if constexpr (kHasSecond<decltype(second_panel)>) {
-            multiply_panel<P>(c, passing, advance(fixed, second_panel * P::kFixedPanelBytes), true);
+            multiply_panel<P>(c, streamed, advance(fixed, second_panel * P::kFixedPanelBytes), true);
           }
         }
         wgmma_commit();
@@ -266,8 +267,8 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
         last_stage = at.stage;
         at.advance();
       };
-      // Not unrolled: a panel's products take longer than the instructions between them, and copies of this code make
-      // the compiler move stages and descriptors out of uniform registers.
+      // Not unrolled: the products of a panel take longer than the instructions between them, and with copies of this
+      // code the compiler moves stages and descriptors out of uniform registers.
       if constexpr (P::kSplit) {
 #pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(panel == 0, panel, panels + panel);

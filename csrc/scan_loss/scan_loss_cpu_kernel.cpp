@@ -8,7 +8,7 @@
 //   grad n = k (q - r),   grad a = k (p - r) + e p (u - <p, u>),   u = d entropy / d mean_prob.
 // A row of up to a few thousand classes stays in the L1 cache between its passes, so each logit is read from memory
 // once per direction.
-#include "common/simd.h"
+#include "common/simd_rows.h"
 #include "scan_loss/scan_loss_cpu_kernel.h"
 
 namespace scan_fast::SCAN_FAST_ISA {

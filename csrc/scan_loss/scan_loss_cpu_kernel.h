@@ -33,7 +33,7 @@ SCAN_FAST_DECLARE_PER_ISA(void scan_loss_rows_backward(::scan_fast::DType dtype,
                                                        const float* slope, float consistency_scale, float entropy_scale,
                                                        void* grad_anchors, void* grad_neighbors))
 
-// The same two functions for at most kMaxColumns classes (simd.h), with one row per lane.
+// The same two functions for at most kMaxColumns classes (simd_rows.h), with one row per lane.
 SCAN_FAST_DECLARE_PER_ISA(double scan_loss_narrow_rows_forward(::scan_fast::DType dtype,
                                                                const ::scan_fast::ScanLossRows& block,
                                                                float* column_sums))

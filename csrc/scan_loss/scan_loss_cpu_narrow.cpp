@@ -4,7 +4,7 @@
 // every sum is a reduction across lanes. So kLanes rows are transposed in registers (load_columns). Maxima,
 // exponentials, sums and logarithms then use full vectors, class after class. Column sums stay in lanes until the block
 // ends.
-#include "common/simd.h"
+#include "common/simd_rows.h"
 #include "scan_loss/scan_loss_cpu_kernel.h"
 
 namespace scan_fast::SCAN_FAST_ISA {

@@ -4,7 +4,7 @@
 // The largest probability of a row is 1 / sum e^(x - max), so the confidence test needs no division per class. The
 // label is the first class that equals the maximum. A row that is not confident costs one read of its weak logits; in
 // the narrow form this holds if none of the kLanes rows is confident.
-#include "common/simd.h"
+#include "common/simd_rows.h"
 #include "self_label/self_label_cpu_kernel.h"
 
 namespace scan_fast::SCAN_FAST_ISA {

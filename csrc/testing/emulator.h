@@ -1,4 +1,4 @@
-// The host form of device.h: CUDA's spellings over fibers. For the test-suite only; see device.h for what it checks.
+// Host form of device.h, for the tests: CUDA's functions on fibers. device.h lists the errors that it detects.
 #pragma once
 
 #include <algorithm>
@@ -47,25 +47,25 @@ namespace scan_fast::emu {
 struct Options {
   bool detect_races = false;  // report unordered accesses to shared memory
   uint64_t seed = 0;          // 0: blocks and threads in natural order, otherwise permuted by this seed
-  int multiprocessors = 3;    // what multiprocessors() says; odd and small, so that row loops run several times
+  int multiprocessors = 3;    // odd and small, so that row loops run several times
   int compute_capability = 90;
-  size_t shared_memory = 0;   // what a block may have, static and dynamic; 0: what that compute capability has
-  int device = 0;             // the current one; kernels ask for shared memory on each
-  bool truncate = false;      // matrix units cut their sums off, as coarsely as any GPU does, instead of rounding
+  size_t shared_memory = 0;   // limit of a block, static and dynamic; 0: the limit of the compute capability
+  int device = 0;             // current device; kernels request shared memory on each
+  bool truncate = false;      // matrix units truncate their sums, as coarsely as any GPU does, instead of rounding
 };
 Options& options();
 
-// Runs `body`, a call of the kernel, once per thread of the grid; throws std::runtime_error for what the checks find.
+// Runs `body`, a call of the kernel, once per thread of the grid. Throws std::runtime_error if a check fails.
 void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
 
-// emulator_launch.cpp: what a block may have, and what the kernel may have of it dynamically on the current device.
+// emulator_launch.cpp: limit of a block, and the dynamic part that a kernel is allowed on the current device.
 size_t shared_memory_limit();
 void set_dynamic_shared(const void* kernel, size_t bytes);
 
 [[noreturn]] void fail(const std::string& message);
 
 enum class Access { kRead, kWrite, kAtomic };
-// Tells the race detector of an access by the running thread. Outside of shared memory only atomics may happen.
+// Reports an access by the running thread to the race detector. Outside of shared memory only atomics are allowed.
 void touch(const void* pointer, size_t bytes, Access access);
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 
@@ -73,13 +73,13 @@ unsigned char* dynamic_shared();
 void* static_shared(const void* key, size_t bytes);
 void sync_block();
 
-// What a lane brings to, and takes from, a warp collective.
+// Input and output of a lane at a warp collective.
 struct Slot {
   alignas(16) unsigned char bytes[48];
 };
 enum class Collective : int { kSync, kShuffle, kBallot, kLdmatrix, kLdmatrixTrans, kMmaHalf, kMmaBf16 };
-// Waits for all lanes of the mask at the same collective, then gives the 32 slots as the lanes brought them (for
-// ldmatrix and mma: as the collective turned them). Valid until this lane's next collective.
+// Waits for all lanes of the mask at the same collective, then returns the 32 slots with the inputs of the lanes; for
+// ldmatrix and mma with the outputs. They are valid until this lane's next collective.
 const Slot* exchange(Collective kind, unsigned mask, const Slot& mine);
 unsigned lane();
 

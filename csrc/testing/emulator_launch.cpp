@@ -1,7 +1,7 @@
-// What a GPU asks of a launch before the first thread runs: its grid, its block, its shared memory.
+// Requirements of a GPU on a launch: grid, block, shared memory.
 //
-// Static arrays make themselves known when a thread comes to them, so shared memory is judged at the launch and again
-// at each new array.
+// A static array becomes known when a thread first uses it, so shared memory is checked at the launch and again at each
+// new array.
 #include <map>
 #include <string>
 #include <utility>
@@ -11,10 +11,10 @@
 namespace scan_fast::emu {
 namespace {
 
-constexpr size_t kUnasked = 48 * 1024;  // of a block, on every GPU
+constexpr size_t kUnrequested = 48 * 1024;  // bytes that a block has on every GPU without a request
 constexpr size_t kDynamicAlignment = 128;
 
-// By device and kernel. Like CUDA's attribute it lives as long as the process.
+// Dynamic shared memory by device and kernel. Like CUDA's attribute it lives as long as the process.
 std::map<std::pair<int, const void*>, size_t>& allowed() {
   static std::map<std::pair<int, const void*>, size_t> value;
   return value;
@@ -45,7 +45,7 @@ size_t shared_memory_limit() {
 
 void set_dynamic_shared(const void* kernel, size_t bytes) {
   if (bytes > shared_memory_limit()) {
-    fail(bytes_of(bytes) + " of dynamic shared memory are asked for, and a block has " +
+    fail(bytes_of(bytes) + " of dynamic shared memory are requested, and a block has " +
          bytes_of(shared_memory_limit()));
   }
   allowed()[{options().device, kernel}] = bytes;
@@ -61,7 +61,7 @@ void check_grid(dim3 grid, dim3 block) {
 void check_shared_memory() {
   const size_t dynamic = machine.dynamic->bytes;
   size_t fixed = machine.static_bytes;
-  if (fixed > kUnasked) fail("static shared memory of " + bytes_of(fixed) + ": the compiler takes 48 KB");
+  if (fixed > kUnrequested) fail("static shared memory of " + bytes_of(fixed) + ": the compiler takes 48 KB");
   // The dynamic part begins at a multiple of its alignment.
   if (dynamic > 0) fixed = (fixed + kDynamicAlignment - 1) / kDynamicAlignment * kDynamicAlignment;
   const std::string both = bytes_of(fixed) + " of static and " + bytes_of(dynamic) + " of dynamic shared memory";
@@ -70,9 +70,9 @@ void check_shared_memory() {
   }
   const auto found = allowed().find({options().device, machine.kernel});
   if (found == allowed().end()) {
-    if (fixed + dynamic > kUnasked) fail(both + " are more than the 48 KB that a kernel has unasked");
+    if (fixed + dynamic > kUnrequested) fail(both + " are more than the 48 KB that a kernel has without a request");
   } else if (dynamic > found->second) {
-    fail(both + ", and the kernel asked for " + bytes_of(found->second) + " of dynamic");
+    fail(both + ", and the kernel requested " + bytes_of(found->second) + " of dynamic");
   }
 }
 

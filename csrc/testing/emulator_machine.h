@@ -1,8 +1,7 @@
-// The state of the emulated machine, shared by the emulator's own sources.
+// State of the emulated machine, shared by the sources of the emulator.
 #pragma once
 
-#if defined(__x86_64__)
-#else
+#if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
@@ -15,13 +14,21 @@
 
 #include "testing/emulator.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define SCAN_FAST_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SCAN_FAST_ADDRESS_SANITIZER 1
+#endif
+#endif
+
 namespace scan_fast::emu {
 
 constexpr int kWarp = 32;
 
 enum class State { kReady, kAtBarrier, kAtCollective, kAtMBarrier, kAtNamedBarrier, kAtWgmma, kDone };
 
-// What a warp knows of the others: see emulator_races.cpp.
+// Vector clock of a warp, see emulator_races.cpp.
 using Clock = std::vector<unsigned>;
 inline void join(Clock& into, const Clock& other) {
   if (into.size() < other.size()) into.resize(other.size(), 0);
@@ -105,7 +112,7 @@ struct Machine {
   uint64_t epoch = 1;  // grows at every barrier and block, over the life of the process
   uint64_t random = 0;
   const void* kernel = nullptr;
-  size_t static_bytes = 0;  // of the arrays that threads have come to
+  size_t static_bytes = 0;  // of the arrays that threads have used
   std::unique_ptr<Region> dynamic;
   std::unordered_map<const void*, std::unique_ptr<Region>> statics;
 #if defined(__x86_64__)
@@ -120,29 +127,41 @@ struct Machine {
 
 extern Machine machine;
 
-// The running fiber waits in its state until the scheduler makes it ready.
+// Suspends the running fiber until the scheduler makes it ready.
 void to_scheduler();
 std::string where();
 uint64_t next_random(uint64_t& state);
 
-// emulator.cpp: what a matrix unit makes of 16 products and the sum so far. Units align the 17 to the largest and may cut
-// each off at 24 bits, and the result again.
+// emulator_warp.cpp: adds 16 products and the sum so far as coarsely as a matrix unit may. Units align the 17 addends
+// to the largest and may truncate each to 24 bits, and the result again.
 float truncated_sum(const float (&addends)[17]);
+const char* name_of(Collective kind);
+// Completes the collectives whose lanes have all come, and returns whether there were any.
+bool complete_collectives();
 
-// emulator_launch.cpp: whether the GPU would launch this grid; whether it has the kernel's shared memory, as far as known.
+// emulator_launch.cpp: fail if the GPU would not launch this grid, or not with the kernel's shared memory as far as
+// known.
 void check_grid(dim3 grid, dim3 block);
 void check_shared_memory();
 
 // emulator_races.cpp
 void touch_as(unsigned thread, const void* pointer, size_t bytes, Access access);
-// Publishes what the thread's warp has done and knows, for those who acquire the clock.
+// Publishes the accesses and the knowledge of the thread's warp to those who acquire the clock.
 void release(unsigned thread, Clock& clock);
 void acquire(unsigned thread, const Clock& clock);
 
-// emulator_hopper.cpp. complete_hopper reports whether anything moved.
+// The address of shared memory is a multiple of 128 and not of 1024, as it may be on a GPU.
+constexpr uint32_t kSharedBegin = 384;
+
+// emulator_hopper.cpp. The functions named complete return whether anything moved.
 void reset_hopper();
 bool complete_hopper();
 void check_hopper_finished();
 std::string waiting_for(const Fiber& fiber);
+
+// emulator_wgmma.cpp
+void reset_wgmma();
+bool complete_wgmma();
+void check_wgmma_finished();
 
 }  // namespace scan_fast::emu

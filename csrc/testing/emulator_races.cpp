@@ -1,8 +1,8 @@
-// The race detector behind emulator.h. It keeps, per two bytes of shared memory, the last write, the last atomic and the
-// readers since. Two accesses of one warp are ordered if a full __syncwarp lies between (shuffles order registers, not
-// memory). Those of different warps are ordered if a block barrier lies between, or if the later warp has acquired,
-// through memory barriers (mbarrier) or named barriers, what the earlier one released after its access: each warp
-// counts its own releases and knows how far it has seen the other warps' (vector clocks).
+// Race detector. For each two bytes of shared memory it keeps the last write, the last atomic and the reads since. Two
+// accesses of one warp are ordered if there is a full __syncwarp between them (shuffles order registers, not memory).
+// Accesses of different warps are ordered if there is a block barrier between them, or if the later warp has acquired,
+// through memory barriers (mbarrier) or named barriers, a release of the earlier one after its access. Each warp counts
+// its releases and knows the latest release of each other warp that it has acquired (vector clocks).
 #include <cstdlib>
 
 #include "testing/emulator_machine.h"

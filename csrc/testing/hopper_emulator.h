@@ -1,11 +1,13 @@
-// The host form of hopper.cuh, for the test-suite only.
-//
-// What it checks beyond device.h: copies land only when their barrier is waited for, and until then their destination
-// holds NaN; results of wgmma hold NaN until the wait that completes their group, and must not be written before; what
-// a group reads must be the same when it is issued and when it completes; a fence lies between a wait that gave results
-// and the next wgmma; the four warps of a warpgroup issue the same products; the descriptors' own bits are what is read; no copy
-// or product is in flight when the kernel ends. Memory and named barriers order shared-memory accesses for the race
-// detector. Register budgets (setmaxnreg) are the compiler's business and do nothing here.
+// Host form of hopper.cuh, for the tests. Beyond the checks of device.h:
+//   - Copies land only at a wait for their barrier. Until then their destination holds NaN.
+//   - Results of wgmma hold NaN until the wait that completes their group, and must not be written before.
+//   - The operands of a group must be the same when it is issued and when it completes.
+//   - There must be a fence between a wait that gave results and the next wgmma.
+//   - The four warps of a warpgroup must issue the same products.
+//   - Operands are read at the addresses that the bits of the descriptors give.
+//   - No copy or product may be in flight when the kernel ends.
+// Memory and named barriers order accesses to shared memory for the race detector. Register budgets (setmaxnreg) have
+// no effect here.
 #pragma once
 
 #include "testing/emulator.h"
@@ -56,7 +58,7 @@ void take_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
 }
 inline void async_proxy_fence() {}
-// Which lane it is must not matter: another one with every seed. All lanes must come.
+// Elects another lane with each seed, because the choice must not matter. All lanes must take part.
 inline bool elect_one() {
   __ballot_sync(0xffffffffu, 1);
   return emu::lane() == static_cast<unsigned>(emu::options().seed * 7 % 32);

@@ -1,4 +1,4 @@
-// The few checks the C++ tests need. A test program calls RUN(function) for each case and returns finish().
+// Checks for the C++ tests. A test program calls RUN(function) for each case and returns finish().
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ inline int& failures() {
 }
 
 inline void report(const char* file, int line, const std::string& message) {
-  // Hundreds of equal complaints help nobody.
+  // The first messages are enough.
   if (++failures() <= 20) std::fprintf(stderr, "%s:%d: %s\n", file, line, message.c_str());
 }
 

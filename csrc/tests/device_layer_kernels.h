@@ -14,14 +14,14 @@ void block_sum(const float* x, float* out, int blocks, int n, int threads, Fault
 // out = a (16 x 16) times b (16 x 8, given as its transpose 8 x 16 if `transposed`), one warp, through cp.async and
 // ldmatrix. With wait = false the copies are never waited for.
 void matrix_product(DType dtype, const void* a, const void* b, float* out, bool transposed, bool wait);
-// out (9, 32): what each shuffle, vote and conversion gives lane l.
+// out (9, 32): result of each shuffle, vote and conversion in lane l.
 void lanes(int* out);
 // total += every thread's index; the block that comes last (a ticket) writes the number of blocks to last.
 void tickets(int* total, unsigned* ticket, int* last, int blocks, int threads);
 // A warp passes values through shared memory with or without __syncwarp.
 void warp_exchange(float* out, bool sync);
-// out = how many floats lie in 32 KB of static and dynamic_bytes of dynamic shared memory. Without `ask` the launch does
-// not see to it that the kernel may have them.
+// out = how many floats lie in 32 KB of static and dynamic_bytes of dynamic shared memory. Without `ask` the launch
+// does not see to it that the kernel may have them.
 void shared_sizes(float* out, size_t dynamic_bytes, bool ask);
 // out[i] = x[i] converted to the 16-bit type and back; packed pairs.
 void round_trip(DType dtype, const float* x, float* out, int n);

@@ -58,7 +58,7 @@ inline double rounding(scan_fast::DType dtype) {
 // Half the distance of its smallest numbers.
 inline double smallest(scan_fast::DType dtype) { return dtype == scan_fast::DType::kFloat16 ? 6e-8 : 0.0; }
 
-// log sum exp over x(0..n), in double; -infinity where all are.
+// log sum exp over x(0..n), in double; -infinity if all are -infinity.
 template <typename X>
 double log_sum_exp(size_t n, X x) {
   double max = -kInfinity, sum = 0;

@@ -1,5 +1,5 @@
-// The neighbour search against a plain one with the same sums, and the cases that every form of it must pass: test_neighbors
-// runs them with the portable tile search, test_neighbors_sm90 with Hopper's.
+// The neighbour search against a plain one with the same sums, and the cases that every form of it must pass:
+// test_neighbors runs them with the portable tile search, test_neighbors_sm90 with Hopper's.
 #pragma once
 
 #include <algorithm>

@@ -22,7 +22,7 @@ struct Rings {
     least_runs = std::min(least_runs, runs);
     most_runs = std::max(most_runs, runs);
   }
-  // Every block comes to each stage for the third time, at least.
+  // Every block uses each stage at least three times.
   bool wrap_twice() const { return least_steps >= 2 * stages + 1; }
 };
 

@@ -27,7 +27,7 @@ size_t bytes_per_value(ViewFormat format) {
   return format == ViewFormat::kUint8 ? 1 : format == ViewFormat::kFloat32 ? 4 : 2;
 }
 
-// Random images (noise, narrow ranges, greys, two levels, one level) and recipes.
+// Random images (noise, narrow ranges, greys, two pixel values, one pixel value) and recipes.
 void compare(const Case& c, uint64_t seed) {
   check::Random random{seed};
   const int64_t stored = c.gather ? c.count + 3 : c.count;
@@ -147,8 +147,8 @@ void large_images() {
   compare({2, 130, 118, 115, 3, {Operation::kSharpness, Operation::kEqualize, Operation::kContrast}}, 60);
 }
 
-// Sides at which static and dynamic shared memory pass 48 KB, and what a block of the GPU has. Each GPU is another device,
-// so that no kernel has asked for its shared memory yet.
+// Sides at which static and dynamic shared memory exceed 48 KB and the limit of a block. Each GPU is another device,
+// on which no kernel has requested its shared memory yet.
 void sides_at_the_limits_of_shared_memory() {
   for (const int capability : {86, 80, 90, 120, 75}) {
     emu::options() = {.compute_capability = capability, .device = capability};

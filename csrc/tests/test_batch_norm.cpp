@@ -179,8 +179,8 @@ void rows_that_start_anywhere() {
   }
 }
 
-// The forward pass may find all addresses of 16 bytes and the backward pass not, or the other way round: they must agree
-// on the bits of the mask.
+// The forward pass may find all addresses of 16 bytes and the backward pass not, or the other way round: they must
+// agree on the bits of the mask.
 void addresses_that_differ_between_passes() {
   for (const DType dtype : check::kDTypes) {
     for (const int64_t channels : {8, 16, 64, 136, 264, 20}) {

@@ -1,4 +1,4 @@
-// The device layer's host form: that it computes what the GPU would, and that it catches what the GPU would not.
+// Host form of the device layer: it computes what a GPU computes, and detects errors that a GPU does not.
 #include "check.h"
 #include "common/device.h"
 #include "device_layer_kernels.h"
@@ -43,7 +43,8 @@ void faults_are_reported() {
 
 constexpr size_t kKilobyte = 1024, kFixed = 32 * kKilobyte;
 
-// 48 KB, static arrays included, are a kernel's unasked; above, CUDA refuses the launch. Each GPU is asked for itself.
+// A kernel has 48 KB without a request, static arrays included; above, CUDA refuses the launch. Each GPU needs a
+// request.
 void shared_memory_is_asked_for() {
   float floats = 0;
   for (const int device : {0, 1}) {
@@ -57,7 +58,7 @@ void shared_memory_is_asked_for() {
     }
     // A smaller launch takes nothing away from a larger one of another thread.
     shared_sizes(&floats, 100 * kKilobyte, false);
-    CHECK_THROWS(shared_sizes(&floats, 101 * kKilobyte, false), "asked for 102400 bytes");
+    CHECK_THROWS(shared_sizes(&floats, 101 * kKilobyte, false), "requested 102400 bytes");
   }
 }
 
@@ -75,7 +76,7 @@ void shared_memory_of_a_block_ends() {
     shared_sizes(&floats, limit - kFixed, true);
     CHECK(floats == static_cast<float>(limit / sizeof(float)));
     CHECK_THROWS(shared_sizes(&floats, limit - kFixed + 16, true), "are more than");
-    CHECK_THROWS(shared_sizes(&floats, limit + 16, true), "are asked for");
+    CHECK_THROWS(shared_sizes(&floats, limit + 16, true), "are requested");
   }
   emu::options() = {.shared_memory = 40 * kKilobyte, .device = 1000};
   CHECK_THROWS(shared_sizes(&floats, 9 * kKilobyte, true), "are more than");

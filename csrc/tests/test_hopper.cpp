@@ -11,7 +11,7 @@ namespace {
 using namespace scan_fast;
 using namespace scan_fast::hopper_test;
 
-// A packed matrix and what its values mean. With `split`, panels of hi are followed by those of lo.
+// A packed matrix and its values. With `split`, panels of hi are followed by those of lo.
 template <typename T>
 struct Packed {
   std::vector<T> storage;
@@ -83,7 +83,7 @@ void faults_are_reported() {
   CHECK_THROWS(with(Fault::kWrittenInFlight), "written before its wait");
   CHECK_THROWS(with(Fault::kNotWaitedFor), "before its products were waited for");
   CHECK_THROWS(with(Fault::kNoResultWait), "changed before its wait");
-  // Without the race detector, what lies in memory tells.
+  // Without the race detector, the content of the memory shows the error.
   emu::options() = {};
   CHECK_THROWS(with(Fault::kNoDataWait), "more arrivals at an mbarrier");
   with(Fault::kNone);

@@ -30,7 +30,7 @@ void tight_clusters_are_decided_by_the_finer_product() {
 
 void differences_in_the_last_places() {
   emu::options() = {};
-  // Steps of one unit in the last place of float32, below what 22 bits resolve: lists hold all of them, or none does.
+  // Steps of one unit in the last place of float32, which 22 bits do not resolve: lists hold all of them, or none does.
   std::vector<float> x(600 * 2), queries = {1.0f, 0.5f, 0.5f, 1.0f};
   for (int64_t j = 0; j < 600; ++j) {
     x[2 * j] = std::nextafter(1.0f, j % 2 ? 2.0f : 0.0f) + static_cast<float>(j % 7) * 0x1p-23f;

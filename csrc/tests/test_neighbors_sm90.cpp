@@ -16,7 +16,7 @@ void many_dimensions() {
 }
 
 void blocks_take_turns() {
-  // One block for all: runs follow each other, lists and shared memory are used anew; then more shares than runs.
+  // One block for all runs, which reuse lists and shared memory; then more shares than runs.
   for (const int processors : {1, 7}) {
     emu::options() = {.seed = 2, .multiprocessors = processors};
     CHECK(search({{}, normal(390, 70, 6), 70, 3}).searched(0, 0));
@@ -32,8 +32,8 @@ void search_and_record(const TopkProblem& problem, const TopkWorkspace& work, co
   search_tiles_sm90(problem, work, batch, stream);
 }
 
-// A search in which, in every block of every batch, the ring of the panels that pass by wraps twice, and what stays is
-// followed by `runs` - 1 others in its two buffers. Checked, so that it stays so whatever tiles, stages and plans
+// A search in which, in every block of every batch, the ring of streamed panels wraps twice, and the resident operand
+// is followed by `runs` - 1 others in its two buffers. Checked, so that it stays so whatever tiles, stages and plans
 // become.
 void wrap(int multiprocessors, const Case& c, int64_t runs, int splits, uint64_t seed, bool detect_races = false) {
   emu::options() = {.detect_races = detect_races, .seed = seed, .multiprocessors = multiprocessors};
@@ -98,7 +98,7 @@ void undecided_queries_go_on() {
   CHECK(search({duplicates(1, 2, 8), duplicates(1, 2500, 8), 8, 3}).searched(2, 2));
 }
 
-// Which candidates there are does not depend on the tile search where float32 sums are exact: integers.
+// The candidates do not depend on the tile search if float32 sums are exact: integers.
 void same_as_portable() {
   emu::options() = {};
   const Case c{integers(150, 40, 1), integers(900, 40, 2), 40, 12};

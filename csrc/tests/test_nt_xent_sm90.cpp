@@ -128,7 +128,7 @@ void several_launches() {
   }
 }
 
-// What sm90_plan.cuh says of 132 multiprocessors; benchmarks use these sizes on a GPU.
+// Sizes that sm90_plan.cuh gives for 132 multiprocessors; benchmarks use them on a GPU.
 void sizes_that_wrap_on_a_gpu() {
   emu::options() = {.multiprocessors = 132};
   struct Size {
@@ -150,7 +150,7 @@ void sizes_that_wrap_on_a_gpu() {
   CHECK(forward_rings({9000, 128, 0.1, true, 0, 9000}, true).launches == 2);
 }
 
-// A part of the columns is a part of dZ to write and to read: worth it only where multiprocessors would be idle.
+// Each part of the columns is a part of dZ to write and to read, which pays only if multiprocessors would be idle.
 void columns_are_divided_where_it_pays() {
   emu::options() = {.multiprocessors = 132};
   const auto splits = [](int64_t samples, int64_t handled) {

@@ -152,7 +152,7 @@ void same_bits_in_any_order() {
   }
 }
 
-// As many blocks as an H100 gets, and the most classes whose sums a block keeps in shared memory, where it has 99 KB.
+// The number of blocks on an H100, and the largest number of classes whose sums fit into 99 KB of shared memory.
 void many_multiprocessors_and_little_shared_memory() {
   const auto check_shape = [](DType dtype, const ScanLossShape& shape) {
     const size_t elements = shape.heads * shape.rows * shape.classes;

@@ -1,9 +1,9 @@
-"""Compiles the CUDA kernels for every supported architecture and reads what the compiler says; needs no GPU.
+"""Compile the CUDA kernels for every supported architecture and parse the compiler's report; needs no GPU.
 
-``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to what the
-hardware allocates, as budgets by architecture into ``build_budgets.json``; kernels with few registers need no entry. An
-entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects stay under
-``build/build-gate`` by the hash of the source, its headers, flags and compiler.
+``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to the hardware's
+allocation unit, as budgets by architecture into ``build_budgets.json``. Kernels with few registers need no entry. An
+entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects are cached in
+``build/build-gate`` by the hash of the source, its headers, the flags and the compiler.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ CACHE = ROOT / "build" / "build-gate"
 BUDGETS = Path(__file__).with_name("build_budgets.json")
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
-SM90 = "_sm90.cu"  # sources that end so are for sm_90a alone
+SM90 = "_sm90.cu"  # suffix of sources for sm_90a only
 INTERESTING = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "UBLKCP", "ELECT", "MUFU", "LDL", "STL")  # see instructions()
-# What a kernel may use without an entry: registers with which a multiprocessor still holds 1,024 threads, static shared
+# Limits of a kernel without an entry: registers with which a multiprocessor still holds 1,024 threads, static shared
 # memory, no stack frame and no spills.
 DEFAULT = {"registers": 64, "smem": 20 << 10, "stack": 0, "spills": 0}
-# Warnings of ptxas that tell of lost overlap or of ignored instructions: C7508, C7510, C7511, C7515 and their like.
+# Warnings of ptxas about lost overlap or ignored instructions: C7508, C7510, C7511, C7515 and similar ones.
 SERIALIZED = re.compile(r"^.*\bC75\d\d\b.*$", re.MULTILINE)
 
 
@@ -158,14 +158,14 @@ def instructions(binary: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
 
 
 def over_budget(measured: dict[str, int], entry: dict[str, Any], architecture: str) -> list[str]:
-    """Return what exceeds a kernel's budget, each with the number allowed."""
+    """Return the values that exceed a kernel's budget, each with the limit."""
     limits = DEFAULT | {key: entry[key] for key in ("smem", "stack", "spills") if key in entry}
     limits["registers"] = entry.get(architecture, DEFAULT["registers"])
     return [f"{key} {value}, allowed {limits[key]}" for key, value in measured.items() if value > limits[key]]
 
 
 def record() -> None:
-    """Write the present build's registers as budgets."""
+    """Write the registers of the present build as budgets."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("nvcc was not found")

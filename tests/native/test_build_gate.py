@@ -1,7 +1,7 @@
 """Every CUDA kernel compiles for every supported architecture, without spills, and with matrix instructions.
 
-Where nvcc is missing, only the reading of its output is tested. ``build_budgets.json`` holds the registers that
-kernels may use; ``python tests/native/build_gate.py --record`` writes it anew.
+Without nvcc, only the parsing of its output is tested. ``build_budgets.json`` holds the registers that kernels may
+use; ``python tests/native/build_gate.py --record`` rewrites it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BUILDS = [
 ]
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (set CUDACXX or CUDA_HOME)")
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found (pip: nvidia-cuda-cuobjdump)")
-# Kernels whose source multiplies matrices, by the call in their body; they must do it on the matrix units.
+# Kernels whose source multiplies matrices, by source; they must use the matrix units.
 MATRIX = {
     "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
     "neighbors/neighbors_sm90.cu": ("search_tiles_sm90_kernel",),
@@ -88,7 +88,7 @@ def test_registers_shared_memory_and_spills(source: str, architecture: str) -> N
         for name, measured in result["kernels"].items()
         if (found := build_gate.over_budget(measured, budgets.get(name, {}), architecture))
     }
-    assert not excess, "where this is meant: python tests/native/build_gate.py --record"
+    assert not excess, "if this is intended: python tests/native/build_gate.py --record"
 
 
 @needs_nvcc
@@ -127,8 +127,8 @@ def test_machine_code(source: str, architecture: str) -> None:
             multiplies, copies = ("HGMMA", "UBLKCP") if source.endswith(build_gate.SM90) else ("HMMA", "LDGSTS")
             assert ops[multiplies] > 0, f"{name} multiplies without {multiplies}"
             assert ops[copies] > 0, f"{name} lost its asynchronous copies"
-            # One election names the thread that copies; one for each copy would be a loop around it, which the compiler
-            # writes where it does not see that its operands are the same in the whole warp.
+            # One election chooses the thread that copies. An election per copy would be a loop around each copy, which
+            # the compiler writes if it does not see that the operands are the same in the whole warp.
             assert ops["ELECT"] == (1 if source.endswith(build_gate.SM90) else 0), f"{name} copies in loops"
             assert ops["LDSM"] > 0 or source.endswith(build_gate.SM90), f"{name} lost its matrix loads"
 
@@ -145,7 +145,7 @@ def test_matrix_kernels_are_named_in_their_sources() -> None:
 
 
 def test_nothing_waits_for_the_device_or_allocates_behind_torch() -> None:
-    """What a CUDA graph cannot hold: memory comes from torch's allocator, and no call asks the device for a result."""
+    """CUDA graphs need this: memory comes from torch's allocator, and no call waits for a result of the device."""
     forbidden = r"cuda(?:Malloc|Free|HostAlloc|StreamSynchronize|DeviceSynchronize|EventSynchronize)\w*|cudaMemcpy\("
     sources = [path for kind in ("*.cu", "*.cuh", "*_op.cpp") for path in build_gate.CSRC.rglob(kind)]
     sources += [build_gate.CSRC / "common" / "device.h"]

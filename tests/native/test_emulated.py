@@ -1,6 +1,6 @@
-"""Builds and runs the C++ tests of ``csrc/tests``: the CUDA kernels on the host, and plain C++; no GPU and no torch.
+"""Build and run the C++ tests in ``csrc/tests``: CUDA kernels on the host, without a GPU and without torch.
 
-``SCAN_FAST_TEST_BUILD_DIR`` says where to build (default ``build/native-tests``, kept between runs).
+The environment variable ``SCAN_FAST_TEST_BUILD_DIR`` chooses the build folder (default ``build/native-tests``).
 """
 
 from __future__ import annotations

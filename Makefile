@@ -8,9 +8,10 @@ DEV    := $(VENV)/.scan-fast-dev-installed
 # One process per core, with one thread each. Tests of several threads ask for them.
 WORKERS  ?= logical
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \))
+NATIVE  := $(sort $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \)))
+SOURCES := setup.py pyproject.toml CMakeLists.txt csrc/sources.cmake csrc/build_facts.py scan_fast/ops/families.json $(NATIVE)
 
-.PHONY: demo test test-fast test-oldest lint format reference bench results dist install clean
+.PHONY: demo test test-fast test-oldest sanitize tidy lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -25,12 +26,25 @@ test-fast: $(DEV)         ## without the tests marked slow
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 	$(BIN)/python -m tools.docs.reference --check
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+sanitize: $(DEV)          ## the CPU code under AddressSanitizer and UndefinedBehaviorSanitizer: C++ tests, operators
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize
+	ctest --preset sanitize
+	$(BIN)/python tests/native/run_sanitized.py build/sanitize -q -k "cpu and not compile" \
+		tests/ops/test_augment.py tests/ops/test_scan_loss.py tests/ops/test_self_label.py
+
+tidy: $(DEV)              ## clang-tidy over the C++ sources, with the compile commands of the preset release
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset release -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CXX_COMPILER=clang++
+	$(BIN)/clang-tidy --quiet -p build/release $(filter %.cpp,$(filter-out csrc/tests/% csrc/testing/%,$(NATIVE)))
 
 reference: $(DEV)         ## docs/api.md and docs/configuration.md, from docstrings and models
 	$(BIN)/python -m tools.docs.reference

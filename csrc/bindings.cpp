@@ -66,8 +66,9 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const
     TORCH_CHECK(scan_fast::cpu_gemm_has_bf16(), "no bfloat16 products on this processor");
     const auto* pa = static_cast<const uint16_t*>(a.data_ptr());
     const auto* pb = static_cast<const uint16_t*>(b.data_ptr());
-    (nt ? scan_fast::gemm_nt_bf16 : tn ? scan_fast::gemm_tn_bf16 : scan_fast::gemm_nn_bf16)(m, n, k, alpha, pa, lda, pb,
-                                                                                            ldb, beta, out, ldc);
+    (nt   ? scan_fast::gemm_nt_bf16
+     : tn ? scan_fast::gemm_tn_bf16
+          : scan_fast::gemm_nn_bf16)(m, n, k, alpha, pa, lda, pb, ldb, beta, out, ldc);
     return;
   }
   const float *pa = a.data_ptr<float>(), *pb = b.data_ptr<float>();
@@ -76,8 +77,9 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const
                              ldc);
     return;
   }
-  (nt ? scan_fast::gemm_nt : tn ? scan_fast::gemm_tn : scan_fast::gemm_nn)(m, n, k, alpha, pa, lda, pb, ldb, beta, out,
-                                                                           ldc);
+  (nt   ? scan_fast::gemm_nt
+   : tn ? scan_fast::gemm_tn
+        : scan_fast::gemm_nn)(m, n, k, alpha, pa, lda, pb, ldb, beta, out, ldc);
 }
 
 // Whether a family's operators use the kernels for sm_90a if the device and the problem allow it.
@@ -98,12 +100,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
         return scan_fast::empty_large(sizes, at::TensorOptions().dtype(dtype));
       },
       "Return what torch.empty does on the CPU, see csrc/common/large_buffers.h.", py::arg("sizes"), py::arg("dtype"));
-  module.def("release_pooled", &scan_fast::release_pooled, "Give the large CPU results that wait for reuse back to the system.");
-  module.def("amx_peak_rate", &scan_fast::amx_peak_rate, "Return the flops per second of one thread's AMX tiles, see csrc/common/amx.h.");
+  module.def("release_pooled", &scan_fast::release_pooled,
+             "Give the large CPU results that wait for reuse back to the system.");
+  module.def("amx_peak_rate", &scan_fast::amx_peak_rate,
+             "Return the flops per second of one thread's AMX tiles, see csrc/common/amx.h.");
   module.def("gemm", &gemm, "Compute one matrix product in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
              py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
-  module.def("prefer_sm90", &prefer_sm90, "Turn the kernels for sm_90a of a family on or off, see csrc/common/sm90_switch.h.", py::arg("family"), py::arg("on"));
-  module.def("trace_launches", &scan_fast::trace_launches, "Turn the trace of kernel launches on or off, see csrc/common/launch_trace.h.", py::arg("on"));
+  module.def("prefer_sm90", &prefer_sm90,
+             "Turn the kernels for sm_90a of a family on or off, see csrc/common/sm90_switch.h.", py::arg("family"),
+             py::arg("on"));
+  module.def("trace_launches", &scan_fast::trace_launches,
+             "Turn the trace of kernel launches on or off, see csrc/common/launch_trace.h.", py::arg("on"));
   module.def("launched", &scan_fast::launched, "Return the names of the kernels that the trace has seen.");
   module.def("build_info", &build_info, "Return what was compiled, and what this processor has.");
 }

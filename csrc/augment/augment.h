@@ -27,10 +27,10 @@ constexpr int kMaxViewSide = 16384;  // largest side of source and view: positio
 // The first argument is a float32 unless stated otherwise.
 enum class Operation : int32_t {
   kIdentity = 0,
-  kBrightness,    // factor: blend with black
-  kContrast,      // factor: blend with the mean grey of the image at this step
-  kSaturation,    // factor: blend with the luma
-  kHue,           // shift as a fraction of the hue circle
+  kBrightness,  // factor: blend with black
+  kContrast,    // factor: blend with the mean grey of the image at this step
+  kSaturation,  // factor: blend with the luma
+  kHue,         // shift as a fraction of the hue circle
   kGrayscale,
   kAutocontrast,  // stretch each channel's range to 0..255
   kEqualize,      // flatten each channel's histogram

@@ -223,7 +223,7 @@ void sharpness(const Image& in, const Image& out, float factor) {
       const uint8_t* __restrict__ above = middle - side;
       const uint8_t* __restrict__ below = middle + side;
       uint8_t* __restrict__ row = out.plane(c) + y * side;
-  SCAN_FAST_INDEPENDENT
+      SCAN_FAST_INDEPENDENT
       for (int64_t x = 1; x < side - 1; ++x) {
         const int sum = above[x - 1] + above[x] + above[x + 1] + middle[x - 1] + middle[x] + middle[x + 1] +
                         below[x - 1] + below[x] + below[x + 1];
@@ -262,7 +262,7 @@ void bilinear(const Image& in, const Image& out, const float* m, uint8_t* border
     }
     for (int32_t y = 0; y < side; ++y) {
       uint8_t* __restrict__ row = out.plane(c) + y * side;
-  SCAN_FAST_INDEPENDENT
+      SCAN_FAST_INDEPENDENT
       for (int32_t x = 0; x < side; ++x) {
         const float px = bilinear_position(m[0], m[1], m[2], x, y, side);
         const float py = bilinear_position(m[3], m[4], m[5], x, y, side);
@@ -282,9 +282,7 @@ bool apply(Operation operation, const int32_t* words, const Image& now, const Im
   std::memcpy(arguments, words, sizeof(arguments));
   const float amount = arguments[0];
   switch (operation) {
-    case Operation::kBrightness:
-      for_values(now, [=](int value) { return blend(0, value, amount); });
-      return false;
+    case Operation::kBrightness: for_values(now, [=](int value) { return blend(0, value, amount); }); return false;
     case Operation::kContrast: contrast(now, amount); return false;
     case Operation::kSaturation:
       for_pixels(now, [=](Rgb p) {

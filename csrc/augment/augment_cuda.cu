@@ -30,7 +30,7 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kWarpSide = 32;  // largest side for one warp per image
+constexpr int kWarpSide = 32;                // largest side for one warp per image
 constexpr size_t kSharedBytes = 100 * 1024;  // upper limit for the two copies of an image
 constexpr int kBlocksPerMultiprocessor = 4;  // if the images are in global memory
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, G::kWarps == 1 ? 2 : 3) render_views
   using Words = std::conditional_t<kInShared, Shared<uint32_t>, uint32_t*>;
   SCAN_FAST_DYNAMIC_SHARED(memory);
   SCAN_FAST_SHARED(int, counts, G::kImages * 3 * kValues);
-  SCAN_FAST_SHARED(uint32_t, lookup, G::kImages * kValues);
+  SCAN_FAST_SHARED(uint32_t, lookup, G::kImages* kValues);
   SCAN_FAST_SHARED(int, partial, kPartials);
   SCAN_FAST_SHARED(long long, sums, kSums);
   const int side = static_cast<int>(batch.side), group = G::number();

@@ -67,19 +67,18 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
                         recipes.size(1) >= kRecipeHeader && (recipes.size(1) - kRecipeHeader) % kRecipeStep == 0,
                     "recipes must be (n, ", kRecipeHeader, " + steps * ", kRecipeStep, ") int32 on the CPU, got ",
                     recipes.sizes(), " ", recipes.scalar_type(), " on ", recipes.device());
-  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide &&
-                        images.size(2) <= kMaxViewSide,
-                    "size and the images' sides must be from 1 to ", kMaxViewSide, ", got ", size, " and ",
-                    images.sizes());
+  TORCH_CHECK_VALUE(
+      size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide && images.size(2) <= kMaxViewSide,
+      "size and the images' sides must be from 1 to ", kMaxViewSide, ", got ", size, " and ", images.sizes());
   TORCH_CHECK_VALUE(scale.size() == 3 && shift.size() == 3, "scale and shift must be 3 numbers each");
   const at::Tensor pixels = images.contiguous();
   at::Tensor plan = recipes.contiguous(), rows;
   if (indices.has_value()) {
     rows = indices->contiguous();
-    TORCH_CHECK_VALUE(rows.dim() == 1 && rows.scalar_type() == at::kLong && rows.device().is_cpu() &&
-                          rows.size(0) == plan.size(0),
-                      "indices must be (", plan.size(0), ",) int64 on the CPU, got ", rows.sizes(), " ",
-                      rows.scalar_type(), " on ", rows.device());
+    TORCH_CHECK_VALUE(
+        rows.dim() == 1 && rows.scalar_type() == at::kLong && rows.device().is_cpu() && rows.size(0) == plan.size(0),
+        "indices must be (", plan.size(0), ",) int64 on the CPU, got ", rows.sizes(), " ", rows.scalar_type(), " on ",
+        rows.device());
     const int64_t* index = rows.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < rows.size(0); ++i) {
       TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < pixels.size(0), "indices must be from 0 to ", pixels.size(0) - 1,

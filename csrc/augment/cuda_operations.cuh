@@ -29,8 +29,9 @@ __device__ __forceinline__ void contrast(const Words& image, int pixels, float f
     sum += luma(p.r, p.g, p.b);
   }
   const int grey = rounded_mean(group_sum<G>(sum, tables.sums), pixels);
-  for_pixels<G>(image, pixels,
-             [=](Rgb p) { return Rgb{blend(grey, p.r, factor), blend(grey, p.g, factor), blend(grey, p.b, factor)}; });
+  for_pixels<G>(image, pixels, [=](Rgb p) {
+    return Rgb{blend(grey, p.r, factor), blend(grey, p.g, factor), blend(grey, p.b, factor)};
+  });
 }
 
 // Waits at a barrier, then replaces every pixel value by its table entry.
@@ -39,7 +40,8 @@ __device__ __forceinline__ void look_up(const Words& image, int pixels, const Ta
   G::sync();
   for (int i = G::thread(); i < pixels; i += G::kSize) {
     const uint32_t word = image[i];
-    const uint32_t r = tables.lookup[word & 255], g = tables.lookup[word >> 8 & 255], b = tables.lookup[word >> 16 & 255];
+    const uint32_t r = tables.lookup[word & 255], g = tables.lookup[word >> 8 & 255],
+                   b = tables.lookup[word >> 16 & 255];
     image[i] = (r & 255u) | (g & 0xff00u) | (b & 0xff0000u);
   }
 }
@@ -225,7 +227,7 @@ __device__ __forceinline__ bool apply(const int32_t* words, const Words& now, co
   switch (static_cast<Operation>(words[0])) {
     case Operation::kBrightness:
       for_pixels<G>(now, pixels,
-                 [=](Rgb p) { return Rgb{blend(0, p.r, amount), blend(0, p.g, amount), blend(0, p.b, amount)}; });
+                    [=](Rgb p) { return Rgb{blend(0, p.r, amount), blend(0, p.g, amount), blend(0, p.b, amount)}; });
       return false;
     case Operation::kContrast: contrast<G>(now, pixels, amount, tables); return false;
     case Operation::kSaturation:
@@ -249,7 +251,7 @@ __device__ __forceinline__ bool apply(const int32_t* words, const Words& now, co
     case Operation::kEqualize: equalize<G>(now, pixels, tables); return false;
     case Operation::kSolarize:
       for_pixels<G>(now, pixels,
-                 [=](Rgb p) { return Rgb{solarized(p.r, amount), solarized(p.g, amount), solarized(p.b, amount)}; });
+                    [=](Rgb p) { return Rgb{solarized(p.r, amount), solarized(p.g, amount), solarized(p.b, amount)}; });
       return false;
     case Operation::kPosterize: {
       const int mask = 255 << (8 - static_cast<int>(amount));

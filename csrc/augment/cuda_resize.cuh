@@ -27,8 +27,7 @@ template <typename G, typename Words>
 __device__ __forceinline__ void crop_resize(const ViewBatch& batch, const Workspace& work, int64_t image,
                                             const int32_t* recipe, const Words& out) {
   const int64_t index = batch.indices == nullptr ? image : batch.indices[image];
-  const uint8_t* source =
-      batch.images + ((index * batch.height + recipe[0]) * batch.width + recipe[1]) * 3;
+  const uint8_t* source = batch.images + ((index * batch.height + recipe[0]) * batch.width + recipe[1]) * 3;
   const int side = static_cast<int>(batch.side), height = recipe[2], width = recipe[3], stride = 2 + work.taps;
   const bool mirrored = recipe[4] != 0;
   const int32_t* vertical = work.filters + image * 2 * side * stride;

@@ -47,7 +47,7 @@ struct BatchNormForward {
 };
 
 struct BatchNormBackward {
-  const void* grad_y;   // (rows, channels) of dtype
+  const void* grad_y;  // (rows, channels) of dtype
   const void* x;
   const float* weight;
   const float* bias;

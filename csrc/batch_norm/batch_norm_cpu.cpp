@@ -133,8 +133,8 @@ void batch_norm_backward_cpu(DType dtype, const BatchNormShape& shape, const Bat
   const auto gradients = SCAN_FAST_BEST_ISA(batch_norm_gradient_rows);
   parallel_for(blocks.count, [&](int64_t block, int) {
     const int64_t first = block * blocks.each * shape.channels;
-    gradients(dtype, at(arguments.grad_y, first, dtype), at(arguments.x, first, dtype), mask_of(block), of,
-              slopes, arguments.relu, blocks.size(block), shape.channels, at(arguments.grad_x, first, dtype),
+    gradients(dtype, at(arguments.grad_y, first, dtype), at(arguments.x, first, dtype), mask_of(block), of, slopes,
+              arguments.relu, blocks.size(block), shape.channels, at(arguments.grad_x, first, dtype),
               at(arguments.grad_residual, first, dtype));
   });
 }

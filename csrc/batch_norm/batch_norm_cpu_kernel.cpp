@@ -125,8 +125,7 @@ void gradient_sums(const T* grad_y, const T* x, const uint16_t* mask, const Batc
         for (int64_t r = 0; r < kCount; ++r) {
           const uint32_t bits = kGate == Gate::kMask ? mask[(row + r) * words + c / kGroup] >> (v * kLanes) : 0;
           const Vec element = group_load<kWhole>(value + r * channels, v, count);
-          const Vec dz =
-              gated<kGate>(group_load<kWhole>(g + r * channels, v, count), element, mean, scale, bias, bits);
+          const Vec dz = gated<kGate>(group_load<kWhole>(g + r * channels, v, count), element, mean, scale, bias, bits);
           sum += dz;
           product += dz * (element - mean);
         }

@@ -34,14 +34,12 @@ SCAN_FAST_DECLARE_PER_ISA(void batch_norm_rows(::scan_fast::DType dtype, const v
 
 // sums[c] = sum of dz, sums[channels + c] = sum of dz (x - mean).
 SCAN_FAST_DECLARE_PER_ISA(void batch_norm_gradient_sums(::scan_fast::DType dtype, const void* grad_y, const void* x,
-                                                        const uint16_t* mask,
-                                                        const ::scan_fast::BatchNormChannels& of, bool relu,
-                                                        int64_t rows, int64_t channels, float* sums))
+                                                        const uint16_t* mask, const ::scan_fast::BatchNormChannels& of,
+                                                        bool relu, int64_t rows, int64_t channels, float* sums))
 
 // Writes grad_x, and grad_residual unless it is null.
 SCAN_FAST_DECLARE_PER_ISA(void batch_norm_gradient_rows(::scan_fast::DType dtype, const void* grad_y, const void* x,
-                                                        const uint16_t* mask,
-                                                        const ::scan_fast::BatchNormChannels& of,
+                                                        const uint16_t* mask, const ::scan_fast::BatchNormChannels& of,
                                                         const ::scan_fast::BatchNormSlopes& slopes, bool relu,
                                                         int64_t rows, int64_t channels, void* grad_x,
                                                         void* grad_residual))

@@ -72,8 +72,8 @@ void batch_norm_forward_cuda(DType dtype, const BatchNormShape& shape, const Bat
     T* y = static_cast<T*>(arguments.y);
     if (arguments.training) {
       launch(moments_kernel<T, kAligned>, grid_of(l), dim3(kThreads), 0, stream, x, origin, partial, l);
-      launch(finish_moments_kernel, finish_grid_of(l), dim3(kThreads), 0, stream, origin, partial,
-             arguments.mean, arguments.inv_std, arguments.running_mean, arguments.running_var, arguments.momentum, arguments.eps, l);
+      launch(finish_moments_kernel, finish_grid_of(l), dim3(kThreads), 0, stream, origin, partial, arguments.mean,
+             arguments.inv_std, arguments.running_mean, arguments.running_var, arguments.momentum, arguments.eps, l);
     }
     launch(residual == nullptr ? normalise_kernel<T, kAligned, false> : normalise_kernel<T, kAligned, true>, grid_of(l),
            dim3(kThreads), 0, stream, x, residual, y, parameters, l);

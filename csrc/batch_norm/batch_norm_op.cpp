@@ -33,7 +33,8 @@ bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->
 
 BatchNormShape shape_of(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    "x must be (N, C, H, W) in channels-last layout, got shape ", x.sizes(), " with strides ", x.strides());
+                    "x must be (N, C, H, W) in channels-last layout, got shape ", x.sizes(), " with strides ",
+                    x.strides());
   TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got shape ", x.sizes());
   return {x.numel() / x.size(1), x.size(1)};
 }
@@ -122,8 +123,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
   const bool running = given(running_mean) && given(running_var);
   TORCH_CHECK_VALUE(running || (training && !given(running_mean) && !given(running_var)),
                     "running_mean and running_var must both be given, or, in training, neither");
-  TORCH_CHECK_VALUE(!training || shape.rows > 1,
-                    "training needs more than one value per channel, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(!training || shape.rows > 1, "training needs more than one value per channel, got shape ",
+                    x.sizes());
   const auto options = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_like(x), mean = at::empty({shape.channels}, options), inv_std = at::empty_like(mean);
   at::Tensor mask = at::empty({keep_mask ? batch_norm_mask_words(shape) : 0}, x.options().dtype(at::kShort));

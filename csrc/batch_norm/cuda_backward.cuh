@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     gradient_sums_kernel(const T* __restrict__ grad_y, const T* __restrict__ x, Gradients p,
                          float* __restrict__ partial, Layout l) {
   constexpr int kValues = 2 * kVector;
-  SCAN_FAST_SHARED(float, scratch, kValues * kThreads / 2);
+  SCAN_FAST_SHARED(float, scratch, kValues* kThreads / 2);
   const Thread me(l);
   float sums[kValues] = {};
   if (me.count > 0) {

@@ -13,7 +13,7 @@ template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
     moments_kernel(const T* __restrict__ x, float* __restrict__ origin, float* __restrict__ partial, Layout l) {
   constexpr int kValues = 2 * kVector + 1, kRows = kAtOnce<T, kAligned, 4>;
-  SCAN_FAST_SHARED(float, scratch, kValues * kThreads / 2);
+  SCAN_FAST_SHARED(float, scratch, kValues* kThreads / 2);
   const Thread me(l);
   const Channels<T, kAligned> at{l.channels, l.vectors, me.vector};
   const int64_t step = l.thread_rows * l.channels;
@@ -119,7 +119,8 @@ struct Normalise {
 
 template <typename T, bool kAligned, bool kResidual>
 __global__ void __launch_bounds__(kThreads, kResident<kAligned>)
-    normalise_kernel(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ y, Normalise p, Layout l) {
+    normalise_kernel(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ y, Normalise p,
+                     Layout l) {
   const Thread me(l);
   if (me.count == 0) return;
   const Channels<T, kAligned> at{l.channels, l.vectors, me.vector};

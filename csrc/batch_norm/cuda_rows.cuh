@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kVector = 8;        // channels per thread
+constexpr int kVector = 8;             // channels per thread
 constexpr int kMaxThreadColumns = 16;  // vectors per block
-constexpr int kFinishChannels = 8;  // channels per block in the kernels that combine partial sums
+constexpr int kFinishChannels = 8;     // channels per block in the kernels that combine partial sums
 
 // Assignment of work. Depends only on the shape and the GPU.
 struct Layout {
@@ -147,8 +147,8 @@ __device__ __forceinline__ void store(T* row, const Channels<T, kAligned>& at, c
   } else if constexpr (sizeof(T) == 4) {
     at.write(row, v);
   } else {
-    st_global(row + at.of(0), make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]),
-                                         pack2<T>(v[6], v[7])));
+    st_global(row + at.of(0),
+              make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]), pack2<T>(v[6], v[7])));
   }
 }
 
@@ -159,7 +159,9 @@ __device__ __forceinline__ void store(T* row, const Channels<T, kAligned>& at, c
 template <bool kAligned>
 constexpr int kResident = kAligned ? kBlocksPerMultiprocessor : 1;
 template <typename T, bool kAligned, int kMax>
-constexpr int kAtOnce = !kAligned ? 1 : sizeof(T) == 4 ? kMax / 2 : kMax;
+constexpr int kAtOnce = !kAligned        ? 1
+                        : sizeof(T) == 4 ? kMax / 2
+                                         : kMax;
 
 struct Thread {
   int thread_row, thread_column, vector;
@@ -205,7 +207,7 @@ __device__ __forceinline__ void for_rows(const Thread& me, int stride, Body body
 // scratch: kValues * kThreads / 2 elements.
 template <int kValues, typename Merge>
 __device__ __forceinline__ void merge_thread_rows(float (&v)[kValues], const Layout& l, const Thread& me,
-                                            const Shared<float>& scratch, Merge merge) {
+                                                  const Shared<float>& scratch, Merge merge) {
   for (int count = l.thread_rows; count > 1;) {
     const int half = (count + 1) / 2;
     if (me.thread_row >= half && me.thread_row < count) {

@@ -20,7 +20,7 @@
   declaration;                                 \
   }
 
-#define SCAN_FAST_BEST_ISA(function)                                                   \
+#define SCAN_FAST_BEST_ISA(function)                                                      \
   (::scan_fast::cpu_isa() == ::scan_fast::CpuIsa::kAvx512 ? ::scan_fast::avx512::function \
    : ::scan_fast::cpu_isa() == ::scan_fast::CpuIsa::kAvx2 ? ::scan_fast::avx2::function   \
                                                           : ::scan_fast::baseline::function)

@@ -70,9 +70,9 @@ constexpr int kRowMajor = 101, kNoTranspose = 111, kTranspose = 112;  // the CBL
 void mkl_gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a,
                    int64_t lda, const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
   const OneThread pinned;
-  mkl().gemm_bf16(kRowMajor, transpose_a ? kTranspose : kNoTranspose, transpose_b ? kTranspose : kNoTranspose, static_cast<int>(m),
-                  static_cast<int>(n), static_cast<int>(k), alpha, a, static_cast<int>(lda), b, static_cast<int>(ldb),
-                  beta, c, static_cast<int>(ldc));
+  mkl().gemm_bf16(kRowMajor, transpose_a ? kTranspose : kNoTranspose, transpose_b ? kTranspose : kNoTranspose,
+                  static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), alpha, a, static_cast<int>(lda), b,
+                  static_cast<int>(ldb), beta, c, static_cast<int>(ldc));
 }
 
 }  // namespace

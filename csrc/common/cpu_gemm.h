@@ -48,5 +48,5 @@ constexpr int64_t kPortableGemmWorkspace = (96 + 384) * 256;
 
 SCAN_FAST_DECLARE_PER_ISA(void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha,
                                                             const float* a, int64_t a_row, int64_t a_column,
-                                                            const float* b, int64_t b_row, int64_t b_column,
-                                                            float beta, float* c, int64_t ldc, float* workspace))
+                                                            const float* b, int64_t b_row, int64_t b_column, float beta,
+                                                            float* c, int64_t ldc, float* workspace))

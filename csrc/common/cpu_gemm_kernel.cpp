@@ -77,9 +77,9 @@ void multiply_panels(int64_t depth, const float* a_panel, const float* b_panel, 
 
 }  // namespace
 
-void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha, const float* a,
-                                  int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-                                  float beta, float* c, int64_t ldc, float* workspace) {
+void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t a_row,
+                                  int64_t a_column, const float* b, int64_t b_row, int64_t b_column, float beta,
+                                  float* c, int64_t ldc, float* workspace) {
   float* a_packed = workspace;
   float* b_packed = workspace + kRows * kDepth;
   // k == 0 still makes one pass, over an empty depth, that scales C.

@@ -105,11 +105,11 @@ struct Shared {
   __device__ __forceinline__ T* get() const { return pointer; }
 };
 
-#define SCAN_FAST_SHARED(T, name, count)             \
-  __shared__ __align__(16) T name##_storage[count];  \
+#define SCAN_FAST_SHARED(T, name, count)            \
+  __shared__ __align__(16) T name##_storage[count]; \
   const ::scan_fast::Shared<T> name { name##_storage }
-#define SCAN_FAST_DYNAMIC_SHARED(name)                                                \
-  extern __shared__ __align__(128) unsigned char scan_fast_dynamic_shared_storage[];  \
+#define SCAN_FAST_DYNAMIC_SHARED(name)                                               \
+  extern __shared__ __align__(128) unsigned char scan_fast_dynamic_shared_storage[]; \
   const ::scan_fast::Shared<unsigned char> name { scan_fast_dynamic_shared_storage }
 
 template <typename V, typename T>

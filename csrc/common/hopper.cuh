@@ -155,37 +155,38 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
   (pin_register(registers), ...);
 }
 
-#define SCAN_FAST_D8(d, i)                                                                                          \
+#define SCAN_FAST_D8(d, i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define SCAN_FAST_D32(d, i) \
-  SCAN_FAST_D8(d, i), SCAN_FAST_D8(d, i + 8), SCAN_FAST_D8(d, i + 16), SCAN_FAST_D8(d, i + 24)
+#define SCAN_FAST_D32(d, i) SCAN_FAST_D8(d, i), SCAN_FAST_D8(d, i + 8), SCAN_FAST_D8(d, i + 16), SCAN_FAST_D8(d, i + 24)
 #define SCAN_FAST_R32                                                                                              \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31"
-#define SCAN_FAST_R64                                                                                               \
-  SCAN_FAST_R32                                                                                                     \
+#define SCAN_FAST_R64                                                                                                 \
+  SCAN_FAST_R32                                                                                                       \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
   "%60,%61,%62,%63"
-#define SCAN_FAST_R128                                                                                             \
-  SCAN_FAST_R64                                                                                                    \
+#define SCAN_FAST_R128                                                                                                \
+  SCAN_FAST_R64                                                                                                       \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
   "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 // The operands follow the accumulators: A and B descriptors and the predicate's source; or four A registers, B's
 // descriptor, the predicate's source, and whether B is MN-major.
 #define SCAN_FAST_WGMMA_SS(type, n, registers, outputs, a_at, b_at, p_at)                                          \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at ", 0;\n"                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at                                                            \
+               ", 0;\n"                                                                                            \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_at ", " b_at \
                ", p, 1, 1, 0, 0;\n}\n"                                                                             \
                : outputs                                                                                           \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 #define SCAN_FAST_WGMMA_RS(type, n, registers, outputs, a_at, b_at, p_at, t_at)                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at ", 0;\n"                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at                                                            \
+               ", 0;\n"                                                                                            \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_at ", " b_at \
                ", p, 1, 1, " t_at ";\n}\n"                                                                         \
                : outputs                                                                                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),            \
                  "n"(kMnMajor ? 1 : 0))
 #define SCAN_FAST_D64(d) SCAN_FAST_D32(d, 0), SCAN_FAST_D32(d, 32)
 #define SCAN_FAST_D128(d) SCAN_FAST_D64(d), SCAN_FAST_D32(d, 64), SCAN_FAST_D32(d, 96)

@@ -32,8 +32,8 @@ inline void check_pair(const at::Tensor& first, const at::Tensor& second, const 
                        const char* second_name) {
   TORCH_CHECK_VALUE(first.sizes() == second.sizes(), second_name, " must have the shape of ", first_name, ", ",
                     first.sizes(), ", got ", second.sizes());
-  TORCH_CHECK_VALUE(first.scalar_type() == second.scalar_type(), second_name, " must have the dtype of ", first_name, ", ",
-                    first.scalar_type(), ", got ", second.scalar_type());
+  TORCH_CHECK_VALUE(first.scalar_type() == second.scalar_type(), second_name, " must have the dtype of ", first_name,
+                    ", ", first.scalar_type(), ", got ", second.scalar_type());
   TORCH_CHECK_VALUE(first.device() == second.device(), second_name, " must be on the device of ", first_name, ", ",
                     first.device(), ", got ", second.device());
   TORCH_CHECK_VALUE(first.numel() > 0, first_name, " must not be empty, got shape ", first.sizes());

@@ -133,11 +133,12 @@ struct Products {
   static constexpr bool kTurns = kResident != Resident::kNone;
   static_assert(!kTurns || kMaxPanels <= kStages, "warpgroups that take turns need a whole tile in the ring");
   static constexpr int kColumnPanelBytes = kColumns / kPanelRows * kPanelBytes;
-  static constexpr int kFixedPanelBytes =
-      kResident == Resident::kNone ? 0 : kResident == Resident::kRows ? kPanelBytes : kColumnPanelBytes;
+  static constexpr int kFixedPanelBytes = kResident == Resident::kNone   ? 0
+                                          : kResident == Resident::kRows ? kPanelBytes
+                                                                         : kColumnPanelBytes;
   static constexpr int kFixedBytes = kMaxPanels * kFixedPanelBytes, kBuffers = 2;
-  static constexpr int kStageBytes = (kResident == Resident::kRows ? 0 : kPanelBytes) +
-                                     (kResident == Resident::kColumns ? 0 : kColumnPanelBytes);
+  static constexpr int kStageBytes =
+      (kResident == Resident::kRows ? 0 : kPanelBytes) + (kResident == Resident::kColumns ? 0 : kColumnPanelBytes);
   static constexpr int kBarrierBytes = 2 * (kBuffers + kStages) * static_cast<int>(sizeof(MBarrier));
   static constexpr int kSharedBytes =
       kBuffers * kFixedBytes + kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128;
@@ -233,8 +234,8 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
   typename Schedule::Run run;
   while (schedule.next(run)) {
     epilogue.begin(run);
-    const uint64_t fixed = k_major(memory + fixed_at.stage * P::kFixedBytes +
-                                   (P::kResident == Resident::kRows ? group * kHalf : 0));
+    const uint64_t fixed =
+        k_major(memory + fixed_at.stage * P::kFixedBytes + (P::kResident == Resident::kRows ? group * kHalf : 0));
     if constexpr (P::kResident != Resident::kNone) fixed_ring.wait(fixed_at);
     for (int moving = run.begin; moving < run.end; ++moving) {
       float c[P::kColumns / 2];

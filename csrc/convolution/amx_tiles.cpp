@@ -61,9 +61,7 @@ inline void store_tile(const __m512i (&v)[16], uint16_t* tile) {
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kStep, v[i]);
 }
 
-inline __m512i rounded(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
+inline __m512i rounded(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
 inline __m512 widened(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

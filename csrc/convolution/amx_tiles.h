@@ -41,8 +41,7 @@ struct Run {
 };
 
 // block = (accumulate ? block : 0) + sum over runs and their pairs of left * right. Strides are between pairs.
-void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
-              float* block);
+void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate, float* block);
 
 // Rounds the rows of a block to bfloat16 and stores row i < count <= 32 at base + i * stride. If `addend`, of the same
 // layout, is not null, it is added first.

@@ -109,7 +109,9 @@ struct ImageProduct {
   // Sizes in elements. A row of the ring: [step][pixel][image half][16][32]; weights: [column
   // block][step][tap][2][...].
   int64_t row_size() const { return steps() * from.width * kPair; }
-  int64_t ring_rows() const { return std::min(from.height, (rows_of_sweep() - 1) * (transposed ? 1 : stride) + kernel); }
+  int64_t ring_rows() const {
+    return std::min(from.height, (rows_of_sweep() - 1) * (transposed ? 1 : stride) + kernel);
+  }
   int64_t weights_size() const { return column_blocks() * steps() * taps() * kPair; }
   int64_t sums_size() const { return rows_of_sweep() * std::min(kSweepColumns, to.width) * kBlock; }
 
@@ -131,13 +133,23 @@ struct ImageProduct {
 };
 
 ImageProduct forward_product(const ConvolutionShape& s) {
-  return {s.batch,  {s.in_height, s.in_width, s.in_channels}, {s.out_height, s.out_width, s.out_channels},
-          s.kernel, s.stride, s.padding, false};
+  return {s.batch,
+          {s.in_height, s.in_width, s.in_channels},
+          {s.out_height, s.out_width, s.out_channels},
+          s.kernel,
+          s.stride,
+          s.padding,
+          false};
 }
 
 ImageProduct grad_input_product(const ConvolutionShape& s) {
-  return {s.batch,  {s.out_height, s.out_width, s.out_channels}, {s.in_height, s.in_width, s.in_channels},
-          s.kernel, s.stride, s.padding, true};
+  return {s.batch,
+          {s.out_height, s.out_width, s.out_channels},
+          {s.in_height, s.in_width, s.in_channels},
+          s.kernel,
+          s.stride,
+          s.padding,
+          true};
 }
 
 void pack_weights(const ImageProduct& product, const float* weight, uint16_t* packed) {
@@ -163,8 +175,15 @@ class ImageTask {
  public:
   ImageTask(const ImageProduct& product, const uint16_t* source, const uint16_t* weights, const uint16_t* addend,
             uint16_t* target, int64_t first_image, uint16_t* ring, float* sums)
-      : product_(product), source_(source), weights_(weights), addend_(addend), target_(target), first_(first_image),
-        ring_(ring), sums_(sums), slots_(product.ring_rows()) {}
+      : product_(product),
+        source_(source),
+        weights_(weights),
+        addend_(addend),
+        target_(target),
+        first_(first_image),
+        ring_(ring),
+        sums_(sums),
+        slots_(product.ring_rows()) {}
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += product_.rows_of_sweep()) {
@@ -207,8 +226,8 @@ class ImageTask {
         for (int64_t row = begin; row < end; ++row) {
           for (int64_t column = left; column < right; ++column, sums += kBlock) {
             const Pixel out = product_.to.pixel(target_, product_.batch, first_, row, column, block * kStep);
-            store_block(sums, addend_ == nullptr ? nullptr : addend_ + (out.base - target_), target_ + (out.base - target_),
-                        out.stride, out.count);
+            store_block(sums, addend_ == nullptr ? nullptr : addend_ + (out.base - target_),
+                        target_ + (out.base - target_), out.stride, out.count);
           }
         }
       }
@@ -225,8 +244,9 @@ class ImageTask {
       const uint16_t* weights = weights_ + (block * product_.steps() + step) * product_.taps() * kPair;
       for (int64_t i = 0; i < down.count; ++i) {
         const int64_t y = down.source + i * product_.source_step(), tap = down.tap + i * product_.tap_step();
-        runs[count++] = {ring_ + y % slots_ * product_.row_size() + (step * product_.from.width + across.source) * kPair,
-                         weights + (tap * product_.kernel + across.tap) * kPair, across.count};
+        runs[count++] = {
+            ring_ + y % slots_ * product_.row_size() + (step * product_.from.width + across.source) * kPair,
+            weights + (tap * product_.kernel + across.tap) * kPair, across.count};
       }
     }
     multiply(runs, count, product_.source_step() * kPair, product_.tap_step() * kPair, first > 0, sums);
@@ -308,7 +328,13 @@ class WeightTask {
  public:
   WeightTask(const WeightGradient& gradient, const uint16_t* grad_y, const uint16_t* x, int64_t block,
              uint16_t* gradients, uint16_t* ring, float* sums)
-      : g_(gradient), product_(gradient.product), grad_y_(grad_y), x_(x), gradients_(gradients), ring_(ring), sums_(sums),
+      : g_(gradient),
+        product_(gradient.product),
+        grad_y_(grad_y),
+        x_(x),
+        gradients_(gradients),
+        ring_(ring),
+        sums_(sums),
         first_row_(block / gradient.column_blocks * gradient.rows_per_block),
         first_column_(block % gradient.column_blocks * gradient.columns_per_block),
         rows_(std::min(gradient.rows_per_block, product_.to.channels - first_row_)),
@@ -354,7 +380,8 @@ class WeightTask {
       for (int64_t kh = 0; kh < product_.kernel; ++kh) {
         for (int64_t row = 0; row < rows_ / kStep; ++row) {
           for (int64_t column = 0; column < columns_ / kStep; ++column) {
-            float* sums = sums_ + ((row * (columns_ / kStep) + column) * product_.taps() + kh * product_.kernel) * kBlock;
+            float* sums =
+                sums_ + ((row * (columns_ / kStep) + column) * product_.taps() + kh * product_.kernel) * kBlock;
             for (int64_t kw = 0; kw < product_.kernel; ++kw, sums += kBlock) {
               add(begin, end, left, right, kh, kw, row, column, sums);
             }
@@ -370,7 +397,8 @@ class WeightTask {
     // x = column stride - padding + kw must be within the image.
     const int64_t stride = product_.stride, origin = kw - product_.padding;
     const int64_t low = std::max(left, origin < 0 ? ceil_div(-origin, stride) : 0);
-    const int64_t high = std::min(right, product_.from.width > origin ? (product_.from.width - 1 - origin) / stride + 1 : 0);
+    const int64_t high =
+        std::min(right, product_.from.width > origin ? (product_.from.width - 1 - origin) / stride + 1 : 0);
     if (low >= high) return;
     Run runs[kSweepPixels];
     int64_t count = 0;
@@ -449,8 +477,8 @@ void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad
       const float* sums = memory.sums + (row_block * g.column_blocks + column_block) * g.parts * g.sums_size() +
                           (in_block * columns + column - first / kStep) * taps * kBlock;
       for (int64_t tap = 0; tap < taps; ++tap, sums += kBlock) {
-        sum_blocks(sums, g.parts, g.sums_size(), grad_weight + (row * kStep * taps + tap) * in_channels + column * kStep,
-                   taps * in_channels);
+        sum_blocks(sums, g.parts, g.sums_size(),
+                   grad_weight + (row * kStep * taps + tap) * in_channels + column * kStep, taps * in_channels);
       }
     }
   });

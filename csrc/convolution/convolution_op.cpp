@@ -19,7 +19,8 @@ using torch::autograd::variable_list;
 ConvolutionShape shape_of(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
   TORCH_CHECK_VALUE(x.size() == 4 && weight.size() == 4 && x[1] == weight[1] && weight[2] == weight[3],
                     "x must be (N, C, H, W) and weight (O, C, k, k), got shapes ", x, " and ", weight);
-  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0, "stride must be at least 1 and padding 0, got ", stride, " and ", padding);
+  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0, "stride must be at least 1 and padding 0, got ", stride, " and ",
+                    padding);
   auto out = [&](int64_t in) { return (in + 2 * padding - weight[2]) / stride + 1; };
   return {x[0], x[2], x[3], x[1], out(x[2]), out(x[3]), weight[0], weight[2], stride, padding};
 }
@@ -32,8 +33,8 @@ ConvolutionShape checked(at::IntArrayRef x, at::IntArrayRef weight, int64_t stri
 }
 
 const uint16_t* images(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    name, " must be bfloat16 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
+                    " must be bfloat16 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
                     tensor.strides());
   return static_cast<const uint16_t*>(tensor.const_data_ptr());
 }
@@ -73,8 +74,8 @@ at::Tensor conv2d_forward(const at::Tensor& x, const at::Tensor& weight, int64_t
 
 void check_gradient(const at::Tensor& grad_y, const ConvolutionShape& shape) {
   const int64_t sizes[] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
-  TORCH_CHECK_VALUE(grad_y.sizes() == at::IntArrayRef(sizes), "grad_y must have shape ", at::IntArrayRef(sizes), ", got ",
-                    grad_y.sizes());
+  TORCH_CHECK_VALUE(grad_y.sizes() == at::IntArrayRef(sizes), "grad_y must have shape ", at::IntArrayRef(sizes),
+                    ", got ", grad_y.sizes());
 }
 
 at::Tensor conv2d_grad_input(const at::Tensor& grad_y, const at::Tensor& weight,
@@ -182,7 +183,8 @@ TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
   m.def("conv2d_is_usable(int[] x, int[] weight, int stride, int padding) -> bool", &conv2d_is_usable);
   m.def("conv2d_forward(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
   m.def(
-      "conv2d_grad_input(Tensor grad_y, Tensor weight, Tensor? addend, int[] sizes, int stride, int padding) -> Tensor");
+      "conv2d_grad_input(Tensor grad_y, Tensor weight, Tensor? addend, int[] sizes, int stride, int padding) -> "
+      "Tensor");
   m.def("conv2d_grad_weight(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor");
 }
 

@@ -19,7 +19,7 @@
 namespace scan_fast::neighbors {
 namespace {
 
-constexpr int64_t kStep = 32;          // elements of dim per tile product
+constexpr int64_t kStep = 32;           // elements of dim per tile product
 constexpr int64_t kTileSize = 16 * 32;  // elements
 
 int64_t steps(int64_t dim) { return (dim + kStep - 1) / kStep; }

@@ -263,8 +263,8 @@ void filter_both(const float* c, int64_t rows, int64_t columns, int64_t first_ro
 }  // namespace
 
 const CpuKernels& neighbor_kernels() {
-  static constexpr CpuKernels kernels = {kRows, kColumns, kLanes,  &dot,
-                                         &round, &product, &filter, &filter_both, &tighten};
+  static constexpr CpuKernels kernels = {kRows,    kColumns, kLanes,       &dot,    &round,
+                                         &product, &filter,  &filter_both, &tighten};
   return kernels;
 }
 

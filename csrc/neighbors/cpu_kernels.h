@@ -10,15 +10,15 @@ namespace scan_fast::neighbors {
 
 // Candidate lists of a block of query rows. Row r uses value[r * capacity ..] and index[r * capacity ..].
 struct CandidateLists {
-  float* threshold;      // (rows,) lowest fast similarity that enters the list; +inf: the row is closed
-  float* value;          // (rows, capacity) fast similarities
-  int32_t* index;        // (rows, capacity) database rows
-  int32_t* count;        // (rows,)
-  int32_t* limit;        // (rows,) count at which the list is tightened; at most capacity
-  uint8_t* overflow;     // (rows,) set if the list exceeded its capacity; the row is then closed
-  double* margin;        // (rows,) 2 eps, in the units of the fast search
-  int64_t* self;         // (rows,) the excluded column, or -1
-  const uint8_t* skip;   // (columns,) non-zero: this database row is never a neighbour
+  float* threshold;     // (rows,) lowest fast similarity that enters the list; +inf: the row is closed
+  float* value;         // (rows, capacity) fast similarities
+  int32_t* index;       // (rows, capacity) database rows
+  int32_t* count;       // (rows,)
+  int32_t* limit;       // (rows,) count at which the list is tightened; at most capacity
+  uint8_t* overflow;    // (rows,) set if the list exceeded its capacity; the row is then closed
+  double* margin;       // (rows,) 2 eps, in the units of the fast search
+  int64_t* self;        // (rows,) the excluded column, or -1
+  const uint8_t* skip;  // (columns,) non-zero: this database row is never a neighbour
   int64_t columns;
   int64_t capacity;
   int64_t k;

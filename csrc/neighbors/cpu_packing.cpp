@@ -81,8 +81,12 @@ CandidateLists ListMemory::open(int64_t rows, int64_t capacity, int64_t k, const
   std::fill_n(margin.data(), rows, 0.0);
   std::fill_n(self.data(), rows, int64_t{-1});
   std::fill_n(overflow.data(), rows, uint8_t{0});
-  return {threshold.data(), value.data(), index.data(), count.data(), limit.data(), overflow.data(),
-          margin.data(),    self.data(),  skip.data(),  static_cast<int64_t>(skip.size()), capacity, k};
+  return {threshold.data(), value.data(),
+          index.data(),     count.data(),
+          limit.data(),     overflow.data(),
+          margin.data(),    self.data(),
+          skip.data(),      static_cast<int64_t>(skip.size()),
+          capacity,         k};
 }
 
 }  // namespace scan_fast::neighbors

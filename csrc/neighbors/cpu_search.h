@@ -100,7 +100,7 @@ class EngineSession {
 // All database rows, rounded and packed.
 struct PackedDatabase {
   Buffer<uint8_t> right_bytes, left_bytes;
-  const uint8_t *right, *left;     // left: only for a symmetric search
+  const uint8_t *right, *left;      // left: only for a symmetric search
   std::vector<RoundedRow> rounded;  // (rows,)
   double longest = 0;               // max |u^_j|
   double worst_residual = 0;        // max |u_j - u^_j|

@@ -78,8 +78,8 @@ std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t ca
       // If the number of blocks is even, one player has no block.
       if (one < blocks && other < blocks) {
         const int64_t left = one * block_rows, right = other * block_rows;
-        multiply_blocks(engine, packed, left, std::min(block_rows, n - left), right,
-                        std::min(block_rows, n - right), tiles[thread].data(), lists);
+        multiply_blocks(engine, packed, left, std::min(block_rows, n - left), right, std::min(block_rows, n - right),
+                        tiles[thread].data(), lists);
       }
       for (const int64_t block : {one, other}) rounds_done[block].store(round + 1, std::memory_order_release);
     }

@@ -16,16 +16,16 @@ namespace scan_fast {
 // Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h); their rows are padded
 // with zeros to a multiple of kRowPadding.
 struct TopkWorkspace {
-  double* query_length;      // (Q,) |v|, non-finite if the row has a non-finite entry
-  double* database_length;   // (N,); the same memory in a self-search
-  half_t* query_rounded;     // packed u^
+  double* query_length;     // (Q,) |v|, non-finite if the row has a non-finite entry
+  double* database_length;  // (N,); the same memory in a self-search
+  half_t* query_rounded;    // packed u^
   half_t* database_rounded;
-  half_t* query_low;         // packed u~, the rounded u - u^; written only if a query is searched again
+  half_t* query_low;  // packed u~, the rounded u - u^; written only if a query is searched again
   half_t* database_low;
-  double* query_residual;    // (Q,) |u - u^|
-  double* query_norm;        // (Q,) |u^|
-  double* query_remainder;   // (Q,) |u - u^ - u~|
-  double* margin;            // (Q,) 2 eps; +inf: only brute force can decide; -1: query without neighbours
+  double* query_residual;   // (Q,) |u - u^|
+  double* query_norm;       // (Q,) |u^|
+  double* query_remainder;  // (Q,) |u - u^ - u~|
+  double* margin;           // (Q,) 2 eps; +inf: only brute force can decide; -1: query without neighbours
   // Maxima as bit patterns of non-negative doubles, which order like integers: the longest query and database row, and
   // over the database |u - u^|, |u^| and |u - u^ - u~|.
   unsigned long long* longest_query;

@@ -35,8 +35,9 @@ __device__ __forceinline__ void sort_descending(Keys keys, int64_t size) {
 // Decides query i, by one block. Returns false to all threads if the candidates are not known to suffice. keys:
 // max_keys in shared memory, a power of two, at least k.
 __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const Workspace& work, int64_t i,
-                                             double margin, const Candidates& lists, const Shared<unsigned long long>& keys,
-                                             int max_keys, float* similarity, int64_t* index) {
+                                             double margin, const Candidates& lists,
+                                             const Shared<unsigned long long>& keys, int max_keys, float* similarity,
+                                             int64_t* index) {
   SCAN_FAST_SHARED(float, shared_bound, 1);
   SCAN_FAST_SHARED(int, shared_count, 1);
   const int64_t k = problem.k;

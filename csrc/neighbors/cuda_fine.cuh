@@ -196,9 +196,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncthreads();  // all candidates of the tile are entered
-      lists.make_room<kFineRows * 32 / kThreads>(warp, kThreads / 32, list_of, [&](int row) -> double {
-        return margin[row];
-      });
+      lists.make_room<kFineRows * 32 / kThreads>(warp, kThreads / 32, list_of,
+                                                 [&](int row) -> double { return margin[row]; });
       ++tile;
     }
     cp_async_wait<0>();

@@ -25,8 +25,7 @@ constexpr size_t search_shared(int stages) { return size_t(stages) * kStageHalve
 constexpr int kMaxStages = 3, kMinStages = 2;
 
 template <int kStages>
-__global__ void __launch_bounds__(kThreads, 1)
-    search_tiles(TopkProblem problem, Workspace work, TileBatch batch) {
+__global__ void __launch_bounds__(kThreads, 1) search_tiles(TopkProblem problem, Workspace work, TileBatch batch) {
   SCAN_FAST_DYNAMIC_SHARED(memory);
   SCAN_FAST_SHARED(float, threshold, kTileRows);
   SCAN_FAST_SHARED(int, count, kTileRows);
@@ -57,8 +56,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto load_next = [&] {
     if (load_tile < last_tile) {
       const half_t* const queries = query_source + static_cast<int64_t>(load_panel) * kPanelElements;
-      const half_t* const database = work.database_rounded + offset +
-          (static_cast<int64_t>(load_tile) * 2 * panels + load_panel) * kPanelElements;
+      const half_t* const database =
+          work.database_rounded + offset + (static_cast<int64_t>(load_tile) * 2 * panels + load_panel) * kPanelElements;
       const Shared<half_t> slot = stages + (load_stage * kStageHalves + offset);
 #pragma unroll
       for (int row = 0; row < kPanelRows; row += 32) {
@@ -141,9 +140,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     __syncthreads();  // all candidates of the tile are entered
-    lists.make_room<kTileRows * 32 / kThreads>(warp, kThreads / 32, list_of, [&](int row) {
-      return work.margin[batch.first_query + block_row + row];
-    });
+    lists.make_room<kTileRows * 32 / kThreads>(
+        warp, kThreads / 32, list_of, [&](int row) { return work.margin[batch.first_query + block_row + row]; });
     ++tile;
     // The barrier of the next step precedes the next tile's reads of thresholds.
   }

@@ -42,7 +42,7 @@ struct TopkProblem {
   int64_t n_queries;
   int64_t n_database;  // below 2^31 - 256
   int64_t dim;         // below 2^31
-  int64_t k;  // 1 <= k <= n_database
+  int64_t k;           // 1 <= k <= n_database
   bool normalize;
   bool exclude_self;  // query i is database row i and not its own neighbour; needs n_queries <= n_database
 };

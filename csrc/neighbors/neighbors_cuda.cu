@@ -52,8 +52,8 @@ void plan_batches(Plan& plan, int64_t q, int64_t n, int64_t units) {
     int64_t batch = std::min(blocks, units / splits);
     const int64_t whole_wave = plan.processors / std::gcd(plan.processors, splits);
     if (batch < blocks && batch > whole_wave) batch = batch / whole_wave * whole_wave;
-    const int64_t waves = blocks / batch * ceil_div(batch * splits, plan.processors) +
-                          ceil_div(blocks % batch * splits, plan.processors);
+    const int64_t waves =
+        blocks / batch * ceil_div(batch * splits, plan.processors) + ceil_div(blocks % batch * splits, plan.processors);
     // The first tiles of a split are not filtered yet.
     const double cost = static_cast<double>(waves) * (static_cast<double>(ceil_div(tiles, splits)) + 4.0);
     if (splits == 1 || cost < 0.97 * best) {
@@ -78,8 +78,8 @@ Plan make_plan(const TopkProblem& problem, int64_t list_bytes) {
     plan.decide_keys = power_of_two(std::max<int64_t>(1024, 2 * k));
     plan_batches(plan, q, n, fit(kTileRows * plan.capacity));
     plan.fine_capacity = power_of_two(std::max<int64_t>(2048, 4 * k));
-    plan.fine_blocks = std::min({plan.processors, fit(kFineRows * plan.fine_capacity),
-                                 ceil_div(q, kFineRows) * ceil_div(n, 8 * kFineColumns)});
+    plan.fine_blocks = std::min(
+        {plan.processors, fit(kFineRows * plan.fine_capacity), ceil_div(q, kFineRows) * ceil_div(n, 8 * kFineColumns)});
   }
   plan.sort_keys = power_of_two(k);
   plan.exact_blocks = std::min({4 * plan.processors, fit(n + plan.sort_keys), q});

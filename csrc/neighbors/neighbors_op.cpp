@@ -33,8 +33,14 @@ TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, 
                     "at most ", kMaxRows, " rows and columns");
   TORCH_CHECK_VALUE(!exclude_self || queries.size(0) <= database.size(0),
                     "exclude_self needs queries to be the first rows of the database");
-  return {queries.const_data_ptr<float>(), database.const_data_ptr<float>(), queries.size(0), database.size(0),
-          queries.size(1), k, normalize, exclude_self};
+  return {queries.const_data_ptr<float>(),
+          database.const_data_ptr<float>(),
+          queries.size(0),
+          database.size(0),
+          queries.size(1),
+          k,
+          normalize,
+          exclude_self};
 }
 
 #ifdef SCAN_FAST_WITH_SM90

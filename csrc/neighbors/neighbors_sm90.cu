@@ -54,18 +54,21 @@ struct Filter {
       const int row = tile_row(2 * half);
       lists.template enter<P::kColumns / 8>(
           problem, work.database_length, row, query_of(run, row), [&](int r) { return list_of(run, r); },
-          moving * P::kColumns + accumulator_column(0), [&](int column8, int e) { return c[4 * column8 + 2 * half + e]; });
+          moving * P::kColumns + accumulator_column(0),
+          [&](int column8, int e) { return c[4 * column8 + 2 * half + e]; });
     }
     __syncwarp();  // all candidates of the tile are entered
-    lists.template make_room<16>(first_row, 1, [&](int row) { return list_of(run, row); },
-                                 [&](int row) { return work.margin[query_of(run, row)]; });
+    lists.template make_room<16>(
+        first_row, 1, [&](int row) { return list_of(run, row); },
+        [&](int row) { return work.margin[query_of(run, row)]; });
     __syncwarp();  // publishes the thresholds for the next tile
   }
 
   __device__ __forceinline__ void end(const SearchSchedule::Run& run) const {
     const int lane = threadIdx.x % 32;
     const int64_t place = static_cast<int64_t>(run.fixed) * kPanelRows + first_row + lane;
-    if (lane < 16 && place < batch.queries) work.counts[place * batch.splits + run.split] = lists.count[first_row + lane];
+    if (lane < 16 && place < batch.queries)
+      work.counts[place * batch.splits + run.split] = lists.count[first_row + lane];
     __syncwarp();  // before the next run opens its lists
   }
 };
@@ -78,7 +81,10 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   SCAN_FAST_SHARED(int, count, kPanelRows);
   SCAN_FAST_SHARED(int, limit, kPanelRows);
   const SearchSchedule schedule = SearchSchedule::of_block<P::kColumns>(problem, batch);
-  Filter<P> filter{problem, work, batch, {threshold, count, limit, static_cast<int>(problem.k), batch.capacity},
+  Filter<P> filter{problem,
+                   work,
+                   batch,
+                   {threshold, count, limit, static_cast<int>(problem.k), batch.capacity},
                    static_cast<int>(threadIdx.x) / 32 * 16 - 64};
   const half_t* const queries = work.query_rounded + batch.first_query / kPanelRows * batch.panels * kPanelElements;
   multiply_tiles<P>(aligned_to_panels(dynamic), PackedOperand<half_t>{queries, batch.panels},

@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t local = first_local + warp_rows + fragment_row(h);
-    of_row[h] = row_weight<kFixedShift>(local < p.local_rows ? static_cast<int>(p.global_row(local)) : -1, weight,
-                                        shift, p);
+    of_row[h] =
+        row_weight<kFixedShift>(local < p.local_rows ? static_cast<int>(p.global_row(local)) : -1, weight, shift, p);
   }
   float dz[2 * kSteps][4] = {};
   const int steps = steps_of<kNarrow>(p, 0);

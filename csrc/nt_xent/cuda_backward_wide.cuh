@@ -20,17 +20,19 @@ struct WideRows {
 // weights: (parts, row tiles * 64, stride) float16. Grid: column tiles, splits of the row tiles.
 template <bool kSplit, bool kFixedShift>
 __global__ void __launch_bounds__(kThreads, 2)
-    weights_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight,
-                   const float* __restrict__ shift, half_t* __restrict__ weights, WideRows wide, Params p) {
+    weights_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight, const float* __restrict__ shift,
+                   half_t* __restrict__ weights, WideRows wide, Params p) {
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns, tiles = wide.row_tiles();
   const int64_t begin = tiles * blockIdx.y / gridDim.y, end = tiles * (blockIdx.y + 1) / gridDim.y;
   const auto row_of = [&](int64_t tile, int r) {
     const int64_t i = tile * kRows + r;
     return i < wide.rows ? p.global_row(wide.begin + i) : static_cast<int64_t>(-1);
   };
-  const auto column_of = [&](int r) { return first_column + r < p.rows() ? first_column + r : static_cast<int64_t>(-1); };
+  const auto column_of = [&](int r) {
+    return first_column + r < p.rows() ? first_column + r : static_cast<int64_t>(-1);
+  };
   for_inner_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
-      packed, p, begin, end, column_of, row_of, [&](float(&s)[kRows / 32][kColumns / 16][4], int64_t tile) {
+      packed, p, begin, end, column_of, row_of, [&](float (&s)[kRows / 32][kColumns / 16][4], int64_t tile) {
         RowWeight of_row[kRows / 32][2];
 #pragma unroll
         for (int m = 0; m < kRows / 32; ++m) {
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int r = i / (kWideChunk / 8), vector = i % (kWideChunk / 8);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const half_t* from = weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + vector * 8;
+        const half_t* from =
+            weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + vector * 8;
         cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, vector)).get(), from);
       }
     }

@@ -22,7 +22,7 @@ struct Collected {
 template <Pass kPass, typename Schedule>
 __global__ void __launch_bounds__(kCollectRows* kCollectParts)
     collect_kernel(const float* __restrict__ partial, Schedule schedule, Collected out, Params p) {
-  SCAN_FAST_SHARED(float, parts, kCollectRows * kCollectParts);
+  SCAN_FAST_SHARED(float, parts, kCollectRows* kCollectParts);
   const int thread = static_cast<int>(threadIdx.x), part = thread / kCollectRows;
   const int64_t local = static_cast<int64_t>(blockIdx.x) * kCollectRows + thread % kCollectRows;
   float sum = nothing<kPass>();

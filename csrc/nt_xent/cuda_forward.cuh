@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int i = (inner - anchor_tiles) * kInner + r;
           return i < others ? at.row_of_other(i) : -1;
         },
-        [&](float(&s)[kM][kColumns][4], int64_t tile) {
+        [&](float (&s)[kM][kColumns][4], int64_t tile) {
           const int inner = first_inner + static_cast<int>(tile);
           const bool of_anchors = inner < anchor_tiles, diagonal = tile * kInner < kOuter && of_anchors;
           const bool transposed = of_anchors && !diagonal;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
           }
           if (!transposed) return;
-          // Four lanes and two warps (the two halves of the outer tile) share a row.
+      // Four lanes and two warps (the two halves of the outer tile) share a row.
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -49,8 +49,9 @@ inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double
   int64_t best = 1;
   double least = 0;
   for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
-    const double cost = static_cast<double>(ceil_div(blocks * splits, room)) *
-                            static_cast<double>(ceil_div(tiles, splits) + 1) + price * static_cast<double>(splits);
+    const double cost =
+        static_cast<double>(ceil_div(blocks * splits, room)) * static_cast<double>(ceil_div(tiles, splits) + 1) +
+        price * static_cast<double>(splits);
     if (splits == 1 || cost < 0.97 * least) {
       least = cost;
       best = splits;

@@ -38,7 +38,7 @@ struct ForwardSchedule {
   int64_t outer_begin, outer_end;  // outer tiles of this launch
   int64_t blocks;
   int64_t segment_slots;  // the transposed slots follow these
-  int outer_width;      // a multiple of the inner width
+  int outer_width;        // a multiple of the inner width
 
   __host__ __device__ int64_t anchor_tiles() const { return (anchors + inner_width - 1) / inner_width; }
   __host__ __device__ int64_t other_tiles() const { return (others + inner_width - 1) / inner_width; }
@@ -97,7 +97,7 @@ struct ForwardSchedule {
 // Schedule of a launch for the outer tiles [begin, end), with at most `max_blocks` blocks.
 template <int kInnerRows>
 ForwardSchedule<kInnerRows> make_forward_schedule(int64_t anchors, int64_t others, int outer_width, int64_t begin,
-                                                   int64_t end, int64_t max_blocks) {
+                                                  int64_t end, int64_t max_blocks) {
   ForwardSchedule<kInnerRows> s{anchors, others, begin, end, 1, 0, outer_width};
   s.blocks = s.total() < max_blocks ? s.total() : max_blocks;
   // The first outer tile has the most tiles. At most two more blocks than it fills have a segment in it.

@@ -115,7 +115,7 @@ __device__ __forceinline__ int warp_column() {
 template <bool kSplit, int kOuter, int kInner, int kChunk, bool kResident, typename OuterRow, typename InnerRow,
           typename Consume>
 __device__ __forceinline__ void for_inner_tiles(const half_t* __restrict__ packed, const Params& p, int64_t begin,
-                                           int64_t end, OuterRow outer_row, InnerRow inner_row, Consume consume) {
+                                                int64_t end, OuterRow outer_row, InnerRow inner_row, Consume consume) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   constexpr int kParts = kSplit ? 2 : 1, kOuterTile = kOuter * kChunk * kParts, kInnerTile = kInner * kChunk * kParts;
   constexpr int kStage = kResident ? kInnerTile : kOuterTile + kInnerTile;

@@ -50,9 +50,9 @@ void nt_xent_forward_cpu(const NTXentProblem& problem, const float* unit, bool r
 
 // grad_losses, losses and shifted_lse: anchors() values, of all samples. grad_z0 and grad_z1: (sample_count, D)
 // float32.
-void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const float* inv_norm,
-                          const float* losses, const float* shifted_lse, const float* grad_losses, bool reduced,
-                          float* grad_z0, float* grad_z1);
+void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
+                          const float* shifted_lse, const float* grad_losses, bool reduced, float* grad_z0,
+                          float* grad_z1);
 
 // Upstream gradient: the gradient of anchor i's loss is gradient[i * stride]. The backward pass of a mean has one value
 // for all anchors, with stride 0.

@@ -217,9 +217,9 @@ void nt_xent_forward_cpu(const NTXentProblem& problem, const float* unit, bool r
   });
 }
 
-void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const float* inv_norm,
-                          const float* losses, const float* shifted_lse, const float* grad_losses, bool reduced,
-                          float* grad_z0, float* grad_z1) {
+void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const float* inv_norm, const float* losses,
+                          const float* shifted_lse, const float* grad_losses, bool reduced, float* grad_z0,
+                          float* grad_z1) {
   const Similarities similarities(problem, unit, reduced);
   const int64_t dim = problem.dim, rows = problem.rows();
   const bool fixed_shift = problem.temperature >= kFixedShiftTemperature;

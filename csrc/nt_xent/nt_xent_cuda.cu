@@ -175,10 +175,9 @@ void products_backward(const BackwardPlan& plan, const BackwardWorkspace& parts,
   const WideRows wide = plan.wide(begin);
   const int64_t columns = wide.stride / kColumns;
   const int64_t shares = std::clamp<int64_t>(2 * multiprocessors() / columns, 1, wide.row_tiles());
-  launch(weights_kernel<kSplit, kFixedShift>,
-         dim3(static_cast<unsigned>(columns), static_cast<unsigned>(shares)), dim3(kThreads),
-         inner_tiles_bytes<kSplit, kColumns, kRows, kWideChunk, false>(), stream, parts.packed, parts.weight,
-         parts.shift, parts.weights, wide, p);
+  launch(weights_kernel<kSplit, kFixedShift>, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(shares)),
+         dim3(kThreads), inner_tiles_bytes<kSplit, kColumns, kRows, kWideChunk, false>(), stream, parts.packed,
+         parts.weight, parts.shift, parts.weights, wide, p);
   launch(gather_kernel<kSplit>,
          dim3(static_cast<unsigned>(wide.row_tiles()), static_cast<unsigned>(ceil_div(p.dim, kSlice)), splits),
          dim3(kThreads), gather_bytes<kSplit>(), stream, parts.weights, parts.packed, parts.partial, wide, p);
@@ -235,8 +234,8 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
   }
   const auto prepare = [&]<bool kSplit>() {
     launch(prepare_backward_kernel<RowMajor<kSplit>>, grid_of_rows(problem.rows()), dim3(kRowThreads), 0, stream, unit,
-           upstream, shifted_lse, largest, RowMajor<kSplit>(parts.packed, p), parts.weight,
-           parts.shift, parts.unscale, p);
+           upstream, shifted_lse, largest, RowMajor<kSplit>(parts.packed, p), parts.weight, parts.shift, parts.unscale,
+           p);
   };
   reduced ? prepare.operator()<false>() : prepare.operator()<true>();
   for (int64_t begin = 0; begin < plan.rows; begin += plan.chunk) {

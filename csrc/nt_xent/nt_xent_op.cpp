@@ -33,8 +33,8 @@ NTXentProblem make_problem(int64_t samples, int64_t dim, double temperature, boo
                            int64_t sample_count) {
   TORCH_CHECK_VALUE(samples >= 1 && dim >= 1, "z0 and z1 must hold at least one row and one column");
   TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
-  TORCH_CHECK_VALUE(sample_begin >= 0 && sample_count >= 1 && sample_begin + sample_count <= samples,
-                    "samples [", sample_begin, ", ", sample_begin + sample_count, ") are not within [0, ", samples, ")");
+  TORCH_CHECK_VALUE(sample_begin >= 0 && sample_count >= 1 && sample_begin + sample_count <= samples, "samples [",
+                    sample_begin, ", ", sample_begin + sample_count, ") are not within [0, ", samples, ")");
   return {samples, dim, temperature, both_anchors, sample_begin, sample_count};
 }
 
@@ -61,7 +61,7 @@ BackwardInputs backward_inputs(const Tensor& grad_losses, const Tensor& losses, 
     TORCH_CHECK_VALUE(values.numel() == problem.anchors(), "grad_losses, losses and lse must hold the ",
                       problem.anchors(), " anchors, got ", values.sizes());
   }
-  return {problem,          grad_losses.to(torch::kFloat), losses.contiguous(), lse.contiguous(),
+  return {problem,           grad_losses.to(torch::kFloat), losses.contiguous(), lse.contiguous(),
           unit.contiguous(), inv_norm.contiguous()};
 }
 
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_losses, const Tensor&
                                         const Tensor& unit, const Tensor& inv_norm, double temperature,
                                         bool both_anchors, int64_t sample_begin, int64_t sample_count,
                                         torch::ScalarType dtype) {
-  const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
-                                            sample_begin, sample_count);
+  const BackwardInputs in =
+      backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors, sample_begin, sample_count);
   const Tensor upstream = in.grad_losses.contiguous();
   Tensor grad_z0 = empty_large({sample_count, in.problem.dim}, in.unit.options());
   Tensor grad_z1 = empty_large(grad_z0.sizes(), in.unit.options());
@@ -128,8 +128,7 @@ NTXentGpuKernels gpu_kernels(const NTXentProblem& problem, bool reduced) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& z0, const Tensor& z1, double temperature,
-                                                        bool both_anchors, int64_t sample_begin,
-                                                        int64_t sample_count) {
+                                                        bool both_anchors, int64_t sample_begin, int64_t sample_count) {
   const NTXentProblem problem = forward_problem(z0, z1, temperature, both_anchors, sample_begin, sample_count);
   TORCH_CHECK_VALUE(z0.device() == z1.device() && z0.scalar_type() == z1.scalar_type(),
                     "z0 and z1 must share one device and dtype");
@@ -138,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& z0, const 
   const DType dtype = kernel_dtype(z0.scalar_type());
   const bool reduced = reduced_on_gpu(z0.scalar_type());
   const auto options = x0.options().dtype(torch::kFloat).requires_grad(false);
-  Tensor unit = torch::empty({problem.rows(), problem.dim}, options), inv_norm = torch::empty({problem.rows()}, options);
+  Tensor unit = torch::empty({problem.rows(), problem.dim}, options),
+         inv_norm = torch::empty({problem.rows()}, options);
   Tensor losses = torch::empty({problem.local_anchors()}, options), lse = torch::empty_like(losses);
   const NTXentGpuKernels kernels = gpu_kernels(problem, reduced);
   Tensor workspace = torch::empty({kernels.forward_workspace(problem, reduced)}, options.dtype(torch::kByte));
@@ -153,8 +153,8 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_losses, const Tensor
                                          bool both_anchors, int64_t sample_begin, int64_t sample_count,
                                          torch::ScalarType dtype) {
   const c10::cuda::CUDAGuard guard(unit.device());
-  const BackwardInputs in = backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors,
-                                            sample_begin, sample_count);
+  const BackwardInputs in =
+      backward_inputs(grad_losses, losses, lse, unit, inv_norm, temperature, both_anchors, sample_begin, sample_count);
   const DType out = kernel_dtype(dtype);
   const bool reduced = reduced_on_gpu(dtype);
   // A single gradient expanded to all anchors, as in the backward pass of a mean, is not copied.

@@ -84,7 +84,8 @@ void backward_products(const BackwardPlan& plan, const BackwardWorkspace& parts,
 }  // namespace
 
 bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced) {
-  return compute_capability() == 90 && problem.temperature >= kFixedShiftTemperature && problem.dim <= (reduced ? 256 : 128);
+  return compute_capability() == 90 && problem.temperature >= kFixedShiftTemperature &&
+         problem.dim <= (reduced ? 256 : 128);
 }
 
 int64_t nt_xent_forward_sm90_workspace(const NTXentProblem& problem, bool reduced) {
@@ -117,8 +118,9 @@ void nt_xent_forward_sm90(const NTXentProblem& problem, const void* z0, const vo
   plan.for_rounds([&](const PanelSchedule& schedule, bool first, bool last) {
     plan.with_products(reduced, [&]<typename P>() { forward_products<P>(plan, parts, schedule, stream); });
     const Collected out{parts.running, nullptr, losses, shifted_lse, parts.positive, first, last};
-    launch(collect_kernel<Pass::kSums, PanelSchedule>, dim3(static_cast<unsigned>(ceil_div(schedule.anchors, kCollectRows))),
-           dim3(kCollectRows * kCollectParts), 0, stream, parts.partial, schedule, out, plan.p);
+    launch(collect_kernel<Pass::kSums, PanelSchedule>,
+           dim3(static_cast<unsigned>(ceil_div(schedule.anchors, kCollectRows))), dim3(kCollectRows * kCollectParts), 0,
+           stream, parts.partial, schedule, out, plan.p);
   });
 }
 
@@ -137,9 +139,8 @@ void nt_xent_backward_sm90(const NTXentProblem& problem, const float* unit, cons
   }
   const auto prepare = [&]<bool kSplit>() {
     const Panels<kSplit> packing(parts.packed, plan.panels, plan.positions);
-    launch(prepare_backward_kernel<Panels<kSplit>>, grid_of_rows(problem.rows() + packing.fillers()),
-           dim3(kRowThreads), 0, stream, unit, upstream, shifted_lse, largest, packing, parts.weight, parts.shift,
-           parts.unscale, p);
+    launch(prepare_backward_kernel<Panels<kSplit>>, grid_of_rows(problem.rows() + packing.fillers()), dim3(kRowThreads),
+           0, stream, unit, upstream, shifted_lse, largest, packing, parts.weight, parts.shift, parts.unscale, p);
   };
   reduced ? prepare.operator()<false>() : prepare.operator()<true>();
   plan.with_tiles(reduced, [&]<typename B>() { backward_products<B>(plan, parts, stream); });

@@ -11,7 +11,7 @@ namespace scan_fast {
 
 // Consecutive rows of [z0; z1] of one view, either all or none of which are handled by this call.
 struct RowBlock {
-  int64_t begin;   // first row, in [0, 2N)
+  int64_t begin;  // first row, in [0, 2N)
   int64_t size;
   int64_t local;   // first row's index among the handled rows (view * sample_count + sample - begin), or -1
   int64_t anchor;  // first row's index among this call's anchors, or -1

@@ -26,7 +26,8 @@ struct BackwardTiles {
   static constexpr int kRowBytes = kParts * kPanels * kPanelBytes;
   static constexpr int kColumnPanelBytes = kPanelBytes * kColumns / kPanelRows;
   static constexpr int kColumnBytes = kParts * kPanels * kColumnPanelBytes;
-  static constexpr int kStages = (200 * 1024 - kRowBytes) / kColumnBytes > 4 ? 4 : (200 * 1024 - kRowBytes) / kColumnBytes;
+  static constexpr int kStages =
+      (200 * 1024 - kRowBytes) / kColumnBytes > 4 ? 4 : (200 * 1024 - kRowBytes) / kColumnBytes;
   static_assert(kStages >= 3, "needs the current tile, the previous one and one in flight");
   static constexpr int kWeightBytes = kColumns * static_cast<int>(sizeof(float));
   static constexpr int kBarriersAt = kRowBytes + kStages * (kColumnBytes + kWeightBytes);
@@ -40,9 +41,9 @@ struct BackwardShare {
 };
 
 template <typename B>
-__device__ __forceinline__ void produce_columns(unsigned char* memory, const Ring<B::kStages>& ring, MBarrier* rows_full,
-                                                const half_t* __restrict__ packed, const float* __restrict__ weight,
-                                                const BackwardShare& share) {
+__device__ __forceinline__ void produce_columns(unsigned char* memory, const Ring<B::kStages>& ring,
+                                                MBarrier* rows_full, const half_t* __restrict__ packed,
+                                                const float* __restrict__ weight, const BackwardShare& share) {
   constexpr int64_t kTileElements = int64_t{B::kParts} * B::kPanels * kPanelElements;
   mbarrier_expect(rows_full, B::kRowBytes);
   bulk_copy(memory, packed + share.row_tile * kTileElements, B::kRowBytes, rows_full);
@@ -117,8 +118,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   }
   __syncthreads();
   const int splits = static_cast<int>(gridDim.y);
-  const BackwardShare share{static_cast<int>(blockIdx.x),
-                            static_cast<int>(int64_t{column_tiles} * blockIdx.y / splits),
+  const BackwardShare share{static_cast<int>(blockIdx.x), static_cast<int>(int64_t{column_tiles} * blockIdx.y / splits),
                             static_cast<int>(int64_t{column_tiles} * (blockIdx.y + 1) / splits)};
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {

@@ -52,7 +52,7 @@ struct ForwardSums {
   Shared<float> part;                                   // (8 warps, 128 columns)
   const PanelSchedule& schedule;
   float scale, limit;
-  int anchors, anchor_tiles, rows, count, offset;       // positions (see PackedPositions); rows: their end
+  int anchors, anchor_tiles, rows, count, offset;  // positions (see PackedPositions); rows: their end
   float column_sum[kColumnGroups][2];
 
   __device__ __forceinline__ ForwardSums(float* partial_, const Shared<float>& part_, const PanelSchedule& schedule_,

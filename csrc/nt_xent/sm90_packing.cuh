@@ -42,7 +42,10 @@ struct Excluded {
 
   __device__ __forceinline__ Excluded(int row, int count, int offset, int from, int end_)
       : self(row - from),
-        positive((row < count ? row + offset : row - offset < count ? row - offset : -1) - from),
+        positive((row < count            ? row + offset
+                  : row - offset < count ? row - offset
+                                         : -1) -
+                 from),
         end(end_ - from) {}
   __device__ __forceinline__ bool holds(int column) const {
     return (column == self) | (column == positive) | (column >= end);  // no branches

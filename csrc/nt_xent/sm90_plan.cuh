@@ -74,7 +74,9 @@ struct BackwardPlan {
 
   BackwardPlan(const NTXentProblem& problem, bool reduced)
       : positions{problem.samples, problem.sample_begin, problem.sample_count, true},
-        panels(problem.dim <= 64 ? 1 : problem.dim <= 128 ? 2 : 4) {
+        panels(problem.dim <= 64    ? 1
+               : problem.dim <= 128 ? 2
+                                    : 4) {
     const int64_t columns = panels > 2 || !reduced ? 64 : 128;  // as in BackwardTiles
     const int64_t tiles = positions.total() / columns, rows = positions.anchors(), room = multiprocessors();
     const double price = split_cost(rows, room, kPanelRows, columns, !reduced);

@@ -39,7 +39,7 @@ struct ScanLossForward {
 };
 
 struct ScanLossBackward {
-  const float* grad_total;        // (H), or null for zero; the same holds for the next two
+  const float* grad_total;  // (H), or null for zero; the same holds for the next two
   const float* grad_consistency;
   const float* grad_entropy;
   const void* anchors;

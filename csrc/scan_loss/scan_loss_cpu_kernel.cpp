@@ -104,8 +104,8 @@ double rows_forward(const ScanLossRows& block, float* column_sums) {
     }
     const Vec inverse = splat(block.row_stats[block.rows + i]);
     for_vectors(classes, [&](int64_t c, int lanes) {
-      const Vec x = keep ? load_lanes(scratch + c, lanes, 0.0f)
-                         : exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
+      const Vec x =
+          keep ? load_lanes(scratch + c, lanes, 0.0f) : exp(load_lanes(a + c, lanes, kMinusInfinity) - row.max_a);
       store_lanes(column_sums + c, load_lanes(column_sums + c, lanes, 0.0f) + x * inverse, lanes);
     });
   }

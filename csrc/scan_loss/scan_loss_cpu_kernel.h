@@ -37,8 +37,6 @@ SCAN_FAST_DECLARE_PER_ISA(void scan_loss_rows_backward(::scan_fast::DType dtype,
 SCAN_FAST_DECLARE_PER_ISA(double scan_loss_narrow_rows_forward(::scan_fast::DType dtype,
                                                                const ::scan_fast::ScanLossRows& block,
                                                                float* column_sums))
-SCAN_FAST_DECLARE_PER_ISA(void scan_loss_narrow_rows_backward(::scan_fast::DType dtype,
-                                                              const ::scan_fast::ScanLossRows& block,
-                                                              const float* slope, float consistency_scale,
-                                                              float entropy_scale, void* grad_anchors,
-                                                              void* grad_neighbors))
+SCAN_FAST_DECLARE_PER_ISA(void scan_loss_narrow_rows_backward(
+    ::scan_fast::DType dtype, const ::scan_fast::ScanLossRows& block, const float* slope, float consistency_scale,
+    float entropy_scale, void* grad_anchors, void* grad_neighbors))

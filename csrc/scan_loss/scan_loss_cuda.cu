@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     forward_kernel(const T* __restrict__ anchors, const T* __restrict__ neighbors, float* row_stats, Finish finish,
                    int64_t rows, int classes, int blocks) {
   constexpr int kGroups = kThreads / kGroup, kSlots = kGroup * kPer;
-  SCAN_FAST_SHARED(float, sums, kGroups * kSlots);
+  SCAN_FAST_SHARED(float, sums, kGroups* kSlots);
   SCAN_FAST_SHARED(float, losses, kGroups);
   const int group = static_cast<int>(threadIdx.x) / kGroup, lane = static_cast<int>(threadIdx.x) % kGroup;
   const int64_t head = blockIdx.x / blocks;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kThreads)
       // Rare: the logits are read again, because the exponentials are still needed for the column sums.
       float best = -infinity(), sum = 0.0f;
       for (int c = lane; c < classes; c += kGroup) {
-        best = fmaxf(best, to_float(anchors[row * classes + c]) - max_a +
-                               (to_float(neighbors[row * classes + c]) - max_n));
+        best = fmaxf(best,
+                     to_float(anchors[row * classes + c]) - max_a + (to_float(neighbors[row * classes + c]) - max_n));
       }
       best = group_max<kGroup>(best);
       if (best > -infinity()) {  // otherwise no class is possible for both views, the sum stays 0, the loss is infinite
@@ -374,8 +374,13 @@ void scan_loss_forward_cuda(DType dtype, const ScanLossShape& shape, const ScanL
   const int blocks = blocks_per_head(shape), classes = static_cast<int>(shape.classes);
   float* partial = static_cast<float*>(arguments.workspace);
   unsigned* tickets = reinterpret_cast<unsigned*>(partial + partial_floats(shape, blocks));
-  const Finish finish{partial,           tickets,           arguments.total,         arguments.consistency,
-                      arguments.entropy, arguments.mean_prob, arguments.entropy_weight};
+  const Finish finish{partial,
+                      tickets,
+                      arguments.total,
+                      arguments.consistency,
+                      arguments.entropy,
+                      arguments.mean_prob,
+                      arguments.entropy_weight};
   if (blocks > 1) zero_async(tickets, static_cast<size_t>(shape.heads) * sizeof(unsigned), stream);
   const dim3 grid(static_cast<unsigned>(shape.heads * blocks));
   dispatch_dtype(dtype, [&]<typename T>() {
@@ -399,8 +404,8 @@ void scan_loss_forward_cuda(DType dtype, const ScanLossShape& shape, const ScanL
 void scan_loss_backward_cuda(DType dtype, const ScanLossShape& shape, const ScanLossBackward& arguments,
                              StreamHandle stream) {
   const int blocks = blocks_per_head(shape), classes = static_cast<int>(shape.classes);
-  const Upstream upstream{arguments.grad_total, arguments.grad_consistency, arguments.grad_entropy,
-                          arguments.mean_prob, arguments.entropy_weight};
+  const Upstream upstream{arguments.grad_total, arguments.grad_consistency, arguments.grad_entropy, arguments.mean_prob,
+                          arguments.entropy_weight};
   const dim3 grid(static_cast<unsigned>(shape.heads * blocks));
   dispatch_dtype(dtype, [&]<typename T>() {
     const T* a = static_cast<const T*>(arguments.anchors);

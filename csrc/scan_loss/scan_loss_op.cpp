@@ -21,14 +21,16 @@ namespace {
 // anchors, neighbors (B, C) or (H, B, C). Returns total, consistency, entropy (() or (H)), mean_prob ((H,) C) and
 // row_stats ((H,) B, 6), all float32.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
-                                                                                        const at::Tensor& neighbors,
-                                                                                        double entropy_weight);
+                                                                                         const at::Tensor& neighbors,
+                                                                                         double entropy_weight);
 
 // Returns the gradients of anchors and neighbors, contiguous, in their dtype.
-std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
-    const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& grad_consistency,
-    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& anchors, const at::Tensor& neighbors,
-    const at::Tensor& mean_prob, const at::Tensor& row_stats, double entropy_weight);
+std::tuple<at::Tensor, at::Tensor> scan_loss_backward(const std::optional<at::Tensor>& grad_total,
+                                                      const std::optional<at::Tensor>& grad_consistency,
+                                                      const std::optional<at::Tensor>& grad_entropy,
+                                                      const at::Tensor& anchors, const at::Tensor& neighbors,
+                                                      const at::Tensor& mean_prob, const at::Tensor& row_stats,
+                                                      double entropy_weight);
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -92,8 +94,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> scan_loss(const at::Tensor& ancho
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss_forward(const at::Tensor& anchors,
-                                                                                        const at::Tensor& neighbors,
-                                                                                        double entropy_weight) {
+                                                                                         const at::Tensor& neighbors,
+                                                                                         double entropy_weight) {
   check_pair(anchors, neighbors, "anchors", "neighbors");
   const ScanLossShape shape = shape_of(anchors);
   const DType dtype = dtype_of(anchors, "anchors");
@@ -135,10 +137,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss
   return {total, consistency, entropy, mean_prob, row_stats};
 }
 
-std::tuple<at::Tensor, at::Tensor> scan_loss_backward(
-    const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& grad_consistency,
-    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& anchors, const at::Tensor& neighbors,
-    const at::Tensor& mean_prob, const at::Tensor& row_stats, double entropy_weight) {
+std::tuple<at::Tensor, at::Tensor> scan_loss_backward(const std::optional<at::Tensor>& grad_total,
+                                                      const std::optional<at::Tensor>& grad_consistency,
+                                                      const std::optional<at::Tensor>& grad_entropy,
+                                                      const at::Tensor& anchors, const at::Tensor& neighbors,
+                                                      const at::Tensor& mean_prob, const at::Tensor& row_stats,
+                                                      double entropy_weight) {
   check_pair(anchors, neighbors, "anchors", "neighbors");
   const ScanLossShape shape = shape_of(anchors);
   const DType dtype = dtype_of(anchors, "anchors");

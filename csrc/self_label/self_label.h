@@ -23,14 +23,14 @@ struct SelfLabelShape {
 constexpr int kSelfLabelRowStats = 2;
 
 struct SelfLabelForward {
-  const void* weak;    // (B, C) of dtype
-  const void* strong;  // (B, C) of dtype
-  float* loss;         // ()
+  const void* weak;      // (B, C) of dtype
+  const void* strong;    // (B, C) of dtype
+  float* loss;           // ()
   int64_t* n_confident;  // ()
-  int32_t* target;     // (B), the first largest class of every row
-  float* row_weight;   // (B)
-  float* row_stats;    // (B, kSelfLabelRowStats)
-  void* workspace;     // self_label_*_workspace(shape) bytes, any content
+  int32_t* target;       // (B), the first largest class of every row
+  float* row_weight;     // (B)
+  float* row_stats;      // (B, kSelfLabelRowStats)
+  void* workspace;       // self_label_*_workspace(shape) bytes, any content
   float threshold;
   bool balance;
 };

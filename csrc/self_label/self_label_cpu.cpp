@@ -10,9 +10,7 @@ namespace {
 
 constexpr int64_t kElementsPerBlock = 32 * 1024;
 
-int64_t rows_per_block(const SelfLabelShape& shape) {
-  return std::max<int64_t>(1, kElementsPerBlock / shape.classes);
-}
+int64_t rows_per_block(const SelfLabelShape& shape) { return std::max<int64_t>(1, kElementsPerBlock / shape.classes); }
 
 template <typename Pointer>
 Pointer advanced(Pointer base, int64_t elements, DType dtype) {
@@ -49,7 +47,8 @@ void self_label_forward_cpu(DType dtype, const SelfLabelShape& shape, const Self
     present += per_class[c] != 0;
   }
   for (int64_t c = 0; c < shape.classes; ++c) {
-    const double count = arguments.balance ? static_cast<double>(present) * per_class[c] : static_cast<double>(confident);
+    const double count =
+        arguments.balance ? static_cast<double>(present) * per_class[c] : static_cast<double>(confident);
     class_weight[c] = per_class[c] == 0 ? 0.0 : 1.0 / count;
   }
   double loss = 0;

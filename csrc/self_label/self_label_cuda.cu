@@ -54,9 +54,8 @@ __device__ __forceinline__ Softmax softmax_of(const T* row, int classes, int lan
   }
   const float max = group_max<kGroup>(mine.max);
   // The sum of a lane without a finite value is 0, or NaN if the lane has read one.
-  const float sum = group_sum<kGroup>(mine.max == max || mine.max == -infinity()
-                                          ? mine.sum
-                                          : mine.sum * exp_negative(mine.max - max));
+  const float sum = group_sum<kGroup>(
+      mine.max == max || mine.max == -infinity() ? mine.sum : mine.sum * exp_negative(mine.max - max));
   const int first = group_min<kGroup>(mine.max == max ? mine.first : 0x7fffffff);
   return {max, max == infinity() || max == -infinity() ? infinity() - infinity() : sum, first};
 }
@@ -188,9 +187,10 @@ void self_label_forward_cuda(DType dtype, const SelfLabelShape& shape, const Sel
                              StreamHandle stream) {
   float* losses = static_cast<float*>(arguments.workspace);
   int* per_class = reinterpret_cast<int*>(losses + shape.rows);
-  const ForwardOutputs out{arguments.loss,       arguments.n_confident, arguments.target, arguments.row_weight,
-                           arguments.row_stats,  losses,                per_class,
-                           reinterpret_cast<unsigned*>(per_class + shape.classes)};
+  const ForwardOutputs out{arguments.loss,      arguments.n_confident,
+                           arguments.target,    arguments.row_weight,
+                           arguments.row_stats, losses,
+                           per_class,           reinterpret_cast<unsigned*>(per_class + shape.classes)};
   zero_async(per_class, static_cast<size_t>(shape.classes + 1) * sizeof(int), stream);
   dispatch_dtype(dtype, [&]<typename T>() {
     const T* weak = static_cast<const T*>(arguments.weak);

@@ -14,8 +14,10 @@ namespace {
 
 // weak, strong (B, C). Returns loss (() float32), n_confident (() int64), target (B int32), row_weight (B float32) and
 // row_stats (B, 2 float32).
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(
-    const at::Tensor& weak, const at::Tensor& strong, double threshold, bool balance);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(const at::Tensor& weak,
+                                                                                          const at::Tensor& strong,
+                                                                                          double threshold,
+                                                                                          bool balance);
 
 // Returns the gradient of strong, contiguous, in its dtype.
 at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& strong, const at::Tensor& target,
@@ -49,8 +51,7 @@ struct SelfLabelNode : torch::autograd::Function<SelfLabelNode> {
 
   static variable_list forward(AutogradContext* context, const at::Tensor& weak, const at::Tensor& strong,
                                double threshold, bool balance) {
-    auto [loss, n_confident, target, row_weight, row_stats] =
-        forward_operator().call(weak, strong, threshold, balance);
+    auto [loss, n_confident, target, row_weight, row_stats] = forward_operator().call(weak, strong, threshold, balance);
     context->save_for_backward({strong, target, row_weight, row_stats});
     context->mark_non_differentiable({n_confident});
     context->set_materialize_grads(false);
@@ -77,9 +78,9 @@ std::tuple<at::Tensor, at::Tensor> self_label(const at::Tensor& weak, const at::
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_label_forward(const at::Tensor& weak,
-                                                                                         const at::Tensor& strong,
-                                                                                         double threshold,
-                                                                                         bool balance) {
+                                                                                          const at::Tensor& strong,
+                                                                                          double threshold,
+                                                                                          bool balance) {
   check_pair(weak, strong, "weak", "strong");
   const SelfLabelShape shape = shape_of(weak, "weak");
   const DType dtype = dtype_of(weak, "weak");
@@ -89,16 +90,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_labe
   at::Tensor target = at::empty({shape.rows}, options.dtype(at::kInt));
   at::Tensor row_weight = at::empty({shape.rows}, options.dtype(at::kFloat));
   at::Tensor row_stats = at::empty({shape.rows, kSelfLabelRowStats}, options.dtype(at::kFloat));
-  SelfLabelForward arguments{w->const_data_ptr(),
-                             s->const_data_ptr(),
-                             loss.data_ptr<float>(),
-                             n_confident.data_ptr<int64_t>(),
-                             target.data_ptr<int32_t>(),
-                             row_weight.data_ptr<float>(),
-                             row_stats.data_ptr<float>(),
-                             nullptr,
-                             static_cast<float>(threshold),
-                             balance};
+  SelfLabelForward arguments{w->const_data_ptr(),           s->const_data_ptr(),
+                             loss.data_ptr<float>(),        n_confident.data_ptr<int64_t>(),
+                             target.data_ptr<int32_t>(),    row_weight.data_ptr<float>(),
+                             row_stats.data_ptr<float>(),   nullptr,
+                             static_cast<float>(threshold), balance};
   auto workspace_of = [&](size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, options.dtype(at::kByte)); };
 #ifdef SCAN_FAST_WITH_CUDA
   if (weak.is_cuda()) {
@@ -126,9 +122,9 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
                     "target, row_weight and row_stats must be those that self_label_forward returned for these logits");
   const auto s = strong.expect_contiguous();
   at::Tensor grad_strong = empty_large(strong.sizes(), strong.options()), holder;
-  const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder),     s->const_data_ptr(),
-                                    target.const_data_ptr<int32_t>(),        row_weight.const_data_ptr<float>(),
-                                    row_stats.const_data_ptr<float>(),       grad_strong.data_ptr()};
+  const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder), s->const_data_ptr(),
+                                    target.const_data_ptr<int32_t>(),    row_weight.const_data_ptr<float>(),
+                                    row_stats.const_data_ptr<float>(),   grad_strong.data_ptr()};
 #ifdef SCAN_FAST_WITH_CUDA
   if (strong.is_cuda()) {
     const c10::cuda::CUDAGuard guard(strong.device());
@@ -143,9 +139,8 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
-  m.def(
-      "self_label(Tensor weak, Tensor strong, float threshold, bool balance) -> (Tensor loss, Tensor n_confident)",
-      &self_label);
+  m.def("self_label(Tensor weak, Tensor strong, float threshold, bool balance) -> (Tensor loss, Tensor n_confident)",
+        &self_label);
   m.def(
       "self_label_forward(Tensor weak, Tensor strong, float threshold, bool balance) -> "
       "(Tensor loss, Tensor n_confident, Tensor target, Tensor row_weight, Tensor row_stats)");

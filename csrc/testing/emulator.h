@@ -28,10 +28,10 @@ struct dim3 {
 struct uint3 {
   unsigned x, y, z;
 };
-#define SCAN_FAST_VECTOR_TYPES(type, name)                                                                   \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                                   \
-  struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };                                             \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                           \
+#define SCAN_FAST_VECTOR_TYPES(type, name)                         \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };   \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SCAN_FAST_VECTOR_TYPES(float, float)
 SCAN_FAST_VECTOR_TYPES(int, int)
@@ -49,9 +49,9 @@ struct Options {
   uint64_t seed = 0;          // 0: blocks and threads in natural order, otherwise permuted by this seed
   int multiprocessors = 3;    // odd and small, so that row loops run several times
   int compute_capability = 90;
-  size_t shared_memory = 0;   // limit of a block, static and dynamic; 0: the limit of the compute capability
-  int device = 0;             // current device; kernels request shared memory on each
-  bool truncate = false;      // matrix units truncate their sums, as coarsely as any GPU does, instead of rounding
+  size_t shared_memory = 0;  // limit of a block, static and dynamic; 0: the limit of the compute capability
+  int device = 0;            // current device; kernels request shared memory on each
+  bool truncate = false;     // matrix units truncate their sums, as coarsely as any GPU does, instead of rounding
 };
 Options& options();
 
@@ -157,17 +157,26 @@ T atomic(T* p, Update update) {
 }
 }  // namespace scan_fast::emu
 
-#define SCAN_FAST_ATOMICS(T)                                                                                     \
-  inline T atomicAdd(T* p, T v) {                                                                                \
-    return scan_fast::emu::atomic(p, [=](T old) { return static_cast<T>(static_cast<unsigned long long>(old) +   \
-                                                                        static_cast<unsigned long long>(v)); }); \
-  }                                                                                                              \
-  inline T atomicMax(T* p, T v) { return scan_fast::emu::atomic(p, [=](T old) { return old < v ? v : old; }); }  \
-  inline T atomicMin(T* p, T v) { return scan_fast::emu::atomic(p, [=](T old) { return v < old ? v : old; }); }  \
-  inline T atomicOr(T* p, T v) { return scan_fast::emu::atomic(p, [=](T old) { return old | v; }); }             \
-  inline T atomicExch(T* p, T v) { return scan_fast::emu::atomic(p, [=](T) { return v; }); }                     \
-  inline T atomicCAS(T* p, T expected, T v) {                                                                    \
-    return scan_fast::emu::atomic(p, [=](T old) { return old == expected ? v : old; });                          \
+#define SCAN_FAST_ATOMICS(T)                                                                            \
+  inline T atomicAdd(T* p, T v) {                                                                       \
+    return scan_fast::emu::atomic(p, [=](T old) {                                                       \
+      return static_cast<T>(static_cast<unsigned long long>(old) + static_cast<unsigned long long>(v)); \
+    });                                                                                                 \
+  }                                                                                                     \
+  inline T atomicMax(T* p, T v) {                                                                       \
+    return scan_fast::emu::atomic(p, [=](T old) { return old < v ? v : old; });                         \
+  }                                                                                                     \
+  inline T atomicMin(T* p, T v) {                                                                       \
+    return scan_fast::emu::atomic(p, [=](T old) { return v < old ? v : old; });                         \
+  }                                                                                                     \
+  inline T atomicOr(T* p, T v) {                                                                        \
+    return scan_fast::emu::atomic(p, [=](T old) { return old | v; });                                   \
+  }                                                                                                     \
+  inline T atomicExch(T* p, T v) {                                                                      \
+    return scan_fast::emu::atomic(p, [=](T) { return v; });                                             \
+  }                                                                                                     \
+  inline T atomicCAS(T* p, T expected, T v) {                                                           \
+    return scan_fast::emu::atomic(p, [=](T old) { return old == expected ? v : old; });                 \
   }
 SCAN_FAST_ATOMICS(int)
 SCAN_FAST_ATOMICS(unsigned)
@@ -299,9 +308,9 @@ struct Shared {
   T* get() const { return pointer; }
 };
 
-#define SCAN_FAST_SHARED(T, name, count)         \
-  static char name##_key = 0;                    \
-  const ::scan_fast::Shared<T> name {            \
+#define SCAN_FAST_SHARED(T, name, count)                                               \
+  static char name##_key = 0;                                                          \
+  const ::scan_fast::Shared<T> name {                                                  \
     static_cast<T*>(::scan_fast::emu::static_shared(&name##_key, sizeof(T) * (count))) \
   }
 #define SCAN_FAST_DYNAMIC_SHARED(name) \

@@ -55,7 +55,7 @@ float truncated_sum(const float (&addends)[17]) {
   for (const float x : addends) sum += std::trunc(std::ldexp(static_cast<double>(x), shift));
   const float result = static_cast<float>(std::ldexp(sum, -shift));
   return std::fabs(std::ldexp(static_cast<double>(result), shift)) > std::fabs(sum) ? std::nextafterf(result, 0.0f)
-                                                                                   : result;
+                                                                                    : result;
 }
 
 namespace {

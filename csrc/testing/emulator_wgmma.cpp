@@ -105,8 +105,8 @@ HeldResult& held_by(Fiber& fiber, const float* d) {
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("O3")))
 #endif
-__attribute__((no_sanitize("address", "undefined"))) void
-add_products(const float* a, const float* b, float* __restrict__ sums, int n) {
+__attribute__((no_sanitize("address", "undefined"))) void add_products(const float* a, const float* b,
+                                                                       float* __restrict__ sums, int n) {
   for (int i = 0; i < kM; ++i) {
     for (int k = 0; k < kK; ++k) {
       const float factor = a[i * kK + k];

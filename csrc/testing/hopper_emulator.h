@@ -24,10 +24,10 @@ void bulk_copy(void* dst, const void* src, int bytes, uint64_t* barrier);
 void named_barrier(int id, int threads, bool wait);
 
 struct Product {
-  bool half;                // half_t, else bf16_t
+  bool half;  // half_t, else bf16_t
   int n;
   bool a_in_registers, mn_major, accumulate;
-  uint64_t a, b;            // descriptors
+  uint64_t a, b;  // descriptors
   bool operator==(const Product&) const = default;
 };
 void wgmma(const Product& product, float* d, const uint32_t* a_registers);

@@ -58,26 +58,26 @@ struct Random {
   do {                                                                          \
     if (!(condition)) check::report(__FILE__, __LINE__, "failed: " #condition); \
   } while (false)
-#define CHECK_NEAR(actual, expected, tolerance)                                                              \
-  do {                                                                                                       \
-    const double a_ = static_cast<double>(actual), e_ = static_cast<double>(expected);                       \
-    const bool equal_ = a_ == e_ || std::fabs(a_ - e_) <= (tolerance);                                       \
-    if (!equal_) {                                                                                           \
-      check::report(__FILE__, __LINE__,                                                                      \
-                    #actual " = " + std::to_string(a_) + ", expected " + std::to_string(e_) + ", off by " +  \
-                        std::to_string(std::fabs(a_ - e_)) + " > " + std::to_string(tolerance));             \
-    }                                                                                                        \
+#define CHECK_NEAR(actual, expected, tolerance)                                                             \
+  do {                                                                                                      \
+    const double a_ = static_cast<double>(actual), e_ = static_cast<double>(expected);                      \
+    const bool equal_ = a_ == e_ || std::fabs(a_ - e_) <= (tolerance);                                      \
+    if (!equal_) {                                                                                          \
+      check::report(__FILE__, __LINE__,                                                                     \
+                    #actual " = " + std::to_string(a_) + ", expected " + std::to_string(e_) + ", off by " + \
+                        std::to_string(std::fabs(a_ - e_)) + " > " + std::to_string(tolerance));            \
+    }                                                                                                       \
   } while (false)
 // The statement must throw, with `text` in the message.
-#define CHECK_THROWS(statement, text)                                                                       \
-  do {                                                                                                      \
-    std::string message_ = "nothing was thrown";                                                            \
-    try {                                                                                                   \
-      statement;                                                                                            \
-    } catch (const std::exception& error_) {                                                                \
-      message_ = error_.what();                                                                             \
-    }                                                                                                       \
-    if (message_.find(text) == std::string::npos) {                                                         \
+#define CHECK_THROWS(statement, text)                                                                         \
+  do {                                                                                                        \
+    std::string message_ = "nothing was thrown";                                                              \
+    try {                                                                                                     \
+      statement;                                                                                              \
+    } catch (const std::exception& error_) {                                                                  \
+      message_ = error_.what();                                                                               \
+    }                                                                                                         \
+    if (message_.find(text) == std::string::npos) {                                                           \
       check::report(__FILE__, __LINE__, "expected an error with \"" + std::string(text) + "\": " + message_); \
-    }                                                                                                       \
+    }                                                                                                         \
   } while (false)

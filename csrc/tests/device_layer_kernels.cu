@@ -145,9 +145,7 @@ void shared_sizes(float* out, size_t dynamic_bytes, bool ask) {
 }
 
 void round_trip(DType dtype, const float* x, float* out, int n) {
-  dispatch_dtype(dtype, [&]<typename T>() {
-    launch(round_trip_kernel<T>, dim3(1), dim3(64), 0, nullptr, x, out, n);
-  });
+  dispatch_dtype(dtype, [&]<typename T>() { launch(round_trip_kernel<T>, dim3(1), dim3(64), 0, nullptr, x, out, n); });
 }
 
 }  // namespace scan_fast::device_layer_test

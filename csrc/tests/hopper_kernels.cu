@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(256, 1)
   float c[32], c2[32];
   if (fault != Fault::kNoFence) wgmma_fence(c);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma<T, 64>(c, advance(k_major(tile_a), 32 * k), advance(k_major(tile_b), 32 * k), k > 0);
+  for (int k = 0; k < 4; ++k)
+    wgmma<T, 64>(c, advance(k_major(tile_a), 32 * k), advance(k_major(tile_b), 32 * k), k > 0);
   wgmma_commit();
   if (fault == Fault::kEarlyRelease && threadIdx.x % 32 == 0) mbarrier_arrive(empty);
   if (fault == Fault::kWrittenInFlight) c[3] = 1.0f;
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(256, 1)
   }
   wgmma_fence(c2);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma<T, 64, true>(c2, fragments[k], advance(mn_major(tile_b, kPanelBytes), 2048 * k), k > 0);
+  for (int k = 0; k < 4; ++k)
+    wgmma<T, 64, true>(c2, fragments[k], advance(mn_major(tile_b, kPanelBytes), 2048 * k), k > 0);
   wgmma_commit();
   if (fault != Fault::kNotWaitedFor) wgmma_wait<0>(c2);
 #pragma unroll
@@ -128,11 +130,11 @@ void run(Mode mode, const void* rows, const void* columns, int panels, int row_c
       return run<Products<T, kColumns, Resident::kColumns, kFixed, 3>>(rows, columns, panels, row_count, column_count,
                                                                        out);
     case Mode::kSplitRows:
-      return run<Products<T, kColumns, Resident::kRows, 2 * kFixed, 2 * kFixed, true>>(rows, columns, panels, row_count, column_count,
-                                                                     out);
+      return run<Products<T, kColumns, Resident::kRows, 2 * kFixed, 2 * kFixed, true>>(rows, columns, panels, row_count,
+                                                                                       column_count, out);
     case Mode::kSplitColumns:
-      return run<Products<T, kColumns, Resident::kColumns, 2 * kFixed, 2 * kFixed, true>>(rows, columns, panels, row_count,
-                                                                         column_count, out);
+      return run<Products<T, kColumns, Resident::kColumns, 2 * kFixed, 2 * kFixed, true>>(rows, columns, panels,
+                                                                                          row_count, column_count, out);
   }
 }
 

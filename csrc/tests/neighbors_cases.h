@@ -22,8 +22,8 @@ inline TileSearch* tile_search = search_tiles_portable;
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("O3")))
 #endif
-__attribute__((no_sanitize("address", "undefined"))) inline double
-lane_sum(const float* a, const float* b, int64_t dim) {
+__attribute__((no_sanitize("address", "undefined"))) inline double lane_sum(const float* a, const float* b,
+                                                                            int64_t dim) {
   double lane[32] = {};
   int64_t first = 0;
   for (; first + 32 <= dim; first += 32) {

@@ -24,8 +24,8 @@ __attribute__((no_sanitize("address"))) inline void add(double* to, double facto
 
 // The definition, written out: losses of all anchors and the gradient of sum_i upstream_i loss_i, for every `every`-th
 // of the 2N rows.
-inline Result oracle(const std::vector<float>& z0, const std::vector<float>& z1, int64_t n, int64_t d, double temperature,
-              bool both, const std::vector<float>& upstream, int64_t every = 1) {
+inline Result oracle(const std::vector<float>& z0, const std::vector<float>& z1, int64_t n, int64_t d,
+                     double temperature, bool both, const std::vector<float>& upstream, int64_t every = 1) {
   const int64_t m = 2 * n, anchors = both ? m : n;
   std::vector<double> u(m * d), norm(m), s(m * m), weight(m * m, 0.0), du(m * d, 0.0);
   for (int64_t i = 0; i < m; ++i) {
@@ -108,7 +108,7 @@ inline void compare(const NTXentGpuKernels& kernels, int64_t n, int64_t d, doubl
     std::vector<float> part_losses(problem.local_anchors(), NAN), part_lse(problem.local_anchors(), NAN);
     const Buffer workspace(kernels.forward_workspace(problem, reduced));
     kernels.forward(problem, z0.data(), z1.data(), DType::kFloat32, reduced, part_losses.data(), part_lse.data(),
-                         unit.data(), inv_norm.data(), workspace.aligned, nullptr);
+                    unit.data(), inv_norm.data(), workspace.aligned, nullptr);
     for (int view = 0; view < views; ++view) {
       for (int64_t i = 0; i < problem.sample_count; ++i) {
         losses[view * n + cuts[part] + i] = part_losses[view * problem.sample_count + i];
@@ -120,8 +120,8 @@ inline void compare(const NTXentGpuKernels& kernels, int64_t n, int64_t d, doubl
     const NTXentProblem problem{n, d, temperature, both, cuts[part], cuts[part + 1] - cuts[part]};
     const Buffer workspace(kernels.backward_workspace(problem, reduced));
     kernels.backward(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1},
-                          DType::kFloat32, reduced, grad_z0.data() + cuts[part] * d, grad_z1.data() + cuts[part] * d,
-                          workspace.aligned, nullptr);
+                     DType::kFloat32, reduced, grad_z0.data() + cuts[part] * d, grad_z1.data() + cuts[part] * d,
+                     workspace.aligned, nullptr);
   }
   double largest = 1e-3;
   for (int64_t i = 0; i < n * d; ++i) {

@@ -50,8 +50,7 @@ inline Rings backward_rings(const NTXentProblem& problem, bool reduced) {
   rings.splits = plan.p.splits;
   for (int64_t part = 0; part < row_tiles(plan.p.local_rows) * plan.p.splits; ++part) {
     const int64_t split = part % plan.p.splits;
-    const int64_t tiles =
-        plan.column_tiles * (split + 1) / plan.p.splits - plan.column_tiles * split / plan.p.splits;
+    const int64_t tiles = plan.column_tiles * (split + 1) / plan.p.splits - plan.column_tiles * split / plan.p.splits;
     rings.add(tiles, tiles, 1);
   }
   return rings;

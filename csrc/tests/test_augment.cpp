@@ -53,8 +53,14 @@ void compare(const Case& c, uint64_t seed) {
     if (i % 3 == 0) height = std::min(c.height, c.side);
     if (i % 6 == 0) width = std::min(c.width, c.side);
     const int64_t cut_top = below(c.side), cut_left = below(c.side);
-    const int64_t header[kRecipeHeader] = {below(c.height - height + 1), below(c.width - width + 1), height, width,
-                                           below(2), cut_top, cut_left, cut_top + below(c.side - cut_top + 1),
+    const int64_t header[kRecipeHeader] = {below(c.height - height + 1),
+                                           below(c.width - width + 1),
+                                           height,
+                                           width,
+                                           below(2),
+                                           cut_top,
+                                           cut_left,
+                                           cut_top + below(c.side - cut_top + 1),
                                            cut_left + below(c.side - cut_left + 1)};
     for (const int64_t word : header) {
       recipes.push_back(static_cast<int32_t>(word));
@@ -86,8 +92,18 @@ void compare(const Case& c, uint64_t seed) {
   }
   const size_t bytes = static_cast<size_t>(c.count * c.side * c.side * 3) * bytes_per_value(c.format);
   std::vector<uint8_t> expected(bytes, 1), got(bytes, 2);
-  ViewBatch batch{images.data(), c.gather ? indices.data() : nullptr, recipes.data(), expected.data(),
-                  c.count, c.height, c.width, c.side, c.steps, {0.017f, 0.021f, 0.019f}, {-2.1f, -1.9f, 0.3f}, c.format};
+  ViewBatch batch{images.data(),
+                  c.gather ? indices.data() : nullptr,
+                  recipes.data(),
+                  expected.data(),
+                  c.count,
+                  c.height,
+                  c.width,
+                  c.side,
+                  c.steps,
+                  {0.017f, 0.021f, 0.019f},
+                  {-2.1f, -1.9f, 0.3f},
+                  c.format};
   augment_cpu(batch);
   batch.out = got.data();
   const size_t room = augment_cuda_workspace(batch);

@@ -14,7 +14,7 @@ struct Case {
   double mean = 0.3, spread = 1.5;  // of x
   size_t shift = 0;                 // elements by which x, y and their gradients miss the start of their memory
   bool running = true;
-  unsigned moved = 0;               // those below that miss it by one element more
+  unsigned moved = 0;  // those below that miss it by one element more
 };
 
 constexpr unsigned kX = 1, kResidual = 2, kY = 4, kGradY = 8, kGradX = 16, kGradResidual = 32;
@@ -36,7 +36,8 @@ constexpr float kMomentum = 0.1f, kEps = 1e-5f;
 Inputs inputs_of(const Case& c, uint64_t seed) {
   const size_t n = c.shape.rows * c.shape.channels, channels = c.shape.channels;
   check::Random random{seed};
-  Inputs in{Elements(c.dtype, n + c.shift), Elements(c.dtype, n + c.shift), Elements(c.dtype, n + c.shift), {}, {}, {}, {}};
+  Inputs in{
+      Elements(c.dtype, n + c.shift), Elements(c.dtype, n + c.shift), Elements(c.dtype, n + c.shift), {}, {}, {}, {}};
   for (size_t i = 0; i < n; ++i) {
     in.x.set(c.shift + i, c.mean + c.spread * random.normal());
     in.residual.set(c.shift + i, random.normal());
@@ -71,8 +72,15 @@ Results run(const Case& c, const Inputs& in) {
   const size_t n = c.shape.rows * c.shape.channels + c.shift, channels = c.shape.channels;
   const size_t start = c.shift * (c.dtype == DType::kFloat32 ? 4 : 2);
   const std::vector<float> nothing(channels, NAN);
-  Results r{Elements(c.dtype, n), Elements(c.dtype, n), Elements(c.dtype, n), nothing, nothing, in.running_mean,
-            in.running_var,       nothing,              nothing};
+  Results r{Elements(c.dtype, n),
+            Elements(c.dtype, n),
+            Elements(c.dtype, n),
+            nothing,
+            nothing,
+            in.running_mean,
+            in.running_var,
+            nothing,
+            nothing};
   Argument x(c, in.x, kX), residual(c, in.residual, kResidual), grad_y(c, in.grad_y, kGradY), y(c, r.y, kY),
       grad_x(c, r.grad_x, kGradX), grad_residual(c, r.grad_residual, kGradResidual);
   const bool keep = c.residual && c.relu;
@@ -85,12 +93,12 @@ Results run(const Case& c, const Inputs& in) {
                            kMomentum, kEps, c.training, c.relu},
                           nullptr);
   std::fill(workspace.begin(), workspace.end(), 0xff);
-  batch_norm_backward_cuda(c.dtype, c.shape,
-                           {grad_y.at(start), x.at(start), in.weight.data(), in.bias.data(), r.mean.data(),
-                            r.inv_std.data(), keep ? mask.data() : nullptr, grad_x.at(start),
-                            c.residual ? grad_residual.at(start) : nullptr, r.grad_weight.data(), r.grad_bias.data(),
-                            workspace.data(), c.training, c.relu},
-                           nullptr);
+  batch_norm_backward_cuda(
+      c.dtype, c.shape,
+      {grad_y.at(start), x.at(start), in.weight.data(), in.bias.data(), r.mean.data(), r.inv_std.data(),
+       keep ? mask.data() : nullptr, grad_x.at(start), c.residual ? grad_residual.at(start) : nullptr,
+       r.grad_weight.data(), r.grad_bias.data(), workspace.data(), c.training, c.relu},
+      nullptr);
   y.back(r.y);
   grad_x.back(r.grad_x);
   grad_residual.back(r.grad_residual);
@@ -155,7 +163,7 @@ void check_case(const Case& c, uint64_t seed) {
 }
 
 void matches_the_definition() {
-  const BatchNormShape shapes[] = {{2, 1},  {700, 1}, {5, 3},  {130, 8}, {33, 24}, {40, 33},
+  const BatchNormShape shapes[] = {{2, 1},    {700, 1}, {5, 3},    {130, 8}, {33, 24}, {40, 33},
                                    {300, 64}, {9, 130}, {20, 136}, {3, 264}, {70, 80}};
   uint64_t seed = 1;
   for (const DType dtype : check::kDTypes) {
@@ -186,7 +194,11 @@ void addresses_that_differ_between_passes() {
     for (const int64_t channels : {8, 16, 64, 136, 264, 20}) {
       for (const unsigned moved : {0u, kResidual, kY, kGradY, kGradX, kGradResidual, kResidual | kGradY, kX}) {
         emu::options() = {.detect_races = true, .seed = moved + 1};
-        check_case({.dtype = dtype, .shape = {64, channels}, .residual = true, .relu = true, .training = moved != kY,
+        check_case({.dtype = dtype,
+                    .shape = {64, channels},
+                    .residual = true,
+                    .relu = true,
+                    .training = moved != kY,
                     .moved = moved},
                    200 + moved);
       }
@@ -205,11 +217,23 @@ void many_multiprocessors() {
 void large_means_cancel_nothing() {
   emu::options() = {};
   for (const double mean : {1e3, 1e5}) {
-    check_case({.dtype = DType::kFloat32, .shape = {3000, 8}, .residual = false, .relu = true, .training = true,
-                .mean = mean, .spread = 1.0}, 13);
+    check_case({.dtype = DType::kFloat32,
+                .shape = {3000, 8},
+                .residual = false,
+                .relu = true,
+                .training = true,
+                .mean = mean,
+                .spread = 1.0},
+               13);
   }
-  check_case({.dtype = DType::kBFloat16, .shape = {3000, 8}, .residual = true, .relu = true, .training = true,
-              .mean = 100, .spread = 1.0}, 14);
+  check_case({.dtype = DType::kBFloat16,
+              .shape = {3000, 8},
+              .residual = true,
+              .relu = true,
+              .training = true,
+              .mean = 100,
+              .spread = 1.0},
+             14);
   // A first row far from all others: the distances from it are large, and so is their mean.
   Case c{DType::kFloat32, {3000, 8}, false, false, true};
   Inputs in = inputs_of(c, 15);
@@ -220,8 +244,13 @@ void large_means_cancel_nothing() {
 
 void constant_channels() {
   emu::options() = {};
-  const Case c{.dtype = DType::kFloat32, .shape = {500, 16}, .residual = false, .relu = false, .training = true,
-               .mean = 1234.567, .spread = 0.0};
+  const Case c{.dtype = DType::kFloat32,
+               .shape = {500, 16},
+               .residual = false,
+               .relu = false,
+               .training = true,
+               .mean = 1234.567,
+               .spread = 0.0};
   const Inputs in = inputs_of(c, 17);
   const Results r = run(c, in);
   for (size_t i = 0; i < in.x.size(); ++i) CHECK(r.y.get(i) == static_cast<double>(in.bias[i % 16]));
@@ -230,8 +259,9 @@ void constant_channels() {
 
 void without_running_statistics() {
   emu::options() = {};
-  check_case({.dtype = DType::kFloat32, .shape = {60, 9}, .residual = false, .relu = true, .training = true,
-              .running = false}, 19);
+  check_case(
+      {.dtype = DType::kFloat32, .shape = {60, 9}, .residual = false, .relu = true, .training = true, .running = false},
+      19);
 }
 
 void one_row_in_evaluation() {

@@ -144,9 +144,10 @@ void ticket_order() {
 
 void conversions() {
   emu::options() = {};
-  const std::vector<float> x = {0.0f,     -0.0f,   1.0f,     1.0f / 3,  -2.5f,    65504.0f,  65519.0f, 65520.0f, 1e6f,
-                                6.1e-5f,  5.9e-8f, 2.98e-8f, 2.99e-8f,  1e-9f,    INFINITY,  -INFINITY, 3.0e38f, 3.4e38f,
-                                2048.0f,  2049.0f, 2051.0f,  1.00048828125f, 0.00097656255f, 123.456f};
+  const std::vector<float> x = {0.0f,     -0.0f,    1.0f,     1.0f / 3,       -2.5f,          65504.0f,
+                                65519.0f, 65520.0f, 1e6f,     6.1e-5f,        5.9e-8f,        2.98e-8f,
+                                2.99e-8f, 1e-9f,    INFINITY, -INFINITY,      3.0e38f,        3.4e38f,
+                                2048.0f,  2049.0f,  2051.0f,  1.00048828125f, 0.00097656255f, 123.456f};
   std::vector<float> half(x.size()), bf16(x.size()), same(x.size());
   round_trip(DType::kFloat16, x.data(), half.data(), static_cast<int>(x.size()));
   round_trip(DType::kBFloat16, x.data(), bf16.data(), static_cast<int>(x.size()));

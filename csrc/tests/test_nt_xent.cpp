@@ -223,8 +223,8 @@ void sixteen_bit(DType dtype) {
   nt_xent_forward_cuda(problem, t0.data(), t1.data(), dtype, false, losses.data(), lse.data(), unit.data(),
                        inv_norm.data(), forward.aligned, nullptr);
   const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
-  nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1}, dtype, false,
-                        grad_z0.data(), grad_z1.data(), backward.aligned, nullptr);
+  nt_xent_backward_cuda(problem, unit.data(), inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1}, dtype,
+                        false, grad_z0.data(), grad_z1.data(), backward.aligned, nullptr);
   for (int64_t i = 0; i < 2 * n; ++i) CHECK_NEAR(losses[i], expected.losses[i], 2e-5);
   for (int64_t i = 0; i < n * d; ++i) {
     CHECK_NEAR(to_float(grad_z0[i]), expected.grad_z0[i], 1e-4 + std::fabs(expected.grad_z0[i]) / 200);
@@ -269,7 +269,8 @@ void unusual_rows() {
 void forward_tasks_cover_every_pair_once() {
   for (const int64_t n : {1, 5, 17, 40}) {
     for (const bool both : {true, false}) {
-      for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, n}, {n / 3, n}, {n / 3, n / 3 + 1}}) {
+      for (const auto& [begin, end] :
+           std::vector<std::pair<int64_t, int64_t>>{{0, n}, {n / 3, n}, {n / 3, n / 3 + 1}}) {
         const NTXentProblem problem{n, 1, 1.0, both, begin, end - begin};
         const std::vector<RowBlock> blocks = make_row_blocks(problem, 4);
         std::vector<int> served(4 * n * n, 0);

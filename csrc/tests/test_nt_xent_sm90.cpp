@@ -67,7 +67,7 @@ struct Wrapping {
   int64_t n, d;
   bool both, reduced;
   std::vector<int64_t> cuts;
-  int64_t every = 1;  // see compare
+  int64_t every = 1;                                // see compare
   int64_t runs = 2 * NarrowProducts::kBuffers + 1;  // operands that stay one after the other in one block: three rounds
   int64_t splits = 1;                               // of the backward pass, at least
 };
@@ -103,9 +103,7 @@ void rings_wrap_on_seven_multiprocessors() {
 }
 
 // The columns divided, and the rings wrap in every part.
-void rings_wrap_in_parts_of_the_columns() {
-  wrap({10, 620, 128, true, false, {0, 310, 620}, 1, 2, 2}, 7);
-}
+void rings_wrap_in_parts_of_the_columns() { wrap({10, 620, 128, true, false, {0, 310, 620}, 1, 2, 2}, 7); }
 
 // As on an H100. The operand that stays changes once in a block: more would take 4,000 rows.
 void rings_wrap_on_a_whole_gpu() { wrap({132, 1736, 200, true, true, {0, 1736}, 13, 2, 4}, 8); }
@@ -135,8 +133,8 @@ void sizes_that_wrap_on_a_gpu() {
     int64_t dim, forward, backward, example;
     bool reduced;
   };
-  const Size sizes[] = {{64, 4225, 2113, 4352, true},    {128, 3073, 2113, 4096, true},  {192, 1985, 1409, 2048, true},
-                        {256, 1729, 1409, 2048, true},   {64, 2497, 1409, 2560, false}, {128, 1729, 1409, 2048, false}};
+  const Size sizes[] = {{64, 4225, 2113, 4352, true},  {128, 3073, 2113, 4096, true}, {192, 1985, 1409, 2048, true},
+                        {256, 1729, 1409, 2048, true}, {64, 2497, 1409, 2560, false}, {128, 1729, 1409, 2048, false}};
   for (const Size& size : sizes) {
     const auto problem = [&](int64_t n) { return NTXentProblem{n, size.dim, 0.1, true, 0, n}; };
     CHECK(forward_rings(problem(size.forward), size.reduced).wrap_twice());

@@ -21,8 +21,9 @@ const float* pointer(const std::vector<float>& v) { return v.empty() ? nullptr :
 Results run(DType dtype, const ScanLossShape& shape, const Elements& a, const Elements& n, float weight,
             const Upstream& upstream) {
   const size_t heads = shape.heads, elements = a.size();
-  Results r{std::vector<float>(heads, NAN), std::vector<float>(heads, NAN), std::vector<float>(heads, NAN),
-            std::vector<float>(heads * shape.classes, NAN), Elements(dtype, elements), Elements(dtype, elements)};
+  Results r{std::vector<float>(heads, NAN), std::vector<float>(heads, NAN),
+            std::vector<float>(heads, NAN), std::vector<float>(heads * shape.classes, NAN),
+            Elements(dtype, elements),      Elements(dtype, elements)};
   std::vector<float> stats(heads * shape.rows * kScanLossRowStats, NAN);
   std::vector<unsigned char> workspace(scan_loss_cuda_workspace(shape), 0xff);
   scan_loss_forward_cuda(dtype, shape,
@@ -89,9 +90,9 @@ void compare(DType dtype, const ScanLossShape& shape, const Elements& a, const E
 }
 
 void matches_the_definition() {
-  const ScanLossShape shapes[] = {{1, 1, 1},   {3, 7, 1},    {1, 7, 2},    {1, 130, 2},   {3, 130, 10}, {1, 1, 33},
-                                  {3, 7, 33},  {1, 130, 33}, {1, 130, 36}, {1, 7, 300},   {1, 30, 301}, {3, 7, 1000},
-                                  {1, 1, 999}, {1, 7, 1024}, {1, 7, 1025}, {3, 3, 1025},  {1, 5, 5000}};
+  const ScanLossShape shapes[] = {{1, 1, 1},   {3, 7, 1},    {1, 7, 2},    {1, 130, 2},  {3, 130, 10}, {1, 1, 33},
+                                  {3, 7, 33},  {1, 130, 33}, {1, 130, 36}, {1, 7, 300},  {1, 30, 301}, {3, 7, 1000},
+                                  {1, 1, 999}, {1, 7, 1024}, {1, 7, 1025}, {3, 3, 1025}, {1, 5, 5000}};
   for (const DType dtype : check::kDTypes) {
     uint64_t seed = 11;
     for (const ScanLossShape& shape : shapes) {

@@ -25,9 +25,8 @@ Results run(DType dtype, const SelfLabelShape& shape, const Elements& weak, cons
                           {weak.data(), strong.data(), &r.loss, &r.n_confident, r.target.data(), r.weight.data(),
                            stats.data(), workspace.data(), threshold, balance},
                           nullptr);
-  self_label_backward_cuda(dtype, shape,
-                           {&upstream, strong.data(), r.target.data(), r.weight.data(), stats.data(), r.grad.data()},
-                           nullptr);
+  self_label_backward_cuda(
+      dtype, shape, {&upstream, strong.data(), r.target.data(), r.weight.data(), stats.data(), r.grad.data()}, nullptr);
   return r;
 }
 
@@ -77,8 +76,8 @@ Elements weak_logits(DType dtype, const SelfLabelShape& shape, uint64_t seed) {
 }
 
 void matches_the_definition() {
-  const SelfLabelShape shapes[] = {{1, 1},    {7, 1},    {7, 2},   {130, 2},  {130, 10}, {530, 10}, {1, 33},
-                                   {7, 33},   {130, 33}, {130, 36}, {7, 1000}, {7, 1025}, {130, 300}, {5, 5000}};
+  const SelfLabelShape shapes[] = {{1, 1},  {7, 1},    {7, 2},    {130, 2},  {130, 10}, {530, 10},  {1, 33},
+                                   {7, 33}, {130, 33}, {130, 36}, {7, 1000}, {7, 1025}, {130, 300}, {5, 5000}};
   for (const DType dtype : check::kDTypes) {
     uint64_t seed = 1;
     for (const SelfLabelShape& shape : shapes) {

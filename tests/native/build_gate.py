@@ -2,8 +2,8 @@
 
 ``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to the hardware's
 allocation unit, as budgets by architecture into ``build_budgets.json``. Kernels with few registers need no entry. An
-entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects are cached in
-``build/build-gate`` by the hash of the source, its headers, the flags and the compiler.
+entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects are cached
+in ``build/build-gate`` by the hash of the source, its headers, the flags and the compiler.
 """
 
 from __future__ import annotations

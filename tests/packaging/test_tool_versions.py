@@ -17,9 +17,12 @@ else:
 ROOT = Path(__file__).parents[2]
 DEVELOPMENT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]["dev"]
 REPOSITORIES: list[dict[str, Any]] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-TOOLS = {"https://github.com/astral-sh/ruff-pre-commit": "ruff"}
+TOOLS = {
+    "https://github.com/astral-sh/ruff-pre-commit": "ruff",
+    "https://github.com/pre-commit/mirrors-clang-format": "clang-format",
+}
 """Tool of the development group that the hooks of a repository run."""
-COMMANDS = {"ruff-check": "ruff check", "ruff-format": "ruff format"}
+COMMANDS = {"ruff-check": "ruff check", "ruff-format": "ruff format", "clang-format": "clang-format"}
 """Commands of hooks that their repository defines."""
 WITHOUT_TOOL = {"https://github.com/pre-commit/pre-commit-hooks", "local"}
 
@@ -36,4 +39,4 @@ def test_the_hooks_run_the_commands_of_make_lint() -> None:
     lint = {re.sub(r"^\t\$\(BIN\)/", "", line) for line in recipe.splitlines()}
     hooks = [hook for found in REPOSITORIES for hook in found["hooks"]]
     commands = {COMMANDS.get(hook["id"], hook.get("entry")) for hook in hooks} - {None}
-    assert commands == {re.sub(r"^(ruff \w+) .*", r"\1", command) for command in lint}
+    assert commands == {re.sub(r"^(ruff \w+|clang-format) .*", r"\1", command) for command in lint}

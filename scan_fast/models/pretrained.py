@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import ConfigError
 from .backbones import ModelConfig, timm_library
 
 Triple = tuple[float, float, float]
@@ -34,8 +35,8 @@ def pretrained_input(config: ModelConfig) -> InputFormat | None:
     Nothing is downloaded: the libraries that own the weights describe them.
 
     Raises:
-        ValueError: if the library has no pretrained weights of that name.
-        ImportError: for ``timm:NAME`` if timm is not installed.
+        ConfigError: if the library has no pretrained weights of that name.
+        MissingPackageError: for ``timm:NAME`` if timm is not installed.
     """
     if not config.pretrained:
         return None
@@ -49,7 +50,7 @@ def _torchvision_input(name: str) -> InputFormat:
     try:
         transform = get_model_weights(name).DEFAULT.transforms()
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"torchvision has no pretrained weights for {name!r}: {error}") from error
+        raise ConfigError(f"torchvision has no pretrained weights for {name!r}: {error}") from error
     return InputFormat(
         _triple(transform.mean), _triple(transform.std), int(transform.crop_size[0]), transform.interpolation.value
     )
@@ -58,7 +59,7 @@ def _torchvision_input(name: str) -> InputFormat:
 def _timm_input(name: str) -> InputFormat:
     settings = timm_library(name).models.get_pretrained_cfg(name)
     if settings is None:
-        raise ValueError(f"timm has no pretrained weights for {name!r}")
+        raise ConfigError(f"timm has no pretrained weights for {name!r}")
     return InputFormat(_triple(settings.mean), _triple(settings.std), settings.input_size[-1], settings.interpolation)
 
 

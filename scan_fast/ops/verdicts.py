@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ..atomic import atomic_file
 
 Key = dict[str, str]
 
@@ -96,18 +97,9 @@ def path_of(key: Key) -> Path:
 
 def _write(entry: dict[str, Any]) -> None:
     """Replace an entry in one step."""
-    temporary = None
-    try:
-        path = path_of(entry["key"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(entry, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):  # the latter if there is no home
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    # A cache that cannot be written costs another self-test; RuntimeError means that there is no home folder.
+    with contextlib.suppress(OSError, RuntimeError), atomic_file(path_of(entry["key"])) as file:
+        file.write(json.dumps(entry).encode())
 
 
 def _read(key: Key) -> dict[str, Any] | None:

@@ -90,6 +90,11 @@ def test_traceback_shows_where_an_error_came_from() -> None:
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:resnet"], "torchvision has no"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:squeezenet1_0"], "0 linear classifiers"),
         (
+            ["run", "digits", *TINY, "model.width=1", "model.pretrained=true", "model.backbone=torchvision:resnet"],
+            "torchvision has no pretrained weights for 'resnet'",
+        ),
+        (["run", "--data", ".", "--clusters", "2", "data.classes_file=latin.txt"], "latin.txt is no text in UTF-8"),
+        (
             ["predict", "RUN", "--data", ".", "--device", "abacus"],
             "--device must be auto, cpu, cuda or cuda:N, got 'abacus'",
         ),
@@ -98,7 +103,8 @@ def test_traceback_shows_where_an_error_came_from() -> None:
         (["info", "--check", "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
-def test_mistakes_that_are_found_deep_inside(words: list[str], message: str) -> None:
+def test_mistakes_that_are_found_deep_inside(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Möwe".encode("latin-1"))
     assert message in run_here(*words).refusal()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from scan_fast.errors import ConfigError
 from scan_fast.methods import WeightsSettings
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import PretextModel
@@ -51,10 +52,10 @@ def test_without_pretrained_weights_there_is_no_format() -> None:
 
 
 def test_unknown_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="torchvision has no pretrained weights for 'resnet19'"):
+    with pytest.raises(ConfigError, match="torchvision has no pretrained weights for 'resnet19'"):
         pretrained_input(ModelConfig(backbone="torchvision:resnet19", pretrained=True))
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="timm has no pretrained weights for 'resnet19'"):
+    with pytest.raises(ConfigError, match="timm has no pretrained weights for 'resnet19'"):
         pretrained_input(ModelConfig(backbone="timm:resnet19", pretrained=True))
 
 

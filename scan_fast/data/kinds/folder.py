@@ -66,7 +66,11 @@ def _classes(config: DataConfig) -> list[str] | None:
         shipped = ", ".join(sorted(path.name for path in SUBSETS.glob("*.txt")))
         raise DataError(f"data.classes_file: {config.classes_file} does not exist; shipped lists are {shipped}")
     # A line may continue with the class's name in words.
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.classes_file: {file} is no text in UTF-8: {error}") from error
+    names = [line.split()[0] for line in lines if line.strip()]
     if not names or len(set(names)) < len(names):
         raise DataError(f"data.classes_file: {file} must name each class folder once, one a line")
     return names

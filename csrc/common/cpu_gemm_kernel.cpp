@@ -1,6 +1,6 @@
 // Portable matrix product, compiled once per instruction set.
 //
-// Three levels of blocking: a (kDepth x kColumns) block of B is packed into panels of kPanel columns, a (kRows x
+// Blocking is threefold: a (kDepth x kColumns) block of B is packed into panels of kPanel columns, a (kRows x
 // kDepth) block of A into panels of kTall rows, and a kTall x kPanel accumulator stays in registers over the whole
 // depth. The packed copies are padded with zeros at the edges; the padding is left out when C is updated.
 #include "common/cpu_gemm.h"

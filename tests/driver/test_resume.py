@@ -173,6 +173,7 @@ def test_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     assert {k: v for k, v in one.items() if k != "time"} == {k: v for k, v in two.items() if k != "time"}
 
 
+@pytest.mark.serial  # the signal must arrive before the short run ends
 def test_interrupt_is_one_line_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["run", "digits", *TINY, KMEANS, EVERY_STEP, "--out", run, "--quiet"]

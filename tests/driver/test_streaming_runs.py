@@ -95,4 +95,4 @@ def test_views_cut_out_of_the_files_train_every_stage(photographs: Path, residen
     for row in csv.DictReader(io.StringIO(predicted)):
         assert abs(float(row["confidence"]) - float(rows[row["path"]])) < 1e-5
     message = run_here(*words, "data.resident=host", "--out", tmp_path / "other").refusal()
-    assert "crop=file decodes files at each use" in message
+    assert "crop=file decodes at each use" in message

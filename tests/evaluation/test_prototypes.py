@@ -41,7 +41,7 @@ def test_prototypes_equal_a_plain_search(n: int, typical: int, uncertain: int, s
 def test_prototypes_wrong_input() -> None:
     with pytest.raises(ValueError, match=r"margin must have one value for each of 2 images, got shape \(3,\)"):
         prototypes([0, 1], [0.5, 0.5], [0.1, 0.1, 0.1], 0, typical=1, uncertain=1)
-    with pytest.raises(ValueError, match="clusters must be whole numbers"):
+    with pytest.raises(ValueError, match="clusters must be integers"):
         prototypes([0.5], [0.5], [0.1], 0, typical=1, uncertain=1)
 
 

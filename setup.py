@@ -107,10 +107,11 @@ class CMakeBuild(build_ext):
 
 native = os.environ.get("SCAN_FAST_NATIVE", "1") != "0"
 setup(
-    packages=[*find_packages(include=["scan_fast", "scan_fast.*"]), "scan_fast.configs"],
+    packages=[*find_packages(include=["scan_fast", "scan_fast.*"]), "scan_fast.configs", "scan_fast.data.subsets"],
     package_dir={"scan_fast.configs": "configs"},
     package_data={
-        "scan_fast": ["py.typed", "*.json", "*.pyi", "**/*.html", "**/*.txt"],
+        "scan_fast": ["py.typed", "*.json", "*.pyi", "**/*.html"],
+        "scan_fast.data.subsets": ["*.txt"],
         "scan_fast.ops": ["*.json"],
         "scan_fast.configs": ["*.yaml"],
     },

@@ -55,8 +55,8 @@ py::dict build_info() {
 
 // Computes c = alpha * op(a) * op(b) + beta * c in place on the CPU, for the tests of cpu_gemm.h. Rows must be contiguous.
 // c is float32; a and b are float32, or bfloat16 if the processor has such a product. layout is "nn", "nt" or "tn".
-void gemm(const torch::Tensor& a, const torch::Tensor& b, torch::Tensor c, const std::string& layout, double alpha,
-          double beta, bool portable) {
+void gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor& c, const std::string& layout,
+          float alpha, float beta, bool portable) {
   TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && c.stride(1) == 1, "rows must be contiguous");
   const bool tn = layout == "tn", nt = layout == "nt";
   const int64_t m = c.size(0), n = c.size(1), k = a.size(tn ? 0 : 1);

@@ -13,7 +13,6 @@ namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
-typedef uint32_t UnsignedVec __attribute__((vector_size(kLanes * 4)));
 
 inline IntVec load_bytes(const uint8_t* p) {
   ByteVec bytes;
@@ -247,21 +246,22 @@ void nearest(const Image& in, const Image& out, const int32_t* m) {
       const IntVec inside = (px >= 0) & (px < side) & (py >= 0) & (py < side);
       const IntVec position = (py * side + px) & inside;
       for (int c = 0; c < 3; ++c) {
-        store_bytes(out.plane(c) + y * side + x, gather_words(in.plane(c), position) & 255 & inside);
+        store_bytes(out.plane(c) + y * in.side + x, gather_words(in.plane(c), position) & 255 & inside);
       }
     }
   }
 }
 
 void bilinear(const Image& in, const Image& out, const float* m, uint8_t* bordered) {
-  const int32_t side = static_cast<int32_t>(in.side), pitch = side + 3;
+  const int32_t side = static_cast<int32_t>(in.side);
+  const int64_t pitch = in.side + 3;
   for (int c = 0; c < 3; ++c) {
-    std::memset(bordered, 0, static_cast<size_t>(pitch) * static_cast<size_t>(pitch));
-    for (int32_t y = 0; y < side; ++y) {
-      std::memcpy(bordered + (y + 1) * pitch + 1, in.plane(c) + y * side, static_cast<size_t>(side));
+    std::memset(bordered, 0, static_cast<size_t>(pitch * pitch));
+    for (int64_t y = 0; y < side; ++y) {
+      std::memcpy(bordered + (y + 1) * pitch + 1, in.plane(c) + y * in.side, static_cast<size_t>(side));
     }
     for (int32_t y = 0; y < side; ++y) {
-      uint8_t* __restrict__ row = out.plane(c) + y * side;
+      uint8_t* __restrict__ row = out.plane(c) + y * in.side;
       SCAN_FAST_INDEPENDENT
       for (int32_t x = 0; x < side; ++x) {
         const float px = bilinear_position(m[0], m[1], m[2], x, y, side);

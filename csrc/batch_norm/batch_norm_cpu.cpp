@@ -23,6 +23,7 @@ struct Blocks {
         each(std::max<int64_t>(1, kElementsPerBlock / shape.channels)),
         count((shape.rows + each - 1) / each) {}
   int64_t size(int64_t block) const { return std::min(each, rows - block * each); }
+  double rows_of(int64_t block) const { return static_cast<double>(size(block)); }
 };
 
 // Returns the address of element `offset` of an array of dtype; null stays null.
@@ -48,10 +49,10 @@ void finish_moments(const BatchNormShape& shape, const Blocks& blocks, const Bat
       return static_cast<double>(block_sums(arguments.workspace, shape, block)[index * shape.channels + c]);
     };
     double mean = 0, squares = 0;
-    for (int64_t block = 0; block < blocks.count; ++block) mean += moment(block, 0) * blocks.size(block) / rows;
+    for (int64_t block = 0; block < blocks.count; ++block) mean += moment(block, 0) * blocks.rows_of(block) / rows;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const double off = moment(block, 0) - mean;
-      squares += moment(block, 1) + off * off * blocks.size(block);
+      squares += moment(block, 1) + off * off * blocks.rows_of(block);
     }
     // Rounding must not make it negative; NaN stays NaN.
     const double var = squares < 0 ? 0.0 : squares / rows;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 
 #include "common/cpu_features.h"
 
@@ -22,7 +23,7 @@ using SetThreadsLocal = int (*)(int threads);
 struct Mkl {
   Sgemm sgemm = nullptr;
   GemmBf16 gemm_bf16 = nullptr;
-  SetThreadsLocal set_threads = nullptr;
+  SetThreadsLocal set_threads = [](int) { return 0; };
 
   Mkl() {
     const char* wanted = std::getenv("SCAN_FAST_CPU_GEMM");
@@ -31,8 +32,9 @@ struct Mkl {
     // threads.
     void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
     if (torch_cpu == nullptr) return;
-    set_threads = reinterpret_cast<SetThreadsLocal>(dlsym(torch_cpu, "MKL_Set_Num_Threads_Local"));
-    if (set_threads == nullptr) return;  // not MKL: it could not be limited to one thread
+    const auto found = reinterpret_cast<SetThreadsLocal>(dlsym(torch_cpu, "MKL_Set_Num_Threads_Local"));
+    if (found == nullptr) return;  // not MKL: it could not be limited to one thread
+    set_threads = found;
     sgemm = reinterpret_cast<Sgemm>(dlsym(torch_cpu, "sgemm_"));
     gemm_bf16 = reinterpret_cast<GemmBf16>(dlsym(torch_cpu, "cblas_gemm_bf16bf16f32"));
   }
@@ -69,6 +71,7 @@ constexpr int kRowMajor = 101, kNoTranspose = 111, kTranspose = 112;  // the CBL
 
 void mkl_gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a,
                    int64_t lda, const uint16_t* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  if (mkl().gemm_bf16 == nullptr) throw std::logic_error("bfloat16 products need cpu_gemm_has_bf16()");
   const OneThread pinned;
   mkl().gemm_bf16(kRowMajor, transpose_a ? kTranspose : kNoTranspose, transpose_b ? kTranspose : kNoTranspose,
                   static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), alpha, a, static_cast<int>(lda), b,

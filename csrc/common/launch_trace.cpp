@@ -48,6 +48,7 @@ void trace_launches(bool on) {
 std::vector<std::string> launched() {
   const std::lock_guard<std::mutex> lock(mutex);
   std::vector<std::string> names;
+  names.reserve(kernels.size());
   for (const void* kernel : kernels) names.push_back(name_of(kernel));
   return names;
 }

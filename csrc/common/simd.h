@@ -34,6 +34,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(kLanes * 4)));
 
 struct Bf16 {
   uint16_t bits;

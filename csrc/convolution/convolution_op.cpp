@@ -56,8 +56,8 @@ class Workspace {
   Workspace(const ConvolutionShape& shape, ConvolutionPass pass)
       : memory_(at::empty({static_cast<int64_t>(convolution_workspace(shape, pass)) + 64}, at::kByte)) {}
   void* get() const {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
-    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+    auto* start = static_cast<char*>(memory_.data_ptr());
+    return start + (64 - reinterpret_cast<uintptr_t>(start) % 64) % 64;
   }
 
  private:

@@ -68,7 +68,7 @@ typedef double Double8 __attribute__((vector_size(64)));
 // Macros instead of functions: passing wide vectors by value would change the calling convention.
 #define SCAN_FAST_LOAD8(name, pointer) \
   Float8 name;                         \
-  std::memcpy(&name, pointer, sizeof(name))
+  std::memcpy(&(name), (pointer), sizeof(name))
 #define SCAN_FAST_WIDEN(v) __builtin_convertvector(v, Double8)
 
 // ---- exact sum ----------------------------------------------------------------------------------------------------

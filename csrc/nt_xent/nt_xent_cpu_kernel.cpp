@@ -18,7 +18,8 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  const IntVec bits = reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23);
+  // Unsigned, because the sum overflows below -126, where it is not used.
+  const UnsignedVec bits = reinterpret_cast<UnsignedVec>(p) + (reinterpret_cast<UnsignedVec>(shifted) << 23);
   return x < splat(-126.0f) ? Vec{} : reinterpret_cast<Vec>(bits);
 }
 

@@ -3,7 +3,9 @@
     python tests/native/run_sanitized.py BUILD [PYTEST ARGUMENT ...]
 
 BUILD is the folder of the preset ``sanitize``. Python itself is not sanitized, so the sanitizer's runtime is loaded
-before it. Leaks are not reported, because those of Python and PyTorch would be.
+before it. So is the C++ library: otherwise the runtime does not find the functions of exceptions, which it wraps, and
+ends the process at the first exception of another module. pytest captures nothing, because a sanitizer reports and ends
+the process at once. Leaks are not reported, because those of Python and PyTorch would be.
 """
 
 from __future__ import annotations
@@ -33,26 +35,27 @@ def link_package(build: Path) -> Path:
     return folder
 
 
-def runtime_of(module: Path) -> str:
-    """Return the path of the AddressSanitizer runtime that a module was linked to."""
+def libraries_to_preload(module: Path) -> str:
+    """Return a value for ``LD_PRELOAD``: the AddressSanitizer runtime that a module was linked to, and libstdc++."""
     linked = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
-    found = [line.split("=>")[1].split()[0] for line in linked.splitlines() if "asan" in line and "=>" in line]
-    if not found:
+    paths = [line.split("=>")[1].split()[0] for line in linked.splitlines() if "=>" in line]
+    runtime = [path for path in paths if Path(path).name.startswith("libasan.")]
+    if not runtime:
         raise SystemExit(f"{module} is not linked to a shared AddressSanitizer runtime: build it with GCC")
-    return found[0]
+    return ":".join([*runtime, *(path for path in paths if Path(path).name.startswith("libstdc++."))])
 
 
 def main(build: Path, arguments: list[str]) -> int:
     """Run pytest and return its exit status."""
     folder = link_package(build)
     environment = os.environ | {
-        "LD_PRELOAD": runtime_of(folder / "scan_fast" / "_C.so"),
+        "LD_PRELOAD": libraries_to_preload(folder / "scan_fast" / "_C.so"),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(folder),
     }
     paths = f"pythonpath={folder} {ROOT} {ROOT / 'tests' / 'helpers'} {ROOT / 'tests' / 'native'}"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", paths, *arguments]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "-o", paths, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

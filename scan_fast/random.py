@@ -120,7 +120,7 @@ def integers(key: Key, epoch: int, samples: Tensor, view: int, high: int | Tenso
         (n,) int64; a 53-bit fraction is scaled, so the bias is below high / 2^53.
 
     Raises:
-        ValueError: where a bound is below 1.
+        ValueError: if a bound is below 1.
     """
     bound = torch.as_tensor(high, dtype=torch.int64, device=samples.device)
     if bound.numel() and int(bound.min()) < 1:

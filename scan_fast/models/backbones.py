@@ -87,7 +87,7 @@ class BasicBlock(nn.Module):
         self.bn1 = BatchNormAct2d(channels)
         self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = BatchNormAct2d(channels)
-        # Empty where the shapes agree: such a shortcut has no entry in the state dict.
+        # Empty if the shapes agree: such a shortcut has no entry in the state dict.
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut.append(Conv2d(in_channels, channels, 1, stride=stride, bias=False))
@@ -155,6 +155,30 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     library, model = name.split(":", 1)
     build = _torchvision_backbone if library == "torchvision" else _timm_backbone
     return build(model, pretrained=config.pretrained)
+
+
+def check_image_size(config: ModelConfig, size: int) -> None:
+    """Refuse images that the backbone cannot take. Nothing is computed and no weights are loaded.
+
+    Args:
+        config: the backbone.
+        size: side of the images in pixels.
+
+    Raises:
+        ConfigError: if a torchvision or timm model needs images of another size, or larger ones.
+    """
+    if ":" not in config.backbone:
+        return  # the other backbones take any size
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone = build_backbone(config.model_copy(update={"pretrained": False})).eval()
+        try:
+            with torch.no_grad():
+                backbone(torch.empty(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"model.backbone={config.backbone} does not take images of {size} x {size} pixels ({error}); "
+                "set data.image_size to a size that it takes, or choose another backbone"
+            ) from error
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -79,7 +79,7 @@ def read_original(path: str | Path) -> OriginalWeights:
         path: the file, in the zip format of today's PyTorch or the older one.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there is no such file.
         WeightsError: for a file that is damaged, holds anything but tensors and plain values, or holds names that none
             of the four kinds has.
     """

@@ -195,7 +195,7 @@ def make_report(context: Context) -> None:
 
 
 def print_summary(context: Context, tracker: Tracker) -> None:
-    """Print the table that ends a run, and where its folder is."""
+    """Print the table that ends a run, and the path of its folder."""
     summary = context.run.summary()
     columns = ("acc", "nmi", "ari")
     rows = []

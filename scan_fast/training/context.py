@@ -17,7 +17,7 @@ from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
 from ..errors import ConfigError
-from ..models.backbones import ModelConfig
+from ..models.backbones import ModelConfig, check_image_size
 from ..models.pretrained import pretrained_input
 from ..random import stream_key
 from ..runs import artifacts
@@ -129,7 +129,8 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
     """Open the images, choose the device and check the configuration against the images.
 
     Raises:
-        ConfigError: if the device does not exist, or the images are too few for the configuration.
+        ConfigError: if the device does not exist, or the images are too few for the configuration or too small
+            for the backbone.
         DataError: if images cannot be read, or the renderer does not run on the device.
     """
     device = choose_device(config.runtime.device)
@@ -151,7 +152,7 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
 
 
 def check_sizes(context: Context) -> None:
-    """Refuse more clusters or neighbours than the images allow, before anything is trained."""
+    """Refuse images that are too few for the clusters or neighbours, or of a size that the backbone does not take."""
     config = context.config
     train, test = len(context.splits.train), len(context.splits.test)
     if train < context.n_clusters:
@@ -168,6 +169,7 @@ def check_sizes(context: Context) -> None:
         raise ConfigError(
             f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
         )
+    check_image_size(resolved_model(config.model, context.splits.train.size), context.splits.train.size)
 
 
 def resolved_model(model: ModelConfig, size: int) -> ModelConfig:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from containers import Item, encoded, write_parquet, write_tar
+from containers import Item, encoded, write_huggingface, write_parquet, write_tar
 from images import varied
 
 from scan_fast.data import DataConfig, Splits, open_splits, source_from
 from scan_fast.data.containers import class_numbers, expand_braces, find_files, split_files
+from scan_fast.data.kinds import absolute_source
 from scan_fast.errors import DataError
 
 PIXELS = varied(12, 20, 20).numpy()
@@ -240,3 +241,30 @@ def test_hugging_face_reads_local_folders_and_parquet(tmp_path: Path, monkeypatc
         pq.write_table(pa.table({"image": column}), tmp_path / f"{name}.parquet")
         plain = source_from(f"hf:{tmp_path}/{name}.parquet", config)
         assert torch.equal(plain.read(torch.arange(0, 12, 2)), folder.read(torch.arange(6))), name
+
+
+def test_hugging_face_configurations_are_named_after_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = tmp_path / "two"
+    for name, rows in (("small", JPEG[:5]), ("large", JPEG[5:])):
+        write_parquet(root / name, [Item(str(i), data, "x") for i, data in enumerate(rows)], per_file=12)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: small\n  data_files: small/*.parquet\n"
+        "- config_name: large\n  data_files: large/*.parquet\n---\n"
+    )
+    config = DataConfig(root=tmp_path / "cache", image_size=8)
+    assert len(source_from(f"hf:{root}#small", config)) == 5
+    assert len(source_from(f"hf:{root}#large:train[:4]", config)) == 4
+    with pytest.raises(
+        DataError, match=r"(?s)hf:.*two cannot be opened: .*\['small', 'large'\].*such as hf:.*two#small"
+    ):
+        source_from(f"hf:{root}", config)
+    with pytest.raises(DataError, match=r"hf:.*two#middle cannot be opened: ValueError: .*'middle' not found"):
+        source_from(f"hf:{root}#middle", config)
+    monkeypatch.chdir(tmp_path)
+    assert absolute_source("hf:two#small:train") == f"hf:{root}#small:train"
+    saved = write_huggingface(tmp_path / "saved", [Item(str(i), data, "x") for i, data in enumerate(JPEG)])
+    with pytest.raises(DataError, match="a saved data set has no configurations"):
+        source_from(f"{saved}#small", config)

@@ -88,6 +88,10 @@ def test_traceback_shows_where_an_error_came_from() -> None:
         (["run", "digits", *TINY, "pretext.method.temperature=1e-9"], "pretext.method.temperature: input should be"),
         (["run", "digits", *TINY, "data.std=[1, 0, 1]"], "mean and std must be 3 numbers each, std above 0"),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:resnet"], "torchvision has no"),
+        (
+            ["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:alexnet"],
+            r"model.backbone=torchvision:alexnet does not take images of 8 x 8 pixels (Given input size: (64x1x1)",
+        ),
         (["run", "digits", *TINY, "model.width=1", "model.backbone=torchvision:squeezenet1_0"], "0 linear classifiers"),
         (
             ["run", "digits", *TINY, "model.width=1", "model.pretrained=true", "model.backbone=torchvision:resnet"],

@@ -10,8 +10,15 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from scan_fast.errors import WeightsError
-from scan_fast.models import ClusterModel, ModelConfig, PretextModel, build_backbone, load_strict
+from scan_fast.errors import ConfigError, WeightsError
+from scan_fast.models import (
+    ClusterModel,
+    ModelConfig,
+    PretextModel,
+    build_backbone,
+    check_image_size,
+    load_strict,
+)
 
 DIGITS = ModelConfig(backbone="resnet_digits", projection_dim=16)
 
@@ -136,6 +143,23 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 def test_unusable_torchvision_models_are_refused(name: str, message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_backbone(ModelConfig(backbone=f"torchvision:{name}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fits", "reason"),
+    [("vit_b_16", 32, 224, "Expected 224 but got 32"), ("alexnet", 32, 63, "Output size is too small")],
+)
+def test_images_of_a_size_that_the_backbone_does_not_take(name: str, size: int, fits: int, reason: str) -> None:
+    config = ModelConfig(backbone=f"torchvision:{name}")
+    state = torch.get_rng_state()
+    check_image_size(config, fits)
+    with pytest.raises(ConfigError, match=rf"torchvision:{name} .* {size} x {size} pixels .*{reason}.*data.image_size"):
+        check_image_size(config, size)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_own_backbones_take_any_size() -> None:
+    check_image_size(ModelConfig(backbone="resnet18_cifar"), 1)
 
 
 def test_timm_is_optional() -> None:

@@ -1,9 +1,11 @@
-"""Compile the CUDA kernels for every supported architecture and parse the compiler's report; needs no GPU.
+"""Read what the CUDA compiler says about every kernel for every supported architecture; needs no GPU.
+
+The build of the module keeps it. What the module was not built for, or from other sources, is compiled here.
 
 ``python tests/native/build_gate.py --record`` writes the registers of the present build, rounded up to the hardware's
 allocation unit, as budgets by architecture into ``build_budgets.json``. Kernels with few registers need no entry. An
-entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects are cached
-in ``build/build-gate`` by the hash of the source, its headers, the flags and the compiler.
+entry may also hold ``"smem"``, or ``"stack"`` and ``"spills"`` with a ``"reason"``; these are kept. Objects compiled
+here are cached in ``build/build-gate`` by the hash of the source, its headers, the flags and the compiler.
 """
 
 from __future__ import annotations
@@ -84,6 +86,36 @@ def short_name(signature: str) -> str:
     return tracing.short_name(signature)
 
 
+def gencode(architecture: str) -> str:
+    """Return the option that makes nvcc compile for an architecture alone."""
+    return f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+
+
+def version_of(nvcc: Path) -> str:
+    """Return what a compiler says about its version."""
+    return subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def compiled_for_the_module(source: str, architecture: str, nvcc: Path, root: Path = ROOT) -> dict[str, Any] | None:
+    """Return :func:`compile_kernel`'s result from a build of the module.
+
+    None if there is no such build of the present source with this compiler, these flags and this architecture.
+    """
+    from scan_fast.gpu_status import source_hash
+
+    for path in root.glob(f"build/*/CMakeFiles/scan_fast_*.dir/csrc/{source}.o.json"):
+        facts = json.loads(path.read_text())
+        command = facts["command"]
+        if (
+            facts["source_hash"] == source_hash(CSRC, CSRC / source)
+            and facts["compiler"] == version_of(nvcc)
+            and {*FLAGS, gencode(architecture)} <= set(command)
+            and not any("SCAN_FAST_WAIT_LIMIT" in argument for argument in command)
+        ):
+            return parse(facts["messages"], architecture) | {"object": str(path.with_suffix(""))}
+    return None
+
+
 def compile_kernel(source: str, architecture: str, nvcc: Path, defines: tuple[str, ...] = ()) -> dict[str, Any]:
     """Compile one source for one architecture.
 
@@ -98,7 +130,7 @@ def compile_kernel(source: str, architecture: str, nvcc: Path, defines: tuple[st
     """
     from scan_fast.gpu_status import source_hash
 
-    version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    version = version_of(nvcc)
     flags = (*FLAGS, *(f"-D{name}" for name in defines))
     parts = (source, source_hash(CSRC, CSRC / source), architecture, *flags, version)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
@@ -111,22 +143,24 @@ def compile_kernel(source: str, architecture: str, nvcc: Path, defines: tuple[st
     CACHE.mkdir(parents=True, exist_ok=True)
     for old in CACHE.glob(f"{prefix}-{'[0-9a-f]' * len(key)}.*"):
         old.unlink()
-    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [str(nvcc), *flags, target, f"-I{CSRC}", "-c", str(CSRC / source), "-o", str(binary)]
+    command = [str(nvcc), *flags, gencode(architecture), f"-I{CSRC}", "-c", str(CSRC / source), "-o", str(binary)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     if finished.returncode != 0:
         raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{finished.stderr[-4000:]}")
-    result = parse(finished.stdout + finished.stderr)
+    result = parse(finished.stdout + finished.stderr, architecture)
     record.write_text(json.dumps(result, indent=1))
     return result | {"object": str(binary)}
 
 
-def parse(log: str) -> dict[str, Any]:
-    """Read the output of ``nvcc -Xptxas=-v``."""
+def parse(log: str, architecture: str) -> dict[str, Any]:
+    """Read what ``nvcc -Xptxas=-v`` said about one of the architectures it compiled for."""
     found: dict[str, dict[str, int]] = {}
     blocks = re.split(r"^ptxas info\s*: Compiling entry function ", demangled(log), flags=re.MULTILINE)
     for block in blocks[1:]:
-        signature = block.partition("' for '")[0].lstrip("'")
+        signature, _, rest = block.partition("' for '")
+        signature = signature.lstrip("'")
+        if not rest.startswith(f"sm_{architecture}'"):
+            continue
 
         def number(pattern: str, text: str = block) -> int:
             match = re.search(pattern, text)
@@ -141,15 +175,16 @@ def parse(log: str) -> dict[str, Any]:
     return {"kernels": found, "warnings": sorted(set(SERIALIZED.findall(log)))}
 
 
-def sass(binary: str, cuobjdump: Path) -> str:
-    """Return the machine code of an object, as text."""
-    return subprocess.run([str(cuobjdump), "--dump-sass", binary], capture_output=True, text=True, check=True).stdout
+def sass(binary: str, architecture: str, cuobjdump: Path) -> str:
+    """Return the machine code of an object for one architecture, as text."""
+    command = [str(cuobjdump), "--dump-sass", "--gpu-architecture", f"sm_{architecture}", binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def instructions(binary: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
+def instructions(binary: str, architecture: str, cuobjdump: Path) -> dict[str, dict[str, int]]:
     """Return, per kernel, how often each of ``INTERESTING`` occurs in the machine code."""
     counts: dict[str, dict[str, int]] = {}
-    for block in re.split(r"^\s*Function : ", sass(binary, cuobjdump), flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^\s*Function : ", sass(binary, architecture, cuobjdump), flags=re.MULTILINE)[1:]:
         name, _, code = block.partition("\n")
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
         wanted = {op: names.count(op) for op in INTERESTING}

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import build_gate
@@ -46,17 +49,57 @@ ptxas info    : Used 18 registers, used 0 barriers, 448 bytes cmem[0]
 
 def build(source: str, architecture: str) -> dict[str, Any]:
     assert NVCC is not None
-    return build_gate.compile_kernel(source, architecture, NVCC)
+    found = build_gate.compiled_for_the_module(source, architecture, NVCC)
+    return build_gate.compile_kernel(source, architecture, NVCC) if found is None else found
 
 
 def test_reads_what_the_compiler_says() -> None:
-    result = build_gate.parse(LOG)
+    result = build_gate.parse(LOG, "80")
     spilled, plain = result["kernels"].values()
     assert spilled == {"registers": 242, "smem": 128, "stack": 24, "spills": 20}
     assert plain == {"registers": 18, "smem": 0, "stack": 0, "spills": 0}
     assert len(result["warnings"]) == 1 and "C7510" in result["warnings"][0]
     assert "backward_kernel" in next(iter(result["kernels"]))
     assert "c952af28" not in "".join(result["kernels"])
+
+
+def test_reads_one_of_several_architectures() -> None:
+    both = LOG + LOG.replace("sm_80", "sm_100").replace("242", "168")
+    registers = {arch: build_gate.parse(both, arch)["kernels"]["plain"]["registers"] for arch in ("80", "100")}
+    assert registers == {"80": 18, "100": 18}
+    largest = {
+        arch: max(k["registers"] for k in build_gate.parse(both, arch)["kernels"].values()) for arch in registers
+    }
+    assert largest == {"80": 242, "100": 168}
+    assert build_gate.parse(both, "90a")["kernels"] == {}
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_what_the_build_of_the_module_keeps(tmp_path: Path) -> None:
+    assert NVCC is not None
+    source = "neighbors/neighbors_sm90.cu"
+    alone = build_gate.compile_kernel(source, "90a", NVCC)
+    folder = tmp_path / "build" / "any" / "CMakeFiles" / "scan_fast_sm90.dir" / "csrc" / "neighbors"
+    folder.mkdir(parents=True)
+    binary = folder / "neighbors_sm90.cu.o"
+    options = [*build_gate.FLAGS, build_gate.gencode("90a"), f"-I{build_gate.CSRC}"]
+    compiled = [str(NVCC), *options, "-c", str(build_gate.CSRC / source), "-o", str(binary)]
+    facts = [sys.executable, str(build_gate.CSRC / "build_facts.py"), "compile"]
+    subprocess.run([*facts, *compiled], check=True, capture_output=True)
+    found = build_gate.compiled_for_the_module(source, "90a", NVCC, tmp_path)
+    assert found is not None and found["kernels"] == alone["kernels"] and found["object"] == str(binary)
+    assert build_gate.compiled_for_the_module(source, "80", NVCC, tmp_path) is None
+    record = binary.with_name(binary.name + ".json")
+    content = json.loads(record.read_text())
+    for changed in (
+        {"source_hash": "0" * 16},
+        {"compiler": "another"},
+        {"command": [*content["command"], "-DSCAN_FAST_WAIT_LIMIT=1"]},
+        {"command": [option for option in content["command"] if option != "-O3"]},
+    ):
+        record.write_text(json.dumps(content | changed))
+        assert build_gate.compiled_for_the_module(source, "90a", NVCC, tmp_path) is None, changed
 
 
 def test_a_budget_is_a_budget() -> None:
@@ -104,9 +147,9 @@ def test_a_limit_to_waiting_costs_no_spills(source: str) -> None:
     for name, measured in limited["kernels"].items():
         assert build_gate.over_budget(measured, budgets.get(name, {}), "90a") == [], name
     if CUOBJDUMP is not None:
-        plain = build_gate.sass(build(source, "90a")["object"], CUOBJDUMP)
+        plain = build_gate.sass(build(source, "90a")["object"], "90a", CUOBJDUMP)
         assert "GLOBALTIMER" not in plain and "BPT.TRAP" not in plain, "a wait has a limit that was not asked for"
-        with_limit = build_gate.sass(limited["object"], CUOBJDUMP)
+        with_limit = build_gate.sass(limited["object"], "90a", CUOBJDUMP)
         assert "GLOBALTIMER" in with_limit and "BPT.TRAP" in with_limit, "no wait has a limit"
 
 
@@ -117,7 +160,7 @@ def test_a_limit_to_waiting_costs_no_spills(source: str) -> None:
 def test_machine_code(source: str, architecture: str) -> None:
     assert CUOBJDUMP is not None
     built = build(source, architecture)
-    counts = build_gate.instructions(built["object"], CUOBJDUMP)
+    counts = build_gate.instructions(built["object"], architecture, CUOBJDUMP)
     assert set(counts) == set(built["kernels"])
     budgets = BUDGETS.get(source, {})
     for name, ops in counts.items():

@@ -5,6 +5,7 @@ The environment variable ``SCAN_FAST_TEST_BUILD_DIR`` chooses the build folder (
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -33,12 +34,16 @@ def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = tmp_path_factory.mktemp("native-tests")
-    run(["cmake", "-S", str(SOURCES), "-B", str(folder)])
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(["cmake", "-S", str(SOURCES), "-B", str(folder)])
     return folder
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_native(name: str, build_dir: Path) -> None:
-    run(["cmake", "--build", str(build_dir), "--target", name])
+    with (build_dir / "build.lock").open("w") as lock:  # two builds in one folder would disturb each other
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(["cmake", "--build", str(build_dir), "--target", name])
     # The fibers switch stacks, which the leak checker cannot follow once a kernel has failed on purpose.
     run([str(build_dir / name)], {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"})

@@ -83,10 +83,12 @@ def _version(part: Any) -> tuple[str, int, int]:
 
 def _index(argument: str, config: DataConfig) -> Contents:
     """List the rows of the train and test splits, or of the splits that are named."""
-    name, wanted = _split_argument(argument)
+    name, configuration, wanted = _split_argument(argument)
     if len(wanted) > 2:
         raise DataError(f"hf:{argument} names {len(wanted)} splits; name one, or two for train and test")
-    found = _load(name, wanted, config)
+    found = _load(name, configuration, wanted, config)
+    if configuration is not None:
+        name = f"{name}#{configuration}"
     splits = wanted or _choose(found, name)
     parts = [found[split] for split in splits]
     image, label = _columns(parts[0].features, name)
@@ -100,21 +102,28 @@ def _index(argument: str, config: DataConfig) -> Contents:
     return Contents(rows, numbers, names, range(len(parts[0]), len(rows)) if len(parts) == 2 else None)
 
 
-def _split_argument(argument: str) -> tuple[str, list[str]]:
-    """Split ``DATASET[:SPLIT[:SPLIT]]``; a colon in brackets, as in ``train[:10%]``, or in an existing path stays."""
+def _split_argument(argument: str) -> tuple[str, str | None, list[str]]:
+    """Split ``DATASET[#CONFIGURATION][:SPLIT[:SPLIT]]`` into data set, configuration and splits.
+
+    A colon in brackets, as in ``train[:10%]``, and both separators in an existing path stay.
+    """
     if os.path.exists(os.path.expanduser(argument)):
-        return argument, []
+        return argument, None, []
     name, *splits = re.split(r":(?![^\[\]]*\])", argument)
-    return name, splits
+    if os.path.exists(os.path.expanduser(name)):
+        return name, None, splits
+    name, separator, configuration = name.partition("#")
+    return name, configuration if separator else None, splits
 
 
 def _absolute(argument: str) -> str:
-    name, splits = _split_argument(argument)
+    name, configuration, splits = _split_argument(argument)
     path = os.path.expanduser(name)
-    return ":".join([os.path.abspath(path) if os.path.exists(path) else name, *splits])
+    data_set = os.path.abspath(path) if os.path.exists(path) else name
+    return ":".join([data_set if configuration is None else f"{data_set}#{configuration}", *splits])
 
 
-def _load(name: str, wanted: Sequence[str], config: DataConfig) -> dict[str, Any]:
+def _load(name: str, configuration: str | None, wanted: Sequence[str], config: DataConfig) -> dict[str, Any]:
     """Open the wanted splits, by default all.
 
     Raises:
@@ -122,8 +131,11 @@ def _load(name: str, wanted: Sequence[str], config: DataConfig) -> dict[str, Any
     """
     library = optional_package("datasets", "hf")
     path = os.path.expanduser(name)
+    data_set = name if configuration is None else f"{name}#{configuration}"
     try:
         if os.path.isfile(os.path.join(path, "dataset_dict.json")) or os.path.isfile(os.path.join(path, "state.json")):
+            if configuration is not None:
+                raise ValueError("a saved data set has no configurations")
             saved = library.load_from_disk(path)
             found = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
             missing = [split for split in wanted if split not in found]
@@ -138,10 +150,16 @@ def _load(name: str, wanted: Sequence[str], config: DataConfig) -> dict[str, Any
         elif os.path.isdir(path):
             name = path
         if wanted:
-            return dict(zip(wanted, library.load_dataset(name, split=list(wanted), **options), strict=True))
-        return dict(library.load_dataset(name, **options))
+            return dict(
+                zip(wanted, library.load_dataset(name, configuration, split=list(wanted), **options), strict=True)
+            )
+        return dict(library.load_dataset(name, configuration, **options))
     except Exception as error:  # the library raises errors of many packages
-        raise DataError(f"hf:{':'.join([name, *wanted])} cannot be opened: {type(error).__name__}: {error}") from error
+        message = f"hf:{':'.join([data_set, *wanted])} cannot be opened: {type(error).__name__}: {error}"
+        several = re.search(r"available configs: \['([^']+)'", str(error))
+        if several is not None:
+            message += f"\nName a configuration after #, such as hf:{data_set}#{several[1]}"
+        raise DataError(message) from error
 
 
 def _choose(found: dict[str, Any], name: str) -> list[str]:
@@ -191,4 +209,4 @@ def _labels(parts: Sequence[Any], column: str) -> tuple[Tensor | None, list[str]
     return torch.tensor(values, dtype=torch.int64), list(names)
 
 
-HF = ContainerKind("hf", "DATASET[:SPLIT[:SPLIT]]", _index, _absolute)
+HF = ContainerKind("hf", "DATASET[#CONFIGURATION][:SPLIT[:SPLIT]]", _index, _absolute)

@@ -173,14 +173,11 @@ def test_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     assert {k: v for k, v in one.items() if k != "time"} == {k: v for k, v in two.items() if k != "time"}
 
 
-@pytest.mark.serial  # the signal must arrive before the short run ends
 def test_interrupt_is_one_line_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["run", "digits", *TINY, KMEANS, EVERY_STEP, "--out", run, "--quiet"]
-    process = Process(*words, log=tmp_path / "log")
-    wait_for((run / "checkpoints" / "pretext.pt").exists)
-    process.signal(signal.SIGINT)
-    result = process.result()
+    interrupt = Death(2, name="pretext.pt", signal=signal.SIGINT)
+    result = Process(*words, log=tmp_path / "log", death=interrupt).result()
     assert result.code == 130
     assert result.err == "scan-fast: interrupted; the same command continues\n"
     assert not (run / "report.html").exists()

@@ -124,11 +124,15 @@ def _start_server() -> None:
 
 @dataclass
 class Death:
-    """Kill the process at the ``at``-th renaming of a file (from 1), before or after it; ``name`` counts one only."""
+    """Kill the process at the ``at``-th renaming of a file (from 1), before or after it; ``name`` counts one only.
+
+    Another signal than SIGKILL is sent once.
+    """
 
     at: int
     before: bool = False
     name: str | None = None
+    signal: int = signal.SIGKILL
 
 
 def _child(words: Sequence[str], log: str, death: Death | None) -> None:
@@ -154,7 +158,7 @@ def _arrange(death: Death) -> None:
         if not (due and death.before):
             replace(source, target)
         if due:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), death.signal)
 
     os.replace = deadly  # type: ignore[assignment]
 

@@ -169,7 +169,7 @@ def check_sizes(context: Context) -> None:
         raise ConfigError(
             f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
         )
-    check_image_size(resolved_model(config.model, context.splits.train.size), context.splits.train.size)
+    check_image_size(context.model_config, context.splits.train.size)
 
 
 def resolved_model(model: ModelConfig, size: int) -> ModelConfig:

@@ -153,8 +153,9 @@ def _arrange(death: Death) -> None:
 
     def deadly(source: Any, target: Any) -> None:
         nonlocal seen
-        seen += death.name is None or Path(target).name == death.name
-        due = seen == death.at
+        counts = death.name is None or Path(target).name == death.name
+        seen += counts
+        due = counts and seen == death.at
         if not (due and death.before):
             replace(source, target)
         if due:

@@ -24,6 +24,13 @@ def run(arguments: list[str], environment: dict[str, str] | None = None) -> None
     assert finished.returncode == 0, f"{' '.join(arguments)} returned {finished.returncode}:\n{output}"
 
 
+def run_alone(folder: Path, arguments: list[str]) -> None:
+    """Run a command while no other process builds in the folder: two builds would disturb each other."""
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(arguments)
+
+
 @pytest.fixture(scope="session")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -34,16 +41,12 @@ def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = tmp_path_factory.mktemp("native-tests")
-    with (folder / "build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run(["cmake", "-S", str(SOURCES), "-B", str(folder)])
+    run_alone(folder, ["cmake", "-S", str(SOURCES), "-B", str(folder)])
     return folder
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_native(name: str, build_dir: Path) -> None:
-    with (build_dir / "build.lock").open("w") as lock:  # two builds in one folder would disturb each other
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run(["cmake", "--build", str(build_dir), "--target", name])
+    run_alone(build_dir, ["cmake", "--build", str(build_dir), "--target", name])
     # The fibers switch stacks, which the leak checker cannot follow once a kernel has failed on purpose.
     run([str(build_dir / name)], {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"})

@@ -87,8 +87,7 @@ def _index(argument: str, config: DataConfig) -> Contents:
     if len(wanted) > 2:
         raise DataError(f"hf:{argument} names {len(wanted)} splits; name one, or two for train and test")
     found = _load(name, configuration, wanted, config)
-    if configuration is not None:
-        name = f"{name}#{configuration}"
+    name = _with_configuration(name, configuration)
     splits = wanted or _choose(found, name)
     parts = [found[split] for split in splits]
     image, label = _columns(parts[0].features, name)
@@ -120,7 +119,11 @@ def _absolute(argument: str) -> str:
     name, configuration, splits = _split_argument(argument)
     path = os.path.expanduser(name)
     data_set = os.path.abspath(path) if os.path.exists(path) else name
-    return ":".join([data_set if configuration is None else f"{data_set}#{configuration}", *splits])
+    return ":".join([_with_configuration(data_set, configuration), *splits])
+
+
+def _with_configuration(name: str, configuration: str | None) -> str:
+    return name if configuration is None else f"{name}#{configuration}"
 
 
 def _load(name: str, configuration: str | None, wanted: Sequence[str], config: DataConfig) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def _load(name: str, configuration: str | None, wanted: Sequence[str], config: D
     """
     library = optional_package("datasets", "hf")
     path = os.path.expanduser(name)
-    data_set = name if configuration is None else f"{name}#{configuration}"
+    data_set = _with_configuration(name, configuration)
     try:
         if os.path.isfile(os.path.join(path, "dataset_dict.json")) or os.path.isfile(os.path.join(path, "state.json")):
             if configuration is not None:

@@ -191,7 +191,7 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
     if config.mining.features != "projection":
         raise ValueError(f"the baseline mines the projection, mining.features is {config.mining.features!r}")
     view = baseline_images.transform(context.plain_view, images.splits.mean, images.splits.std)
-    train_split, test_split = images.splits.train, images.splits.test
+    train_split, test_split = context.clustered["train"], context.clustered["test"]
     parts = (
         (baseline_images.Single(len(train_split), images.train, view), config.mining.k),
         (baseline_images.Single(len(test_split), images.test, view), min(config.mining.test_k, len(test_split) - 1)),

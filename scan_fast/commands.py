@@ -42,7 +42,7 @@ def train(options: argparse.Namespace) -> int:
             forget(context, names[0])
             run.write(CONFIG, config)
         tracker.say(
-            f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
+            f"{config.name}: {context.counts}, "
             f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
         )
         run_stages(context, names)

@@ -106,8 +106,8 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on images.
 
-        A tenth of the images (``data.test_fraction``) is held out from training, to choose the best head without
-        labels. Held-out images get a cluster like all others.
+        Every image is trained on. With ``data.test_fraction`` above 0 in ``settings``, so many are held out, and the
+        best head and the metrics are those of the held-out images. They get a cluster like all others.
 
         Args:
             X: Images, see the class.

@@ -30,7 +30,8 @@ class DataConfig(Settings):
         mean, std: per-channel normalization in [0, 1]. Default: that of the pretrained weights if there are any, else
             the data set's, else ImageNet's.
         limit: train on this many images only, drawn at random, the same for every seed.
-        test_fraction: fraction that is held out for testing if the source has no test split.
+        test_fraction: fraction that is held out for testing if the source has no test split of its own. 0: none, so
+            that every image is trained on and reported.
         classes_file: file with the name of one class folder per line, in the order of the labels; imagenet_50.txt,
             imagenet_100.txt and imagenet_200.txt without a folder are SCAN's ImageNet subsets.
         labels: "auto" reads labels if there are any, for reporting only; "none" ignores them.
@@ -58,7 +59,7 @@ class DataConfig(Settings):
     mean: Triple | None = None
     std: Triple | None = None
     limit: int | None = Field(default=None, ge=1)
-    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
     classes_file: Path | None = None
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"

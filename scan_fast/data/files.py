@@ -255,7 +255,9 @@ class FileSource:
                 else:
                     raise unreadable(images.location(i), reason)
         if not kept:
-            raise DataError(f"none of the {len(self.files)} images could be read; the first: {self.skipped[0]}")
+            raise none_readable(
+                len(self.skipped), f"images of {images.root}" if images.root else "images", self.skipped
+            )
         return kept
 
     def read(self, indices: Tensor) -> Tensor:
@@ -303,8 +305,14 @@ def unreadable(location: str, reason: str) -> DataError:
     return DataError(f"cannot read image {location}: {reason}. {_SKIP_ADVICE}")
 
 
+def none_readable(n: int, what: str, skipped: Sequence[tuple[str, str]]) -> DataError:
+    """Return the error for n images of which none is readable; it names the first ones with their reasons."""
+    return DataError(f"0 readable of {n} {what}: {'; '.join(f'{name}: {reason}' for name, reason in skipped[:3])}")
+
+
 def _reason(error: Exception, location: str) -> str:
     advice = ""
     if isinstance(error, UnidentifiedImageError) and location.lower().endswith((".heic", ".heif")):
         advice = "; images of this kind need the package pillow-heif (pip install pillow-heif)"
-    return f"{type(error).__name__}: {error}{advice}"
+    text = str(error).replace(f" {location!r}", "")  # the message of the error names the image anyway
+    return f"{type(error).__name__}: {text}{advice}"

@@ -1,4 +1,4 @@
-"""Model selection: the SCAN loss on held-out images, to choose the best epoch and head without labels."""
+"""Model selection: the SCAN loss of pairs of neighbours, to choose the best epoch and head without labels."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Objective(ABC):
         """Return the selection score of each head, (H,) float64 on the CPU; lower is better. Labels play no part.
 
         Args:
-            logits: (H, N, C) of held-out images.
+            logits: (H, N, C) of the images that the choice is made on: the test images, or all if there are none.
             neighbors: (N, k) int64 their neighbours among themselves, -1 for none.
         """
 

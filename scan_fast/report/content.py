@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +65,23 @@ def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
     return Content(
         config=run.read(artifacts.CONFIG),
         assignments=assignments,
-        summary=run.read(artifacts.SUMMARY) if run.has(artifacts.SUMMARY) else Summary(),
+        summary=_unsplit(run.read(artifacts.SUMMARY)) if run.has(artifacts.SUMMARY) else Summary(),
         series=series_of(metrics),
         confusion=confusion,
         confusion_figure=figure,
         embeddings=embeddings,
     )
+
+
+def _unsplit(summary: Summary) -> Summary:
+    """Return the summary without the name of the split if all images are in one: metrics of "train" are of all."""
+    if any("test" in entry for entry in summary.stages.values()):
+        return summary
+    stages = {
+        name: {key: value for key, value in entry.items() if key != "train"} | entry.get("train", {})
+        for name, entry in summary.stages.items()
+    }
+    return replace(summary, stages=stages)
 
 
 def _in_order(embeddings: Embeddings, table: Assignments) -> NDArray[np.float32] | None:

@@ -95,7 +95,7 @@ class PretextConfig(TrainingConfig):
     method: MethodConfig = SimCLRSettings()
     """How it is learned, by ``kind``: ``simclr``; ``weights`` reads a file; ``none`` takes a pretrained backbone."""
     monitor_every: int = Field(default=10, ge=0)
-    """Epochs between kNN checks on the test images (needs labels); 0 for never."""
+    """Epochs between kNN checks (needs labels) on the test images, or by leaving one out; 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
     """Neighbours that vote in the kNN check."""
     monitor_temperature: float = Field(default=0.1, gt=0)
@@ -107,7 +107,8 @@ class MiningConfig(Settings):
 
     Attributes:
         k: neighbours of each training image.
-        test_k: neighbours of each held-out image among the held-out images; they serve the selection of a head.
+        test_k: neighbours of each image that serve the selection of a head: among the test images, or the first ones of
+            ``k`` if there are none.
         features: space of the search: the projector's output or the backbone's features.
         backend: implementation of the search. All are exact; ``faiss`` needs the package faiss.
     """

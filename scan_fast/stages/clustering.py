@@ -52,7 +52,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self._neighbors = neighbors["train"][:, : self.config.neighbors]
         if self.config.include_self:
             self._neighbors = torch.cat([torch.arange(self.n_images)[:, None], self._neighbors], dim=1)
-        self._test_neighbors = neighbors["test"]
+        self._selection_neighbors = neighbors[context.reported][:, : context.config.mining.test_k]
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
         self._view = context.view(self.config.view)
@@ -115,18 +115,19 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.objective.after_step()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Keep the epoch and the head of best (lowest) score on the held-out images; labels play no part."""
+        """Keep the epoch and the head of best (lowest) score on the reported split; labels play no part."""
         if not last and epoch % self.config.evaluate_every:
             return {}
-        logits = logits_of(self.context, self.model, "test", self._handover)
-        scores = self.objective.score(logits, self._test_neighbors)
+        reported = self.context.reported
+        logits = logits_of(self.context, self.model, reported, self._handover)
+        scores = self.objective.score(logits, self._selection_neighbors)
         head = int(scores.argmin())
         score = float(scores[head])
         if self._best is None or score < self._best["loss"]:
             state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._best = {"model": state, "head": head, "loss": score, "epoch": epoch}
         metrics = {"selection_loss": score, "head": float(head)}
-        assessed = assess(self.context, logits[head].cpu(), "test")
+        assessed = assess(self.context, logits[head].cpu(), reported)
         return metrics | {key: assessed[key] for key in ("acc", "nmi") if key in assessed}
 
     @property

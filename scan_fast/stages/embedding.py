@@ -48,7 +48,9 @@ def backbone_features(context: Context, model: PretextModel | ClusterModel, spli
 
 
 def knn_check(context: Context, model: PretextModel, handover: Handover | None = None) -> dict[str, float]:
-    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels.
+    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the reported split.
+
+    Without a test split the vote on a train image leaves out the image itself. The result is {} without labels.
 
     Args:
         context: the run.
@@ -56,11 +58,13 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
         handover: holds the embeddings; give it for the finished model only.
     """
     train, test = context.splits.train, context.splits.test
-    if train.labels is None or test.labels is None:
+    if train.labels is None or (test is not None and test.labels is None):
         return {}
-    bank, queries = (embed(context, model, split, handover) for split in ("train", "test"))
+    bank = embed(context, model, "train", handover)
+    queries = None if test is None else embed(context, model, "test", handover)
+    labels = None if test is None else test.labels
     config = context.config.pretext
     accuracy = knn_accuracy(
-        bank, train.labels, queries, test.labels, k=config.monitor_k, temperature=config.monitor_temperature
+        bank, train.labels, queries, labels, k=config.monitor_k, temperature=config.monitor_temperature
     )
     return {"knn_acc": accuracy}

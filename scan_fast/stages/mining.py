@@ -23,17 +23,15 @@ NAME = "mining"
 
 
 def run_mining(context: Context, handover: Handover) -> None:
-    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
+    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), each split apart."""
     begin = time.perf_counter()
     config = context.config.mining
     model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
     found = Neighbors({}, {})
     results: dict[str, object] = {}
-    for split, source, k in (
-        ("train", context.splits.train, config.k),
-        ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
-    ):
+    for split, source in context.clustered.items():
+        k = config.k if split == "train" else min(config.test_k, len(source) - 1)
         embedding = F.normalize(embed(context, model, split, handover), dim=1)
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()

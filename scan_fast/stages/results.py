@@ -47,14 +47,15 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     logits = final_logits(context, model, name, handover)
     context.run.write(artifacts.ASSIGNMENTS, assignments(context, logits))
     context.run.write(artifacts.MODEL, saved_model(context, model, stage))
-    labels = context.splits.test.labels
+    reported = context.clustered[context.reported]
+    labels = reported.labels
     if labels is not None and context.n_classes is not None:
-        clusters = logits["test"].argmax(dim=1).numpy()
+        clusters = logits[context.reported].argmax(dim=1).numpy()
         many_to_one = context.n_clusters > context.n_classes
         match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
         matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
-        assert context.splits.test.class_names is not None
-        table = Confusion.of(matrix, context.splits.test.class_names)
+        assert reported.class_names is not None
+        table = Confusion.of(matrix, reported.class_names)
         context.run.write(artifacts.CONFUSION, table)
         context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(table))
 
@@ -112,24 +113,25 @@ def write_skipped(context: Context) -> list[tuple[str, str]]:
 
 
 def baselines(context: Context) -> dict[str, dict[str, float]]:
-    """Return the test metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
+    """Return the metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
-    It is empty without labels. Pixels are left out if there are too many of them.
+    They are of the reported split, by the centres of the training images. It is empty without labels. Pixels are left
+    out if there are too many of them.
     """
-    train, test = context.splits.train, context.splits.test
-    if test.labels is None or context.n_classes is None:
+    train, reported = context.splits.train, context.clustered[context.reported]
+    if reported.labels is None or context.n_classes is None:
         return {}
     seeds = range(context.config.evaluation.baseline_seeds)
     inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if 12 * train.size**2 * len(train) <= MOST_PIXELS:
-        inputs["kmeans_pixels"] = (_pixels(train), _pixels(test))
+        inputs["kmeans_pixels"] = (_pixels(train), _pixels(reported))
     if context.run.has(artifacts.EMBEDDINGS):
         embeddings = context.run.read(artifacts.EMBEDDINGS).rows
-        inputs["kmeans_features"] = (embeddings["train"], embeddings["test"])
+        inputs["kmeans_features"] = (embeddings["train"], embeddings[context.reported])
     return {
         name: kmeans_metrics(
             kmeans_baseline(fit, applied, context.n_clusters, seeds),
-            test.labels.numpy(),
+            reported.labels.numpy(),
             context.n_clusters,
             context.n_classes,
         )

@@ -16,7 +16,7 @@ from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.backbones import ModelConfig, check_image_size
 from ..models.pretrained import pretrained_input
 from ..random import stream_key
@@ -48,7 +48,19 @@ class Context:
     @property
     def clustered(self) -> dict[str, Source]:
         """The splits that are clustered, by name, in the order of assignments.csv."""
-        return {"train": self.splits.train, "test": self.splits.test}
+        test = {} if self.splits.test is None else {"test": self.splits.test}
+        return {"train": self.splits.train, **test}
+
+    @property
+    def reported(self) -> str:
+        """The split that metrics, baselines and the choice of a head are of: "test", or "train" if there is no test."""
+        return "train" if self.splits.test is None else "test"
+
+    @property
+    def counts(self) -> str:
+        """The numbers of images in words."""
+        train, test = self.splits.train, self.splits.test
+        return f"{len(train)} images" if test is None else f"{len(train)} training and {len(test)} test images"
 
     @property
     def model_config(self) -> ModelConfig:
@@ -154,20 +166,27 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
 def check_sizes(context: Context) -> None:
     """Refuse images that are too few for the clusters or neighbours, or of a size that the backbone does not take."""
     config = context.config
-    train, test = len(context.splits.train), len(context.splits.test)
-    if train < context.n_clusters:
-        raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
+    train, test = len(context.splits.train), context.splits.test
+    images = "images" if test is None else "training images"
+    if train < 3:
+        raise DataError(f"{train} {images if train > 1 else images[:-1]} cannot be grouped; add images, at least 3")
+    if train <= context.n_clusters:
+        raise ConfigError(
+            f"{train} {images} are too few for {context.n_clusters} groups, which must be fewer than the images; "
+            f"give --clusters from 2 to {train - 1}, or add images"
+        )
     if config.mining.k >= train:
         raise ConfigError(
-            f"mining.k={config.mining.k} must be below the number of training images, {train}; "
+            f"mining.k={config.mining.k} must be below the number of {images}, {train}; "
             f"use mining.k={max(1, min(20, train - 1))} or add images"
         )
     wanted = config.clustering.neighbors
     if wanted is not None and wanted > config.mining.k:
         raise ConfigError(f"clustering.neighbors={wanted} is more than the mining.k={config.mining.k} neighbours mined")
-    if test < 2:
+    if test is not None and len(test) < 2:
         raise ConfigError(
-            f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
+            f"{len(test)} held-out image is too few to select a head by; raise data.test_fraction, set it to 0, "
+            "or add images"
         )
     check_image_size(context.model_config, context.splits.train.size)
 

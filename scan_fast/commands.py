@@ -24,6 +24,7 @@ def train(options: argparse.Namespace) -> int:
     from .runs.tracker import Tracker
     from .stages.pipeline import forget, print_summary, run_stages, stages_of
     from .training.context import open_context
+    from .training.images import check_images
 
     config, folder = _configuration(options)
     if options.again and RunFolder(folder).has(CONFIG):
@@ -34,13 +35,17 @@ def train(options: argparse.Namespace) -> int:
         run = RunFolder.open(folder, config)
     with run:
         tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
-        context = open_context(config, run, tracker)
+        # Repeating all stages may be on other images: nothing that was learned of the former ones stays.
+        afresh = options.again and tuple(options.stages) in ((), ("pretext",))
+        context = open_context(config, run, tracker, other_images=afresh)
         names = list(options.stages) or stages_of(context)
         if names[0] not in stages_of(context):
             raise UsageError(f"this configuration has no {names[0]} stage (selflabel: null)")
         if options.again:
             forget(context, names[0])
             run.write(CONFIG, config)
+        if afresh:
+            check_images(run, context.clustered.values())
         tracker.say(
             f"{config.name}: {context.counts}, "
             f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"

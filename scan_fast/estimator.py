@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +20,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .data.datasets import source_from, split_source
-from .data.sources import Source
 from .devices import choose_device
-from .errors import ConfigError, DataError, RunError
+from .errors import ConfigError, DataError
 from .predictor import Predictor
-from .runs import artifacts
 from .runs.config import Config, find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
 from .training.context import open_context
+from .training.images import check_images
 from .training.process import set_threads
 
 LIST_SIDE = 128
@@ -131,7 +129,8 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
                 run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
                 with run:
-                    _check_images(run, source)
+                    if source.files is None:
+                        check_images(run, [source], arrays=True)
                     tracker = Tracker(run, quiet=not self.verbose)
                     context = open_context(config, run, tracker, splits)
                     run_stages(context, stages_of(context))
@@ -243,21 +242,6 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         tags.no_validation = True
         tags.transformer_tags.preserves_dtype = []
         return tags
-
-
-def _check_images(run: RunFolder, source: Source) -> None:
-    """Note which images a run is on, by names and, for images in memory, pixels; refuse to continue it on others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in source.paths:
-        digest.update(path.encode(errors="surrogateescape") + b"\0")
-    if source.files is None:
-        for rows in torch.arange(len(source)).split(1024):
-            digest.update(source.read(rows).numpy().data)
-    images = {"images": len(source), "digest": digest.hexdigest()}
-    if not run.has(artifacts.IMAGES):
-        run.write(artifacts.IMAGES, images)
-    elif run.read(artifacts.IMAGES) != images:
-        raise RunError(f"{run.path} holds a run on other images; choose another folder for out, or remove this one")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, gpu_status
+from .data.formats import FORMATS, missing_formats
 from .ops import native, trust
 from .ops.families import FAMILIES, GPU_FAMILIES, Family
 
@@ -22,7 +23,8 @@ OPTIONAL_PACKAGES = {
 
 
 def collect() -> dict[str, Any]:
-    """Return the facts as plain values."""
+    """Return the facts as plain values. An image format has what to install, or None if it can be read."""
+    missing = missing_formats()
     return {
         "scan_fast": __version__,
         "python": platform.python_version(),
@@ -37,6 +39,7 @@ def collect() -> dict[str, Any]:
         "gpu_kernels": gpu_status.records(),
         "gpu_trust": _gpu_trust(),
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
+        "image_formats": {format.name: missing.get(format.name) for format in FORMATS},
     }
 
 
@@ -94,6 +97,9 @@ def render(facts: dict[str, Any]) -> str:
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"
         for name, use in OPTIONAL_PACKAGES.items()
     ]
+    formats = facts["image_formats"]
+    lines.append(f"image formats: {', '.join(name for name, remedy in formats.items() if remedy is None)}")
+    lines += [f"  {name:<16} missing ({remedy})" for name, remedy in formats.items() if remedy is not None]
     return "\n".join(lines)
 
 

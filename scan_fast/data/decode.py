@@ -6,33 +6,20 @@ import io
 import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, augment
 from .encoded import Encoded
-
-with suppress(ImportError):  # photographs of iPhones, if the package is installed
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-
-#: Image files are recognised by suffix.
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"),
-        *(".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
-    }
-)
+from .formats import prepare
 
 #: Longest side that the native kernel accepts.
 MAX_SIDE = 16384
@@ -88,7 +75,18 @@ def read_header(encoded: Encoded | Path) -> Header:
 
 
 def _open(encoded: Encoded | Path) -> ImageFile.ImageFile:
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    try:
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    except UnidentifiedImageError:
+        # PIL learns some formats from other packages, which are imported when the first such image is met.
+        if isinstance(encoded, bytes):
+            start = encoded[:32]
+        else:
+            with open(encoded, "rb") as file:
+                start = file.read(32)
+        if not prepare(start):
+            raise
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
 
 
 JPEG_END = b"\xff\xd9"
@@ -193,8 +191,8 @@ def decode(
         with _open(encoded) as image:
             header = _header(image)
             if smallest is not None or not header.jpeg:
-                if smallest is not None:
-                    image.draft("RGB", (smallest, smallest))  # without effect on anything but a JPEG
+                if smallest is not None and image.format in ("JPEG", "MPO"):
+                    image.draft("RGB", (smallest, smallest))
                 with _alone(*image.size):
                     pixels = torch.from_numpy(np.array(to_rgb(image)))
                     if image.format == "PNG":
@@ -223,7 +221,8 @@ def decode_small(encoded: Encoded | Path, side: int) -> Image.Image:
     """
     with _open(encoded) as image:
         header = _header(image)
-        # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. Other formats ignore it.
+        # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. A HEIC file may hold a
+        # preview of that size. Other formats ignore it.
         image.draft("RGB", _within(image.size, 2 * side))
         with _alone(*image.size):
             image.load()

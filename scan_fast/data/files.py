@@ -9,13 +9,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, MissingPackageError
 from .decode import Box, Header, cut, decode, decode_small, read_header, square, to_array
 from .decode_cache import DecodeCache
-from .encoded import EncodedImages
+from .encoded import Encoded, EncodedImages, fingerprint
 from .sources import check_annotations, take_rows
 
 _SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."
@@ -30,6 +30,7 @@ class ImageFiles:
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
         heights, widths: (N,) int32 pixels of the upright images.
         orientations: (N,) uint8 EXIF orientations, 1 to 8; 1 is upright as stored.
+        fingerprints: (N,) uint64, see :func:`.encoded.fingerprint`.
         jpeg: (N,) bool, True for grey and YCbCr JPEGs. All others need :func:`.decode.decode`.
     """
 
@@ -43,6 +44,8 @@ class ImageFiles:
         self.jpeg = torch.zeros(len(images), dtype=torch.bool)
         # Views of the same memory: NumPy writes single entries much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
+        self.fingerprints = np.zeros(len(images), dtype=np.uint64)
+        self._mtimes = np.zeros(len(images), dtype=np.int64)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -59,6 +62,7 @@ class ImageFiles:
         some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
+        some.fingerprints, some._mtimes = self.fingerprints[indices.numpy()], self._mtimes[indices.numpy()]
         return some
 
     def encoded(self, indices: Tensor) -> list[np.ndarray]:
@@ -122,7 +126,7 @@ class ImageFiles:
             DataError: if the image can no longer be read.
         """
         try:
-            return decode_small(self.images.encoded(index), side)
+            return decode_small(self._unchanged(index), side)
         except Exception as error:
             raise self._unreadable(index, error) from error
 
@@ -131,12 +135,28 @@ class ImageFiles:
         if self.scaled:
             # Twice the wanted side leaves enough pixels to antialias every box.
             smallest = max(-(-2 * side * frame // min(box[2:])) for box, side in zip(boxes, sides, strict=True))
-        return decode(self.images.encoded(index), self.header(index), smallest=smallest)[1]
+        return decode(self._unchanged(index), self.header(index), smallest=smallest)[1]
 
-    def note(self, index: int, header: Header) -> None:
-        """Store the header of an image."""
+    def note(self, index: int, header: Header, fingerprint: int, mtime_ns: int) -> None:
+        """Store what was found out about an image when it was checked."""
         for column, value in zip(self._columns, header, strict=True):
             column[index] = value
+        self.fingerprints[index], self._mtimes[index] = fingerprint, mtime_ns
+
+    def _unchanged(self, index: int) -> Encoded:
+        """Return an image as it was when it was checked.
+
+        Raises:
+            OSError: if its file holds another image now: its header would not fit, and a run would be of other images.
+        """
+        encoded = self.images.encoded(index)
+        if isinstance(encoded, str):
+            mtime_ns = os.stat(encoded).st_mtime_ns
+            if mtime_ns != self._mtimes[index]:
+                if fingerprint(encoded) != int(self.fingerprints[index]):
+                    raise OSError("the file has changed")
+                self._mtimes[index] = mtime_ns
+        return encoded
 
     def header(self, index: int) -> Header:
         """Return the header of an image."""
@@ -145,13 +165,16 @@ class ImageFiles:
 
     def _bytes(self, index: int) -> np.ndarray:
         try:
-            return to_array(self.images.encoded(index))
+            return to_array(self._unchanged(index))
         except Exception as error:
             raise self._unreadable(index, error) from error
 
     def _unreadable(self, index: int, error: Exception) -> DataError:
         location = self.images.location(index)
-        return unreadable(location, _reason(error, location))
+        return DataError(
+            f"cannot read image {location}: {_reason(error, location)}. It could be read before: restore it, and the "
+            "same command continues"
+        )
 
 
 class FileSource:
@@ -226,21 +249,15 @@ class FileSource:
 
         def check(i: int) -> str | None:
             try:
-                if not decode_all:
-                    header = read_header(images.encoded(i))
+                if decode_all:
+                    header, mark, mtime_ns = self._decoded(i, smallest, pixels, decode_cache)
                 else:
-                    identity = images.identity(i)
-                    known = decode_cache.recall(identity)
-                    if known is None:
-                        header, image = decode(images.encoded(i), smallest=smallest)
-                        decode_cache.note(identity, header)
-                        if pixels is not None:
-                            pixels[i] = square(image, self.size).numpy()
-                    else:
-                        header = known
+                    encoded = images.encoded(i)
+                    mtime_ns = os.stat(encoded).st_mtime_ns if isinstance(encoded, str) else 0
+                    header, mark = read_header(encoded), fingerprint(encoded)
             except Exception as error:  # plugins of PIL raise OSError, ValueError, SyntaxError, struct.error and others
                 return _reason(error, images.location(i))
-            self.files.note(i, header)
+            self.files.note(i, header, mark, mtime_ns)
             return None
 
         kept = []
@@ -259,6 +276,23 @@ class FileSource:
                 len(self.skipped), f"images of {images.root}" if images.root else "images", self.skipped
             )
         return kept
+
+    def _decoded(
+        self, index: int, smallest: int | None, pixels: np.ndarray | None, decode_cache: DecodeCache
+    ) -> tuple[Header, int, int]:
+        """Decode an image, unless an earlier start did, and keep its square; return header, fingerprint and time."""
+        images = self.files.images
+        identity = images.identity(index)
+        known = decode_cache.recall(identity)
+        if known is not None:
+            return *known, identity.mtime_ns
+        encoded = images.encoded(index)
+        mark = fingerprint(encoded)
+        header, image = decode(encoded, smallest=smallest)
+        decode_cache.note(identity, header, mark)
+        if pixels is not None:
+            pixels[index] = square(image, self.size).numpy()
+        return header, mark, identity.mtime_ns
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8.
@@ -311,8 +345,7 @@ def none_readable(n: int, what: str, skipped: Sequence[tuple[str, str]]) -> Data
 
 
 def _reason(error: Exception, location: str) -> str:
-    advice = ""
-    if isinstance(error, UnidentifiedImageError) and location.lower().endswith((".heic", ".heif")):
-        advice = "; images of this kind need the package pillow-heif (pip install pillow-heif)"
+    if isinstance(error, MissingPackageError):
+        return str(error)
     text = str(error).replace(f" {location!r}", "")  # the message of the error names the image anyway
-    return f"{type(error).__name__}: {text}{advice}"
+    return f"{type(error).__name__}: {text}"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .decode import IMAGE_SUFFIXES, read_header
+from .decode import read_header
 from .encoded import EncodedImages
+from .formats import IMAGE_SUFFIXES
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "validation")

@@ -21,6 +21,7 @@ from .config import Config, build_config
 from .records import (
     Checkpoint,
     Embeddings,
+    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
@@ -165,8 +166,8 @@ DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_ca
 """The files that ``data.on_error=skip`` has found good; only changed ones are decoded again."""
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
 """The images left out as unreadable, with the reason."""
-IMAGES = Artifact("images.json", dump_json, load_json)
-"""The number and a digest of the images that ``ImageClusterer`` was fitted to with ``out``."""
+IMAGES = Artifact("images.npz", ImageRecord.dump, ImageRecord.load)
+"""Names and fingerprints of the images, so that a run does not continue on others."""
 
 PRETEXT_MODEL = _stage_result("pretext")
 """The trained backbone and projector."""

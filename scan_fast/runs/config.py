@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.datasets import DataConfig
@@ -143,6 +143,13 @@ class ClusteringConfig(TrainingConfig):
     """View of anchors and neighbours in training."""
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs between evaluations, among which the best epoch is selected."""
+
+    @field_validator("n_clusters", mode="before")
+    @classmethod
+    def _several(cls, n_clusters: Any) -> Any:
+        if n_clusters == 1:
+            raise ValueError("one group needs no clustering; give at least 2, got 1")
+        return n_clusters
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -186,6 +186,10 @@ class RunFolder:
         """Return whether a stage has been entered into summary.json."""
         return stage in self.summary().stages
 
+    def has_results(self) -> bool:
+        """Return whether a stage has finished or left a checkpoint."""
+        return bool(self.summary().stages) or any((self.path / artifacts.CHECKPOINTS).glob("*.pt"))
+
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
         """Enter a finished stage into summary.json."""
         summary = self.summary()

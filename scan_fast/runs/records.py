@@ -155,6 +155,39 @@ class PrecisionRecord:
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """The images that a run is on.
+
+    Attributes:
+        names: name of each image, in the order of the run.
+        fingerprints: (N,) uint64, equal as long as the image is.
+    """
+
+    names: list[str]
+    fingerprints: NDArray[np.uint64]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write an .npz with the names as bytes, each followed by a zero, and the fingerprints."""
+        names = "".join(f"{name}\0" for name in self.names).encode(errors="surrogateescape")
+        np.savez_compressed(file, names=np.frombuffer(names, dtype=np.uint8), fingerprints=self.fingerprints)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> ImageRecord:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        arrays = load_arrays(file)
+        if arrays.keys() != {"names", "fingerprints"}:
+            raise ValueError(f"it must hold names and fingerprints, it holds {', '.join(arrays)}")
+        names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
+        if len(names) != len(arrays["fingerprints"]):
+            raise ValueError(f"it holds {len(names)} names and {len(arrays['fingerprints'])} fingerprints")
+        return cls(names, arrays["fingerprints"])
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """The embeddings of all images, by split: (N, D) float32 unit rows."""
 

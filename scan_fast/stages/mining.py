@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, RunError
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
@@ -33,6 +33,12 @@ def run_mining(context: Context, handover: Handover) -> None:
     for split, source in context.clustered.items():
         k = config.k if split == "train" else min(config.test_k, len(source) - 1)
         embedding = F.normalize(embed(context, model, split, handover), dim=1)
+        if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
+            raise RunError(
+                f"all {len(source)} images have the same {config.features} features, so that there is nothing to "
+                "group: the pretext stage has not learned to tell them apart; lower pretext.optimizer.lr, and repeat "
+                f"it with scan-fast pretext {context.run.path} --again"
+            )
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()

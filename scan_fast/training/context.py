@@ -28,6 +28,7 @@ from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
 from ..views.renderers import make_renderer
+from .images import all_equal, check_images
 from .precision import Choice, choose_on_cpu
 from .process import set_threads
 
@@ -137,10 +138,20 @@ class Context:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
-def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
+def open_context(
+    config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None, *, other_images: bool = False
+) -> Context:
     """Open the images, choose the device and check the configuration against the images.
 
+    Args:
+        config: the configuration.
+        run: the run folder.
+        tracker: says where images are kept.
+        splits: the images; by default those that the configuration names.
+        other_images: do not refuse images other than those that the run began with, as its results are to be removed.
+
     Raises:
+        RunError: if the images have changed since the run began.
         ConfigError: if the device does not exist, or the images are too few for the configuration or too small
             for the backbone.
         DataError: if images cannot be read, or the renderer does not run on the device.
@@ -159,6 +170,8 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
         tracker.say("images: decoded from their files at each use (data.resident)")
     splits = normalized(splits, config)
     context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
+    if not other_images:
+        check_images(run, context.clustered.values())
     check_sizes(context)
     return context
 
@@ -189,6 +202,8 @@ def check_sizes(context: Context) -> None:
             "or add images"
         )
     check_image_size(context.model_config, context.splits.train.size)
+    if all_equal(context.splits.train):
+        raise DataError(f"all {train} {images} are the same picture; there is nothing to group")
 
 
 def resolved_model(model: ModelConfig, size: int) -> ModelConfig:

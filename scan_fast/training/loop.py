@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
-from ..errors import RunError
+from ..errors import DataError, RunError
 from ..random import stream_key
 from ..runs import artifacts
 from ..runs.config import ScheduleConfig, TrainingConfig
@@ -165,24 +165,28 @@ def train(stage: Stage[Any], context: Context) -> Training:
     ):
         while epoch < training.epochs:
             stage.train_mode()
-            for batch, size in _batches(stage, key, epoch, step):
-                set_learning_rate(optimizer, training, epoch, step, steps)
-                if compiling:
-                    compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
-                    tracker.say(
-                        "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
-                    )
-                else:
-                    do_step(batch)
-                step += 1
-                ticker.step(size)
-                if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
-                    save(writer)
-            averages = do_step.averages(steps)
-            check_finite(stage, do_step.totals, epoch)
+            try:
+                for batch, size in _batches(stage, key, epoch, step):
+                    set_learning_rate(optimizer, training, epoch, step, steps)
+                    if compiling:
+                        compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
+                        tracker.say(
+                            "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
+                        )
+                    else:
+                        do_step(batch)
+                    step += 1
+                    ticker.step(size)
+                    if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                        save(writer)
+                averages = do_step.averages(steps)
+                check_finite(stage, do_step.totals, epoch)
+                averages |= stage.end_epoch(epoch + 1, last=epoch + 1 == training.epochs)
+            except DataError:  # an image that can no longer be read: once it can, training goes on from here
+                save(writer)
+                raise
             epoch, step = epoch + 1, 0
             do_step.reset()
-            averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
             tracker.record(stage.name, epoch, epoch * steps, averages)
             ticker.epoch(epoch, training.epochs, averages)
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:

@@ -169,7 +169,7 @@ def test_limit_draws_some_training_images(tmp_path: Path) -> None:
     assert len(some.train) == 10 and set(some.train.paths) < set(whole.train.paths)
     assert some.train.paths != whole.train.paths[:10] and some.test.paths == whole.test.paths
     assert opened(tmp_path, limit=10, test_fraction=0.1).train.paths == some.train.paths
-    assert len(opened(tmp_path, limit=1000).train) == len(whole.train)
+    assert len(opened(tmp_path, limit=1000, test_fraction=0.1).train) == len(whole.train)
 
 
 def test_classes_file_chooses_and_orders(tmp_path: Path) -> None:

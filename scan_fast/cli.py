@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(overrides=[])
         sub.add_argument("--data", metavar="IMAGES", help=f"{IMAGES}, instead of a configuration")
-        sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
+        sub.add_argument(
+            "--clusters", type=_clusters, metavar="K", help="the number of groups, or auto (clustering.n_clusters)"
+        )
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
         sub.add_argument("--again", action="store_true", help="repeat this stage and those after it")
         sub.add_argument("--quiet", action="store_true", help="print errors only")
@@ -117,6 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--device", help="with --check: cuda (the default), cuda:N, or cpu for the CPU kernels")
     return parser
+
+
+def _clusters(text: str) -> int | str:
+    """Read the value of --clusters."""
+    return text if text == "auto" else int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
             check_images(run, context.clustered.values())
         tracker.say(
             f"{config.name}: {context.counts}, "
-            f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
+            f"{'a suggested number of' if context.suggests_number else context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
         )
         run_stages(context, names)
         print_summary(context, tracker)

@@ -40,6 +40,7 @@ class ModelConfig(Settings):
         projector: ``mlp`` (linear, ReLU, linear) or ``linear``.
         projection_dim: the size of the embedding that the pretext loss sees.
         hidden_dim: the hidden size of the ``mlp`` projector; None takes the backbone's feature size.
+        unit_features: cluster heads see features of length one.
         cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
         cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
     """
@@ -50,6 +51,7 @@ class ModelConfig(Settings):
     projector: Literal["mlp", "linear"] = "mlp"
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
+    unit_features: bool = False
     cluster_head: Literal["linear", "mlp"] = "linear"
     cluster_hidden_dim: int | None = Field(default=None, ge=1)
 

@@ -63,6 +63,7 @@ class ClusterModel(nn.Module):
         self.backbone = build_backbone(config)
         self.out_features = cast(int, self.backbone.out_features)
         self._n_clusters = n_clusters
+        self._unit_features = config.unit_features
         hidden = (config.cluster_hidden_dim or self.out_features) if config.cluster_head == "mlp" else None
         self.cluster_head = nn.ModuleList(_head(self.out_features, hidden, n_clusters) for _ in range(n_heads))
 
@@ -82,6 +83,8 @@ class ClusterModel(nn.Module):
 
     def heads(self, features: Tensor) -> Tensor:
         """Map features (B, out_features) to the logits of all heads, (H, B, C); linear heads in one matrix product."""
+        if self._unit_features:
+            features = F.normalize(features, dim=1)
         linears = [head for head in self.cluster_head if isinstance(head, nn.Linear)]
         if len(linears) < self.n_heads:
             return torch.stack([head(features) for head in self.cluster_head])
@@ -108,6 +111,7 @@ class ClusterModel(nn.Module):
         view.backbone = self.backbone
         view.out_features = self.out_features
         view._n_clusters = self._n_clusters
+        view._unit_features = self._unit_features
         view.cluster_head = nn.ModuleList([self.cluster_head[h]])
         view.training = self.training
         return view

@@ -114,7 +114,8 @@ def write_report(run: RunFolder, images: Images, *, title: str) -> Path:
 
 def _clusters(content: Content) -> list[ClusterView]:
     data = content.assignments
-    n_clusters = max(int(data.clusters.max(initial=-1)) + 1, content.config.clustering.n_clusters or 0)
+    wanted = content.config.clustering.n_clusters
+    n_clusters = max(int(data.clusters.max(initial=-1)) + 1, wanted if isinstance(wanted, int) else 0)
     nearest = _nearest(content, n_clusters)
     total = max(1, data.clusters.size)
     split_names = list(dict.fromkeys(data.splits))

@@ -26,6 +26,7 @@ from .records import (
     Neighbors,
     PrecisionRecord,
     StageResult,
+    SuggestedNumber,
     Summary,
     dump_json,
     dump_metrics,
@@ -39,6 +40,7 @@ T = TypeVar("T")
 COMMANDS: dict[str, str] = {
     "pretext": "pretext",
     "mining": "mine",
+    "number": "suggest-k",
     "clustering": "cluster",
     "selflabel": "selflabel",
 }
@@ -175,6 +177,8 @@ EMBEDDINGS = Artifact("embeddings.npz", Embeddings.dump, Embeddings.load, "minin
 """Unit rows, in the order of the images."""
 NEIGHBORS = Artifact("neighbors.npz", Neighbors.dump, Neighbors.load, "mining", _REPEAT)
 """The nearest neighbours of every image."""
+SUGGESTION = Artifact("suggested-k.json", SuggestedNumber.dump, SuggestedNumber.load, "number", _REPEAT)
+"""The suggested number of groups, with the scores of all numbers that were tried."""
 CLUSTER_MODEL = _stage_result("clustering")
 """The best epoch with all heads, and which head is the best."""
 SELFLABEL_MODEL = _stage_result("selflabel")
@@ -197,7 +201,10 @@ SWEEP = Artifact("sweep.json", dump_json, load_json)
 
 AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
-OF_STAGES: tuple[Artifact[Any], ...] = (PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS, CLUSTER_MODEL, SELFLABEL_MODEL)
+OF_STAGES: tuple[Artifact[Any], ...] = (
+    *(PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS),
+    *(SUGGESTION, CLUSTER_MODEL, SELFLABEL_MODEL),
+)
 """Written by the stages: repeating a stage removes its own and those of later stages."""
 AT_END: tuple[Artifact[Any], ...] = (ASSIGNMENTS, CONFUSION, CONFUSION_FIGURE, MODEL, REPORT)
 """Written after the last stage: repeating any stage removes them."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -29,6 +29,7 @@ from ..errors import ConfigError
 from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
 from ..objectives import ObjectiveConfig, SCANSettings
+from ..partitions import WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
 
@@ -122,8 +123,9 @@ class MiningConfig(Settings):
 class ClusteringConfig(TrainingConfig):
     """Stage two: cluster heads on pairs of an image and a neighbour."""
 
-    n_clusters: int | None = Field(default=None, ge=2)
-    """None: as many as the source has classes."""
+    n_clusters: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None
+    """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as the
+    source has classes, ``auto`` if it has none."""
     objective: ObjectiveConfig = SCANSettings()
     """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)
@@ -132,8 +134,12 @@ class ClusteringConfig(TrainingConfig):
     """Number of mined neighbours to draw from; None: all."""
     include_self: bool = True
     """Let an image be drawn as its own neighbour, as the reference does."""
-    update: Literal["full", "heads"] = "full"
-    """Train the whole network, or the heads on a frozen backbone."""
+    update: Literal["full", "heads", "features"] = "full"
+    """``full``: train the whole network. ``heads``: train the heads on a frozen backbone, on views of the images.
+    ``features``: group the features of the frozen backbone in several ways (``ways``), of which the best by a score
+    without labels is kept. It needs ``mining.features: backbone`` and takes seconds."""
+    ways: tuple[str, ...] = tuple(WAYS)
+    """With ``update: features``: the ways to group, besides k-means, which is always tried."""
     cached_views: int | None = Field(default=None, ge=1)
     """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
     take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
@@ -150,6 +156,19 @@ class ClusteringConfig(TrainingConfig):
         if n_clusters == 1:
             raise ValueError("one group needs no clustering; give at least 2, got 1")
         return n_clusters
+
+    @property
+    def trains(self) -> bool:
+        """Whether heads are trained on views of the images."""
+        return self.update != "features"
+
+    @field_validator("ways")
+    @classmethod
+    def _known_ways(cls, ways: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [way for way in ways if way not in WAYS]
+        if unknown:
+            raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
+        return ways
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,6 +260,8 @@ class Config(Settings):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         self.pretext.method.check(self.model, self.mining.features)
+        if self.clustering.update == "features" and self.mining.features != "backbone":
+            raise ValueError("clustering.update=features groups the backbone's features: set mining.features=backbone")
         if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
             raise ValueError(
                 f"clustering.initialize=kmeans needs model.cluster_head=linear, got {self.model.cluster_head}"

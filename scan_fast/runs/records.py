@@ -241,6 +241,35 @@ class Neighbors:
         return cls(index, similarity)
 
 
+@dataclass(frozen=True)
+class SuggestedNumber:
+    """The number of groups that :func:`..partitions.suggest_number` has suggested.
+
+    Attributes:
+        k: the number.
+        curve: for each number that was tried {"k", "score", "stability", "way"}.
+    """
+
+    k: int
+    curve: list[dict[str, Any]]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write JSON."""
+        dump_json({"k": self.k, "curve": self.curve}, file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> SuggestedNumber:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_json(file)
+        if not isinstance(content.get("k"), int) or not isinstance(content.get("curve"), list):
+            raise ValueError("it must hold k and curve")
+        return cls(content["k"], content["curve"])
+
+
 @dataclass
 class Checkpoint:
     """The state of a stage while it trains.

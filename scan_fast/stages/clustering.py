@@ -22,6 +22,7 @@ from .assessment import assess
 from .embedding import backbone_features
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
 from .inputs import mined_neighbors, pretext_model
+from .partitioning import run_partitioning
 
 NAME = "clustering"
 NEIGHBOR_DRAW = 2
@@ -149,6 +150,9 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 def run_clustering(context: Context, handover: Handover) -> None:
     """Train the heads (and the backbone, unless it is frozen) and keep the best head by its score."""
     config = context.config.clustering
+    if not config.trains:
+        run_partitioning(context, NAME, handover)
+        return
     with seeded(context.config.seed, NAME):
         model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
     model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
@@ -192,7 +196,7 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     from threadpoolctl import threadpool_limits
 
     features = backbone_features(context, model, "train", handover)
-    scale = features.norm(dim=1).mean()
+    scale = 1.0 if context.model_config.unit_features else features.norm(dim=1).mean()
     order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))
     rows = order[:KMEANS_IMAGES].sort().values
     unit = F.normalize(features[rows.to(features.device)], dim=1).cpu().numpy().astype(np.float64)

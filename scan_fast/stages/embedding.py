@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..evaluation.probes import knn_accuracy
 from ..models.heads import ClusterModel, PretextModel
+from ..runs.artifacts import EMBEDDINGS as EMBEDDED
 from ..training.context import Context
 from ..training.inference import forward_all
 from .handover import EMBEDDINGS, FEATURES, Handover
@@ -68,3 +70,14 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
         bank, train.labels, queries, labels, k=config.monitor_k, temperature=config.monitor_temperature
     )
     return {"knn_acc": accuracy}
+
+
+@torch.no_grad()
+def frozen_logits(context: Context, model: ClusterModel) -> dict[str, Tensor]:
+    """Return by split the (N, C) float32 logits, on the CPU, of one head on the stored backbone features."""
+    rows = context.run.read(EMBEDDED).rows
+    size, device = context.config.evaluation.batch_size, next(model.parameters()).device
+    return {
+        split: torch.cat([model.heads(part.to(device))[0].cpu() for part in torch.from_numpy(rows[split]).split(size)])
+        for split in context.clustered
+    }

@@ -19,7 +19,7 @@ from ..runs.tracker import Tracker
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.process import kept_memory
-from . import clustering, mining, pretext, selflabel
+from . import clustering, mining, number, pretext, selflabel
 from .assessment import assess
 from .embedding import knn_check
 from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
@@ -64,9 +64,15 @@ PIPELINE = (
         takes=(EMBEDDINGS, FEATURES),
     ),
     PipelineStage(
+        number.NAME,
+        number.run_number,
+        inputs=(artifacts.EMBEDDINGS,),
+        outputs=(artifacts.SUGGESTION,),
+    ),
+    PipelineStage(
         clustering.NAME,
         clustering.run_clustering,
-        inputs=(artifacts.PRETEXT_MODEL, artifacts.NEIGHBORS),
+        inputs=(artifacts.PRETEXT_MODEL, artifacts.EMBEDDINGS, artifacts.NEIGHBORS),
         outputs=(artifacts.CLUSTER_MODEL,),
         takes=(FEATURES,),
         hands_on=(CLUSTERING_LOGITS,),
@@ -89,7 +95,12 @@ FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS)
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
-    return [name for name in STAGES if name != selflabel.NAME or context.config.selflabel is not None]
+    left_out = set()
+    if context.config.selflabel is None:
+        left_out.add(selflabel.NAME)
+    if not context.suggests_number:
+        left_out.add(number.NAME)
+    return [name for name in STAGES if name not in left_out]
 
 
 def forget(context: Context, first: str) -> None:

@@ -16,6 +16,7 @@ from ..runs import artifacts
 from ..runs.tables import Assignments, Confusion, Predictions, Skipped
 from ..training.context import Context
 from ..training.inference import forward_all
+from .embedding import frozen_logits
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
 MOST_PIXELS = 4 << 30
@@ -35,6 +36,8 @@ def final_logits(context: Context, model: ClusterModel, name: str, handover: Han
     def compute(source: Source) -> Tensor:
         return forward_all(context, model, model, source)[0].cpu()
 
+    if name == CLUSTERING_LOGITS and not context.config.clustering.trains:
+        return frozen_logits(context, model)
     return {
         split: handover.get(name, split, lambda source=source: compute(source))  # type: ignore[misc]
         for split, source in context.clustered.items()

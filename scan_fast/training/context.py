@@ -66,7 +66,9 @@ class Context:
     @property
     def model_config(self) -> ModelConfig:
         """The model section with ``backbone: auto`` resolved from the image size."""
-        return resolved_model(self.config.model, self.splits.train.size)
+        model = resolved_model(self.config.model, self.splits.train.size)
+        # Features are grouped by direction, and so is what the head of the groups sees.
+        return model if self.config.clustering.trains else model.model_copy(update={"unit_features": True})
 
     @property
     def without_pretrained(self) -> ModelConfig:
@@ -74,17 +76,27 @@ class Context:
         return self.model_config.model_copy(update={"pretrained": False})
 
     @property
-    def n_clusters(self) -> int:
-        """The number of clusters: as configured, or as many as there are classes."""
-        if self.config.clustering.n_clusters is not None:
-            return self.config.clustering.n_clusters
+    def suggests_number(self) -> bool:
+        """Whether the number of clusters is suggested by the run itself, after mining."""
+        wanted = self.config.clustering.n_clusters
         names = self.splits.train.class_names
-        if names is None:
-            raise ConfigError("the images have no classes to count: give the number of clusters with --clusters K")
-        if len(names) < 2:
-            raise ConfigError(
-                f"the images have {len(names)} class folder; give --clusters K to say how many groups to look for"
-            )
+        return wanted == "auto" or (wanted is None and (names is None or len(names) < 2))
+
+    @property
+    def n_clusters(self) -> int:
+        """The number of clusters: as configured, as many as there are classes, or as suggested.
+
+        Raises:
+            RunError: if it is to be suggested and that has not been done.
+        """
+        if self.suggests_number:
+            self.run.require(artifacts.SUGGESTION)
+            return self.run.read(artifacts.SUGGESTION).k
+        wanted = self.config.clustering.n_clusters
+        if isinstance(wanted, int):
+            return wanted
+        names = self.splits.train.class_names
+        assert names is not None
         return len(names)
 
     @property
@@ -183,7 +195,7 @@ def check_sizes(context: Context) -> None:
     images = "images" if test is None else "training images"
     if train < 3:
         raise DataError(f"{train} {images if train > 1 else images[:-1]} cannot be grouped; add images, at least 3")
-    if train <= context.n_clusters:
+    if not context.suggests_number and train <= context.n_clusters:
         raise ConfigError(
             f"{train} {images} are too few for {context.n_clusters} groups, which must be fewer than the images; "
             f"give --clusters from 2 to {train - 1}, or add images"

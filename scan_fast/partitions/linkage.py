@@ -143,13 +143,14 @@ def cut(tree: Tree, groups: int, least: float = 0.0) -> Indices:
 
     Args:
         tree: merges of M items.
-        groups: number of groups, at most M.
+        groups: number of groups; M if it is more.
         least: least weight of a group.
 
     Returns:
         (M,) group of each item from 0, the heaviest first; -1 if it is in none.
     """
     m = len(tree.leaves)
+    groups = min(groups, m)
     weight = np.concatenate([tree.leaves, tree.sizes])
     large = weight >= least
     change = large[m:].astype(np.int64) - large[tree.pairs[:, 0]] - large[tree.pairs[:, 1]]

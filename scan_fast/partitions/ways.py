@@ -7,6 +7,7 @@ that the groups are equally large.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -112,8 +113,9 @@ def spectral_partitions(space: FeatureSpace, k: int) -> Partitions:
     def partition() -> Indices:
         links = _links(space)
         scale = scipy.sparse.diags(1 / np.sqrt(np.asarray(links.sum(axis=1)).ravel() + 1e-12))
-        start = np.ones(len(space))
-        _, vectors = eigsh(scale @ links @ scale, k=k, which="LA", v0=start, tol=1e-4)
+        # A start without symmetry: groups without any link to one another share an eigenvalue.
+        start = np.random.default_rng(space.seed).standard_normal(len(space))
+        _, vectors = eigsh(scale @ links @ scale, k=k, which="LA", v0=start)
         return kmeans(unit_rows(vectors.astype(np.float32)), k, space.seed, starts=4)[0]
 
     return {"": partition}
@@ -140,6 +142,7 @@ def kmeans(rows: Rows, k: int, seed: int, *, starts: int) -> tuple[Indices, Rows
         starts: number of starts; the one of least inertia counts.
     """
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     if k > len(rows):
@@ -149,7 +152,8 @@ def kmeans(rows: Rows, k: int, seed: int, *, starts: int) -> tuple[Indices, Rows
         fitted = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:FITTED_IMAGES])]
     # k-means++ compares each row with each new centre, which takes longer than all the rest for many centres.
     init = "k-means++" if k <= 500 else "random"
-    with threadpool_limits(1, user_api="openmp"):
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than groups: some stay empty
         model = KMeans(k, init=init, n_init=starts, random_state=seed % 2**32, max_iter=100).fit(fitted)
         labels = model.labels_ if fitted is rows else model.predict(rows)
     return labels.astype(np.int64), model.cluster_centers_.astype(np.float32)

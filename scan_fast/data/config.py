@@ -30,8 +30,8 @@ class DataConfig(Settings):
         mean, std: per-channel normalization in [0, 1]. Default: that of the pretrained weights if there are any, else
             the data set's, else ImageNet's.
         limit: train on this many images only, drawn at random, the same for every seed.
-        test_fraction: fraction that is held out for testing if the source has no test split of its own. 0: none, so
-            that every image is trained on and reported.
+        test_fraction: fraction that is held out for testing if the source brings no test split. 0: none, so that
+            every image is trained on and reported.
         classes_file: file with the name of one class folder per line, in the order of the labels; imagenet_50.txt,
             imagenet_100.txt and imagenet_200.txt without a folder are SCAN's ImageNet subsets.
         labels: "auto" reads labels if there are any, for reporting only; "none" ignores them.

@@ -158,7 +158,7 @@ def open_context(
     Args:
         config: the configuration.
         run: the run folder.
-        tracker: says where images are kept.
+        tracker: prints what was chosen, such as the memory that keeps the images.
         splits: the images; by default those that the configuration names.
         other_images: do not refuse images other than those that the run began with, as its results are to be removed.
 
@@ -197,8 +197,7 @@ def check_sizes(context: Context) -> None:
         raise DataError(f"{train} {images if train > 1 else images[:-1]} cannot be grouped; add images, at least 3")
     if not context.suggests_number and train <= context.n_clusters:
         raise ConfigError(
-            f"{train} {images} are too few for {context.n_clusters} groups, which must be fewer than the images; "
-            f"give --clusters from 2 to {train - 1}, or add images"
+            f"{train} {images} are too few for {context.n_clusters} clusters; ask for 2 to {train - 1}, or add images"
         )
     if config.mining.k >= train:
         raise ConfigError(

@@ -62,12 +62,14 @@ def _compare(run: RunFolder, then: ImageRecord, now: ImageRecord, skipped: dict[
     shown = ", ".join(found[:3]) if found else "their order or their split has changed"
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     raise RunError(
-        f"{run.path} holds a run on other images than there are now: {shown}{more}. Undo this, and the same command "
-        "continues; or choose another folder for a new run"
+        f"{run.path} holds a run on other images: {shown}{more}. Undo this, and the same command continues; or choose "
+        "another folder for a new run"
     )
 
 
 def all_equal(source: Source) -> bool:
-    """Return whether all images have the same pixels; reading ends at the first that differs."""
+    """Return whether all images are copies of one: by pixels if they are in memory, else by their files."""
+    if not source.resident and source.files is not None:
+        return bool((source.files.fingerprints == source.files.fingerprints[0]).all())
     first = source.read(torch.zeros(1, dtype=torch.int64))
     return all(bool((source.read(rows) == first).all()) for rows in torch.arange(len(source)).split(64))

@@ -45,6 +45,7 @@ def test_predict_writes_a_row_for_each_image(finished_run: Path, images: Path, t
 
 def test_the_predictor_agrees_with_the_runs_own_table(finished_run: Path, tmp_path: Path) -> None:
     source = open_splits(tiny_config().data).test
+    assert source is not None
     probabilities = Predictor.load(finished_run).probabilities(source)
     table = {row["path"]: row for row in assignments(finished_run)}
     assert len(source) == 449

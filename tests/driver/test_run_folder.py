@@ -195,7 +195,8 @@ def test_images_that_changed_are_noticed(images: Path) -> None:
     assert run_here("pretext", *words).code == 0
     assert run_here("mine", *words).code == 0
     fill(images, 5, first=100)
-    assert "start again in a new folder" in run_here("cluster", *words).refusal()
+    message = run_here("cluster", *words).refusal()
+    assert "out holds a run on other images: 100.png is new, 101.png is new, 102.png is new and 2 more." in message
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def file_sources(
 
     Args:
         parts: the images of each part.
-        config: image_size, on_error, workers, decode, resident and crop are used.
+        config: image_size, interpolation, on_error, workers, decode, resident and crop are used.
         size: side of the square images; ``data.image_size`` by default, else chosen from the first part's images.
         decode_cache: images that an earlier start has decoded.
 
@@ -146,6 +146,7 @@ def file_sources(
             workers=config.workers,
             resident=resident,
             scaled=config.decode == "scaled",
+            interpolation=config.filter,
             problems=part.problems,
             decode_cache=decode_cache,
         )

@@ -38,7 +38,7 @@ PUBLISHED: dict[str, Published] = {
         "timm:vit_base_patch14_dinov2.lvd142m", 224, 768, 23.16, 85.7, 346, "Apache-2.0", "DINOv2 on 142 M images"
     ),
     "convnext-tiny": Published(
-        "timm:convnext_tiny.in12k", 224, 768, 4.46, 27.8, 148, "Apache-2.0", "labels of ImageNet-12k"
+        "timm:convnext_tiny.in12k", 224, 768, 4.45, 27.8, 148, "Apache-2.0", "labels of ImageNet-12k"
     ),
     "resnet50-imagenet": Published(
         "timm:resnet50.tv_in1k", 224, 2048, 4.09, 23.5, 102, "BSD-3-Clause", "labels of ImageNet-1k"
@@ -50,7 +50,7 @@ PUBLISHED: dict[str, Published] = {
         "timm:tf_efficientnet_lite0.in1k", 224, 1280, 0.38, 3.4, 19, "Apache-2.0", "labels of ImageNet-1k"
     ),
     "mobilenetv4-small": Published(
-        "timm:mobilenetv4_conv_small.e2400_r224_in1k", 224, 1280, 0.19, 2.5, 15, "Apache-2.0", "labels of ImageNet-1k"
+        "timm:mobilenetv4_conv_small.e2400_r224_in1k", 224, 1280, 0.18, 2.5, 15, "Apache-2.0", "labels of ImageNet-1k"
     ),
 }
 """By short name, the strongest first; the last ones are for slow machines."""

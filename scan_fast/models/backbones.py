@@ -46,7 +46,7 @@ class ModelConfig(Settings):
             ``efficientnet-lite0``, ``mobilenetv4-small`` (see docs/pretrained.md).
         width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
         pretrained: start from the weights that torchvision or timm publish (``torchvision:``, ``timm:`` and short names
-            only). Default: true for a short name without ``weights``, else false.
+            only). A short name without ``weights`` implies it, unless it is set to false.
         weights: start from the weights in this file (.safetensors, or a state dict or checkpoint of torch.save). Every
             entry of the backbone must be in it; classifiers and projectors are left out.
         image_size: side in pixels of the images that a network with one position per patch is built for. Default: that
@@ -60,7 +60,7 @@ class ModelConfig(Settings):
 
     backbone: str = "resnet18_cifar"
     width: float = Field(default=1.0, gt=0, le=16)
-    pretrained: bool | None = None
+    pretrained: bool = False
     weights: Path | None = None
     image_size: int | None = Field(default=None, ge=1)
     projector: Literal["mlp", "linear"] = "mlp"
@@ -77,10 +77,11 @@ class ModelConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_of_pretrained(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("pretrained") is None:
-            short = isinstance(values.get("backbone"), str) and values["backbone"] in PUBLISHED
-            return {**values, "pretrained": short and values.get("weights") is None}
+    def _short_names_are_pretrained(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "pretrained" not in values and values.get("weights") is None:
+            name = values.get("backbone")
+            if isinstance(name, str) and name in PUBLISHED:
+                return {**values, "pretrained": True}
         return values
 
     @model_validator(mode="after")
@@ -120,7 +121,7 @@ class ModelConfig(Settings):
     @property
     def has_weights(self) -> bool:
         """True if the network starts from published weights or those of a file."""
-        return bool(self.pretrained) or self.weights is not None
+        return self.pretrained or self.weights is not None
 
     def from_scratch(self) -> Self:
         """Return the same network with random weights, for weights that come from elsewhere or none."""

@@ -105,6 +105,16 @@ def test_the_nearest_name_is_offered_and_all_are_listed() -> None:
         assert f"{name} " in page and entry.licence in page
 
 
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `") and "`timm:" in line]
+    assert rows == [
+        f"| `{name}` | `{e.backbone}` | {e.side} | {e.features} | {e.multiply_adds:.2f} G | {e.parameters:.1f} M | "
+        f"{e.download} MB | {e.licence} | {e.training} |"
+        for name, e in PUBLISHED.items()
+    ]
+
+
 def test_a_network_with_positions_is_built_for_the_images() -> None:
     config = ModelConfig(backbone="timm:vit_tiny_patch16_224").for_images(96)
     assert config.image_size == 96
@@ -164,7 +174,9 @@ def test_a_file_put_there_by_hand_is_taken_without_a_network(offline: Path, tmp_
         found = build_backbone(config).eval()(images)
         torch.testing.assert_close(found, model.forward_head(model.forward_features(images), pre_logits=True))
     download.place.write_bytes(download.place.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match=r"is not readable as the weights of timm:test_resnet\.r160_in1k .*remove it"):
+    with pytest.raises(
+        WeightsError, match=r"is not readable as the weights of timm:test_resnet\.r160_in1k .*remove it"
+    ):
         build_backbone(config)
 
 
@@ -225,7 +237,13 @@ def test_a_view_is_the_weights_own_transform_of_a_square_image(name: str, crop: 
         pixels = np.stack([(wave - wave.min()) / np.ptp(wave) * 255 for wave in waves], axis=-1).astype(np.uint8)
         pictures.append(Image.fromarray(pixels))
     fill(tmp_path / "photos", 12, make=lambda number: pictures[number])
-    words = (*TINY_FOLDER, f"data.root={tmp_path / 'photos'}", "data.image_size=null", f"data.crop={crop}", "data.test_fraction=0.3")
+    words = (
+        *TINY_FOLDER,
+        f"data.root={tmp_path / 'photos'}",
+        "data.image_size=null",
+        f"data.crop={crop}",
+        "data.test_fraction=0.3",
+    )
     words = tuple(word for word in words if not word.startswith("model."))
     config = load_config(
         find_config("folder"),

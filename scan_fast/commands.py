@@ -46,10 +46,9 @@ def train(options: argparse.Namespace) -> int:
             run.write(CONFIG, config)
         if afresh:
             check_images(run, context.clustered.values())
-        tracker.say(
-            f"{config.name}: {context.counts}, "
-            f"{'a suggested number of' if context.suggests_number else context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
-        )
+        groups = "a suggested number of" if context.suggests_number else context.n_clusters
+        backbone = context.model_config.backbone
+        tracker.say(f"{config.name}: {context.counts}, {groups} clusters, {backbone} on {context.device}, {run.path}")
         run_stages(context, names)
         print_summary(context, tracker)
     return 0

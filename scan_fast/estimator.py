@@ -27,7 +27,7 @@ from .runs.config import Config, find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
-from .training.context import open_context
+from .training.context import data_settings, open_context, weights_input
 from .training.images import check_images
 from .training.process import set_threads
 
@@ -58,8 +58,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     - a torch ``Dataset`` with a length, whose items are images, or tuples that start with an image.
 
     Images are cut to their centre square and resized to ``data.image_size`` pixels. Its default is chosen while
-    fitting: the images' own size for arrays and tensors; 32, 64, 96 or 128 by the median shorter side for files and
-    containers; the median shorter side, at most 128, for lists of images; the first image's shorter side for a Dataset.
+    fitting: that of the weights that the model starts from, if there are any; else the images' own size for arrays and
+    tensors; 32, 64, 96 or 128 by the median shorter side for files and containers; the median shorter side, at most
+    128, for lists of images; the first image's shorter side for a Dataset.
 
     Args:
         n_clusters: Number of clusters, at least 2.
@@ -120,11 +121,13 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         """
         config = self._config()
         images = _as_images(X)
-        if isinstance(images, _ImageList) and config.data.image_size is None:
+        opened = data_settings(config, weights_input(config))
+        if isinstance(images, _ImageList) and opened.image_size is None:
             data = config.data.model_copy(update={"image_size": images.default_side()})
             config = config.model_copy(update={"data": data})
+            opened = data_settings(config, weights_input(config))
         with _process_state(config.runtime.threads):
-            source = source_from(images, config.data)
+            source = source_from(images, opened)
             splits = split_source(source, config.data)
             with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
                 run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from . import __version__, gpu_status
 from .data.formats import FORMATS, missing_formats
+from .models.published import PUBLISHED, table
 from .ops import native, trust
 from .ops.families import FAMILIES, GPU_FAMILIES, Family
 
@@ -38,6 +40,7 @@ def collect() -> dict[str, Any]:
         },
         "gpu_kernels": gpu_status.records(),
         "gpu_trust": _gpu_trust(),
+        "pretrained_backbones": {name: asdict(entry) for name, entry in PUBLISHED.items()},
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
         "image_formats": {format.name: missing.get(format.name) for format in FORMATS},
     }
@@ -92,6 +95,8 @@ def render(facts: dict[str, Any]) -> str:
         lines.append("on this GPU (the first use tests what was not tested; --check tests all now):")
     for name, sets in facts["gpu_trust"].items():
         lines += [f"  {name:<12} {kernels:<9} {standing}" for kernels, standing in sets.items()]
+    lines.append("pretrained backbones (model.backbone=NAME, see docs/pretrained.md):")
+    lines += [f"  {line}" for line in table()]
     lines.append("optional packages:")
     lines += [
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"

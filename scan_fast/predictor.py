@@ -89,7 +89,13 @@ class Predictor:
         Raises:
             DataError: for images that cannot be read.
         """
-        config = DataConfig(image_size=self.size, resident="files", crop=self.saved.crop, decode=self.saved.decode)
+        config = DataConfig(
+            image_size=self.size,
+            interpolation=self.saved.interpolation,
+            resident="files",
+            crop=self.saved.crop,
+            decode=self.saved.decode,
+        )
         return source_from(images, config)
 
     def probabilities(self, source: Source, batch_size: int = 512) -> Tensor:

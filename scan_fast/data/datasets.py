@@ -126,8 +126,8 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
     Args:
         images: a folder (labelled if it has a sub-folder per class), ``PREFIX:ARGUMENT`` as in ``data.source`` (all
             splits together), a list of files, a torch Dataset, or an array or tensor (N, H, W, C) or (N, H, W) uint8.
-        config: image_size (by default the images' own; for encoded images chosen as for a folder), on_error, resident,
-            decode and workers.
+        config: image_size (by default the images' own; for encoded images chosen as for a folder), interpolation,
+            on_error, resident, decode and workers.
 
     Raises:
         DataError: for anything else, or if images cannot be read.
@@ -142,7 +142,7 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
         listing = list_folder(Path(images).expanduser())
         return file_source(folder_contents(listing, listing.folder), config)
     if isinstance(images, (Tensor, np.ndarray)):
-        return TensorSource(torch.as_tensor(images), size=size)
+        return TensorSource(torch.as_tensor(images), size=size, interpolation=config.filter)
     if isinstance(images, (list, tuple)):
         if not images:
             raise DataError("images must not be empty, got an empty list")
@@ -151,7 +151,7 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
         files = [os.path.expanduser(item) for item in images]
         return file_source(Contents(ImagePaths(files)), config)
     if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
-        return dataset_source(images, size)
+        return dataset_source(images, size, config.filter)
     raise DataError(
         "images must be a folder, a source such as webdataset:SHARDS, a list of files, a torch Dataset, "
         "or a uint8 array or tensor (N, H, W, C), "

@@ -16,6 +16,7 @@ from ..errors import DataError, MissingPackageError
 from .decode import Box, Header, cut, decode, decode_small, read_header, square, to_array
 from .decode_cache import DecodeCache
 from .encoded import Encoded, EncodedImages, fingerprint
+from .resize import Interpolation
 from .sources import check_annotations, take_rows
 
 _SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."
@@ -28,16 +29,25 @@ class ImageFiles:
         images: the encoded images.
         workers: decoding threads; by default one per core, at most 16.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
+        interpolation: the filter that resizes what is cut out, see ``data.interpolation``.
         heights, widths: (N,) int32 pixels of the upright images.
         orientations: (N,) uint8 EXIF orientations, 1 to 8; 1 is upright as stored.
         fingerprints: (N,) uint64, see :func:`.encoded.fingerprint`.
         jpeg: (N,) bool, True for grey and YCbCr JPEGs. All others need :func:`.decode.decode`.
     """
 
-    def __init__(self, images: EncodedImages, workers: int | None = None, *, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        images: EncodedImages,
+        workers: int | None = None,
+        *,
+        scaled: bool = False,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         self.images = images
         self.workers = workers or min(16, _cores())
         self.scaled = scaled
+        self.interpolation: Interpolation = interpolation
         self.heights = torch.zeros(len(images), dtype=torch.int32)
         self.widths = torch.zeros(len(images), dtype=torch.int32)
         self.orientations = torch.ones(len(images), dtype=torch.uint8)
@@ -58,7 +68,8 @@ class ImageFiles:
 
     def take(self, indices: Tensor) -> ImageFiles:
         """Return some of the images, (n,) int64."""
-        some = ImageFiles(self.images.select(indices.tolist()), self.workers, scaled=self.scaled)
+        chosen = self.images.select(indices.tolist())
+        some = ImageFiles(chosen, self.workers, scaled=self.scaled, interpolation=self.interpolation)
         some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
@@ -108,7 +119,7 @@ class ImageFiles:
                     image = self._decode(numbers[row], frame, wanted, sides)
                     for part, box, side in zip(out, wanted, sides, strict=True):
                         pixels = in_pixels(box, frame, *image.shape[:2])
-                        part[row] = cut(image, torch.tensor([pixels]), side)[0]
+                        part[row] = cut(image, torch.tensor([pixels]), side, self.interpolation)[0]
                 except Exception as error:
                     raise self._unreadable(numbers[row], error) from error
 
@@ -194,6 +205,7 @@ class FileSource:
         workers: decoding threads; by default the number of cores, at most 16.
         resident: keep the decoded images in memory: N * size * size * 3 bytes.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
+        interpolation: the filter of the resize, see ``data.interpolation``.
         problems: (name, reason) of images that could not be listed; treated as unreadable.
         decode_cache: images that an earlier start has decoded; those decoded here are entered.
 
@@ -212,6 +224,7 @@ class FileSource:
         workers: int | None = None,
         resident: bool = True,
         scaled: bool = False,
+        interpolation: Interpolation = "bilinear",
         problems: Sequence[tuple[str, str]] = (),
         decode_cache: DecodeCache | None = None,
     ) -> None:
@@ -219,7 +232,7 @@ class FileSource:
             raise DataError("images must hold at least one image, got none")
         if problems and on_error == "raise":
             raise unreadable(os.path.join(images.root, problems[0][0]), problems[0][1])
-        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled)
+        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled, interpolation=interpolation)
         check_annotations(len(images), labels, images.names)
         self.size = size
         self.class_names = None if class_names is None else list(class_names)
@@ -291,7 +304,7 @@ class FileSource:
         header, image = decode(encoded, smallest=smallest)
         decode_cache.note(identity, header, mark)
         if pixels is not None:
-            pixels[index] = square(image, self.size).numpy()
+            pixels[index] = square(image, self.size, self.files.interpolation).numpy()
         return header, mark, identity.mtime_ns
 
     def read(self, indices: Tensor) -> Tensor:

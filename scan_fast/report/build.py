@@ -183,7 +183,13 @@ def _facts(content: Content, clusters: Sequence[ClusterView]) -> list[tuple[str,
     facts.append(("clusters", _count(len(clusters))))
     if not np.isnan(data.confidence).all():
         facts.append(("mean confidence", _percent(float(np.nanmean(data.confidence)))))
-    facts.append(("backbone", content.config.model.backbone))
+    backbone = content.config.model.backbone
+    if summary.backbone is not None:  # what an open choice of the configuration stands for
+        backbone = str(summary.backbone["backbone"])
+        facts.append(("weights", str(summary.backbone["weights"] or "random at first")))
+        side = summary.backbone["image_size"]
+        facts.append(("image size", f"{side} × {side}"))
+    facts.append(("backbone", backbone))
     facts.append(("seed", str(content.config.seed)))
     if summary.stages:
         facts.append(("time", duration(summary.seconds)))

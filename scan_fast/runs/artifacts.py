@@ -19,6 +19,7 @@ from ..errors import RunError, ScanFastError, WeightsError
 from ..models.saved import SavedModel
 from .config import Config, build_config
 from .records import (
+    BackboneRecord,
     Checkpoint,
     Embeddings,
     ImageRecord,
@@ -164,6 +165,8 @@ METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, 
 
 PRECISION = Artifact("precision.json", PrecisionRecord.dump, PrecisionRecord.load)
 """The dtype that ``precision=auto`` stands for, and why."""
+BACKBONE = Artifact("backbone.json", BackboneRecord.dump, BackboneRecord.load)
+"""The network, its images and the weights that it starts from, with their digest."""
 DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_cache)
 """The files that ``data.on_error=skip`` has found good; only changed ones are decoded again."""
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
@@ -199,7 +202,7 @@ REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
 SWEEP = Artifact("sweep.json", dump_json, load_json)
 """In the folder that holds the runs of a sweep: mean and deviation of their results."""
 
-AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED, IMAGES)
+AT_START: tuple[Artifact[Any], ...] = (PRECISION, BACKBONE, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
 OF_STAGES: tuple[Artifact[Any], ...] = (
     *(PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS),

@@ -124,8 +124,8 @@ class ClusteringConfig(TrainingConfig):
     """Stage two: cluster heads on pairs of an image and a neighbour."""
 
     n_clusters: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None
-    """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as the
-    source has classes, ``auto`` if it has none."""
+    """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as
+    the source has classes, ``auto`` if it has none."""
     objective: ObjectiveConfig = SCANSettings()
     """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
     heads: int = Field(default=1, ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 from ..atomic import is_leftover, remove_leftovers
 from ..errors import RunError
 from . import artifacts
-from .artifacts import CONFIG, METRICS, SUMMARY, Artifact
+from .artifacts import BACKBONE, CONFIG, METRICS, SUMMARY, Artifact
 from .config import Config, differences
 from .records import MetricsEntry, Summary
 
@@ -194,6 +195,8 @@ class RunFolder:
         """Enter a finished stage into summary.json."""
         summary = self.summary()
         summary.seed = seed
+        if self.has(BACKBONE):
+            summary.backbone = asdict(self.read(BACKBONE))
         summary.stages[stage] = {"seconds": round(seconds, 3), **results}
         self.write(SUMMARY, summary)
 

@@ -16,6 +16,7 @@ from ..runs import artifacts
 from ..runs.artifacts import Artifact
 from ..runs.records import Summary
 from ..runs.tracker import Tracker
+from ..training.backbone import note_backbone
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.process import kept_memory
@@ -117,6 +118,7 @@ def run_stages(context: Context, names: Sequence[str]) -> None:
 
 def _run_stages(context: Context, names: Sequence[str]) -> None:
     run, tracker = context.run, context.tracker
+    tracker.say(f"backbone: {note_backbone(context)}")
     skipped = write_skipped(context)
     if skipped:
         path, reason = skipped[0]

@@ -14,7 +14,7 @@ from ..models.saved import SavedModel
 from ..report.figures import confusion_png
 from ..runs import artifacts
 from ..runs.tables import Assignments, Confusion, Predictions, Skipped
-from ..training.context import Context
+from ..training.context import Context, data_settings
 from ..training.inference import forward_all
 from .embedding import frozen_logits
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
@@ -100,6 +100,7 @@ def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel
         mean=context.splits.mean,
         std=context.splits.std,
         state_dict={name: value.cpu() for name, value in model.state_dict().items()},
+        interpolation=data_settings(context.config, context.input).filter,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..data.datasets import Splits, open_splits
+from ..data.datasets import DataConfig, Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
 from ..errors import ConfigError, DataError
 from ..models.backbones import ModelConfig, check_image_size
-from ..models.pretrained import pretrained_input
+from ..models.pretrained import InputFormat, prepare_weights, pretrained_input
 from ..random import stream_key
 from ..runs import artifacts
 from ..runs.config import Config
@@ -45,6 +45,10 @@ class Context:
     splits: Splits
     device: torch.device
     renderer: Renderer
+    input: InputFormat | None = None
+    """Images as the weights that the run starts from expect them; None for random weights."""
+    left_out: Sequence[str] = ()
+    """Entries of ``model.weights`` that the backbone has no place for."""
 
     @property
     def clustered(self) -> dict[str, Source]:
@@ -65,15 +69,26 @@ class Context:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model section with ``backbone: auto`` resolved from the image size."""
-        model = resolved_model(self.config.model, self.splits.train.size)
+        """The model section with ``backbone: auto`` resolved from the image size, built for the plain view's size."""
+        side = self.config.clustering.view.size or self.side
+        model = resolved_model(self.config.model, self.splits.train.size).for_images(side)
         # Features are grouped by direction, and so is what the head of the groups sees.
         return model if self.config.clustering.trains else model.model_copy(update={"unit_features": True})
 
     @property
+    def side(self) -> int:
+        """The side in pixels of views that name none.
+
+        If the weights that the run starts from choose the image size, it is theirs, and views are cut out of slightly
+        larger images as in the weights' training. Otherwise it is the images' size.
+        """
+        chosen = None if self.config.data.image_size is not None or self.input is None else self.input.size
+        return chosen or self.splits.train.size
+
+    @property
     def without_pretrained(self) -> ModelConfig:
-        """The model section without pretrained weights, for a network whose weights come from this run."""
-        return self.model_config.model_copy(update={"pretrained": False})
+        """The model section with random weights, for a network whose weights come from this run."""
+        return self.model_config.from_scratch()
 
     @property
     def suggests_number(self) -> bool:
@@ -110,8 +125,8 @@ class Context:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def view(self, view: View) -> View:
-        """Return the view with an open size set to the images' size."""
-        return view.resolved(self.splits.train.size)
+        """Return the view with an open size set to :attr:`side`."""
+        return view.resolved(self.side)
 
     @property
     def plain_view(self) -> View:
@@ -134,7 +149,7 @@ class Context:
             return torch.bfloat16 if wanted == "bfloat16" else torch.float32
         if self.device.type == "cuda":
             return torch.bfloat16
-        model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
+        model, side = self.model_config, self.config.pretext.method.side(self.side)
         tried = {"model": model.model_dump(mode="json"), "side": side}
         if self.run.has(artifacts.PRECISION):
             record = self.run.read(artifacts.PRECISION)
@@ -155,6 +170,8 @@ def open_context(
 ) -> Context:
     """Open the images, choose the device and check the configuration against the images.
 
+    Weights that the run starts from are fetched or checked first, unless the stage that takes them is finished.
+
     Args:
         config: the configuration.
         run: the run folder.
@@ -167,12 +184,15 @@ def open_context(
         ConfigError: if the device does not exist, or the images are too few for the configuration or too small
             for the backbone.
         DataError: if images cannot be read, or the renderer does not run on the device.
+        WeightsError: if the weights cannot be fetched, or their file does not fit the backbone.
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
+    left_out = [] if run.finished("pretext") else prepare_weights(config.model)
+    expected = weights_input(config)
     if splits is None:
         decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
-        splits = open_splits(config.data, decode_cache)
+        splits = open_splits(data_settings(config, expected), decode_cache)
         if decode_cache.changed:
             run.write(artifacts.DECODE_CACHE, decode_cache)
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
@@ -180,8 +200,9 @@ def open_context(
         tracker.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         tracker.say("images: decoded from their files at each use (data.resident)")
-    splits = normalized(splits, config)
-    context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
+    splits = normalized(splits, config, expected)
+    renderer = make_renderer(config.data, splits, device)
+    context = Context(config, run, tracker, splits, device, renderer, expected, left_out)
     if not other_images:
         check_images(run, context.clustered.values())
     check_sizes(context)
@@ -212,7 +233,9 @@ def check_sizes(context: Context) -> None:
             f"{len(test)} held-out image is too few to select a head by; raise data.test_fraction, set it to 0, "
             "or add images"
         )
-    check_image_size(context.model_config, context.splits.train.size)
+    side = context.plain_view.side
+    for size in sorted({side, config.pretext.method.side(context.side) if config.pretext.method.trains else side}):
+        check_image_size(context.model_config, size)
     if all_equal(context.splits.train):
         raise DataError(f"all {train} {images} are the same picture; there is nothing to group")
 
@@ -225,14 +248,45 @@ def resolved_model(model: ModelConfig, size: int) -> ModelConfig:
     return model.model_copy(update={"backbone": backbone})
 
 
-def normalized(splits: Splits, config: Config) -> Splits:
+def weights_input(config: Config) -> InputFormat | None:
+    """Return the input format of the weights that a run starts from, None for random weights.
+
+    Raises:
+        ConfigError: if the library has no pretrained weights of that name.
+        WeightsError: if the file of ``pretext.method=weights`` cannot be read.
+    """
+    return pretrained_input(config.model) or config.pretext.method.input_format()
+
+
+def data_settings(config: Config, expected: InputFormat | None) -> DataConfig:
+    """Return the data section with an open image size and filter set to those of the weights.
+
+    Args:
+        config: the configuration.
+        expected: the result of :func:`weights_input`.
+    """
+    data = config.data
+    changes: dict[str, object] = {}
+    if expected is None:
+        return data
+    if data.image_size is None and expected.size is not None:
+        changes["image_size"] = expected.resize or expected.size
+    if data.interpolation == "auto":
+        changes["interpolation"] = expected.interpolation
+    return data.model_copy(update=changes)
+
+
+def normalized(splits: Splits, config: Config, expected: InputFormat | None) -> Splits:
     """Return the splits with the normalisation of the run.
 
     ``data.mean`` and ``data.std`` come first, then those of the weights that the backbone starts from, then those of
     the data set, which ``splits`` brings.
+
+    Args:
+        splits: the images.
+        config: the configuration.
+        expected: the result of :func:`weights_input`.
     """
-    model = resolved_model(config.model, splits.train.size)
-    expected = pretrained_input(model) or config.pretext.method.input_format()
     if expected is None:
         return splits
     return replace(splits, mean=config.data.mean or expected.mean, std=config.data.std or expected.std)

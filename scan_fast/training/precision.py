@@ -51,7 +51,7 @@ def choose_on_cpu(config: ModelConfig, side: int) -> Choice:
         unit = "AVX-512-BF16"
     else:
         return Choice("float32", "this processor has no bfloat16 products")
-    output, gradient = _errors(config.model_copy(update={"pretrained": False}).model_dump_json(), side)
+    output, gradient = _errors(config.from_scratch().model_dump_json(), side)
     if not (output < OUTPUT_ERROR and gradient < GRADIENT_ERROR):
         return Choice(
             "float32", f"bfloat16 is wrong here: relative error {output:.2g} forward, {gradient:.2g} backward"

@@ -77,7 +77,7 @@ def test_forgetting_removes_the_artifacts_of_later_stages(first: str, finished: 
     assert {entry.stage for entry in run.metrics()} == set(kept)
     expected = {artifact.name for artifact in artifacts.OF_STAGES if artifact.stage in kept}
     expected |= {artifacts.checkpoint(stage).name for stage in kept if stage != "mining"}
-    assert files_of(finished) == expected | {"config.yaml", "summary.json", "metrics.jsonl"}
+    assert files_of(finished) == expected | {"backbone.json", "config.yaml", "summary.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("artifact", artifacts.OF_STAGES, ids=lambda artifact: artifact.name)

@@ -135,8 +135,8 @@ LARGE_SELFLABEL = {
 }
 
 
-def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, Any]:
-    """The rows on augmentation: the view of each stage, by its keys."""
+def views(clustering: str, size: int | None, cutout: int, pretext: bool) -> dict[str, Any]:
+    """The rows on augmentation: the view of each stage, by its keys. The size None is that of the data set's images."""
     strong = {"kind": "strong", "size": size, "operations": 4, "cutout": cutout, "flip": 0.5}
     simclr = {**SIMCLR_VIEW, "size": size}
     found = {f"clustering.view.{key}": v for key, v in (strong if clustering == "strong" else simclr).items()}
@@ -148,15 +148,15 @@ def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, A
 
 ORIGINAL: dict[str, dict[str, Any]] = {
     "cifar10": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True), "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 10, "clustering.epochs": 50, "clustering.batch_size": 128, "selflabel.epochs": 200,
     },
     "cifar20": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True), "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 20, "clustering.epochs": 100, "clustering.batch_size": 512, "selflabel.epochs": 200,
     },
     "stl10": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 96, 32, True), "model.backbone": "resnet18_stl",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 32, True), "model.backbone": "resnet18_stl",
         "clustering.n_clusters": 10, "clustering.epochs": 100, "clustering.batch_size": 128, "selflabel.epochs": 100,
     },
     **{

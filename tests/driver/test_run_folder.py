@@ -75,7 +75,8 @@ def files(folder: Path) -> set[str]:
 
 def check_summary(folder: Path, labelled: bool) -> None:
     content = summary(folder)
-    assert set(content) == {"seed", "stages", "seconds", "baselines"}
+    assert set(content) == {"seed", "stages", "seconds", "baselines", "backbone"}
+    assert content["backbone"]["weights"] is None and content["backbone"]["multiply_adds"] > 0
     assert content["seed"] == 0
     stages = content["stages"]
     assert list(stages) == ["pretext", "mining", "clustering", "selflabel"]

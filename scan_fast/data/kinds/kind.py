@@ -109,7 +109,7 @@ def file_source(
 
     Args:
         contents: the images.
-        config: image_size, on_error, workers, decode, resident and crop are used.
+        config: image_size, interpolation, on_error, workers, decode, resident and crop are used.
         size: side of the square images; ``data.image_size`` by default, else chosen from the images.
         decode_cache: images that an earlier start has decoded.
 
@@ -126,6 +126,7 @@ def file_source(
         workers=config.workers,
         resident=config.keeps(len(contents.images), size),
         scaled=config.decode == "scaled",
+        interpolation=config.filter,
         problems=contents.problems,
         decode_cache=decode_cache,
     )

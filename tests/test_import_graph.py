@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "atomic", "gpu_status"),
-    ("devices",),
+    ("schema", "errors", "atomic", "gpu_status", "parsing"),
+    ("devices", "completion"),
     ("ops",),
     ("random", "losses", "neighbors", "info"),
     ("data",),
@@ -21,8 +21,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "predictor", "report"),
     ("stages", "export"),
     ("sweep", "estimator"),
+    ("queries",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the bottom to the top. A module imports from its own layer's package or from lower layers."""
 

@@ -35,6 +35,7 @@ def run_mining(context: Context, handover: Handover) -> None:
         ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
     ):
         embedding = F.normalize(embed(context, model, split, handover), dim=1)
+        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {split} images")
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()

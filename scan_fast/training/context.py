@@ -136,6 +136,7 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
     if splits is None:
+        tracker.say(f"images: reading {config.data.root or config.data.source}")
         decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
         splits = open_splits(config.data, decode_cache)
         if decode_cache.changed:

@@ -46,7 +46,12 @@ the columns:
   margin           confidence minus the probability of the second best group
   similarity       cosine similarity, -1 to 1, to the nearest group's mean image in feature space
   unlike           1 if that is lower than of 99 in 100 training images: the image may belong to no group
-A model.pt of a version before 0.1 has no similarity and unlike."""
+A model.pt that was written before there were similarity and unlike has no such columns."""
+
+EXPORTED = """\
+The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
+describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
+torch.export.load(FILE, extra_files={"scan_fast.json": ""})."""
 
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
@@ -136,7 +141,7 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
     sub.add_argument("--device", help="with --data: auto (the default), cpu, cuda or cuda:N")
 
-    sub = command("compare", queries.compare, "one table of several runs, and how far their groups agree")
+    sub = command("compare", queries.compare, "show several runs in one table, and how far their groups agree")
     sub.add_argument("targets", nargs="+", metavar="RUN", help="run folders")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file as well")
@@ -162,10 +167,12 @@ def build_parser() -> Parser:
     sub.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="torch.export or ONNX (default: pt2)")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
 
+    sub.epilog = EXPORTED
+
     sub = command("report", commands.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
 
-    sub = command("sweep", commands.sweep, "the same run with several seeds: mean and standard deviation")
+    sub = command("sweep", commands.sweep, "repeat a run with several seeds: mean and standard deviation")
     sub.epilog = OVERRIDES
     sub.add_argument("target", metavar="CONFIG", help=f"{CONFIGURATION} lists them")
     sub.set_defaults(overrides=[])
@@ -181,7 +188,7 @@ def build_parser() -> Parser:
     sub.add_argument("name", metavar="NAME", help="a benchmark of the source repository")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments, such as --device cpu --json FILE")
 
-    sub = command("info", commands.info, "what was built, and what each operation runs on")
+    sub = command("info", commands.info, "show what was built, and what each operation runs on")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     sub.add_argument(
         "--check",

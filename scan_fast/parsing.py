@@ -29,8 +29,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser of commands.
 
-    An option is known by its full name only, because an abbreviation may come to mean another option later. An error is
-    one line with exit code 2.
+    An option is known by its full name only: a later version may have another option with the same beginning. An error
+    is one line with exit code 2.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def takes_overrides(self) -> bool:
-        """Whether ``section.key=value`` words may follow."""
+        """True if ``section.key=value`` words may follow."""
         return self.get_default("overrides") is not None
 
     def chosen(self, words: Sequence[str]) -> Parser | None:

@@ -1,4 +1,4 @@
-"""How far an image is from those that a model was trained on, by the mean feature of each cluster."""
+"""Similarity of images to those that a model was trained on, by the mean feature of each cluster."""
 
 from __future__ import annotations
 

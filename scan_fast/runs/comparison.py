@@ -45,7 +45,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the final clusters of two runs agree.
+    """Agreement of the final clusters of two runs.
 
     Attributes:
         first, second: the runs.

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import queries
 from .errors import ConfigError, RunError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .data.sources import Source
     from .predictor import Predictor
     from .runs.config import Config
@@ -27,6 +31,7 @@ def train(options: argparse.Namespace) -> int:
     from .training.images import check_images
 
     config, folder = _configuration(options)
+    folder = options.out or folder
     if options.again and RunFolder(folder).has(CONFIG):
         # Repeating is the one way to change a configuration: only what is done again may differ.
         run = RunFolder.existing(folder)
@@ -70,18 +75,24 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise ConfigError(
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
+        queries.check_data_folder(options.data)
         changes |= settings_for(options.data)
         target = "folder"
     if target is None:
         raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
     path = Path(target).expanduser()
     if options.data is None and path.is_dir():
+        if not RunFolder(path).has(CONFIG):
+            raise RunError(
+                f"{path} is no run folder (it has no {CONFIG.name}); "
+                f"to group the images in it, give --data {path} --clusters K"
+            )
         values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
         for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
             values = merge(values, nested(key, value))
-        return build_config(values), options.out or path
+        return build_config(values), path
     config = load_config(find_config(target), options.overrides, changes)
-    return config, options.out or Path("runs") / _run_name(config)
+    return config, Path("runs") / _run_name(config)
 
 
 def _run_name(config: Config) -> str:
@@ -103,13 +114,19 @@ def _check_again(old: Config, new: Config, stages: Sequence[str]) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Measure every finished stage of a run."""
+    """Measure every finished stage of a run, or the finished model on other images."""
+    if options.data is not None:
+        return queries.evaluate_on(options)
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .stages.pipeline import evaluate, print_summary
     from .training.context import open_context
 
+    if options.device is not None:
+        raise UsageError("--device goes with --data; a run is measured on its runtime.device")
+    if options.target.is_file():
+        raise UsageError(f"{options.target} is a file: a model is measured on the images that --data names")
     run = RunFolder.existing(options.target)
     with run:
         tracker = Tracker(run, quiet=options.json)
@@ -122,13 +139,35 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def config(options: argparse.Namespace) -> int:
+    """Print a resolved configuration, the shipped ones, or the keys."""
+    if options.list and options.keys is not None:
+        raise UsageError("give --list or --keys, not both")
+    if options.list or options.keys is not None:
+        if options.target is not None or options.data is not None or options.overrides:
+            option = "--list" if options.list else "--keys"
+            raise UsageError(f"{option} shows no configuration; leave out {option} to print one with its values")
+        print(queries.list_configs() if options.list else queries.list_keys(options.keys))
+        return 0
+    if options.target is None and options.data is None:
+        options.target = "folder"
+    print(_configuration(options)[0].to_yaml(), end="")
+    return 0
+
+
 def predict(options: argparse.Namespace) -> int:
     """Write the clusters of new images."""
     from .atomic import atomic_file
-    from .runs.tables import Predictions
+    from .runs.tables import Placements
 
     predictor, source = _predictor_and_source(options)
-    table = Predictions.of(source.paths, predictor.probabilities(source))
+    probabilities, features = predictor.outputs(source)
+    similarity: NDArray[np.float32] | None = None
+    unlike: NDArray[np.bool_] | None = None
+    if predictor.typicality is not None:
+        found, nearest = predictor.typicality.nearest(features)
+        similarity, unlike = found.numpy(), predictor.typicality.unlike(found, nearest).numpy()
+    table = Placements.of_new(source.paths, probabilities, similarity, unlike)
     if options.out is None:
         sys.stdout.write(table.to_csv())
     else:
@@ -154,8 +193,31 @@ def _predictor_and_source(options: argparse.Namespace) -> tuple[Predictor, Sourc
     from .devices import choose_device
     from .predictor import Predictor
 
+    images = _images(options.data)
     predictor = Predictor.load(options.target, choose_device(options.device, "--device"))
-    return predictor, predictor.source(options.data)
+    source = predictor.source(images, options.on_error, "--data")
+    if source.skipped:
+        path, reason = source.skipped[0]
+        print(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", file=sys.stderr)
+    return predictor, source
+
+
+def _images(words: Sequence[str]) -> str | list[str]:
+    """Return what --data names: a folder or PREFIX:ARGUMENT, or a list of files."""
+    from .data.kinds import is_prefixed
+
+    if len(words) == 1 and (is_prefixed(words[0]) or Path(words[0]).expanduser().is_dir()):
+        return words[0]
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir() or is_prefixed(word):
+            raise UsageError(f"--data: give one folder or source, or files only; got {word} among {len(words)}")
+        if not path.is_file():
+            raise UsageError(f"--data: there is no file or folder {word}")
+    repeated = {word for word in words if words.count(word) > 1}
+    if repeated:
+        raise UsageError(f"--data: each file must be given once, got {min(repeated)} again")
+    return list(words)
 
 
 def export(options: argparse.Namespace) -> int:

@@ -71,7 +71,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         out: Run folder to keep. An interrupted fit on the same images continues there. None uses a temporary folder.
         settings: Further configuration by dotted keys, e.g. ``{"pretext.epochs": 50, "data.image_size": 64}``;
             ``docs/configuration.md`` lists all of them.
-        verbose: Print progress.
+        verbose: Print progress. Otherwise the same lines go to the logger ``scan_fast`` at level INFO.
 
     Attributes:
         labels_: (N,) int64, cluster of each image, in the order of ``X``.

@@ -30,7 +30,7 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
         seeded = config.model_copy(update={"seed": seed})
         run = RunFolder.open(parent / f"seed{seed}", seeded)
         with run:
-            context = open_context(seeded, run, Tracker(run, quiet=quiet))
+            context = open_context(seeded, run, Tracker(run, quiet=quiet, prefix=f"seed {seed}: "))
             run_stages(context, stages_of(context))
             summaries.append(run.summary())
     results: dict[str, Any] = {"seeds": list(seeds)}

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "atomic", "gpu_status"),
-    ("devices",),
+    ("schema", "errors", "atomic", "gpu_status", "parsing"),
+    ("devices", "completion"),
     ("ops",),
     ("random", "losses", "neighbors"),
     ("data",),
@@ -22,8 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "predictor", "report"),
     ("stages", "export", "info"),
     ("sweep", "estimator"),
+    ("queries",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the bottom to the top. A module imports from its own layer's package or from lower layers."""
 

@@ -120,7 +120,7 @@ def settings_for(images: str) -> dict[str, str]:
     return {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
 
 
-def source_from(images: Any, config: DataConfig | None = None) -> Source:
+def source_from(images: Any, config: DataConfig | None = None, setting: str = "images") -> Source:
     """Open images that a user passes.
 
     Args:
@@ -128,6 +128,7 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
             splits together), a list of files, a torch Dataset, or an array or tensor (N, H, W, C) or (N, H, W) uint8.
         config: image_size (by default the images' own; for encoded images chosen as for a folder), interpolation,
             on_error, resident, decode and workers.
+        setting: what named the images, for errors.
 
     Raises:
         DataError: for anything else, or if images cannot be read.
@@ -139,7 +140,7 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
         assert isinstance(kind, ContainerKind)
         return kind.open_all(config.model_copy(update={"source": images}))
     if isinstance(images, (str, Path)):
-        listing = list_folder(Path(images).expanduser())
+        listing = list_folder(Path(images).expanduser(), setting=setting)
         return file_source(folder_contents(listing, listing.folder), config)
     if isinstance(images, (Tensor, np.ndarray)):
         return TensorSource(torch.as_tensor(images), size=size, interpolation=config.filter)

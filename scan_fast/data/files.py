@@ -19,7 +19,9 @@ from .encoded import Encoded, EncodedImages, fingerprint
 from .resize import Interpolation
 from .sources import check_annotations, take_rows
 
-_SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."
+_SKIP_ADVICE = (
+    "Remove or repair it, or leave unreadable images out with data.on_error=skip (predict and embed: --on-error skip)."
+)
 
 
 class ImageFiles:

@@ -98,18 +98,21 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bool = True) -> Listing:
+def list_folder(
+    folder: Path, classes: Sequence[str] | None = None, labelled: bool = True, setting: str = "data.root"
+) -> Listing:
     """List a folder: labelled if it holds two or more sub-folders of images and no image outside them.
 
     Args:
         folder: the folder.
         classes: list these sub-folders only, in this order of labels.
         labelled: False lists the same files without labels.
+        setting: what named the folder, for the error if there is none.
 
     Raises:
         DataError: if a class has no folder, or there is no image at all.
     """
-    check_folder(folder)
+    check_folder(folder, setting)
     if classes is not None:
         missing = [name for name in classes if not (folder / name).is_dir()]
         if missing:
@@ -166,7 +169,7 @@ def split_folder(
     if train is None and test is not None and not _has_other_content(root):
         raise DataError(
             f"{root} has {test.name}/ but no train/: rename the folder of the training images to train, "
-            f"or point data.root at one of the folders in {root}"
+            f"or give one of the folders in {root} instead"
         )
     if train is None or test is None:
         return list_folder(train or root, classes, labelled), None

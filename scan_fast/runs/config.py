@@ -61,7 +61,7 @@ class ScheduleConfig(Settings):
 
     Attributes:
         name: shape after the warm-up.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up; at most a fifth of all epochs count.
         floor: end of the cosine, as a fraction of the learning rate.
         decay_rate: factor of each step, for ``step``.
         decay_epochs: epochs after which a step is taken, for ``step``.
@@ -279,15 +279,20 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = {
-        file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
-    }
+    shipped = shipped_configs()
     # configs/NAME.yaml works from any folder. A missing NAME.yaml of another folder does not mean the shipped one.
     if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
     raise ConfigError(
-        f"there is no configuration {name!r}; give a YAML file, a run folder or one of {', '.join(sorted(shipped))}"
+        f"there is no configuration {name!r}{f' (did you mean {near[0]}?)' if near else ''}; "
+        f"give a YAML file, a run folder or one of {', '.join(sorted(shipped))}"
     )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of the shipped configurations by name."""
+    return {file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:

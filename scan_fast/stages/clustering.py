@@ -67,12 +67,21 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         """Precompute frozen-backbone features, (views, N, D), if ``cached_views`` is set."""
         if self.config.cached_views is not None:
             size = self.context.config.evaluation.batch_size
-            cached = [
-                forward_views(
-                    self.model, self.model.features, self._views, self._view, size, self.context.autocast(), epoch=view
-                )
-                for view in range(self.config.cached_views)
-            ]
+            views = self.config.cached_views
+            with self.context.tracker.counted(f"{NAME}: views cached", views * self.n_images) as done:
+                cached = [
+                    forward_views(
+                        self.model,
+                        self.model.features,
+                        self._views,
+                        self._view,
+                        size,
+                        self.context.autocast(),
+                        epoch=view,
+                        done=done,
+                    )
+                    for view in range(views)
+                ]
             self._cached = torch.stack(cached)
 
     def train_mode(self) -> None:
@@ -200,6 +209,7 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))
     rows = order[:KMEANS_IMAGES].sort().values
     unit = F.normalize(features[rows.to(features.device)], dim=1).cpu().numpy().astype(np.float64)
+    context.tracker.say(f"{NAME}: k-means of {len(unit):,} images for the start of {model.n_heads} heads")
     # A temperature at which neighbouring centres still share an image: a start that is sure of everything is stuck.
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):

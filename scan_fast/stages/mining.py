@@ -39,6 +39,8 @@ def run_mining(context: Context, handover: Handover) -> None:
                 "group: the pretext stage has not learned to tell them apart; lower pretext.optimizer.lr, and repeat "
                 f"it with scan-fast pretext {context.run.path} --again"
             )
+        kind = "images" if context.splits.test is None else f"{split} images"
+        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()

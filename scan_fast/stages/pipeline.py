@@ -90,8 +90,8 @@ PIPELINE = (
 
 STAGES = {stage.name: stage for stage in PIPELINE}
 
-FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS)
-"""Values that :func:`finish` reuses."""
+FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
+"""Values that :func:`finish` reuses. Self-labelling, which changes the backbone, drops the features."""
 
 
 def stages_of(context: Context) -> list[str]:

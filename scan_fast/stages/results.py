@@ -6,21 +6,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.sources import Source
+from ..data.sources import Source, SubsetSource
 from ..evaluation.metrics import confusion, match_clusters
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
+from ..evaluation.typicality import Typicality
 from ..models.heads import ClusterModel
 from ..models.saved import SavedModel
+from ..random import permutation, stream_key
 from ..report.figures import confusion_png
 from ..runs import artifacts
 from ..runs.tables import Assignments, Confusion, Predictions, Skipped
 from ..training.context import Context, data_settings
 from ..training.inference import forward_all
-from .embedding import frozen_logits
+from .embedding import backbone_features, frozen_logits
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
 MOST_PIXELS = 4 << 30
 """Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline."""
+
+TYPICALITY_IMAGES = 5_000
+"""Largest number of training images, drawn at random, whose features are computed for the typicality of new images."""
+
+_INPUTS = {"kmeans_pixels": "pixels", "kmeans_features": "features"}
 
 
 def final_logits(context: Context, model: ClusterModel, name: str, handover: Handover) -> dict[str, Tensor]:
@@ -49,7 +56,8 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     name = SELFLABEL_LOGITS if stage == "selflabel" else CLUSTERING_LOGITS
     logits = final_logits(context, model, name, handover)
     context.run.write(artifacts.ASSIGNMENTS, assignments(context, logits))
-    context.run.write(artifacts.MODEL, saved_model(context, model, stage))
+    typical = typicality(context, model, stage, logits["train"], handover)
+    context.run.write(artifacts.MODEL, saved_model(context, model, stage, typical))
     reported = context.clustered[context.reported]
     labels = reported.labels
     if labels is not None and context.n_classes is not None:
@@ -79,13 +87,40 @@ def assignments(context: Context, logits: dict[str, Tensor]) -> Assignments:
     return Assignments.join(parts, labels if names else None)
 
 
-def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel:
+def typicality(context: Context, model: ClusterModel, stage: str, logits: Tensor, handover: Handover) -> Typicality:
+    """Return the centres of the clusters in feature space, from training images.
+
+    A backbone that stayed frozen has computed the features of all images before. Otherwise a sample must do.
+
+    Args:
+        context: the run.
+        model: the finished model, with one head.
+        stage: the stage whose result it is.
+        logits: (N, C) of the training images.
+        handover: holds the features of a frozen backbone if the clustering stage was done in this process.
+    """
+    clusters = logits.argmax(dim=1)
+    if stage == "clustering" and context.config.clustering.update == "heads":
+        features = backbone_features(context, model, "train", handover)
+    elif stage == "clustering" and not context.config.clustering.trains:
+        features = torch.from_numpy(context.run.read(artifacts.EMBEDDINGS).rows["train"])
+    else:
+        source = context.splits.train
+        order = permutation(stream_key(context.config.seed, "typicality"), 0, len(source))
+        rows = order[:TYPICALITY_IMAGES].sort().values
+        clusters = clusters[rows]
+        features = forward_all(context, model, model.features, SubsetSource(source, rows))
+    return Typicality.of(features.cpu(), clusters, context.n_clusters)
+
+
+def saved_model(context: Context, model: ClusterModel, stage: str, typical: Typicality) -> SavedModel:
     """Return the content of model.pt.
 
     Args:
         context: the run.
         model: the finished model, with one head.
         stage: the stage whose result it is.
+        typical: the centres of its clusters.
     """
     size = context.plain_view.size
     assert size is not None
@@ -101,6 +136,7 @@ def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel
         std=context.splits.std,
         state_dict={name: value.cpu() for name, value in model.state_dict().items()},
         interpolation=data_settings(context.config, context.input).filter,
+        **vars(typical),
     )
 
 
@@ -132,6 +168,8 @@ def baselines(context: Context) -> dict[str, dict[str, float]]:
     if context.run.has(artifacts.EMBEDDINGS):
         embeddings = context.run.read(artifacts.EMBEDDINGS).rows
         inputs["kmeans_features"] = (embeddings["train"], embeddings[context.reported])
+    repeated = context.config.evaluation.baseline_seeds
+    context.tracker.say(f"baselines: k-means on {' and '.join(_INPUTS[name] for name in inputs)}, {repeated} times")
     return {
         name: kmeans_metrics(
             kmeans_baseline(fit, applied, context.n_clusters, seeds),

@@ -16,7 +16,7 @@ from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from .assessment import assess
-from .handover import SELFLABEL_LOGITS, Handover
+from .handover import FEATURES, SELFLABEL_LOGITS, Handover
 from .inputs import cluster_model
 
 NAME = "selflabel"
@@ -104,6 +104,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
 
 def run_selflabel(context: Context, handover: Handover) -> None:
     """Train on confident images and keep the last weights."""
+    handover.drop([FEATURES])  # they are of a frozen backbone, which learns now
     model, _ = cluster_model(context)
     stage = SelfLabel(context, model, handover)
     training = train(stage, context)

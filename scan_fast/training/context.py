@@ -191,6 +191,7 @@ def open_context(
     left_out = [] if run.finished("pretext") else prepare_weights(config.model)
     expected = weights_input(config)
     if splits is None:
+        tracker.say(f"images: reading {config.data.root or config.data.source}")
         decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
         splits = open_splits(data_settings(config, expected), decode_cache)
         if decode_cache.changed:

@@ -131,6 +131,9 @@ def train(stage: Stage[Any], context: Context) -> Training:
         where = f", step {step}" if step else ""
         tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
     run.drop_metrics(stage.name, epoch + 1)
+    asked, warmup = training.schedule.warmup_epochs, warmup_epochs(training.schedule, training.epochs)
+    if warmup < asked:
+        tracker.say(f"{stage.name}: warm-up cut from {asked} to {warmup:g} epochs, a fifth of all {training.epochs}")
 
     begin = saved = time.perf_counter()
     if epoch < training.epochs:
@@ -240,13 +243,19 @@ def set_learning_rate(
     write_learning_rate(optimizer, training.optimizer.lr * factor)
 
 
+def warmup_epochs(schedule: ScheduleConfig, epochs: int) -> float:
+    """Return the length of the warm-up: as configured, but at most a fifth of ``epochs``."""
+    return min(schedule.warmup_epochs, epochs / 5)
+
+
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
     """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
-    if position < schedule.warmup_epochs:
-        # The ramp starts at 1 / (warmup_epochs + 1), so that the first step is not lost.
-        return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
+    warmup = warmup_epochs(schedule, epochs)
+    if position < warmup:
+        # The ramp starts at 1 / (warmup + 1), so that the first step is not lost.
+        return min(1.0, (position + 1) / (warmup + 1))
     if schedule.name == "cosine":
-        progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
+        progress = (position - warmup) / max(epochs - warmup, 1)
         return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule.name == "step":
         # Strictly above, as in the reference.

@@ -39,12 +39,12 @@ def run_folder(images: Path, *words: object, clusters: object = 3) -> Any:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert f"the folder {tmp_path / 'nowhere'} does not exist" in run_folder(tmp_path / "nowhere").refusal()
+    assert f"--data: there is no folder {tmp_path / 'nowhere'}" in run_folder(tmp_path / "nowhere").refusal()
 
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "image.png")
-    assert "is not a folder" in run_folder(tmp_path / "image.png").refusal()
+    assert "is a file; give the folder that holds the images" in run_folder(tmp_path / "image.png").refusal()
 
 
 def test_empty_folder(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_no_list_of_skipped_images_where_all_can_be_read(images: Path) -> None:
         (["full"], "full is no run folder"),
         (["digits", "runtime.device=cuda:99"], "usable CUDA devices"),
         (["digits", "runtime.device=abacus"], "runtime.device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
-        (["digits", "--unknown"], "unrecognized arguments: --unknown"),
+        (["digits", "--unknown"], "there is no option --unknown"),
     ],
 )
 def test_refused_command_lines(words: list[str], message: str, tmp_path: Path) -> None:

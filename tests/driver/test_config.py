@@ -216,10 +216,25 @@ def test_step_schedule_falls_after_its_epochs() -> None:
 
 def test_warm_up_is_linear_and_then_cosine() -> None:
     schedule = ScheduleConfig(name="cosine", warmup_epochs=3, floor=0.01)
-    factors = [learning_rate_factor(schedule, epoch, 13) for epoch in range(13)]
+    factors = [learning_rate_factor(schedule, epoch, 18) for epoch in range(18)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 15)) / 2 for i in range(15)]
     assert factors[3:] == pytest.approx(expected)
+
+
+def test_warm_up_is_at_most_a_fifth_of_the_epochs() -> None:
+    long, short = ScheduleConfig(name="cosine", warmup_epochs=10), ScheduleConfig(name="cosine", warmup_epochs=4)
+    positions = [step / 7 for step in range(7 * 20)]
+    cut, fitting = ([learning_rate_factor(schedule, at, 20) for at in positions] for schedule in (long, short))
+    assert cut == fitting
+    assert positions[cut.index(max(cut))] == 4
+    assert learning_rate_factor(long, 0, 1) < 1
+    # No preset's warm-up is longer, so that presets keep their bits.
+    for name in SHIPPED:
+        for preset in ("paper", "fast"):
+            config = shipped(name, f"preset={preset}")
+            for section in (config.pretext, config.clustering, config.selflabel):
+                assert section is None or 5 * section.schedule.warmup_epochs <= section.epochs, name
 
 
 def test_constant_schedule_is_constant() -> None:

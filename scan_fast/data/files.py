@@ -362,5 +362,6 @@ def none_readable(n: int, what: str, skipped: Sequence[tuple[str, str]]) -> Data
 def _reason(error: Exception, location: str) -> str:
     if isinstance(error, MissingPackageError):
         return str(error)
-    text = str(error).replace(f" {location!r}", "")  # the message of the error names the image anyway
+    # The message names the image anyway.
+    text = str(error).replace(f": {location!r}", "").replace(f" {location!r}", "")
     return f"{type(error).__name__}: {text}"

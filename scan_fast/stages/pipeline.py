@@ -122,7 +122,7 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
     skipped = write_skipped(context)
     if skipped:
         path, reason = skipped[0]
-        listed = f"{len(skipped)} unreadable images ({artifacts.SKIPPED.name})"
+        listed = f"{len(skipped)} unreadable image{'s' if len(skipped) > 1 else ''} ({artifacts.SKIPPED.name})"
         tracker.say(f"left out {listed}, the first is {path}: {reason}")
     handover = Handover()
     did_something = False

@@ -62,8 +62,8 @@ def _compare(run: RunFolder, then: ImageRecord, now: ImageRecord, skipped: dict[
     shown = ", ".join(found[:3]) if found else "their order or their split has changed"
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     raise RunError(
-        f"{run.path} holds a run on other images: {shown}{more}. Undo this, and the same command continues; or choose "
-        "another folder for a new run"
+        f"{run.path} holds a run on other images: {shown}{more}. "
+        "Undo this, and the same command continues; or choose another folder for a new run"
     )
 
 

@@ -256,7 +256,7 @@ def test_the_runtime_may_change(finished: Path) -> None:
 
 
 def test_a_folder_without_results_takes_another_configuration(tmp_path: Path) -> None:
-    assert "fewer than" in run_here("run", "digits", *TINY, "--out", "out", "--clusters", 170).refusal()
+    assert "too few for 170" in run_here("run", "digits", *TINY, "--out", "out", "--clusters", 170).refusal()
     assert run_here("pretext", "digits", *TINY, "--out", "out", "--clusters", 4, "--quiet").code == 0
     assert RunFolder(tmp_path / "out").read(CONFIG).clustering.n_clusters == 4
     # Now there is something to lose.

@@ -222,4 +222,4 @@ def test_a_folder_called_folder_is_no_run_folder(images: Path, tmp_path: Path) -
     """``--data`` uses the configuration of that name, whatever lies in the working directory."""
     (tmp_path / "folder").mkdir()
     message = run_here("run", "--data", images, "--clusters", 100, "--out", tmp_path / "run", "--quiet").refusal()
-    assert "training images are fewer than the 100 clusters" in message
+    assert "36 images are too few for 100 clusters" in message

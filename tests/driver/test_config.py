@@ -148,11 +148,13 @@ def views(clustering: str, size: int | None, cutout: int, pretext: bool) -> dict
 
 ORIGINAL: dict[str, dict[str, Any]] = {
     "cifar10": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
+        "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 10, "clustering.epochs": 50, "clustering.batch_size": 128, "selflabel.epochs": 200,
     },
     "cifar20": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
+        "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 20, "clustering.epochs": 100, "clustering.batch_size": 512, "selflabel.epochs": 200,
     },
     "stl10": {

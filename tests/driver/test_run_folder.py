@@ -77,6 +77,8 @@ def check_summary(folder: Path, labelled: bool) -> None:
     content = summary(folder)
     assert set(content) == {"seed", "stages", "seconds", "baselines", "backbone"}
     assert content["backbone"]["weights"] is None and content["backbone"]["multiply_adds"] > 0
+    network = content["backbone"]["network"]
+    assert network != "auto" and network in (folder / "report.html").read_text()
     assert content["seed"] == 0
     stages = content["stages"]
     assert list(stages) == ["pretext", "mining", "clustering", "selflabel"]

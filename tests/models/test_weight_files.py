@@ -127,7 +127,7 @@ def test_torchvisions_and_the_projects_own_networks_load(tmp_path: Path) -> None
         torch.save({"model": model.state_dict(), "head": 1}, file)
         filled = build_backbone(own.model_copy(update={"weights": file}))
         for name, value in filled.state_dict().items():
-            assert torch.equal(value, model.backbone.state_dict()[name]), name
+            assert torch.equal(value, model.state_dict()[f"backbone.{name}"]), name
 
 
 def test_names_of_efficientnet_pytorch_are_those_of_timm_in_order(tmp_path: Path) -> None:
@@ -277,12 +277,12 @@ def test_a_refused_file_leaves_the_network_as_it_was(network: nn.Module, tmp_pat
 )
 def test_settings_that_contradict_a_file_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ModelConfig(weights="a.pth", **settings)
+        ModelConfig(weights=Path("a.pth"), **settings)
 
 
 def test_the_path_is_absolute_and_the_digest_is_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = ModelConfig(backbone="resnet18_cifar", weights="w.pth")
+    config = ModelConfig(backbone="resnet18_cifar", weights=Path("w.pth"))
     assert config.weights == tmp_path / "w.pth" and weights_origin(config) == str(tmp_path / "w.pth")
     assert weights_digest(config) is None
     (tmp_path / "w.pth").write_bytes(b"one")

@@ -126,6 +126,26 @@ def build_parser() -> Parser:
         again = "repeat this stage and those after it" if names else "repeat all stages"
         sub.add_argument("--again", action="store_true", help=f"{again}, although they are finished")
         sub.add_argument("--quiet", action="store_true", help="print errors only")
+        sub.set_defaults(minutes=None, finish=False)
+        if not names:
+            sub.add_argument(
+                "--minutes",
+                type=_minutes,
+                metavar="M",
+                help="train as much as fits into M minutes: fewer epochs, smaller images or a narrower network",
+            )
+            sub.add_argument(
+                "--finish",
+                action="store_true",
+                help="group by what an interrupted run has learned so far, in RUN-so-far; the run can continue",
+            )
+
+    sub = command("suggest-k", commands.suggest_k, "suggest how many groups the images fall into, with the scores")
+    sub.epilog = OVERRIDES
+    configured(sub, f"{CONFIGURATION} lists them; or a run folder, whose features are used")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    sub.add_argument("--quiet", action="store_true", help="print the result only")
 
     sub = command("predict", commands.predict, "assign new images to the groups of a finished run (CSV)")
     sub.epilog = PREDICTED
@@ -208,7 +228,21 @@ def build_parser() -> Parser:
 
 def _clusters(text: str) -> int | str:
     """Read the value of --clusters."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}") from None
+
+
+def _minutes(text: str) -> float:
+    """Read the value of --minutes."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         again = " without --again" if getattr(options, "again", False) else ""
-        print(f"scan-fast: interrupted; the same command{again} continues", file=sys.stderr)
+        early = ", and with --finish it groups by what was learned so far" if options.command == "run" else ""
+        print(f"scan-fast: interrupted; the same command{again} continues{early}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         message = explain(error)

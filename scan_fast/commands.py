@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> int:
     """Run all stages, or one."""
+    from .planning import estimate
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
@@ -32,6 +33,14 @@ def train(options: argparse.Namespace) -> int:
 
     config, folder = _configuration(options)
     folder = options.out or folder
+    if options.finish:
+        from .finishing import finish_early
+
+        with RunFolder.existing(folder) as unfinished:
+            finish_early(unfinished, quiet=options.quiet)
+        return 0
+    if options.minutes is not None:
+        config = _fitted(config, folder, options)
     if options.again and RunFolder(folder).has(CONFIG):
         # Repeating is the one way to change a configuration: only what is done again may differ.
         run = RunFolder.existing(folder)
@@ -54,6 +63,9 @@ def train(options: argparse.Namespace) -> int:
         groups = "a suggested number of" if context.suggests_number else context.n_clusters
         backbone = context.model_config.backbone
         tracker.say(f"{config.name}: {context.counts}, {groups} clusters, {backbone} on {context.device}, {run.path}")
+        expected = estimate(context, run.summary().stages) if not options.stages else None
+        if expected is not None:
+            tracker.say(f"time: {expected}; --minutes M fits it into M minutes, Ctrl-C and --finish end it early")
         run_stages(context, names)
         print_summary(context, tracker)
     return 0
@@ -76,16 +88,15 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
         queries.check_data_folder(options.data)
-        changes |= settings_for(options.data)
+        changes |= settings_for(options.data) | _start(options)
         target = "folder"
     if target is None:
-        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
+        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER")
     path = Path(target).expanduser()
     if options.data is None and path.is_dir():
         if not RunFolder(path).has(CONFIG):
             raise RunError(
-                f"{path} is no run folder (it has no {CONFIG.name}); "
-                f"to group the images in it, give --data {path} --clusters K"
+                f"{path} is no run folder (it has no {CONFIG.name}); to group the images in it, give --data {path}"
             )
         values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
         for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
@@ -93,6 +104,87 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
         return build_config(values), path
     config = load_config(find_config(target), options.overrides, changes)
     return config, Path("runs") / _run_name(config)
+
+
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of what a run on a folder starts from, and say so."""
+    from .devices import choose_device
+    from .planning import choose_start
+    from .runs.config import parse_override
+
+    given = dict(map(parse_override, options.overrides))
+    model = {key.partition(".")[2]: value for key, value in given.items() if key.startswith("model.")}
+    device = choose_device(str(given.get("runtime.device", "auto"))).type
+    start = choose_start(given, model, device)
+    if start is None:
+        return {}
+    if start.text and not getattr(options, "quiet", False):
+        print(start.text)
+    return dict(start.settings)
+
+
+def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config:
+    """Return the configuration that fits into --minutes: that of the run if it was begun before."""
+    from tempfile import TemporaryDirectory
+
+    from .planning import fit_minutes
+    from .runs.artifacts import CONFIG
+    from .runs.config import build_config, differences
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .training.context import open_context
+
+    if options.stages or options.again:
+        raise UsageError("--minutes goes with a whole run from its beginning")
+    run = RunFolder(folder)
+    if run.has(CONFIG):
+        return run.read(CONFIG)
+    with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
+        context = open_context(config, trial, Tracker(trial, quiet=True))
+        fitted = build_config(fit_minutes(context, options.minutes).model_dump(mode="json"))
+    if not options.quiet and (changed := differences(config, fitted)):
+        print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
+    return fitted
+
+
+def suggest_k(options: argparse.Namespace) -> int:
+    """Suggest a number of groups."""
+    from .runs.artifacts import CONFIG, EMBEDDINGS, SUGGESTION
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .stages.number import run_number
+    from .stages.pipeline import run_stages
+    from .training.context import open_context
+
+    if options.clusters is not None:
+        raise UsageError("suggest-k finds the number of groups itself; leave --clusters out")
+    options.clusters = "auto"
+    config, folder = _configuration(options)
+    folder = options.out or folder
+    run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
+    with run:
+        tracker = Tracker(run, quiet=options.quiet)
+        context = open_context(run.read(CONFIG), run, tracker)
+        run_stages(context, ["pretext", "mining"])
+        if not run.has(SUGGESTION):
+            run_number(context)
+        found = run.read(SUGGESTION)
+        rows = [
+            [
+                str(point["k"]),
+                f"{point['score']:.3f}",
+                f"{point['stability']:.3f}",
+                point["way"],
+                "<" * (point["k"] == found.k),
+            ]
+            for point in found.curve
+        ]
+        if options.json:
+            print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
+        else:
+            tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
+            print(f"suggested: {found.k} groups; scan-fast run --data FOLDER --clusters {found.k}")
+    return 0
 
 
 def _run_name(config: Config) -> str:

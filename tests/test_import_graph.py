@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("training", "predictor", "report"),
     ("stages", "export", "info"),
-    ("sweep", "estimator"),
+    ("sweep", "estimator", "planning", "finishing"),
     ("queries",),
     ("commands",),
     ("cli",),

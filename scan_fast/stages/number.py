@@ -16,7 +16,7 @@ from .handover import Handover
 NAME = "number"
 
 
-def run_number(context: Context, handover: Handover) -> None:
+def run_number(context: Context, handover: Handover | None = None) -> None:
     """Write suggested-k.json."""
     begin = time.perf_counter()
     rows = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])

@@ -33,7 +33,7 @@ class SavedModel:
         mean: by channel, of pixel values in [0, 1].
         std: likewise.
         state_dict: the weights, on the CPU.
-        feature_mean, centers, least_similarity: see :class:`scan_fast.evaluation.typicality.Typicality`; None in files
+        centers, least_similarity: see :class:`scan_fast.evaluation.typicality.Typicality`; None in files
             that were written before it.
     """
 
@@ -47,7 +47,6 @@ class SavedModel:
     mean: Triple
     std: Triple
     state_dict: dict[str, Tensor]
-    feature_mean: Tensor | None = None
     centers: Tensor | None = None
     least_similarity: Tensor | None = None
 

@@ -46,8 +46,8 @@ class Predictor:
         self._renderer = renderer_for("auto", saved.mean, saved.std, self.device)
         self._view = PlainView(kind="plain", size=saved.view_size)
         self.typicality: Typicality | None = None
-        if saved.feature_mean is not None and saved.centers is not None and saved.least_similarity is not None:
-            self.typicality = Typicality(saved.feature_mean, saved.centers, saved.least_similarity)
+        if saved.centers is not None and saved.least_similarity is not None:
+            self.typicality = Typicality(saved.centers, saved.least_similarity)
 
     @property
     def n_clusters(self) -> int:

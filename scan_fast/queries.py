@@ -52,8 +52,13 @@ def evaluate_on(options: argparse.Namespace) -> int:
     shown = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
     print_table(f"{options.target} on {options.data}", ["", ""], [[name, value] for name, value in shown.items()])
     if n_classes <= MOST_CLASSES:
-        rows = [[name, *map(str, counts)] for name, counts in zip(table.row_names, table.counts.tolist(), strict=True)]
-        print_table("images by class (rows) and class of their cluster", ["", *table.column_names], rows)
+        # Numbers instead of names above the columns, so that they fit on a screen.
+        columns = ["", *(str(number) if number < n_classes else "none" for number in range(len(table.column_names)))]
+        rows = [
+            [f"{number} {name}", *map(str, counts)]
+            for number, (name, counts) in enumerate(zip(table.row_names, table.counts.tolist(), strict=True))
+        ]
+        print_table("images by class (rows) and class of their cluster (columns)", columns, rows)
     return 0
 
 

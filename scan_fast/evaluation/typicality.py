@@ -16,17 +16,12 @@ SHARE = 0.01
 class Typicality:
     """Centres of the clusters in feature space, and the similarities that are usual there.
 
-    Features are compared after subtracting the mean of all training features: those of a ReLU are positive, so that
-    without this any two of them are similar.
-
     Attributes:
-        feature_mean: (D,) float32, mean feature of the training images.
         centers: (K, D) float32 unit rows, mean direction of each cluster's images; zero for a cluster without images.
         least_similarity: (K,) float32, the similarity below which :data:`SHARE` of the training images lie whose
             nearest centre is that of the cluster; -1 if there are none.
     """
 
-    feature_mean: Tensor
     centers: Tensor
     least_similarity: Tensor
 
@@ -40,11 +35,10 @@ class Typicality:
             n_clusters: K.
         """
         # In float64, so that the order of the sums plays no part in the float32 result.
-        mean = features.double().mean(dim=0)
-        directions = F.normalize(features.double() - mean, dim=1)
+        directions = F.normalize(features.double(), dim=1)
         sums = torch.zeros(n_clusters, features.shape[1], dtype=torch.float64, device=features.device)
         centers = F.normalize(sums.index_add_(0, clusters, directions), dim=1)
-        measured = cls(mean.float(), centers.float(), torch.full((n_clusters,), -1.0, device=features.device))
+        measured = cls(centers.float(), torch.full((n_clusters,), -1.0, device=features.device))
         similarity, nearest = measured.nearest(features)
         for cluster in nearest.unique().tolist():
             own = similarity[nearest == cluster]
@@ -60,7 +54,7 @@ class Typicality:
         Returns:
             (N,) float32 and (N,) int64. Clusters without training images are never the nearest.
         """
-        similarity = F.normalize(features - self.feature_mean, dim=1) @ self.centers.T
+        similarity = F.normalize(features, dim=1) @ self.centers.T
         empty = ~self.centers.any(dim=1)
         best = similarity.masked_fill(empty, -torch.inf).max(dim=1)
         return best.values, best.indices

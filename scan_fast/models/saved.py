@@ -35,7 +35,7 @@ class SavedModel:
         std: likewise.
         state_dict: the weights, on the CPU.
         interpolation: the filter that brings images to ``size``, see ``data.interpolation``.
-        feature_mean, centers, least_similarity: see :class:`scan_fast.evaluation.typicality.Typicality`; None in files
+        centers, least_similarity: see :class:`scan_fast.evaluation.typicality.Typicality`; None in files
             that were written before it.
     """
 
@@ -50,7 +50,6 @@ class SavedModel:
     std: Triple
     state_dict: dict[str, Tensor]
     interpolation: Interpolation = "bilinear"
-    feature_mean: Tensor | None = None
     centers: Tensor | None = None
     least_similarity: Tensor | None = None
 

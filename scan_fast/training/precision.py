@@ -68,6 +68,7 @@ def _errors(config: str, side: int) -> tuple[float, float]:
         images = torch.randn(TRIAL_IMAGES, 3, side, side).contiguous(memory_format=torch.channels_last)
         direction = torch.randn(TRIAL_IMAGES, model(images[:2]).shape[1])
 
+    @torch.enable_grad()
     def run(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -59,7 +59,7 @@ def test_agreement_is_on_the_images_in_both(tmp_path: Path) -> None:
     renamed = make_run(tmp_path / "b", [1, 1, 2, 2, 0, 0])
     shifted = make_run(tmp_path / "c", [0, 0, 1, 1, 2, 0], first=2)  # shares 2.png .. 5.png
     other = make_run(tmp_path / "d", [0, 1], first=100)
-    pairs = {
+    pairs: dict[tuple[str, str], Any] = {
         (each.first, each.second): (each.images, each.ami)
         for each in compare({"a": first, "b": renamed, "c": shifted, "d": other}).agreements
     }

@@ -231,7 +231,7 @@ def _clusters(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, or auto, got {text!r}") from None
 
 
 def _minutes(text: str) -> float:

@@ -16,7 +16,7 @@ from .models.heads import PretextModel
 from .models.pretrained import can_fetch, weights_at_hand
 from .models.published import PUBLISHED
 from .runs.config import Config
-from .training.context import Context
+from .training.context import Context, resolved_model
 
 PRESET_KEYS = ("model.", "pretext", "clustering.update", "clustering.objective", "selflabel")
 """Beginnings of keys that belong to training: who gives one does not mean pretrained features."""
@@ -169,34 +169,46 @@ def _passes(config: Config, finished: Iterable[str]) -> dict[str, tuple[float, f
     return {name: value for name, value in passes.items() if name not in set(finished)}
 
 
-def measure(context: Context) -> Cost:
-    """Time the network and the views of a run on a few images."""
-    source = context.splits.train
+def measure(context: Context, side: int | None = None, width: float | None = None) -> Cost:
+    """Time the network and the views of a run on a few images.
+
+    Args:
+        context: the run.
+        side: side of the images; that of the run by default.
+        width: width of the network; that of the run by default.
+    """
+    source, config = context.splits.train, context.config
     rows = torch.arange(min(TIMED_IMAGES, len(source)))
-    views, view = context.views_of(source, "estimate"), context.plain_view
+    trained = config.pretext.method
+    view = context.plain_view if not isinstance(trained, SimCLRSettings) else trained.view.resolved(context.side)
+    views = context.views_of(source, "estimate")
+    model_config = resolved_model(config.model, side or source.size) if side else context.model_config
+    if width is not None:
+        model_config = model_config.model_copy(update={"width": width})
+    autocast = context.precision == torch.bfloat16  # found out before gradients are switched off
     with torch.random.fork_rng(devices=[]):
-        model = context.place(PretextModel(context.model_config.from_scratch()))
-        begin = time.perf_counter()
-        images = views(view, rows, epoch=0, view_index=0)
-        rendering = (time.perf_counter() - begin) / len(rows)
+        model = context.place(PretextModel(model_config.from_scratch()))
+        rendering = _median(lambda: views(view, rows, epoch=0, view_index=0), context.device)
+        size = side or context.plain_view.side
+        images = torch.randn(len(rows), 3, size, size).to(context.device, memory_format=torch.channels_last)
 
         def forward() -> None:
-            with torch.no_grad(), context.autocast():
+            with torch.no_grad(), torch.autocast(context.device.type, torch.bfloat16, enabled=autocast):
                 model.eval()
                 model(images)
 
         def training() -> None:
-            with torch.enable_grad(), context.autocast():
+            with torch.enable_grad(), torch.autocast(context.device.type, torch.bfloat16, enabled=autocast):
                 model.train()
                 loss = model(images).float().square().mean()
             loss.backward()
 
-        with_gradients = context.config.pretext.method.trains or context.config.selflabel is not None
-        seconds = [_median(step, context.device) for step in ((forward, training) if with_gradients else (forward,))]
-    return Cost(seconds[0] / len(rows) + rendering, seconds[-1] / len(rows) + rendering)
+        steps = (forward, training) if trained.trains or config.selflabel is not None else (forward,)
+        seconds = [_median(step, context.device) for step in steps]
+    return Cost((seconds[0] + rendering) / len(rows), (seconds[-1] + rendering) / len(rows))
 
 
-def _median(step: Callable[[], None], device: torch.device) -> float:
+def _median(step: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(ROUNDS + 1):  # the first one prepares buffers and kernels
         begin = time.perf_counter()
@@ -223,12 +235,11 @@ def fit_minutes(context: Context, minutes: float) -> Config:
     config = context.config
     if not config.pretext.method.trains:
         return config
-    cost, n, side = measure(context), len(context.splits.train), context.side
+    n, side = len(context.splits.train), context.side
     budget = 60 * minutes * TRAINING_SHARE
     options = _options(context, side)
     for size, width in options:
-        factor = (size / side) ** 2 * (width / config.model.width) ** 1.5
-        epochs = _epochs(config, n, cost, factor, budget)
+        epochs = _epochs(config, n, measure(context, size, width), budget)
         if epochs["pretext"] >= min(FEWEST_EPOCHS, config.pretext.epochs) or (size, width) == options[-1]:
             break
     if min(epochs.values()) < 1:
@@ -252,13 +263,13 @@ def _options(context: Context, side: int) -> list[tuple[int, float]]:
     return options
 
 
-def _epochs(config: Config, n: int, cost: Cost, factor: float, budget: float) -> dict[str, float]:
+def _epochs(config: Config, n: int, cost: Cost, budget: float) -> dict[str, float]:
     """Return how many epochs of each stage fit, at most those configured."""
     shares = {name: share for name, share in SHARES.items() if name != "selflabel" or config.selflabel is not None}
     epochs = {}
     for name, (forward, training) in _passes(config, ()).items():
         section = getattr(config, name)
-        per_epoch = n * factor * (forward * cost.forward + training * cost.training) / section.epochs
+        per_epoch = n * (forward * cost.forward + training * cost.training) / section.epochs
         epochs[name] = min(float(section.epochs), budget * shares[name] / sum(shares.values()) / per_epoch)
     return epochs
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from sklearn.metrics import adjusted_mutual_info_score
 
 from ..errors import ConfigError
 from .score import label_free_score
@@ -109,6 +108,8 @@ def _points(space: FeatureSpace, numbers: Sequence[int]) -> dict[int, Point]:
 
 
 def _point(space: FeatureSpace, k: int) -> Point:
+    from sklearn.metrics import adjusted_mutual_info_score
+
     rows = space.smoothed_reduced(*SMOOTHING)
     repeats = [kmeans(rows, k, space.seed + number, starts=1)[0] for number in range(REPEATS)]
     agreement = np.mean([adjusted_mutual_info_score(a, b) for a, b in combinations(repeats, 2)])

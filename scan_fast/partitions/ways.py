@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
-from scipy.sparse.linalg import eigsh
 
 from ..errors import ConfigError
 from .linkage import LARGEST, Tree, average_linkage, cut, ward_linkage
 from .score import group_sums
 from .space import FeatureSpace, Indices, Rows, unit_rows
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 Partitions = Mapping[str, Callable[[], Indices]]
 """By variant, a function that returns (N,) int64 group numbers."""
@@ -92,6 +94,8 @@ def merging_partitions(space: FeatureSpace, k: int) -> Partitions:
     many = max(k, min(OVER_CLUSTERED * 2 ** math.ceil(math.log2(max(k, 4) / 4)), len(space) // 8))
 
     def compute() -> tuple[Indices, Tree]:
+        import scipy.sparse
+
         small = _dense(kmeans(space.smoothed_reduced(10, 1), many, space.seed, starts=1)[0])
         sizes = np.bincount(small).astype(np.float64)
         member = scipy.sparse.csr_matrix((np.ones(len(small)), (np.arange(len(small)), small)))
@@ -111,6 +115,9 @@ def spectral_partitions(space: FeatureSpace, k: int) -> Partitions:
         return {}
 
     def partition() -> Indices:
+        import scipy.sparse
+        from scipy.sparse.linalg import eigsh
+
         links = _links(space)
         scale = scipy.sparse.diags(1 / np.sqrt(np.asarray(links.sum(axis=1)).ravel() + 1e-12))
         # A start without symmetry: groups without any link to one another share an eigenvalue.
@@ -202,6 +209,8 @@ def _links(space: FeatureSpace) -> scipy.sparse.csr_matrix:
     """
 
     def compute() -> scipy.sparse.csr_matrix:
+        import scipy.sparse
+
         index = space.neighbors(LINKS)
         squared = np.maximum(2 - 2 * space.similarity[:, : index.shape[1]].astype(np.float64), 0)
         scale = np.sqrt(squared[:, min(6, index.shape[1] - 1)]) + 1e-9

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -123,7 +123,7 @@ class MiningConfig(Settings):
 class ClusteringConfig(TrainingConfig):
     """Stage two: cluster heads on pairs of an image and a neighbour."""
 
-    n_clusters: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None
+    n_clusters: int | Literal["auto"] | None = None
     """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as
     the source has classes, ``auto`` if it has none."""
     objective: ObjectiveConfig = SCANSettings()
@@ -153,8 +153,14 @@ class ClusteringConfig(TrainingConfig):
     @field_validator("n_clusters", mode="before")
     @classmethod
     def _several(cls, n_clusters: Any) -> Any:
+        if n_clusters is None or n_clusters == "auto":
+            return n_clusters
+        if not isinstance(n_clusters, int):
+            raise ValueError(f"must be a whole number of at least 2, or auto, got {n_clusters!r}")
         if n_clusters == 1:
             raise ValueError("one group needs no clustering; give at least 2, got 1")
+        if n_clusters < 2:
+            raise ValueError(f"must be at least 2, or auto, got {n_clusters}")
         return n_clusters
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -103,15 +104,20 @@ def test_images_with_the_same_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clusters", [0, -3])
 def test_too_few_clusters(clusters: int, images: Path) -> None:
     message = run_folder(images, clusters=clusters).refusal()
-    assert f"clustering.n_clusters: input should be greater than or equal to 2, got {clusters}" in message
+    assert f"clustering.n_clusters: must be at least 2, or auto, got {clusters}" in message
 
 
 def test_clusters_that_are_no_number(images: Path) -> None:
-    assert "--clusters: invalid int value: 'many'" in run_folder(images, clusters="many").refusal()
+    message = run_folder(images, clusters="many").refusal()
+    assert "--clusters: must be a whole number of at least 2, or auto, got 'many'" in message
 
 
-def test_no_number_of_clusters_at_all(images: Path) -> None:
-    assert "--clusters" in run_here("run", "--data", images, "--out", "out", *TINY_FOLDER).refusal()
+def test_without_a_number_of_clusters_one_is_suggested(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_here("run", "--data", images, "--out", out, *TINY_FOLDER).code == 0
+    suggestion = json.loads((out / "suggested-k.json").read_text())
+    assert suggestion["k"] in [point["k"] for point in suggestion["curve"]]
+    assert json.loads((out / "summary.json").read_text())["stages"]["number"]["k"] == suggestion["k"]
 
 
 def test_more_neighbours_than_images_and_its_advice(images: Path) -> None:

@@ -322,7 +322,11 @@ def test_differences_name_the_key_and_leave_the_runtime_out() -> None:
         ("pretext.method.temperature=.inf", "pretext.method.temperature: input should be a finite number"),
         ("pretext.optimizer.lr=.nan", "pretext.optimizer.lr: input should be"),
         ("pretext.optimizer.name=lamb", "'sgd', 'adam' or 'adamw', got 'lamb'"),
-        ("clustering.n_clusters=1", "clustering.n_clusters: input should be greater than or equal to 2, got 1"),
+        ("clustering.n_clusters=1", "clustering.n_clusters: one group needs no clustering; give at least 2, got 1"),
+        (
+            "clustering.n_clusters=many",
+            "clustering.n_clusters: must be a whole number of at least 2, or auto, got 'many'",
+        ),
         ("clustering=5", "clustering: input should be a valid dictionary"),
         ("data.mean=[1, 2]", "data.mean"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),

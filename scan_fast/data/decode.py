@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = frozenset(
 MAX_SIDE = 16384
 
 _BILINEAR = Image.Resampling.BILINEAR
+_BICUBIC = Image.Resampling.BICUBIC
 _EXIF_ORIENTATION = 0x0112
 
 # Threads decode at the same time, but only one decodes an image above this many pixels (4 bytes each in PIL), so that a
@@ -207,6 +208,39 @@ def decode(
         return header, upright(whole, header.orientation)
 
 
+def decode_small(encoded: Encoded | Path, side: int) -> Image.Image:
+    """Decode one whole image, upright, no larger than needed to show it.
+
+    Args:
+        encoded: bytes of an image, or the path of its file.
+        side: largest length of the longer side in pixels. Smaller images keep their size.
+
+    Returns:
+        The image in mode RGB, in its own aspect ratio.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others: as :func:`decode`.
+    """
+    with _open(encoded) as image:
+        header = _header(image)
+        # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. Other formats ignore it.
+        image.draft("RGB", _within(image.size, 2 * side))
+        with _alone(*image.size):
+            image.load()
+            rgb = to_rgb(image)
+            if image.format == "PNG":
+                header = _header(image)
+        small = rgb if max(rgb.size) <= side else rgb.resize(_within(rgb.size, side), _BICUBIC, reducing_gap=2.0)
+    transpose = _TRANSPOSES.get(header.orientation)
+    return small.copy() if transpose is None else small.transpose(transpose)
+
+
+def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the size in the same aspect ratio whose longer side is `side`; no side is below one pixel."""
+    longer = max(size)
+    return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
+
+
 def to_array(encoded: Encoded | Path) -> np.ndarray:
     """Return the bytes of an encoded image, or of the file with this path, as (bytes,) uint8."""
     if isinstance(encoded, bytes):
@@ -246,6 +280,15 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     return operator
 
 
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Axes that an EXIF orientation mirrors, after orientations 5 to 8 have transposed the image.
 _MIRRORED: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
 

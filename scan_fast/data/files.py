@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DataError
-from .decode import Box, Header, cut, decode, read_header, square, to_array
+from .decode import Box, Header, cut, decode, decode_small, read_header, square, to_array
 from .decode_cache import DecodeCache
 from .encoded import EncodedImages
 from .sources import check_annotations, take_rows
@@ -114,6 +114,17 @@ class ImageFiles:
         for future in [self.pool.submit(fill, rows) for rows in parts]:
             future.result()
         return out
+
+    def original(self, index: int, side: int) -> Image.Image:
+        """Decode one whole image, in mode RGB, upright, with its longer side at most `side` pixels.
+
+        Raises:
+            DataError: if the image can no longer be read.
+        """
+        try:
+            return decode_small(self.images.encoded(index), side)
+        except Exception as error:
+            raise self._unreadable(index, error) from error
 
     def _decode(self, index: int, frame: int, boxes: Sequence[Sequence[int]], sides: Sequence[int]) -> Tensor:
         smallest = None
@@ -257,6 +268,14 @@ class FileSource:
             return take_rows(self.images, indices)
         whole = torch.tensor([0, 0, self.size, self.size]).expand(len(indices), 4)
         return self.files.cut(indices, self.size, [whole], [self.size])[0]
+
+    def original(self, row: int, side: int) -> Image.Image:
+        """Return the whole image of a row from its file, in mode RGB, upright, at most `side` pixels long.
+
+        Raises:
+            DataError: if the image can no longer be read.
+        """
+        return self.files.original(row, side)
 
     def keep_on(self, device: torch.device) -> None:
         """Move resident images to a device."""

@@ -57,6 +57,24 @@ class Source(Protocol):
         """
         ...
 
+    def original(self, row: int, side: int) -> Image.Image:
+        """Return an image to look at: whole, upright, in its own aspect ratio and not at the size of training.
+
+        Encoded images are read from their file or container again. Arrays have no other pixels than their own.
+        Thread-safe.
+
+        Args:
+            row: number of the image.
+            side: largest length of the longer side in pixels. Smaller images are not enlarged.
+
+        Returns:
+            The image in mode RGB.
+
+        Raises:
+            DataError: if the image can no longer be read.
+        """
+        ...
+
     def keep_on(self, device: torch.device) -> None:
         """Move resident images to a device; do nothing if none are resident."""
         ...
@@ -126,6 +144,12 @@ class TensorSource:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8, on the device that keeps them."""
         return take_rows(self.images, indices).expand(-1, -1, -1, 3).contiguous()
 
+    def original(self, row: int, side: int) -> Image.Image:
+        """Return the image of a row in mode RGB, reduced if its side is longer than `side` pixels."""
+        image = Image.fromarray(self.images[row].expand(-1, -1, 3).contiguous().cpu().numpy())
+        image.thumbnail((side, side))
+        return image
+
     def keep_on(self, device: torch.device) -> None:
         """Move the images to a device."""
         self.images = self.images.to(device)
@@ -167,6 +191,10 @@ class SubsetSource:
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8."""
         return self.source.read(self.indices[indices])
+
+    def original(self, row: int, side: int) -> Image.Image:
+        """Return the image of a row, in mode RGB, upright, at most `side` pixels long."""
+        return self.source.original(int(self.indices[row]), side)
 
     def keep_on(self, device: torch.device) -> None:
         """Move resident images of the whole source to a device."""

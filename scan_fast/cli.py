@@ -92,6 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("report", commands.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("--thumbnails", type=int, metavar="N", help="how many images get one (evaluation.thumbnails)")
+    sub.add_argument("--single-file", action="store_true", help="write report-single.html, one file that can be sent")
+
+    sub = command("name", commands.name, 'give groups names: scan-fast name RUN 3 "red shoes" 5 boots')
+    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("names", nargs="*", metavar="GROUP NAME", help="pairs of a group's number and its name")
+    sub.add_argument("--list", action="store_true", help="print the names")
+    sub.add_argument("--clear", action="store_true", help="remove the names of the groups given, or all names")
+
+    sub = command("folders", commands.folders, "one folder per group, with links to the images or copies of them")
+    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, outside that of the images")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", help="symbolic links, or hard links, or else copies (the default)")
+    how.add_argument("--copy", action="store_true", help="copies")
 
     sub = command("sweep", commands.sweep, "the same run with several seeds: mean and standard deviation")
     sub.add_argument("target", help="a configuration")
@@ -125,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success. An error that the user can act on is one line on standard error, and exit code 2. Any other error is a
     defect of the program: a traceback, and exit code 1. An interrupted command exits with 130.
     """
-    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # A name may look like a configuration value.
+    rest, overrides = (words, []) if words[:1] == ["name"] else split_overrides(words)
     parser = build_parser()
     options = parser.parse_args(rest)
     if overrides and "overrides" not in options:
@@ -157,6 +174,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             "--seeds",
             "--device",
             "--format",
+            "--thumbnails",
         )
         is_override = _OVERRIDE.match(word) is not None and not value_of_option
         (overrides if is_override else rest).append(word)

@@ -209,7 +209,7 @@ def name(options: argparse.Namespace) -> int:
     """Name groups, list the names or remove them, and write the tables and the report with them."""
     from .errors import ScanFastError
     from .report import write_report
-    from .runs.artifacts import ASSIGNMENTS, NAMES, REPORT
+    from .runs.artifacts import ASSIGNMENTS, CONFIG, NAMES, REPORT
     from .runs.folder import RunFolder
     from .runs.names import GroupNames, parse_group, parse_names
     from .runs.tracker import Tracker
@@ -220,7 +220,8 @@ def name(options: argparse.Namespace) -> int:
     with run:
         tracker = Tracker(run)
         table = run.read(ASSIGNMENTS)
-        n_groups = int(table.clusters.max(initial=-1)) + 1
+        # The last groups may be empty.
+        n_groups = max(int(table.clusters.max(initial=-1)) + 1, run.read(CONFIG).clustering.n_clusters or 0)
         aside = run.set_names_aside(table)
         if aside is not None:
             tracker.say(f"the names were of another grouping; they are in {aside.name} now")

@@ -62,12 +62,12 @@ def _tsne(rows: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     n, dimension = rows.shape
     # Two threads of scikit-learn's t-SNE wait for each other in every iteration: one is faster on a busy machine.
     with threadpool_limits(1):
+        if np.ptp(rows, axis=0).max() == 0:  # all images are alike
+            return np.zeros((n, 2), dtype=np.float32)
         components = min(_COMPONENTS, n, dimension)
         reduced = PCA(components, svd_solver="randomized", random_state=seed).fit_transform(rows)
         if components == 1:
             reduced = np.concatenate([reduced, np.zeros_like(reduced)], axis=1)
-        if not reduced.any():  # all images are alike
-            return np.zeros((n, 2), dtype=np.float32)
         perplexity = min(_PERPLEXITY, (n - 1) / 3)
         tsne = TSNE(2, perplexity=perplexity, max_iter=_ITERATIONS, init="pca", random_state=seed, n_jobs=1)
         placed: NDArray[np.float32] = tsne.fit_transform(reduced)

@@ -74,13 +74,12 @@ def outlier_scores(index: ArrayLike, similarity: ArrayLike) -> tuple[NDArray[np.
     return mean, score
 
 
-def linked_groups(index: ArrayLike, clusters: ArrayLike, *, lift: float = 2.0, affinity: float) -> list[LinkedGroups]:
+def linked_groups(index: ArrayLike, clusters: ArrayLike, *, affinity: float) -> list[LinkedGroups]:
     """Find groups that the images' neighbours hardly tell apart, the most linked first.
 
     Args:
         index: (N, k) rows of the neighbours, -1 for none.
         clusters: (N,) group of each row.
-        lift: the least number of links, relative to chance.
         affinity: the least density of links, relative to that inside.
     """
     ids = as_ids(clusters, "clusters", None)
@@ -108,7 +107,7 @@ def linked_groups(index: ArrayLike, clusters: ArrayLike, *, lift: float = 2.0, a
             float(between[first, second] / chance[first, second]),
             float(density[first, second] / limit[first, second]),
         )
-        if pair.lift >= lift and pair.affinity >= affinity:
+        if pair.affinity >= affinity:
             found.append(pair)
     return sorted(found, key=lambda pair: (-pair.affinity, pair.first, pair.second))
 

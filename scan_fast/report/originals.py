@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from PIL import Image
 
 from ..data.encoded import EncodedImages, Identity
-from ..data.files import ImageFiles
 from ..data.sources import Source
 from ..evaluation.pictures import pixel_digest
 from ..runs.tables import Assignments, printable
@@ -115,12 +114,15 @@ class Originals:
             return None
 
     def folders(self) -> set[str]:
-        """Return the folders that the images are found in: the root of each source of files."""
-        files: list[ImageFiles] = []
-        for place in self._places:
-            if place is not None and place[0].files is not None and place[0].files not in files:
-                files.append(place[0].files)
-        return {os.path.abspath(own.images.root) for own in files if own.images.root}
+        """Return the folders whose image files these are; containers count for nothing."""
+        found: set[str] = set()
+        for number, place in enumerate(self._places):
+            files = None if place is None else place[0].files
+            if files is not None and files.images.root and files.images.root not in found:
+                if self.file(number) is None:
+                    continue
+                found.add(files.images.root)
+        return {os.path.abspath(root) for root in found}
 
     def _identity(self, number: int) -> Identity | None:
         if number not in self._identities:

@@ -36,8 +36,10 @@ function askName(button) {
   const group = Number(button.dataset.rename);
   const input = make("input", { className: "rename-input", value: newNames[group] ?? "", placeholder: groupTitle(group), maxLength: 80 });
   input.setAttribute("aria-label", `Name of group ${group}`);
+  let open = true;
   const done = (keep) => {
-    if (!input.isConnected) return;
+    if (!open) return; // to leave the document is to lose the focus, which ends the input a second time
+    open = false;
     if (keep) rename(group, input.value);
     input.replaceWith(button);
   };

@@ -73,13 +73,14 @@ def write_report(
     # The best image of each group first, if not all find room.
     strips = [g.strip[rank] for rank in range(overview.STRIP_IMAGES) for g in groups if rank < len(g.strip)]
     make = data_urls if embedded else write_thumbnails
-    shown = make(folder, originals, wanted := choose(table, limit, strips))
-    findings = find(
-        run, table, content.embeddings, originals, with_map=settings.map, thumbnails=None if embedded else shown
-    )
-    listed = _listed(findings)
-    if len(wanted) < len(table.paths) and limit and not set(listed) <= shown.keys():
-        shown = make(folder, originals, wanted := choose(table, limit, [*listed, *strips]))
+    # Pixels are compared by the thumbnails if all images have one, else by the originals: which images get one depends
+    # on what is found.
+    shown: dict[int, str] = {}
+    if len(table.paths) <= limit and not embedded:
+        shown = make(folder, originals, range(len(table.paths)))
+    findings = find(run, table, content.embeddings, originals, with_map=settings.map, thumbnails=shown)
+    wanted = choose(table, limit, [*strips, *_listed(findings)])
+    shown = shown or make(folder, originals, wanted)
     unreadable = sum(int(i) not in shown for i in wanted) if limit else originals.lost
     if not embedded:
         shown = {i: f"{artifacts.THUMBNAILS}/{name}" for i, name in shown.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 from urllib.parse import quote
 
@@ -45,10 +46,11 @@ def page_data(
     table = content.assignments
     folders: dict[tuple[str, str], int] = {}
     names, in_folder, hrefs, shown = [], [], {}, []
+    url_of = cache(partial(folder_url, page_folder=page_folder))
     for number, path in enumerate(table.paths):
         file = originals.file(number)
         head, _, name = path.rpartition("/")
-        url = "" if file is None else folder_url(os.path.dirname(file), page_folder)
+        url = "" if file is None else url_of(os.path.dirname(file))
         in_folder.append(folders.setdefault((f"{head}/" if head else "", url), len(folders)))
         names.append(name)
         if file is not None:

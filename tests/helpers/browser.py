@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,12 +27,11 @@ def result_of(page: Path, code: str, folder: Path, size: tuple[int, int] = (1280
         folder: for the browser's profile.
         size: of the window, in pixels.
     """
-    import base64
-    import hashlib
-    import re
-
     assert CHROMIUM is not None
+    # A browser that only prints the document draws no frames: nothing asks for the next one, and nothing scrolls.
     script = (
+        "window.requestAnimationFrame = (go) => setTimeout(go, 16);"
+        "const scroll = (y) => { scrollTo(0, y); dispatchEvent(new Event('scroll')); };"
         "window.addEventListener('load', async () => { const done = (value) => {"
         "const out = document.createElement('pre'); out.id = 'handed-out'; out.textContent = JSON.stringify(value);"
         "document.body.append(out); }; const pause = (ms) => new Promise((go) => setTimeout(go, ms));"
@@ -53,8 +56,6 @@ def result_of(page: Path, code: str, folder: Path, size: tuple[int, int] = (1280
     copy.unlink()
     found = re.search(r'<pre id="handed-out">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stderr[-2000:]
-    import html
-
     value: dict[str, Any] = json.loads(html.unescape(found[1]))
     said = "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
     return value, said

@@ -36,8 +36,8 @@ function filter() {
   const ordered = [...found].filter(([, rows]) => rows.length).sort((a, b) => b[1].length - a[1].length || a[0] - b[0]);
   sections = ordered.map(([group, rows]) => ({ group, rows, top: 0 }));
   matching = sections.flatMap((section) => section.rows);
-  const all = matching.length === count ? "" : ` of ${count.toLocaleString()}`;
-  element("counted").textContent = `${matching.length.toLocaleString()}${all} images`;
+  const all = matching.length === count ? "" : ` of ${number(count)}`;
+  element("counted").textContent = `${number(matching.length)}${all} images`;
 }
 
 function measure() {
@@ -61,7 +61,7 @@ function heading(section) {
     line.append(make("span", { className: "swatch" }), groupTitle(section.group));
     line.style.setProperty("--color", groupOf.get(section.group).color);
   }
-  line.append(make("span", { className: "soft", textContent: section.rows.length.toLocaleString() }));
+  line.append(make("span", { className: "soft", textContent: number(section.rows.length) }));
   line.style.top = `${section.top}px`;
   line.style.height = `${HEADING}px`;
   return line;
@@ -130,7 +130,7 @@ function startGallery() {
   const fill = () => {
     groups.replaceChildren(make("option", { value: -1, textContent: "all groups" }));
     for (const known of data.groups) {
-      groups.append(make("option", { value: known.id, textContent: `${groupTitle(known.id)} (${known.size.toLocaleString()})` }));
+      groups.append(make("option", { value: known.id, textContent: `${groupTitle(known.id)} (${number(known.size)})` }));
     }
     groups.value = filters.group;
   };

@@ -31,6 +31,8 @@ let redraw = () => {};
 
 // -- images -----------------------------------------------------------------------------------------------------------
 
+// Writes a count as the rest of the page does.
+const number = (value) => String(value).replace(/\B(?=(\d{3})+$)/g, "\u202f");
 const path = (row) => data.folders[data.folder[row]][0] + data.name[row];
 function link(row) {
   const folder = data.folders[data.folder[row]][1];

@@ -110,7 +110,7 @@ setup(
     packages=[*find_packages(include=["scan_fast", "scan_fast.*"]), "scan_fast.configs", "scan_fast.data.subsets"],
     package_dir={"scan_fast.configs": "configs"},
     package_data={
-        "scan_fast": ["py.typed", "*.json", "*.pyi", "**/*.html"],
+        "scan_fast": ["py.typed", "*.json", "*.pyi", "report/page/*"],
         "scan_fast.data.subsets": ["*.txt"],
         "scan_fast.ops": ["*.json"],
         "scan_fast.configs": ["*.yaml"],

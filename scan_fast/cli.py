@@ -188,11 +188,25 @@ def build_parser() -> Parser:
     sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder or its model.pt")
     sub.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="torch.export or ONNX (default: pt2)")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-
     sub.epilog = EXPORTED
 
     sub = command("report", commands.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
+    sub.add_argument("--thumbnails", type=int, metavar="N", help="how many images get one (evaluation.thumbnails)")
+    sub.add_argument("--single-file", action="store_true", help="write report-single.html, one file that can be sent")
+
+    sub = command("name", commands.name, 'give groups names: scan-fast name RUN 3 "red shoes" 5 boots')
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
+    sub.add_argument("names", nargs="*", metavar="GROUP NAME", help="pairs of a group's number and its name")
+    sub.add_argument("--list", action="store_true", help="print the names")
+    sub.add_argument("--clear", action="store_true", help="remove the names of the groups given, or all names")
+
+    sub = command("folders", commands.folders, "one folder per group, with links to the images or copies of them")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, outside that of the images")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", help="symbolic links, or hard links, or else copies (the default)")
+    how.add_argument("--copy", action="store_true", help="copies")
 
     sub = command("sweep", commands.sweep, "repeat a run with several seeds: mean and standard deviation")
     sub.epilog = OVERRIDES

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.sources import Source
     from .predictor import Predictor
     from .runs.config import Config
+    from .runs.folder import RunFolder
 
 
 def train(options: argparse.Namespace) -> int:
@@ -249,7 +250,11 @@ def config(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Write the clusters of new images."""
+    from dataclasses import replace
+
     from .atomic import atomic_file
+    from .runs.artifacts import ASSIGNMENTS
+    from .runs.folder import RunFolder
     from .runs.tables import Placements
 
     predictor, source = _predictor_and_source(options)
@@ -260,6 +265,9 @@ def predict(options: argparse.Namespace) -> int:
         found, nearest = predictor.typicality.nearest(features)
         similarity, unlike = found.numpy(), predictor.typicality.unlike(found, nearest).numpy()
     table = Placements.of_new(source.paths, probabilities, similarity, unlike)
+    run = RunFolder(options.target if options.target.is_dir() else options.target.parent)
+    if run.has(ASSIGNMENTS):
+        table = replace(table, names=run.group_names(run.read(ASSIGNMENTS)))
     if options.out is None:
         sys.stdout.write(table.to_csv())
     else:
@@ -323,17 +331,90 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Write report.html again."""
-    from .runs.artifacts import CONFIG, REPORT
+    from .report import write_report
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
-    from .stages.pipeline import make_report
-    from .training.context import open_context
 
     run = RunFolder.existing(options.target)
     with run:
         tracker = Tracker(run)
-        make_report(open_context(run.read(CONFIG), run, tracker))
-        tracker.say(str(run.path_of(REPORT)))
+        name, sources = _images_of(run)
+        page = write_report(run, sources, title=name, thumbnails=options.thumbnails, single_file=options.single_file)
+        tracker.say(str(page))
+    return 0
+
+
+def _images_of(run: RunFolder) -> tuple[str, dict[str, Source]]:
+    """Return the name of a run and its images by split, to look at; nothing is decoded that need not be.
+
+    Raises:
+        RunError: if the run has no assignments yet, or a file is damaged.
+        DataError: if the images are no longer there.
+    """
+    from .data.datasets import open_splits
+    from .data.decode_cache import DecodeCache
+    from .runs.artifacts import ASSIGNMENTS, CONFIG, DECODE_CACHE
+
+    run.read(ASSIGNMENTS)
+    config = run.read(CONFIG)
+    known = run.read(DECODE_CACHE) if run.has(DECODE_CACHE) else DecodeCache()
+    splits = open_splits(config.data.model_copy(update={"resident": "files"}), known)
+    both = {"train": splits.train, "test": splits.test}
+    return config.name, {split: source for split, source in both.items() if source is not None}
+
+
+def name(options: argparse.Namespace) -> int:
+    """Name groups, list the names or remove them, and write the tables and the report with them."""
+    from .errors import ScanFastError
+    from .report import write_report
+    from .runs.artifacts import ASSIGNMENTS, NAMES, REPORT
+    from .runs.folder import RunFolder
+    from .runs.names import GroupNames, parse_group, parse_names
+    from .runs.tracker import Tracker
+
+    if options.list and (options.clear or options.names):
+        raise UsageError("--list goes with nothing else")
+    run = RunFolder.existing(options.target)
+    with run:
+        tracker = Tracker(run)
+        table = run.read(ASSIGNMENTS)
+        # The last groups may be empty.
+        n_groups = max(int(table.clusters.max(initial=-1)) + 1, run.n_clusters or 0)
+        aside = run.set_names_aside(table)
+        if aside is not None:
+            tracker.say(f"the names were of another grouping; they are in {aside.name} now")
+        names = run.group_names(table)
+        if options.list or (not options.names and not options.clear):
+            for group, text in sorted(names.items()):
+                print(f"{group}\t{text}")
+            return 0
+        if options.clear:
+            cleared = {parse_group(word, n_groups) for word in options.names} or set(names)
+            names = {group: text for group, text in names.items() if group not in cleared}
+        else:
+            names |= parse_names(options.names, n_groups)
+        run.write(NAMES, GroupNames(table.digest, names))
+        run.write_assignments(table)
+        if run.has(REPORT):
+            try:
+                title, sources = _images_of(run)
+                write_report(run, sources, title=title)
+            except ScanFastError as error:
+                tracker.say(f"the names are kept, but the report cannot be written again: {error}")
+        tracker.say(f"{len(names)} of {n_groups} groups have a name")
+    return 0
+
+
+def folders(options: argparse.Namespace) -> int:
+    """Sort the images into one folder per group, as links or copies."""
+    from .report.folders import write_folders
+    from .runs.folder import RunFolder
+
+    run = RunFolder.existing(options.target)
+    _, sources = _images_of(run)
+    counts = write_folders(run, sources, options.out.expanduser(), "copy" if options.copy else "link")
+    for folder, count in counts.items():
+        print(f"{count:>8}  {options.out / folder}")
     return 0
 
 

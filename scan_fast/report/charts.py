@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ..runs.records import MetricsEntry
+from .text import number
 
 _WIDTH, _HEIGHT = 320, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 22
@@ -37,11 +38,12 @@ def series_of(entries: Iterable[MetricsEntry]) -> dict[str, list[Series]]:
     }
 
 
-def line_chart(series: Series) -> Markup | None:
+def line_chart(series: Series, unit: tuple[str, str] = ("epoch", "epochs")) -> Markup | None:
     """Draw one series, or return None if it has less than two points or no finite value.
 
     Values that are not finite leave a gap. Long series are thinned to about 300 points, keeping each bin's extremes, so
-    that a spike stays visible and the page small.
+    that a spike stays visible and the page small. ``unit`` names what the x axis counts, at its start and in the
+    description.
     """
     finite = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
     if len(series.x) < 2 or not finite:
@@ -79,11 +81,11 @@ def line_chart(series: Series) -> Markup | None:
         else f'<text x="{_LEFT - 6}" y="{middle + 4}" text-anchor="end">{label_high}</text>'
     )
     x_labels = (
-        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">epoch {number(first)}</text>'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{unit[0]} {number(first)}</text>'
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{number(last)}</text>'
     )
     description = (
-        f"{series.name} over {len(series.x)} epochs: first {number(finite[0][1])}, "
+        f"{series.name} over {len(series.x)} {unit[1]}: first {number(finite[0][1])}, "
         f"last {number(finite[-1][1])}, lowest {number(min(y for _, y in finite))}, "
         f"highest {number(max(y for _, y in finite))}"
     )
@@ -96,19 +98,6 @@ def line_chart(series: Series) -> Markup | None:
         Markup(drawing),
         Markup(f'<circle class="dot" cx="{end_x:.1f}" cy="{end_y:.1f}" r="3.5"/>'),
     )
-
-
-def number(value: float, digits: int = 4) -> str:
-    """Write a number with at most ``digits`` significant digits, and whole numbers in full up to a million."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e6:
-        return str(int(value))
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    text = f"{value:.{digits}g}"
-    return text.replace("e+0", "e").replace("e+", "e")
 
 
 def _thinned(series: Series) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +31,9 @@ class Content:
         confusion: counts of true by assigned classes; None without labels, or if there are too many classes.
         confusion_figure: PNG, if there are too many classes.
         embeddings: (N, D), in the order of the assignments; None if there are none of these images.
+        names: the names that the user gave to groups.
+        skipped: (path, reason) of the images that could not be read.
+        n_groups: the number of groups that the run was to find; 0 if classes decided it.
     """
 
     config: Config
@@ -39,6 +43,9 @@ class Content:
     confusion: Confusion | None
     confusion_figure: bytes | None
     embeddings: NDArray[np.float32] | None
+    names: dict[int, str]
+    skipped: Sequence[tuple[str, str]]
+    n_groups: int
 
 
 def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
@@ -70,6 +77,9 @@ def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
         confusion=confusion,
         confusion_figure=figure,
         embeddings=embeddings,
+        names=run.group_names(assignments),
+        skipped=run.read(artifacts.SKIPPED).images if run.has(artifacts.SKIPPED) else (),
+        n_groups=run.n_clusters or 0,
     )
 
 

@@ -18,10 +18,13 @@ from ..data.decode_cache import DecodeCache
 from ..errors import RunError, ScanFastError, WeightsError
 from ..models.saved import SavedModel
 from .config import Config, build_config
+from .findings import Duplicates, Outliers
+from .names import GroupNames
 from .records import (
     BackboneRecord,
     Checkpoint,
     Embeddings,
+    ImageMap,
     ImageRecord,
     MetricsEntry,
     Neighbors,
@@ -50,8 +53,14 @@ COMMANDS: dict[str, str] = {
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints and results of the learned stages."""
 
+REPORT_FOLDER = "report"
+"""The folder of what report.html shows; its sub-folder holds the thumbnails, which later reports use again."""
+THUMBNAILS = f"{REPORT_FOLDER}/thumbnails"
+"""JPEG and PNG files, named by a digest of the image that each shows."""
+
 _REMOVE = "remove it, and the same command continues with the rest"
 _REPEAT = "repeat what wrote it: scan-fast {command} {folder} --again"
+_REPORT_AGAIN = "remove it, and `scan-fast report {folder}` writes it again"
 _RUN_AGAIN = "remove it, and `scan-fast run {folder}` writes it again"
 
 
@@ -189,6 +198,10 @@ SELFLABEL_MODEL = _stage_result("selflabel")
 
 ASSIGNMENTS = Artifact("assignments.csv", Assignments.dump, Assignments.load, repair=_RUN_AGAIN)
 """One row per image: path, cluster, confidence, margin, split and, if known, label."""
+ASSIGNMENTS_PARQUET = Artifact(
+    "assignments.parquet", Assignments.dump_parquet, Assignments.load_parquet, repair=_RUN_AGAIN
+)
+"""The same as Parquet, if pyarrow is installed."""
 CONFUSION = Artifact("confusion.csv", Confusion.dump, Confusion.load, repair=_RUN_AGAIN)
 """With labels: counts of true classes by assigned classes."""
 CONFUSION_FIGURE = Artifact("confusion.png", _dump_bytes, _load_bytes, repair=_RUN_AGAIN)
@@ -196,7 +209,19 @@ CONFUSION_FIGURE = Artifact("confusion.png", _dump_bytes, _load_bytes, repair=_R
 MODEL = Artifact("model.pt", SavedModel.dump, SavedModel.load, repair=_RUN_AGAIN, error=WeightsError)
 """The predictor: ``scan-fast predict``, ``ImageClusterer.load``."""
 REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
-"""One page that opens from disk."""
+"""One page that opens from disk; of more than a few hundred images it needs the folder of its files beside it."""
+SINGLE_REPORT = Artifact("report-single.html", _dump_page, _load_page, repair=_REPORT_AGAIN)
+"""The same page with thumbnails of at most a few hundred images inside, to be sent as one file."""
+REPORT_DATA = Artifact(f"{REPORT_FOLDER}/data.js", _dump_page, _load_page, repair=_REPORT_AGAIN)
+"""What the page knows of each image."""
+MAP = Artifact("map.npz", ImageMap.dump, ImageMap.load, "mining", repair=_REPORT_AGAIN)
+"""The place of each image on the report's map."""
+DUPLICATES = Artifact("duplicates.csv", Duplicates.dump, Duplicates.load, repair=_REPORT_AGAIN)
+"""Copies among the images, in groups."""
+OUTLIERS = Artifact("outliers.csv", Outliers.dump, Outliers.load, repair=_REPORT_AGAIN)
+"""Images that are far from their neighbours."""
+NAMES = Artifact("names.json", GroupNames.dump, GroupNames.load, repair="remove it, and name the groups again")
+"""The names that a user gave to groups: written by ``scan-fast name`` and never removed by a run."""
 
 
 SWEEP = Artifact("sweep.json", dump_json, load_json)
@@ -211,8 +236,23 @@ OF_STAGES: tuple[Artifact[Any], ...] = (
 """Written by the stages: repeating a stage removes its own and those of later stages."""
 AT_END: tuple[Artifact[Any], ...] = (ASSIGNMENTS, CONFUSION, CONFUSION_FIGURE, MODEL, REPORT)
 """Written after the last stage: repeating any stage removes them."""
+BESIDE_REPORT: tuple[Artifact[Any], ...] = (
+    ASSIGNMENTS_PARQUET,
+    SINGLE_REPORT,
+    REPORT_DATA,
+    MAP,
+    DUPLICATES,
+    OUTLIERS,
+)
+"""Written after the last stage, some only if they are asked for or possible. Repeating any stage removes them, but the
+map stays as long as the stage that its images' embeddings come from is not repeated."""
 
 
 def checkpoint(stage: str) -> Artifact[Checkpoint]:
     """Return the checkpoint of a learned stage that is training."""
     return Artifact(f"{CHECKPOINTS}/{stage}.pt", Checkpoint.dump, Checkpoint.load, stage)
+
+
+def former_names(number: int) -> Artifact[GroupNames]:
+    """Return where the names of a former grouping are kept, from 1."""
+    return Artifact(f"names-former-{number}.json", GroupNames.dump, GroupNames.load)

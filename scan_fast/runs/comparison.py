@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score
 
-from .artifacts import ASSIGNMENTS, CONFIG, MODEL
+from .artifacts import ASSIGNMENTS, MODEL
 from .folder import RunFolder
 
 BASELINES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features"}
@@ -116,9 +116,8 @@ def compare(runs: Mapping[str, RunFolder]) -> Comparison:
 
 
 def _results(name: str, run: RunFolder) -> Iterator[Result]:
-    summary, wanted = run.summary(), run.read(CONFIG).clustering.n_clusters
-    n_clusters = wanted if isinstance(wanted, int) else None
-    if n_clusters is None and run.has(MODEL):  # as many as classes, or as suggested
+    summary, n_clusters = run.summary(), run.n_clusters
+    if n_clusters is None and run.has(MODEL):  # as many as classes
         n_clusters = run.read(MODEL).n_clusters
     if not summary.stages:
         yield Result(name, "nothing finished", n_clusters)

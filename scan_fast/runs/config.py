@@ -210,12 +210,16 @@ class EvaluationConfig(Settings):
     Attributes:
         batch_size: images in a forward pass.
         baseline_seeds: runs of k-means, over which mean and deviation are reported.
+        thumbnails: images with a thumbnail in the report; of more images, the same share of each group gets one.
+        map: place the images on a map for the report; takes up to ten seconds.
     """
 
     batch_size: int = Field(default=512, ge=1)
     baselines: bool = True
     """Compare with k-means on pixels and on features, if there are labels."""
     baseline_seeds: int = Field(default=3, ge=1)
+    thumbnails: int = Field(default=20_000, ge=0)
+    map: bool = True
 
 
 class RuntimeConfig(Settings):

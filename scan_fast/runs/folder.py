@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -12,9 +14,10 @@ from typing import Any, TextIO, TypeVar
 from ..atomic import is_leftover, remove_leftovers
 from ..errors import RunError
 from . import artifacts
-from .artifacts import BACKBONE, CONFIG, METRICS, SUMMARY, Artifact
+from .artifacts import BACKBONE, CONFIG, METRICS, SUGGESTION, SUMMARY, Artifact
 from .config import Config, differences
 from .records import MetricsEntry, Summary
+from .tables import Assignments
 
 try:
     import fcntl
@@ -91,7 +94,7 @@ class RunFolder:
                     raise RunError(f"{self.path} is in use by another scan-fast process") from error
                 raise
             self._lock = handle
-        for folder in (self.path, self.path / artifacts.CHECKPOINTS):
+        for folder in (self.path, self.path / artifacts.CHECKPOINTS, self.path / artifacts.REPORT_FOLDER):
             remove_leftovers(folder)
         if self._config is not None:
             try:
@@ -153,10 +156,48 @@ class RunFolder:
         artifacts.write(artifact, content, path)
         return path
 
+    def group_names(self, assignments: Assignments) -> dict[int, str]:
+        """Return the names of the groups, none if there are none or they were given to another grouping.
+
+        Raises:
+            RunError: if names.json is damaged.
+        """
+        if not self.has(artifacts.NAMES):
+            return {}
+        known = self.read(artifacts.NAMES)
+        return dict(known.names) if known.assignments == assignments.digest else {}
+
+    def write_assignments(self, assignments: Assignments) -> None:
+        """Write assignments.csv, and assignments.parquet if pyarrow is installed, with the names of the groups.
+
+        Raises:
+            OSError: if a file cannot be written.
+        """
+        table = replace(assignments, names=self.group_names(assignments))
+        self.write(artifacts.ASSIGNMENTS, table)
+        if find_spec("pyarrow") is not None:
+            self.write(artifacts.ASSIGNMENTS_PARQUET, table)
+
+    def set_names_aside(self, assignments: Assignments) -> Path | None:
+        """Rename names.json if its names were given to another grouping; return where it is then."""
+        if not self.has(artifacts.NAMES) or self.read(artifacts.NAMES).assignments == assignments.digest:
+            return None
+        numbers = itertools.count(1)
+        aside = next(a for n in numbers if not self.has(a := artifacts.former_names(n)))
+        return self.path_of(artifacts.NAMES).rename(self.path_of(aside))
+
     def remove(self, *removed: Artifact[Any]) -> None:
         """Remove artifacts if they are there."""
         for artifact in removed:
             self.path_of(artifact).unlink(missing_ok=True)
+
+    @property
+    def n_clusters(self) -> int | None:
+        """The number of clusters that the configuration gives or the run has suggested; None if classes decide."""
+        wanted = self.read(CONFIG).clustering.n_clusters
+        if isinstance(wanted, int):
+            return wanted
+        return self.read(SUGGESTION).k if self.has(SUGGESTION) else None
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 
@@ -214,4 +255,4 @@ class RunFolder:
         for name in names:
             self.drop_metrics(name, 0)
             self.remove(*(artifact for artifact in artifacts.OF_STAGES if artifact.stage == name))
-        self.remove(*artifacts.AT_END)
+        self.remove(*artifacts.AT_END, *(a for a in artifacts.BESIDE_REPORT if a.stage is None or a.stage in names))

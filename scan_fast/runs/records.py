@@ -330,6 +330,36 @@ class SuggestedNumber:
         return cls(content["k"], content["curve"])
 
 
+@dataclass(frozen=True)
+class ImageMap:
+    """The place of each image on the map.
+
+    Attributes:
+        positions: (N, 2) float32 in [0, 1], in the order of assignments.csv.
+        digest: of the embeddings that were placed; of others the map is another.
+    """
+
+    positions: NDArray[np.float32]
+    digest: str
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write an .npz with positions and digest."""
+        np.savez(file, positions=self.positions, digest=np.array(self.digest))
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> ImageMap:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        arrays = load_arrays(file)
+        positions, digest = arrays.get("positions"), arrays.get("digest")
+        if positions is None or digest is None or positions.ndim != 2 or positions.shape[1] != 2:
+            raise ValueError("it must hold positions (N, 2) and a digest")
+        return cls(positions.astype(np.float32), str(digest))
+
+
 @dataclass
 class Checkpoint:
     """The state of a stage while it trains.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -31,12 +32,14 @@ class Predictions:
         clusters: (N,) cluster ids from 0.
         confidence: (N,) the probability of the image's cluster.
         margin: (N,) ``confidence`` minus the probability of the second most probable cluster.
+        names: the names that a user gave to clusters, by id; kept in names.json, written along and not read back.
     """
 
     paths: Sequence[str]
     clusters: NDArray[np.int64]
     confidence: NDArray[np.float64]
     margin: NDArray[np.float64]
+    names: Mapping[int, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls, paths: Sequence[str], probabilities: Tensor) -> Predictions:
@@ -51,10 +54,17 @@ class Predictions:
         return cls(paths, cluster[:, 0].numpy(), best.numpy(), (best - second).numpy())
 
     def dump(self, file: BinaryIO) -> None:
-        """Write one row per image: path, cluster, confidence, margin."""
-        with _csv_writer(file) as writer:
-            writer.writerow(("path", "cluster", "confidence", "margin"))
-            writer.writerows(_prediction_rows(self))
+        """Write one row per image: path, cluster, confidence, margin and, if clusters have names, name."""
+        columns = self._name_column()
+        with csv_writer(file) as writer:
+            writer.writerow(("path", "cluster", "confidence", "margin", *columns))
+            for row, *further in zip(_prediction_rows(self), *columns.values(), strict=True):
+                writer.writerow((*row, *further))
+
+    def _name_column(self) -> dict[str, list[str]]:
+        if not self.names:
+            return {}
+        return {"name": [printable(self.names.get(cluster, "")) for cluster in self.clusters.tolist()]}
 
     def to_csv(self) -> str:
         """Return what :meth:`dump` writes."""
@@ -87,12 +97,12 @@ class Placements(Predictions):
         return cls(**vars(Predictions.of(paths, probabilities)), similarity=similarity, unlike=unlike)
 
     def dump(self, file: BinaryIO) -> None:
-        """Write one row per image: path, cluster, confidence, margin and, if they are known, similarity and unlike."""
-        columns: dict[str, list[str]] = {}
+        """Write one row per image: path, cluster, confidence, margin and, if known, name, similarity and unlike."""
+        columns = self._name_column()
         if self.similarity is not None and self.unlike is not None:
             columns["similarity"] = [f"{value:.6f}" for value in self.similarity.tolist()]
             columns["unlike"] = [str(int(value)) for value in self.unlike.tolist()]
-        with _csv_writer(file) as writer:
+        with csv_writer(file) as writer:
             writer.writerow(("path", "cluster", "confidence", "margin", *columns))
             for row, *further in zip(_prediction_rows(self), *columns.values(), strict=True):
                 writer.writerow((*row, *further))
@@ -133,16 +143,59 @@ class Assignments(Predictions):
             seen[split] = seen.get(split, 0) + 1
         return rows
 
-    def dump(self, file: BinaryIO) -> None:
-        """Write one row per image: path, cluster, confidence, margin, split and, if there are classes, label."""
-        columns = [map(printable, self.splits)]
+    @property
+    def digest(self) -> str:
+        """A digest of the images and their clusters: the same if no image is in another cluster than before."""
+        state = hashlib.blake2b(digest_size=16)
+        for path, cluster in zip(self.paths, self.clusters.tolist(), strict=True):
+            state.update(f"{printable(path)}\0{cluster}\0".encode())
+        return state.hexdigest()
+
+    def _columns(self) -> dict[str, list[str]]:
+        columns = {"split": list(map(printable, self.splits))}
         if self.labels is not None:
-            columns.append(map(printable, self.labels))
-        with _csv_writer(file) as writer:
-            header = ("path", "cluster", "confidence", "margin", "split", "label")
-            writer.writerow(header if self.labels is not None else header[:-1])
-            for row, *further in zip(_prediction_rows(self), *columns, strict=True):
-                writer.writerow((*row, *further))
+            columns["label"] = list(map(printable, self.labels))
+        return columns | self._name_column()
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write one row per image: path, cluster, confidence, margin, split; label with classes, name with names."""
+        further = self._columns()
+        with csv_writer(file) as writer:
+            writer.writerow(("path", "cluster", "confidence", "margin", *further))
+            for row, *columns in zip(_prediction_rows(self), *further.values(), strict=True):
+                writer.writerow((*row, *columns))
+
+    def dump_parquet(self, file: BinaryIO) -> None:
+        """Write the same columns as Parquet; needs pyarrow."""
+        import pyarrow
+        import pyarrow.parquet
+
+        columns: dict[str, Any] = {"path": list(map(printable, self.paths)), "cluster": self.clusters}
+        columns |= {"confidence": self.confidence, "margin": self.margin, **self._columns()}
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+    @classmethod
+    def load_parquet(cls, file: BinaryIO) -> Assignments:
+        """Read what :meth:`dump_parquet` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(pyarrow.py_buffer(file.read()))
+            paths, splits = table["path"].to_pylist(), table["split"].to_pylist()
+            numbers = [table[name].to_numpy() for name in ("cluster", "confidence", "margin")]
+        except (pyarrow.ArrowException, KeyError) as error:
+            raise ValueError(f"it is no table of assignments ({' '.join(str(error).split())})") from error
+        cluster, confidence, margin = numbers
+        names = {}
+        if "name" in table.column_names:
+            names = {int(c): name for c, name in zip(cluster, table["name"].to_pylist(), strict=True) if name}
+        labels = table["label"].to_pylist() if "label" in table.column_names else None
+        return cls(paths, cluster, confidence, margin, splits, labels, names=names)
 
     @classmethod
     def load(cls, file: BinaryIO) -> Assignments:
@@ -152,7 +205,7 @@ class Assignments(Predictions):
             ValueError: for a missing column or a damaged row.
         """
         table: dict[str, list[Any]] = {"path": [], "cluster": [], "confidence": [], "margin": [], "split": []}
-        with _text(file) as text:
+        with as_text(file) as text:
             reader = csv.DictReader(text)
             found = reader.fieldnames or []
             missing = [name for name in table if name not in found]
@@ -184,7 +237,7 @@ class Skipped:
 
     def dump(self, file: BinaryIO) -> None:
         """Write one row per image: path, reason."""
-        with _csv_writer(file) as writer:
+        with csv_writer(file) as writer:
             writer.writerow(("path", "reason"))
             writer.writerows((printable(path), " ".join(printable(reason).split())) for path, reason in self.images)
 
@@ -195,7 +248,7 @@ class Skipped:
         Raises:
             ValueError: for a row that does not have two columns.
         """
-        with _text(file) as text:
+        with as_text(file) as text:
             rows = list(csv.reader(text))[1:]
         return cls([(path, reason) for path, reason in rows])
 
@@ -234,7 +287,7 @@ class Confusion:
 
     def dump(self, file: BinaryIO) -> None:
         """Write the counts with the names in the first row and column."""
-        with _csv_writer(file) as writer:
+        with csv_writer(file) as writer:
             writer.writerow(("true \\ assigned", *map(printable, self.column_names)))
             for name, row in zip(self.row_names, self.counts.tolist(), strict=True):
                 writer.writerow((printable(name), *row))
@@ -246,7 +299,7 @@ class Confusion:
         Raises:
             ValueError: if it is not a table of counts.
         """
-        with _text(file) as text:
+        with as_text(file) as text:
             table = [row for row in csv.reader(text) if row]
         if len({len(row) for row in table}) != 1:
             raise ValueError("it is no confusion matrix: the rows differ in length, or there are none")
@@ -292,13 +345,14 @@ class _LineFeeds:
 
 
 @contextmanager
-def _csv_writer(file: BinaryIO) -> Iterator[_Writer]:
-    with _text(file) as text:
+def csv_writer(file: BinaryIO) -> Iterator[_Writer]:
+    """Write rows as CSV, each ended by a line feed, without closing the file below."""
+    with as_text(file) as text:
         yield csv.writer(_LineFeeds(text), lineterminator="\r\n")
 
 
 @contextmanager
-def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
+def as_text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
     """Read or write text without closing the file below it."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:

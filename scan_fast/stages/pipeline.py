@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from PIL import Image
-
 from ..evaluation.metrics import neighbor_purity
 from ..models.heads import ClusterModel
 from ..report import write_report
@@ -200,11 +197,7 @@ def evaluate(context: Context) -> Summary:
 
 def make_report(context: Context) -> None:
     """Write report.html."""
-
-    def images(split: str, rows: list[int]) -> list[Image.Image]:
-        return [Image.fromarray(array.numpy()) for array in context.clustered[split].read(torch.tensor(rows)).cpu()]
-
-    write_report(context.run, images, title=context.config.name)
+    write_report(context.run, context.clustered, title=context.config.name)
 
 
 def print_summary(context: Context, tracker: Tracker) -> None:

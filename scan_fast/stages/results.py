@@ -55,7 +55,11 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
     name = SELFLABEL_LOGITS if stage == "selflabel" else CLUSTERING_LOGITS
     logits = final_logits(context, model, name, handover)
-    context.run.write(artifacts.ASSIGNMENTS, assignments(context, logits))
+    table = assignments(context, logits)
+    aside = context.run.set_names_aside(table)
+    if aside is not None:
+        context.tracker.say(f"the groups are not those that were named; their names are in {aside.name} now")
+    context.run.write_assignments(table)
     typical = typicality(context, model, stage, logits["train"], handover)
     context.run.write(artifacts.MODEL, saved_model(context, model, stage, typical))
     reported = context.clustered[context.reported]
@@ -66,9 +70,9 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
         match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
         matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
         assert reported.class_names is not None
-        table = Confusion.of(matrix, reported.class_names)
-        context.run.write(artifacts.CONFUSION, table)
-        context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(table))
+        counts = Confusion.of(matrix, reported.class_names)
+        context.run.write(artifacts.CONFUSION, counts)
+        context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(counts))
 
 
 def assignments(context: Context, logits: dict[str, Tensor]) -> Assignments:

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("views", "models", "evaluation"),
     ("methods", "objectives"),
+    ("partitions",),
     ("runs",),
     ("training", "predictor", "report"),
     ("stages", "export"),

@@ -124,7 +124,7 @@ class ClusteringConfig(TrainingConfig):
     n_clusters: int | None = Field(default=None, ge=2)
     """None: as many as the source has classes."""
     objective: ObjectiveConfig = SCANSettings()
-    """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
+    """Loss of the heads and score that chooses among them, by ``kind``: ``scan``, ``temi``, ``turtle``."""
     heads: int = Field(default=1, ge=1)
     """Heads that train side by side; the one with the best score is kept."""
     neighbors: int | None = Field(default=None, ge=1)
@@ -147,6 +147,11 @@ class ClusteringConfig(TrainingConfig):
     def _check(self) -> Self:
         if self.cached_views is not None and self.update != "heads":
             raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
+        if self.objective.needs_start and self.initialize == "random":
+            raise ValueError(
+                "objective.prior=estimated takes the sizes of the clusters from those that the heads start from, "
+                f"and initialize={self.initialize} has none; set initialize=kmeans"
+            )
         return self
 
 

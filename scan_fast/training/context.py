@@ -157,6 +157,7 @@ def check_sizes(context: Context) -> None:
     train, test = len(context.splits.train), len(context.splits.test)
     if train < context.n_clusters:
         raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
+    config.clustering.objective.check(context.n_clusters)
     if config.mining.k >= train:
         raise ConfigError(
             f"mining.k={config.mining.k} must be below the number of training images, {train}; "

@@ -70,9 +70,7 @@ class TURTLE(Objective):
         logits = heads(anchors)
         with torch.autocast(logits.device.type, enabled=False):
             labels = (logits if logits.dtype == torch.float64 else logits.float()).softmax(dim=-1)
-            log_q = probe_log_probabilities(
-                anchors.detach(), labels.detach(), self.settings.inner_steps, self.settings.inner_lr
-            )
+            log_q = probe_log_probabilities(anchors, labels, self.settings.inner_steps, self.settings.inner_lr)
             cross_entropy = -(labels * log_q).sum(dim=-1).mean(dim=-1)
             mean = labels.mean(dim=-2)
             entropy = self.prior.entropy(mean)

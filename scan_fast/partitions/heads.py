@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..data.loader import epoch_batches, steps_per_epoch
 from ..errors import ConfigError
 from ..models.heads import ClusterModel
-from ..objectives import ObjectiveSettings
+from ..objectives import ObjectiveSettings, SCANSettings, TEMISettings
 from ..random import Key, integers, stream_key, uniforms
 
 STREAM = "partitions/heads"
@@ -24,6 +24,16 @@ RIDGE = 1e-2
 """Penalty on the weights of the start, relative to the mean variance of a component."""
 INITIAL_LOGIT = 0.1
 """Standard deviation of the logits of heads that start at random."""
+
+REFINEMENTS: tuple[ObjectiveSettings, ...] = (
+    TEMISettings(decay=0.98),
+    SCANSettings(entropy_weight=2.0, prior="estimated"),
+)
+"""Objectives that improve a partition: the first evens out the clusters, the second keeps their sizes.
+
+Which of them fits is a matter of the images, and heads of both can be compared by a score. The teacher is faster than
+by default, because some hundred steps are few.
+"""
 
 _NEIGHBOR, _WEIGHT, _INITIAL = 0, 1, 2
 _BISECTIONS = 30
@@ -51,11 +61,11 @@ def train_heads(
     objective: ObjectiveSettings,
     *,
     n_clusters: int,
-    heads: int,
-    epochs: int,
-    batch_size: int,
-    lr: float,
     seed: int,
+    heads: int = 3,
+    epochs: int = 60,
+    batch_size: int = 512,
+    lr: float = 0.01,
     start: Tensor | None = None,
 ) -> TrainedHeads:
     """Train linear heads on frozen features. Pairs are a function of seed, epoch and image.
@@ -68,11 +78,11 @@ def train_heads(
         neighbors: (N, k) int64 neighbours of each image; -1 means no neighbour. An image is also its own neighbour.
         objective: what the heads minimise.
         n_clusters: C, the clusters of each head.
+        seed: seed of pairs, order and start.
         heads: H.
         epochs: passes over the images.
         batch_size: images in a step, at most N of them.
         lr: learning rate of Adam, for features of which the mean length is 1 after centring.
-        seed: seed of pairs, order and start.
         start: (N,) or (H, N) int64 clusters from 0 to C - 1 to start from; None starts at random.
 
     Returns:

@@ -289,7 +289,8 @@ def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
     config = load_config(file, overrides, changes)
     if config.selflabel is not None and not any(word.startswith("selflabel.threshold=") for word in overrides):
         # After so few epochs no prediction is 99 % confident, and a step without a confident image trains nothing.
-        threshold = 1.2 / (config.clustering.n_clusters or 10)
+        wanted = config.clustering.n_clusters
+        threshold = 1.2 / (wanted if isinstance(wanted, int) else 10)
         changed = config.selflabel.model_copy(update={"threshold": threshold})
         config = config.model_copy(update={"selflabel": changed})
     return config

@@ -106,15 +106,35 @@ class ClusterModel(nn.Module):
         """
         if not 0 <= h < self.n_heads:
             raise ValueError(f"h must be from 0 to {self.n_heads - 1}, got {h}")
+        view = self.around(self.backbone)
+        view.cluster_head = nn.ModuleList([self.cluster_head[h]])
+        return view
+
+    def around(self, backbone: nn.Module) -> ClusterModel:
+        """Return a model with these heads, whose parameters are shared, on another backbone.
+
+        ``around(nn.Identity())`` maps features to logits.
+        """
         view = ClusterModel.__new__(ClusterModel)
         nn.Module.__init__(view)
-        view.backbone = self.backbone
+        view.backbone = backbone
         view.out_features = self.out_features
         view._n_clusters = self._n_clusters
         view._unit_features = self._unit_features
-        view.cluster_head = nn.ModuleList([self.cluster_head[h]])
+        view.cluster_head = self.cluster_head
         view.training = self.training
         return view
+
+    @classmethod
+    def linear(cls, in_features: int, n_clusters: int, n_heads: int) -> ClusterModel:
+        """Return H linear heads without a backbone: the model maps features (B, in_features) to logits (H, B, C)."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.backbone = nn.Identity()
+        model.out_features = in_features
+        model._n_clusters = n_clusters
+        model.cluster_head = nn.ModuleList(_head(in_features, None, n_clusters) for _ in range(n_heads))
+        return model
 
 
 def _head(features: int, hidden: int | None, n_clusters: int) -> nn.Module:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from ..objectives import ObjectiveSettings
+from .heads import REFINEMENTS, train_heads
 from .probe import LinearHead, fit_head, nearest_mean_head
 from .score import Score, label_free_score
 from .space import FeatureSpace, Indices
 from .ways import WAYS
 
 KMEANS = "kmeans"
+REFINED_NEIGHBORS = 10
+"""Neighbours of an image with which heads are trained."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,49 @@ def choose(space: FeatureSpace, k: int, ways: Sequence[str] = tuple(WAYS), furth
         candidates = list(pool.map(lambda task: _candidate(space, *task), tasks))
     ordered = sorted([*candidates, *further], key=lambda c: (-c.score.total, c.way != KMEANS))
     return Choice(tuple(ordered))
+
+
+def refined(
+    choice: Choice,
+    space: FeatureSpace,
+    k: int,
+    refinements: Mapping[str, ObjectiveSettings] = REFINEMENTS,
+    heads: int = 3,
+) -> tuple[LinearHead, Candidate, tuple[Candidate, ...]]:
+    """Train heads from the best candidate and return the best of them.
+
+    The heads of each objective start from the best partition and are compared by score with each other, not with the
+    partition: a partition that was cut out of the neighbour graph scores higher than it is worth. If no head scores as
+    high as k-means, or there is no objective, the result is that of :func:`with_head`.
+
+    Args:
+        choice: the candidates.
+        space: features and neighbours.
+        k: number of groups.
+        refinements: what the heads minimise, by name.
+        heads: heads of each objective, each from another random weighting of the images.
+
+    Returns:
+        The head, the candidate with its labels and score, and the candidates of all heads, the best first.
+    """
+    plain = next(candidate for candidate in choice.candidates if candidate.way == KMEANS)
+    features, neighbors = torch.from_numpy(space.unit), torch.from_numpy(space.neighbors(REFINED_NEIGHBORS))
+    start = torch.from_numpy(choice.best.labels)
+    found: list[tuple[Candidate, LinearHead]] = []
+    for name, objective in refinements.items():
+        begin = time.perf_counter()
+        trained = train_heads(features, neighbors, objective, n_clusters=k, seed=space.seed, heads=heads, start=start)
+        seconds = (time.perf_counter() - begin) / heads
+        for number in range(heads):
+            labels = trained.logits[number].argmax(dim=1).numpy()
+            variant = f"from {choice.best.name}, head {number}"
+            candidate = Candidate(name, variant, labels, label_free_score(labels, space), seconds)
+            found.append((candidate, LinearHead(trained.weight[number], trained.bias[number])))
+    found.sort(key=lambda pair: -pair[0].score.total)
+    candidates = tuple(candidate for candidate, _ in found)
+    if found and found[0][0].score.total >= plain.score.total:
+        return found[0][1], candidates[0], candidates
+    return *with_head(choice, space, k), candidates
 
 
 def with_head(choice: Choice, space: FeatureSpace, k: int) -> tuple[LinearHead, Candidate]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ..evaluation.model_selection import modularity
 from .space import FeatureSpace, Indices, Rows
 
 SCORED_NEIGHBORS = (5, 20)
@@ -41,26 +43,10 @@ def label_free_score(labels: Indices, space: FeatureSpace) -> Score:
         labels: (N,) group numbers from 0.
         space: features and neighbours of the N images.
     """
-    consistency = np.mean([modularity(labels, space.neighbors(k)) for k in SCORED_NEIGHBORS])
-    return Score(float(consistency), silhouette(labels, space.directions))
-
-
-def modularity(labels: Indices, index: Indices) -> float:
-    """Return the modularity of a partition on a graph of nearest neighbours, each edge counted in both directions.
-
-    Args:
-        labels: (N,) group numbers from 0.
-        index: (N, k) neighbours; -1 for none.
-    """
-    here = index >= 0
-    first = np.broadcast_to(labels[:, None], index.shape)[here]
-    second = labels[index[here]]
-    if not first.size:
-        return 0.0
-    groups = int(labels.max()) + 1
-    ends = np.bincount(first, minlength=groups) + np.bincount(second, minlength=groups)
-    share = ends / ends.sum()
-    return float((first == second).mean() - (share**2).sum())
+    groups = torch.from_numpy(labels)[None]
+    numbers = [torch.from_numpy(space.neighbors(k)) for k in SCORED_NEIGHBORS]
+    consistency = [float(modularity(groups, index, int(labels.max()) + 1)) for index in numbers]
+    return Score(float(np.mean(consistency)), silhouette(labels, space.directions))
 
 
 def silhouette(labels: Indices, rows: Rows) -> float:

@@ -28,8 +28,8 @@ from ..data.datasets import DataConfig
 from ..errors import ConfigError
 from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
-from ..objectives import ObjectiveConfig, SCANSettings
-from ..partitions import WAYS
+from ..objectives import ObjectiveConfig, ObjectiveSettings, SCANSettings, TURTLESettings
+from ..partitions import REFINEMENTS, WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
 
@@ -127,7 +127,7 @@ class ClusteringConfig(TrainingConfig):
     """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as
     the source has classes, ``auto`` if it has none."""
     objective: ObjectiveConfig = SCANSettings()
-    """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
+    """Loss of the heads and score that chooses among them, by ``kind``: ``scan``, ``temi``, ``turtle``."""
     heads: int = Field(default=1, ge=1)
     """Heads that train side by side; the one with the best score is kept."""
     neighbors: int | None = Field(default=None, ge=1)
@@ -140,6 +140,10 @@ class ClusteringConfig(TrainingConfig):
     without labels is kept. It needs ``mining.features: backbone`` and takes seconds."""
     ways: tuple[str, ...] = tuple(WAYS)
     """With ``update: features``: the ways to group, besides k-means, which is always tried."""
+    refinements: tuple[Literal["temi", "scan", "turtle"], ...] = ("temi", "scan")
+    """With ``update: features``: objectives of the heads that start from the best partition; the best head by the score
+    is kept. An objective of the kind of ``objective`` takes its settings, if they are not the defaults: so a prior of
+    the sizes can be given."""
     cached_views: int | None = Field(default=None, ge=1)
     """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
     take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
@@ -164,6 +168,15 @@ class ClusteringConfig(TrainingConfig):
         return n_clusters
 
     @property
+    def refining(self) -> dict[str, ObjectiveSettings]:
+        """The objectives of ``refinements`` with their settings."""
+        known: dict[str, ObjectiveSettings] = {**REFINEMENTS, "turtle": TURTLESettings(prior="estimated")}
+        own = self.objective
+        if own != type(own)():
+            known[own.kind] = own
+        return {name: known[name] for name in self.refinements}
+
+    @property
     def trains(self) -> bool:
         """Whether heads are trained on views of the images."""
         return self.update != "features"
@@ -180,6 +193,11 @@ class ClusteringConfig(TrainingConfig):
     def _check(self) -> Self:
         if self.cached_views is not None and self.update != "heads":
             raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
+        if self.objective.needs_start and self.initialize == "random":
+            raise ValueError(
+                "objective.prior=estimated takes the sizes of the clusters from those that the heads start from, "
+                f"and initialize={self.initialize} has none; set initialize=kmeans"
+            )
         return self
 
 

@@ -59,12 +59,16 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self._view = context.view(self.config.view)
         self._best: dict[str, Any] | None = None
         self._cached: Tensor | None = None
+        self._started = False
         if self.frozen:
             model.backbone.requires_grad_(False)
         self.objective.attach(model)
 
     def prepare(self) -> None:
-        """Precompute frozen-backbone features, (views, N, D), if ``cached_views`` is set."""
+        """Let the objective look at the initial predictions, and precompute features if ``cached_views`` is set."""
+        if not self._started:
+            self.objective.start(lambda: logits_of(self.context, self.model, "train", self._handover))
+            self._started = True
         if self.config.cached_views is not None:
             size = self.context.config.evaluation.batch_size
             views = self.config.cached_views
@@ -152,6 +156,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the best so far and the objective's state."""
+        self._started = True
         self._best = state["best"]
         self.objective.load_state(state["objective"])
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.heads import ClusterModel
-from ..partitions import Candidate, Choice, FeatureSpace, choose, with_head
+from ..partitions import Candidate, Choice, FeatureSpace, choose, refined
 from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS
 from ..runs.records import StageResult
 from ..training.context import Context
@@ -31,7 +32,8 @@ def run_partitioning(context: Context, name: str, handover: Handover) -> None:
     k, seed = context.n_clusters, context.config.seed
     space = FeatureSpace(torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"]), seed)
     choice = choose(space, k, context.config.clustering.ways)
-    head, chosen = with_head(choice, space, k)
+    config = context.config.clustering
+    head, chosen, heads = refined(choice, space, k, config.refining, config.heads)
     model = ClusterModel(context.without_pretrained, k)
     model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
     layer = model.cluster_head[0]
@@ -40,7 +42,7 @@ def run_partitioning(context: Context, name: str, handover: Handover) -> None:
         layer.weight.copy_(head.weight)
         layer.bias.copy_(head.bias)
     record: dict[str, Any] = {"head": 0, "epoch": 0, "loss": -chosen.score.total}
-    results: dict[str, Any] = {"choice": described(choice, chosen)}
+    results: dict[str, Any] = {"choice": described(choice, chosen, heads)}
     for split, logits in frozen_logits(context, model).items():
         handover.put(CLUSTERING_LOGITS, split, logits)
         results[split] = assess(context, logits, split)
@@ -48,12 +50,12 @@ def run_partitioning(context: Context, name: str, handover: Handover) -> None:
     context.run.finish_stage(name, time.perf_counter() - begin, results, seed)
 
 
-def described(choice: Choice, chosen: Candidate) -> dict[str, Any]:
+def described(choice: Choice, chosen: Candidate, heads: Sequence[Candidate]) -> dict[str, Any]:
     """Return the choice as summary.json and the report hold it: what was chosen, why, and all candidates."""
     return {
         "method": chosen.name,
         "score": round(chosen.score.total, 4),
-        "reason": choice.reason,
+        "reason": reason(choice, chosen, heads),
         "candidates": [
             {
                 "name": candidate.name,
@@ -63,6 +65,13 @@ def described(choice: Choice, chosen: Candidate) -> dict[str, Any]:
                 "separation": round(candidate.score.separation, 4),
                 "seconds": round(candidate.seconds, 2),
             }
-            for candidate in choice.candidates
+            for candidate in (*heads, *choice.candidates)
         ],
     }
+
+
+def reason(choice: Choice, chosen: Candidate, heads: Sequence[Candidate]) -> str:
+    """Return in words why a candidate was chosen."""
+    if chosen in heads:
+        return f"of {len(heads)} heads trained from the best partition, this one has the best score; {choice.reason}"
+    return choice.reason

@@ -221,6 +221,8 @@ def check_sizes(context: Context) -> None:
         raise ConfigError(
             f"{train} {images} are too few for {context.n_clusters} clusters; ask for 2 to {train - 1}, or add images"
         )
+    if not context.suggests_number:
+        config.clustering.objective.check(context.n_clusters)
     if config.mining.k >= train:
         raise ConfigError(
             f"mining.k={config.mining.k} must be below the number of {images}, {train}; "

@@ -27,6 +27,7 @@ from driving import (
 from PIL import PngImagePlugin
 
 from scan_fast.data.folders import held_out_rows
+from scan_fast.objectives import SCANSettings
 from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.records import MetricsEntry
@@ -367,7 +368,7 @@ def test_again_repeats_a_stage_with_a_changed_section(finished: Path) -> None:
     before, old = results(finished), contents(finished)
     words = ["cluster", finished, "--again", "clustering.objective.entropy_weight=3", "--quiet"]
     assert run_here(*words).code == 0
-    assert RunFolder(finished).read(CONFIG).clustering.objective.entropy_weight == 3
+    assert RunFolder(finished).read(CONFIG).clustering.objective == SCANSettings(entropy_weight=3)
     assert not (finished / "assignments.csv").exists()
     assert run_here("run", finished, "--quiet").code == 0
     after, new = results(finished), contents(finished)

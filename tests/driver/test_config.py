@@ -399,7 +399,7 @@ def test_a_bare_kind_stands_for_its_section() -> None:
         ("pretext.method=moca", "pretext.method: input tag 'moca' found using 'kind' does not match"),
         ("pretext.method=weights", "pretext.method.file is missing"),
         ("pretext.method={kind: weights, file: a, temperature: 1}", "unknown key pretext.method.temperature"),
-        ("clustering.objective=scam", "clustering.objective.kind"),
+        ("clustering.objective=scam", "clustering.objective: input tag 'scam' found using 'kind' does not match"),
         ("pretext.method=none", "pretext.method=none takes the backbone as it is, so it needs model.pretrained=true"),
     ],
 )

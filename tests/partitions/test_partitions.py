@@ -10,10 +10,19 @@ from scipy.spatial.distance import pdist, squareform
 from sklearn.metrics import adjusted_rand_score, silhouette_samples
 
 from scan_fast.errors import ConfigError, DataError
-from scan_fast.partitions import WAYS, FeatureSpace, choose, fit_head, label_free_score, suggest_number, with_head
+from scan_fast.partitions import (
+    WAYS,
+    FeatureSpace,
+    choose,
+    fit_head,
+    label_free_score,
+    refined,
+    suggest_number,
+    with_head,
+)
 from scan_fast.partitions.linkage import average_linkage, cut, ward_linkage
 from scan_fast.partitions.probe import nearest_mean_head
-from scan_fast.partitions.score import group_sums, modularity, silhouettes
+from scan_fast.partitions.score import group_sums, silhouettes
 from scan_fast.partitions.ways import kmeans
 
 UNEVEN = (160, 60, 30, 15, 12)
@@ -46,27 +55,6 @@ def test_silhouettes_equal_those_of_scikit_learn() -> None:
     labels = rng.integers(0, 5, 80)
     labels[0] = 5  # alone in its group
     assert np.allclose(silhouettes(labels, rows), silhouette_samples(rows, labels, metric="cosine"), atol=1e-5)
-
-
-def test_modularity_equals_its_definition() -> None:
-    rng = np.random.default_rng(1)
-    n, k = 30, 4
-    index = np.stack([rng.permutation(n)[:k] for _ in range(n)])
-    index[3, 2:] = -1
-    labels = rng.integers(0, 3, n)
-    edges = [(i, j) for i in range(n) for j in index[i] if j >= 0]
-    adjacency = np.zeros((n, n))
-    for i, j in edges:
-        adjacency[i, j] += 1
-        adjacency[j, i] += 1
-    degree, total = adjacency.sum(axis=1), adjacency.sum()
-    expected = sum(
-        adjacency[i, j] / total - degree[i] * degree[j] / total**2
-        for i in range(n)
-        for j in range(n)
-        if labels[i] == labels[j]
-    )
-    assert modularity(labels, index) == pytest.approx(expected)
 
 
 def test_one_group_of_nearly_everything_does_not_score(space: FeatureSpace) -> None:
@@ -179,6 +167,18 @@ def test_the_choice_is_never_worse_than_kmeans_by_the_score(space: FeatureSpace)
     assert chosen.score.total >= plain.score.total
     assert np.array_equal(head.logits(space.unit).argmax(dim=1).numpy(), chosen.labels)
     assert choice.best.name in choice.reason
+
+
+def test_refined_heads_are_never_worse_than_kmeans_and_assign_as_they_say(space: FeatureSpace) -> None:
+    choice = choose(space, 5)
+    plain = next(candidate for candidate in choice.candidates if candidate.way == "kmeans")
+    head, chosen, heads = refined(choice, space, 5, heads=2)
+    assert len(heads) == 4
+    assert chosen.score.total >= plain.score.total
+    assert np.array_equal(head.logits(space.unit).argmax(dim=1).numpy(), chosen.labels)
+    none, kept, nothing = refined(choice, space, 5, {})
+    assert not nothing
+    assert np.array_equal(none.logits(space.unit).argmax(dim=1).numpy(), kept.labels)
 
 
 def test_the_choice_finds_the_uneven_groups_that_kmeans_cuts() -> None:

@@ -133,6 +133,7 @@ class ClusterModel(nn.Module):
         model.backbone = nn.Identity()
         model.out_features = in_features
         model._n_clusters = n_clusters
+        model._unit_features = False
         model.cluster_head = nn.ModuleList(_head(in_features, None, n_clusters) for _ in range(n_heads))
         return model
 

@@ -29,6 +29,8 @@ LEAST_SHARE = 0.2
 """Least size of a group that linkage may leave, as a share of N / K."""
 FITTED_IMAGES = 20_000
 """Images, drawn at random, to which k-means is fitted; the others go to the nearest centre."""
+LEAST_FOR_SPECTRAL = 200
+"""Images below which the eigenvectors are those of the full matrix."""
 MOST_FOR_SPECTRAL = 20_000
 """Images of which eigenvectors are computed; beyond that they take minutes."""
 OVER_CLUSTERED = 40
@@ -116,13 +118,22 @@ def spectral_partitions(space: FeatureSpace, k: int) -> Partitions:
 
     def partition() -> Indices:
         import scipy.sparse
-        from scipy.sparse.linalg import eigsh
+        from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
         links = _links(space)
         scale = scipy.sparse.diags(1 / np.sqrt(np.asarray(links.sum(axis=1)).ravel() + 1e-12))
         # A start without symmetry: groups without any link to one another share an eigenvalue.
         start = np.random.default_rng(space.seed).standard_normal(len(space))
-        _, vectors = eigsh(scale @ links @ scale, k=k, which="LA", v0=start)
+        scaled = scale @ links @ scale
+        if (
+            len(space) < LEAST_FOR_SPECTRAL or k > len(space) // 4
+        ):  # Lanczos needs room for more vectors than it returns
+            vectors = np.linalg.eigh(scaled.toarray())[1][:, -k:]
+        else:
+            try:
+                _, vectors = eigsh(scaled, k=k, which="LA", v0=start)
+            except ArpackNoConvergence as error:
+                vectors = error.eigenvectors
         return kmeans(unit_rows(vectors.astype(np.float32)), k, space.seed, starts=4)[0]
 
     return {"": partition}

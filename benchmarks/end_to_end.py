@@ -191,7 +191,7 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
     if config.mining.features != "projection":
         raise ValueError(f"the baseline mines the projection, mining.features is {config.mining.features!r}")
     view = baseline_images.transform(context.plain_view, images.splits.mean, images.splits.std)
-    train_split, test_split = images.splits.train, images.splits.test
+    train_split, test_split = context.clustered["train"], context.clustered["test"]
     parts = (
         (baseline_images.Single(len(train_split), images.train, view), config.mining.k),
         (baseline_images.Single(len(test_split), images.test, view), min(config.mining.test_k, len(test_split) - 1)),
@@ -289,7 +289,8 @@ def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
     config = load_config(file, overrides, changes)
     if config.selflabel is not None and not any(word.startswith("selflabel.threshold=") for word in overrides):
         # After so few epochs no prediction is 99 % confident, and a step without a confident image trains nothing.
-        threshold = 1.2 / (config.clustering.n_clusters or 10)
+        wanted = config.clustering.n_clusters
+        threshold = 1.2 / (wanted if isinstance(wanted, int) else 10)
         changed = config.selflabel.model_copy(update={"threshold": threshold})
         config = config.model_copy(update={"selflabel": changed})
     return config

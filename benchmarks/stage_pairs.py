@@ -53,6 +53,7 @@ def open_images(config: Config, folder: Path | None, limit: int | None) -> Image
     """
     if folder is None:
         splits = open_splits(config.data.model_copy(update={"limit": limit}))
+        assert splits.test is not None  # the data sets have test images
         return Images(splits, _opener(splits.train), _opener(splits.test), config.data.source)
     source = source_from(folder, config.data)
     if limit is not None and limit < len(source):

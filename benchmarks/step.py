@@ -54,7 +54,7 @@ class Steps:
         with seeded(context.config.seed, Pretext.name):
             model = context.place(PretextModel(context.model_config))
         self.context = context
-        method = context.config.pretext.method.build(model, context.splits.train.size)
+        method = context.config.pretext.method.build(model, context.side)
         self.stage = Pretext(context, model, method, Handover())
         self.optimizer = build_optimizer(self.stage.parameters(), self.stage.training.optimizer)
         # At this rate nothing diverges in a few steps.
@@ -121,7 +121,7 @@ def training_flops(context: Context) -> float:
     """Count the flops of the convolutions and matrix products of a step's forward and backward pass."""
     steps = Steps(context, ())
     images = 2
-    side = context.config.pretext.method.side(context.splits.train.size)
+    side = context.config.pretext.method.side(context.side)
     x = torch.randn(images, 3, side, side, device=context.device).contiguous(memory_format=torch.channels_last)
     with FlopCounterMode(display=False) as counter:
         steps.stage.model(x).sum().backward()

@@ -70,7 +70,7 @@ def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, di
                 run_stage(context, STAGES[stage], Handover())
                 seconds = time.process_time() - begin
                 entry = run.summary().stages[stage]
-            metrics = {**entry, **entry.get("test", {})}
+            metrics = {**entry, **entry.get(context.reported, {})}
             wanted = ("knn_acc", "purity", "test_purity", "acc", "nmi")
             results[stage] = {key: float(metrics[key]) for key in wanted if key in metrics}
             results[stage]["cpu_seconds"] = round(seconds, 2)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import errno
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from . import __version__, commands
+from . import __version__, commands, queries
+from .completion import SHELLS
 from .errors import ScanFastError
-
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+from .parsing import EXIT_USAGE, Parser, split_overrides
 
 IMAGES = "a folder of images, or PREFIX:ARGUMENT as in data.source, such as webdataset:SHARDS"
+CONFIGURATION = "a configuration: a YAML file, or the name of a shipped one such as digits; `scan-fast config --list`"
 
-EXIT_DEFECT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DEFECT, EXIT_INTERRUPTED = 1, 130
 
 DEFECT = (
     "this is a defect of scan-fast and no mistake of yours; please report it to the project's issue tracker, with the "
@@ -26,90 +25,192 @@ DEFECT = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"scan-fast: {message} (see {self.prog} --help)\n")
+EXAMPLES = """\
+to begin:
+  scan-fast run digits                            all stages on a small data set, in half a minute
+  scan-fast run --data my_photos --clusters 12    group your own images
+  scan-fast predict RUN --data new_photos         assign new images to the groups
+
+`scan-fast COMMAND --help` explains a command."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+OVERRIDES = """\
+section.key=value words change the configuration, and may stand anywhere:
+  scan-fast run digits preset=paper pretext.epochs=50
+`scan-fast config --keys` explains every key."""
+
+PREDICTED = """\
+the columns:
+  path, cluster    the image, and the group that it fits best, from 0
+  confidence       the probability of this group
+  margin           confidence minus the probability of the second best group
+  similarity       cosine similarity, -1 to 1, to the nearest group's mean image in feature space
+  unlike           1 if that is lower than of 99 in 100 training images: the image may belong to no group
+A model.pt that was written before there were similarity and unlike has no such columns."""
+
+EXPORTED = """\
+The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
+describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
+torch.export.load(FILE, extra_files={"scan_fast.json": ""})."""
+
+COMPLETION = """\
+  bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
+  zsh     scan-fast completion zsh > DIR/_scan-fast, with DIR in $fpath before compinit
+  fish    scan-fast completion fish > ~/.config/fish/completions/scan-fast.fish"""
+
+
+def build_parser() -> Parser:
     """Return the parser of all commands."""
-    parser = _Parser(
-        prog="scan-fast", description="Group images without labels: SimCLR, neighbour mining, SCAN, self-labelling."
+    parser = Parser(
+        prog="scan-fast",
+        description="Group images without labels: SimCLR, neighbour mining, SCAN, self-labelling.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"scan-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        sub: Parser = subparsers.add_parser(
             name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         sub.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=run)
         return sub
 
-    stages = {
-        "run": ((), "all stages: images in, clusters, a predictor and a report out; an unfinished run continues"),
-        "pretext": (("pretext",), "stage one: learn a representation without labels (SimCLR)"),
-        "mine": (("mining",), "find the nearest neighbours of every image"),
-        "cluster": (("clustering",), "stage two: train the cluster heads (SCAN loss)"),
-        "selflabel": (("selflabel",), "stage three: learn from confident images"),
-    }
-    for name, (names, text) in stages.items():
-        sub = command(name, commands.train, f"{text}; section.key=value words change the configuration")
-        sub.set_defaults(stages=names)
-        sub.add_argument(
-            "target",
-            nargs="?",
-            help="a configuration (YAML file or the name of a shipped one) or an existing run folder",
-        )
+    def configured(sub: Parser, target: str) -> None:
+        """Add the words of a command that reads a configuration or makes one for --data."""
+        sub.add_argument("target", nargs="?", metavar="CONFIG|RUN", help=target)
         sub.set_defaults(overrides=[])
         sub.add_argument("--data", metavar="IMAGES", help=f"{IMAGES}, instead of a configuration")
-        sub.add_argument("--clusters", type=int, metavar="K", help="the number of groups (clustering.n_clusters)")
+        sub.add_argument(
+            "--clusters", type=_clusters, metavar="K", help="the number of groups, or auto (clustering.n_clusters)"
+        )
+
+    def with_model(sub: Parser) -> None:
+        """Add the words of a command that applies a finished model to images."""
+        sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder or its model.pt")
+        sub.add_argument(
+            "--data",
+            required=True,
+            nargs="+",
+            metavar="IMAGES",
+            help=f"{IMAGES}; or one or more image files",
+        )
+        sub.add_argument(
+            "--on-error",
+            choices=("raise", "skip"),
+            default="raise",
+            help="at an image that cannot be read: stop with its name, or leave it out (default: %(default)s)",
+        )
+        device(sub)
+
+    def device(sub: Parser) -> None:
+        sub.add_argument(
+            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)"
+        )
+
+    stages = {
+        "run": ((), "group images: all stages, then a table, a report and a model; an unfinished run continues"),
+        "pretext": (("pretext",), "stage one alone: learn a representation without labels (SimCLR)"),
+        "mine": (("mining",), "the step after stage one alone: find the nearest neighbours of every image"),
+        "cluster": (("clustering",), "stage two alone: train the cluster heads (SCAN loss)"),
+        "selflabel": (("selflabel",), "stage three alone: learn from confident images"),
+    }
+    for name, (names, text) in stages.items():
+        sub = command(name, commands.train, text)
+        sub.epilog = OVERRIDES
+        sub.set_defaults(stages=names)
+        configured(sub, f"{CONFIGURATION} lists them; or an existing run folder")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
-        sub.add_argument("--again", action="store_true", help="repeat this stage and those after it")
+        again = "repeat this stage and those after it" if names else "repeat all stages"
+        sub.add_argument("--again", action="store_true", help=f"{again}, although they are finished")
         sub.add_argument("--quiet", action="store_true", help="print errors only")
+        sub.set_defaults(minutes=None, finish=False)
+        if not names:
+            sub.add_argument(
+                "--minutes",
+                type=_minutes,
+                metavar="M",
+                help="train as much as fits into M minutes: fewer epochs, smaller images or a narrower network",
+            )
+            sub.add_argument(
+                "--finish",
+                action="store_true",
+                help="group by what an interrupted run has learned so far, in RUN-so-far; the run can continue",
+            )
 
-    sub = command("evaluate", commands.evaluate, "measure every finished stage of a run, and k-means for comparison")
-    sub.add_argument("target", type=Path, help="a run folder")
+    sub = command("suggest-k", commands.suggest_k, "suggest how many groups the images fall into, with the scores")
+    sub.epilog = OVERRIDES
+    configured(sub, f"{CONFIGURATION} lists them; or a run folder, whose features are used")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    sub.add_argument("--quiet", action="store_true", help="print the result only")
 
-    sub = command("predict", commands.predict, "assign new images to the clusters of a run (CSV)")
-    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
+    sub = command("predict", commands.predict, "assign new images to the groups of a finished run (CSV)")
+    sub.epilog = PREDICTED
+    with_model(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
-    sub.add_argument("--device", default="auto")
+
+    sub = command("evaluate", commands.evaluate, "compare groups with classes: of a run's own images, or of others")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder; with --data also its model.pt")
+    sub.add_argument(
+        "--data",
+        metavar="IMAGES",
+        help="measure the finished model on these images: a folder with a sub-folder per class, or PREFIX:ARGUMENT "
+        "with labels; without --data, every stage is measured again on the run's own images, and k-means beside it",
+    )
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    sub.add_argument("--device", help="with --data: auto (the default), cpu, cuda or cuda:N")
+
+    sub = command("compare", queries.compare, "show several runs in one table, and how far their groups agree")
+    sub.add_argument("targets", nargs="+", metavar="RUN", help="run folders")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    sub.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file as well")
+
+    sub = command("config", commands.config, "print a configuration with all of its values, or explain its keys")
+    sub.epilog = OVERRIDES
+    configured(sub, f"{CONFIGURATION} lists them; or a run folder (default: folder, the one that --data takes)")
+    sub.add_argument("--list", action="store_true", help="list the shipped configurations and their presets")
+    sub.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="list every key with its type, default and meaning; those that contain PATTERN, or match it if it has a *",
+    )
 
     sub = command("embed", commands.embed, "write the feature vectors of images (.npz with features and paths)")
-    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
-    sub.add_argument("--data", required=True, metavar="IMAGES", help=IMAGES)
+    with_model(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
-    sub.add_argument("--device", default="auto")
 
     sub = command("export", commands.export, "write a model that runs without this package")
-    sub.add_argument("target", type=Path, help="a finished run folder or its model.pt")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder or its model.pt")
     sub.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="torch.export or ONNX (default: pt2)")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    sub.epilog = EXPORTED
 
     sub = command("report", commands.report, "write report.html of a finished run again")
-    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("--thumbnails", type=int, metavar="N", help="how many images get one (evaluation.thumbnails)")
     sub.add_argument("--single-file", action="store_true", help="write report-single.html, one file that can be sent")
 
     sub = command("name", commands.name, 'give groups names: scan-fast name RUN 3 "red shoes" 5 boots')
-    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("names", nargs="*", metavar="GROUP NAME", help="pairs of a group's number and its name")
     sub.add_argument("--list", action="store_true", help="print the names")
     sub.add_argument("--clear", action="store_true", help="remove the names of the groups given, or all names")
 
     sub = command("folders", commands.folders, "one folder per group, with links to the images or copies of them")
-    sub.add_argument("target", type=Path, help="a run folder")
+    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, outside that of the images")
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--link", action="store_true", help="symbolic links, or hard links, or else copies (the default)")
     how.add_argument("--copy", action="store_true", help="copies")
 
-    sub = command("sweep", commands.sweep, "the same run with several seeds: mean and standard deviation")
-    sub.add_argument("target", help="a configuration")
+    sub = command("sweep", commands.sweep, "repeat a run with several seeds: mean and standard deviation")
+    sub.epilog = OVERRIDES
+    sub.add_argument("target", metavar="CONFIG", help=f"{CONFIGURATION} lists them")
     sub.set_defaults(overrides=[])
     sub.add_argument("--seeds", default="0-2", help="such as 0-9 or 0,3,7 (default: %(default)s)")
     sub.add_argument("--out", type=Path, metavar="DIR", help="holds one run folder per seed (default: runs/NAME-sweep)")
@@ -123,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("name", metavar="NAME", help="a benchmark of the source repository")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments, such as --device cpu --json FILE")
 
-    sub = command("info", commands.info, "what was built, and what each operation runs on")
+    sub = command("info", commands.info, "show what was built, and what each operation runs on")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     sub.add_argument(
         "--check",
@@ -131,7 +232,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="test all kernels on the GPU now; exit code 1 if one is wrong, 2 without GPU",
     )
     sub.add_argument("--device", help="with --check: cuda (the default), cuda:N, or cpu for the CPU kernels")
+
+    sub = command("completion", queries.completion, "print a script that completes scan-fast's words in a shell")
+    sub.epilog = COMPLETION
+    sub.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    sub.set_defaults(parser=parser)
     return parser
+
+
+def _clusters(text: str) -> int | str:
+    """Read the value of --clusters."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, or auto, got {text!r}") from None
+
+
+def _minutes(text: str) -> float:
+    """Read the value of --minutes."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,19 +265,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success. An error that the user can act on is one line on standard error, and exit code 2. Any other error is a
     defect of the program: a traceback, and exit code 1. An interrupted command exits with 130.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    # A name may look like a configuration value.
-    rest, overrides = (words, []) if words[:1] == ["name"] else split_overrides(words)
     parser = build_parser()
+    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments, parser)
     options = parser.parse_args(rest)
-    if overrides and "overrides" not in options:
-        parser.error(f"{options.command} takes no configuration values, got {overrides[0]}")
     options.overrides = overrides
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         again = " without --again" if getattr(options, "again", False) else ""
-        print(f"scan-fast: interrupted; the same command{again} continues", file=sys.stderr)
+        early = ", and with --finish it groups by what was learned so far" if options.command == "run" else ""
+        print(f"scan-fast: interrupted; the same command{again} continues{early}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         message = explain(error)
@@ -160,25 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"scan-fast: {message or DEFECT}", file=sys.stderr)
         return EXIT_DEFECT if message is None else EXIT_USAGE
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the ``section.key=value`` words out of a command line: they may stand anywhere among the options."""
-    rest: list[str] = []
-    overrides: list[str] = []
-    for word in arguments:
-        value_of_option = bool(rest) and rest[-1] in (
-            "--data",
-            "--out",
-            "--clusters",
-            "--seeds",
-            "--device",
-            "--format",
-            "--thumbnails",
-        )
-        is_override = _OVERRIDE.match(word) is not None and not value_of_option
-        (overrides if is_override else rest).append(word)
-    return rest, overrides
 
 
 def explain(error: Exception) -> str | None:

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import queries
 from .errors import ConfigError, RunError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .data.sources import Source
     from .predictor import Predictor
     from .runs.config import Config
@@ -20,13 +24,24 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> int:
     """Run all stages, or one."""
+    from .planning import estimate
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .stages.pipeline import forget, print_summary, run_stages, stages_of
     from .training.context import open_context
+    from .training.images import check_images
 
     config, folder = _configuration(options)
+    folder = options.out or folder
+    if options.finish:
+        from .finishing import finish_early
+
+        with RunFolder.existing(folder) as unfinished:
+            finish_early(unfinished, quiet=options.quiet)
+        return 0
+    if options.minutes is not None:
+        config = _fitted(config, folder, options)
     if options.again and RunFolder(folder).has(CONFIG):
         # Repeating is the one way to change a configuration: only what is done again may differ.
         run = RunFolder.existing(folder)
@@ -35,17 +50,23 @@ def train(options: argparse.Namespace) -> int:
         run = RunFolder.open(folder, config)
     with run:
         tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
-        context = open_context(config, run, tracker)
+        # Repeating all stages may be on other images: nothing that was learned of the former ones stays.
+        afresh = options.again and tuple(options.stages) in ((), ("pretext",))
+        context = open_context(config, run, tracker, other_images=afresh)
         names = list(options.stages) or stages_of(context)
         if names[0] not in stages_of(context):
             raise UsageError(f"this configuration has no {names[0]} stage (selflabel: null)")
         if options.again:
             forget(context, names[0])
             run.write(CONFIG, config)
-        tracker.say(
-            f"{config.name}: {len(context.splits.train)} training and {len(context.splits.test)} test images, "
-            f"{context.n_clusters} clusters, {context.model_config.backbone} on {context.device}, {run.path}"
-        )
+        if afresh:
+            check_images(run, context.clustered.values())
+        groups = "a suggested number of" if context.suggests_number else context.n_clusters
+        backbone = context.model_config.backbone
+        tracker.say(f"{config.name}: {context.counts}, {groups} clusters, {backbone} on {context.device}, {run.path}")
+        expected = estimate(context, run.summary().stages) if not options.stages else None
+        if expected is not None:
+            tracker.say(f"time: {expected}; --minutes M fits it into M minutes, Ctrl-C and --finish end it early")
         run_stages(context, names)
         print_summary(context, tracker)
     return 0
@@ -67,18 +88,104 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise ConfigError(
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
-        changes |= settings_for(options.data)
+        queries.check_data_folder(options.data)
+        changes |= settings_for(options.data) | _start(options)
         target = "folder"
     if target is None:
-        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER --clusters K")
+        raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER")
     path = Path(target).expanduser()
     if options.data is None and path.is_dir():
+        if not RunFolder(path).has(CONFIG):
+            raise RunError(
+                f"{path} is no run folder (it has no {CONFIG.name}); to group the images in it, give --data {path}"
+            )
         values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
         for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
             values = merge(values, nested(key, value))
-        return build_config(values), options.out or path
+        return build_config(values), path
     config = load_config(find_config(target), options.overrides, changes)
-    return config, options.out or Path("runs") / _run_name(config)
+    return config, Path("runs") / _run_name(config)
+
+
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of what a run on a folder starts from, and say so."""
+    from .devices import choose_device
+    from .planning import choose_start
+    from .runs.config import parse_override
+
+    given = dict(map(parse_override, options.overrides))
+    model = {key.partition(".")[2]: value for key, value in given.items() if key.startswith("model.")}
+    device = choose_device(str(given.get("runtime.device", "auto"))).type
+    start = choose_start(given, model, device)
+    if start is None:
+        return {}
+    if start.text and not getattr(options, "quiet", False):
+        print(start.text)
+    return dict(start.settings)
+
+
+def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config:
+    """Return the configuration that fits into --minutes: that of the run if it was begun before."""
+    from tempfile import TemporaryDirectory
+
+    from .planning import fit_minutes
+    from .runs.artifacts import CONFIG
+    from .runs.config import build_config, differences
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .training.context import open_context
+
+    if options.stages or options.again:
+        raise UsageError("--minutes goes with a whole run from its beginning")
+    run = RunFolder(folder)
+    if run.has(CONFIG):
+        return run.read(CONFIG)
+    with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
+        context = open_context(config, trial, Tracker(trial, quiet=True))
+        fitted = build_config(fit_minutes(context, options.minutes).model_dump(mode="json"))
+    if not options.quiet and (changed := differences(config, fitted)):
+        print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
+    return fitted
+
+
+def suggest_k(options: argparse.Namespace) -> int:
+    """Suggest a number of groups."""
+    from .runs.artifacts import CONFIG, EMBEDDINGS, SUGGESTION
+    from .runs.folder import RunFolder
+    from .runs.tracker import Tracker
+    from .stages.number import run_number
+    from .stages.pipeline import run_stages
+    from .training.context import open_context
+
+    if options.clusters is not None:
+        raise UsageError("suggest-k finds the number of groups itself; leave --clusters out")
+    options.clusters = "auto"
+    config, folder = _configuration(options)
+    folder = options.out or folder
+    run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
+    with run:
+        tracker = Tracker(run, quiet=options.quiet)
+        context = open_context(run.read(CONFIG), run, tracker)
+        run_stages(context, ["pretext", "mining"])
+        if not run.has(SUGGESTION):
+            run_number(context)
+        found = run.read(SUGGESTION)
+        rows = [
+            [
+                str(point["k"]),
+                f"{point['score']:.3f}",
+                f"{point['stability']:.3f}",
+                point["way"],
+                "<" * (point["k"] == found.k),
+            ]
+            for point in found.curve
+        ]
+        if options.json:
+            print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
+        else:
+            tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
+            print(f"suggested: {found.k} groups; scan-fast run --data FOLDER --clusters {found.k}")
+    return 0
 
 
 def _run_name(config: Config) -> str:
@@ -100,13 +207,19 @@ def _check_again(old: Config, new: Config, stages: Sequence[str]) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Measure every finished stage of a run."""
+    """Measure every finished stage of a run, or the finished model on other images."""
+    if options.data is not None:
+        return queries.evaluate_on(options)
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .stages.pipeline import evaluate, print_summary
     from .training.context import open_context
 
+    if options.device is not None:
+        raise UsageError("--device goes with --data; a run is measured on its runtime.device")
+    if options.target.is_file():
+        raise UsageError(f"{options.target} is a file: a model is measured on the images that --data names")
     run = RunFolder.existing(options.target)
     with run:
         tracker = Tracker(run, quiet=options.json)
@@ -119,6 +232,22 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def config(options: argparse.Namespace) -> int:
+    """Print a resolved configuration, the shipped ones, or the keys."""
+    if options.list and options.keys is not None:
+        raise UsageError("give --list or --keys, not both")
+    if options.list or options.keys is not None:
+        if options.target is not None or options.data is not None or options.overrides:
+            option = "--list" if options.list else "--keys"
+            raise UsageError(f"{option} shows no configuration; leave out {option} to print one with its values")
+        print(queries.list_configs() if options.list else queries.list_keys(options.keys))
+        return 0
+    if options.target is None and options.data is None:
+        options.target = "folder"
+    print(_configuration(options)[0].to_yaml(), end="")
+    return 0
+
+
 def predict(options: argparse.Namespace) -> int:
     """Write the clusters of new images."""
     from dataclasses import replace
@@ -126,10 +255,16 @@ def predict(options: argparse.Namespace) -> int:
     from .atomic import atomic_file
     from .runs.artifacts import ASSIGNMENTS
     from .runs.folder import RunFolder
-    from .runs.tables import Predictions
+    from .runs.tables import Placements
 
     predictor, source = _predictor_and_source(options)
-    table = Predictions.of(source.paths, predictor.probabilities(source))
+    probabilities, features = predictor.outputs(source)
+    similarity: NDArray[np.float32] | None = None
+    unlike: NDArray[np.bool_] | None = None
+    if predictor.typicality is not None:
+        found, nearest = predictor.typicality.nearest(features)
+        similarity, unlike = found.numpy(), predictor.typicality.unlike(found, nearest).numpy()
+    table = Placements.of_new(source.paths, probabilities, similarity, unlike)
     run = RunFolder(options.target if options.target.is_dir() else options.target.parent)
     if run.has(ASSIGNMENTS):
         table = replace(table, names=run.group_names(run.read(ASSIGNMENTS)))
@@ -158,8 +293,31 @@ def _predictor_and_source(options: argparse.Namespace) -> tuple[Predictor, Sourc
     from .devices import choose_device
     from .predictor import Predictor
 
+    images = _images(options.data)
     predictor = Predictor.load(options.target, choose_device(options.device, "--device"))
-    return predictor, predictor.source(options.data)
+    source = predictor.source(images, options.on_error, "--data")
+    if source.skipped:
+        path, reason = source.skipped[0]
+        print(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", file=sys.stderr)
+    return predictor, source
+
+
+def _images(words: Sequence[str]) -> str | list[str]:
+    """Return what --data names: a folder or PREFIX:ARGUMENT, or a list of files."""
+    from .data.kinds import is_prefixed
+
+    if len(words) == 1 and (is_prefixed(words[0]) or Path(words[0]).expanduser().is_dir()):
+        return words[0]
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir() or is_prefixed(word):
+            raise UsageError(f"--data: give one folder or source, or files only; got {word} among {len(words)}")
+        if not path.is_file():
+            raise UsageError(f"--data: there is no file or folder {word}")
+    repeated = {word for word in words if words.count(word) > 1}
+    if repeated:
+        raise UsageError(f"--data: each file must be given once, got {min(repeated)} again")
+    return list(words)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -209,7 +367,7 @@ def name(options: argparse.Namespace) -> int:
     """Name groups, list the names or remove them, and write the tables and the report with them."""
     from .errors import ScanFastError
     from .report import write_report
-    from .runs.artifacts import ASSIGNMENTS, CONFIG, NAMES, REPORT
+    from .runs.artifacts import ASSIGNMENTS, NAMES, REPORT
     from .runs.folder import RunFolder
     from .runs.names import GroupNames, parse_group, parse_names
     from .runs.tracker import Tracker
@@ -221,7 +379,7 @@ def name(options: argparse.Namespace) -> int:
         tracker = Tracker(run)
         table = run.read(ASSIGNMENTS)
         # The last groups may be empty.
-        n_groups = max(int(table.clusters.max(initial=-1)) + 1, run.read(CONFIG).clustering.n_clusters or 0)
+        n_groups = max(int(table.clusters.max(initial=-1)) + 1, run.n_clusters or 0)
         aside = run.set_names_aside(table)
         if aside is not None:
             tracker.say(f"the names were of another grouping; they are in {aside.name} now")

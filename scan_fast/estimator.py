@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +20,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .data.datasets import source_from, split_source
-from .data.sources import Source
 from .devices import choose_device
-from .errors import ConfigError, DataError, RunError
+from .errors import ConfigError, DataError
 from .predictor import Predictor
-from .runs import artifacts
 from .runs.config import Config, find_config, load_config
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
-from .training.context import open_context
+from .training.context import data_settings, open_context, weights_input
+from .training.images import check_images
 from .training.process import set_threads
 
 LIST_SIDE = 128
@@ -60,8 +58,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     - a torch ``Dataset`` with a length, whose items are images, or tuples that start with an image.
 
     Images are cut to their centre square and resized to ``data.image_size`` pixels. Its default is chosen while
-    fitting: the images' own size for arrays and tensors; 32, 64, 96 or 128 by the median shorter side for files and
-    containers; the median shorter side, at most 128, for lists of images; the first image's shorter side for a Dataset.
+    fitting: that of the weights that the model starts from, if there are any; else the images' own size for arrays and
+    tensors; 32, 64, 96 or 128 by the median shorter side for files and containers; the median shorter side, at most
+    128, for lists of images; the first image's shorter side for a Dataset.
 
     Args:
         n_clusters: Number of clusters, at least 2.
@@ -72,7 +71,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         out: Run folder to keep. An interrupted fit on the same images continues there. None uses a temporary folder.
         settings: Further configuration by dotted keys, e.g. ``{"pretext.epochs": 50, "data.image_size": 64}``;
             ``docs/configuration.md`` lists all of them.
-        verbose: Print progress.
+        verbose: Print progress. Otherwise the same lines go to the logger ``scan_fast`` at level INFO.
 
     Attributes:
         labels_: (N,) int64, cluster of each image, in the order of ``X``.
@@ -106,8 +105,8 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on images.
 
-        A tenth of the images (``data.test_fraction``) is held out from training, to choose the best head without
-        labels. Held-out images get a cluster like all others.
+        Every image is trained on. With ``data.test_fraction`` above 0 in ``settings``, so many are held out, and the
+        best head and the metrics are those of the held-out images. They get a cluster like all others.
 
         Args:
             X: Images, see the class.
@@ -122,16 +121,19 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         """
         config = self._config()
         images = _as_images(X)
-        if isinstance(images, _ImageList) and config.data.image_size is None:
+        opened = data_settings(config, weights_input(config))
+        if isinstance(images, _ImageList) and opened.image_size is None:
             data = config.data.model_copy(update={"image_size": images.default_side()})
             config = config.model_copy(update={"data": data})
+            opened = data_settings(config, weights_input(config))
         with _process_state(config.runtime.threads):
-            source = source_from(images, config.data)
+            source = source_from(images, opened)
             splits = split_source(source, config.data)
             with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
                 run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
                 with run:
-                    _check_images(run, source)
+                    if source.files is None:
+                        check_images(run, [source], arrays=True)
                     tracker = Tracker(run, quiet=not self.verbose)
                     context = open_context(config, run, tracker, splits)
                     run_stages(context, stages_of(context))
@@ -243,21 +245,6 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         tags.no_validation = True
         tags.transformer_tags.preserves_dtype = []
         return tags
-
-
-def _check_images(run: RunFolder, source: Source) -> None:
-    """Note which images a run is on, by names and, for images in memory, pixels; refuse to continue it on others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in source.paths:
-        digest.update(path.encode(errors="surrogateescape") + b"\0")
-    if source.files is None:
-        for rows in torch.arange(len(source)).split(1024):
-            digest.update(source.read(rows).numpy().data)
-    images = {"images": len(source), "digest": digest.hexdigest()}
-    if not run.has(artifacts.IMAGES):
-        run.write(artifacts.IMAGES, images)
-    elif run.read(artifacts.IMAGES) != images:
-        raise RunError(f"{run.path} holds a run on other images; choose another folder for out, or remove this one")
 
 
 @contextmanager

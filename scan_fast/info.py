@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from . import __version__, gpu_status
+from .data.formats import FORMATS, missing_formats
+from .models.published import PUBLISHED, table
 from .ops import native, trust
 from .ops.families import FAMILIES, GPU_FAMILIES, Family
 
@@ -22,7 +25,8 @@ OPTIONAL_PACKAGES = {
 
 
 def collect() -> dict[str, Any]:
-    """Return the facts as plain values."""
+    """Return the facts as plain values. An image format has what to install, or None if it can be read."""
+    missing = missing_formats()
     return {
         "scan_fast": __version__,
         "python": platform.python_version(),
@@ -36,7 +40,9 @@ def collect() -> dict[str, Any]:
         },
         "gpu_kernels": gpu_status.records(),
         "gpu_trust": _gpu_trust(),
+        "pretrained_backbones": {name: asdict(entry) for name, entry in PUBLISHED.items()},
         "optional_packages": {name: _installed(name) for name in OPTIONAL_PACKAGES},
+        "image_formats": {format.name: missing.get(format.name) for format in FORMATS},
     }
 
 
@@ -89,11 +95,16 @@ def render(facts: dict[str, Any]) -> str:
         lines.append("on this GPU (the first use tests what was not tested; --check tests all now):")
     for name, sets in facts["gpu_trust"].items():
         lines += [f"  {name:<12} {kernels:<9} {standing}" for kernels, standing in sets.items()]
+    lines.append("pretrained backbones (model.backbone=NAME, see docs/pretrained.md):")
+    lines += [f"  {line}" for line in table()]
     lines.append("optional packages:")
     lines += [
         f"  {name:<16} {'installed' if facts['optional_packages'][name] else 'missing'} ({use})"
         for name, use in OPTIONAL_PACKAGES.items()
     ]
+    formats = facts["image_formats"]
+    lines.append(f"image formats: {', '.join(name for name, remedy in formats.items() if remedy is None)}")
+    lines += [f"  {name:<16} missing ({remedy})" for name, remedy in formats.items() if remedy is not None]
     return "\n".join(lines)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .data.datasets import DataConfig, source_from
 from .data.sources import Source
 from .errors import WeightsError
+from .evaluation.typicality import Typicality
 from .models.saved import SavedModel
 from .runs import artifacts
 from .views.inference import forward_views
@@ -30,6 +33,7 @@ class Predictor:
         saved: the content of the model.pt.
         model: the network, in evaluation mode.
         device: its device.
+        typicality: measures how far images are from the training images; None for a model.pt without that.
 
     Raises:
         WeightsError: if the weights do not fit the settings of the network.
@@ -41,6 +45,9 @@ class Predictor:
         self.model = saved.build().to(self.device).to(memory_format=torch.channels_last).eval()
         self._renderer = renderer_for("auto", saved.mean, saved.std, self.device)
         self._view = PlainView(kind="plain", size=saved.view_size)
+        self.typicality: Typicality | None = None
+        if saved.centers is not None and saved.least_similarity is not None:
+            self.typicality = Typicality(saved.centers, saved.least_similarity)
 
     @property
     def n_clusters(self) -> int:
@@ -81,28 +88,57 @@ class Predictor:
         """
         artifacts.write(artifacts.MODEL, self.saved, Path(path))
 
-    def source(self, images: Any) -> Source:
+    def source(self, images: Any, on_error: Literal["raise", "skip"] = "raise", setting: str = "images") -> Source:
         """Open images as :func:`.data.datasets.source_from` does, in the way of those that the model was trained on.
 
         Files are decoded at each use, for each is read once.
 
+        Args:
+            images: as in :func:`.data.datasets.source_from`.
+            on_error: "skip" leaves unreadable images out and lists them in the source's ``skipped``.
+            setting: what named the images, for errors.
+
         Raises:
             DataError: for images that cannot be read.
         """
-        config = DataConfig(image_size=self.size, resident="files", crop=self.saved.crop, decode=self.saved.decode)
-        return source_from(images, config)
+        saved = self.saved
+        config = DataConfig(
+            image_size=self.size,
+            interpolation=saved.interpolation,
+            resident="files",
+            crop=saved.crop,
+            decode=saved.decode,
+            on_error=on_error,
+        )
+        return source_from(images, config, setting)
 
     def probabilities(self, source: Source, batch_size: int = 512) -> Tensor:
         """Return (N, K) float32 probabilities of the source's images, on the CPU."""
-        return self._forward(source, batch_size, features=False).softmax(dim=1)
+        return self.outputs(source, batch_size)[0]
 
     def features(self, source: Source, batch_size: int = 512) -> Tensor:
         """Return (N, D) float32 backbone features of the source's images, on the CPU."""
-        return self._forward(source, batch_size, features=True)
+        return self._forward(self.model.features, source, batch_size)
 
-    def _forward(self, source: Source, batch_size: int, *, features: bool) -> Tensor:
+    def outputs(self, source: Source, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+        """Return (N, K) float32 probabilities and (N, D) float32 features, on the CPU, from one pass.
+
+        The features are those that the head sees: of length one if ``model.unit_features`` is set.
+        """
+
+        def both(images: Tensor) -> Tensor:
+            features = self.model.features(images)
+            if self.saved.model.unit_features:
+                features = F.normalize(features, dim=1)
+            return torch.cat([self.model.heads(features)[0], features], dim=1)
+
+        logits, features = self._forward(both, source, batch_size).split_with_sizes(
+            (self.n_clusters, self.model.out_features), dim=1
+        )
+        return logits.softmax(dim=1), features
+
+    def _forward(self, function: Callable[[Tensor], Tensor], source: Source, batch_size: int) -> Tensor:
         views = ViewMaker(source, self._renderer, 0, "evaluation", self.saved.crop)
-        function = self.model.features if features else lambda images: self.model(images)[0]
         return forward_views(self.model, function, views, self._view, batch_size).cpu()
 
 

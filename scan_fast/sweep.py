@@ -23,14 +23,14 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
 
     Returns:
         {"seeds": [...], "<stage> <metric>": {"mean", "std" (of a sample, 0 for one seed), "values"}, ...,
-        "seconds": {...}}.
+        "seconds": {...}}. Metrics of a test split are named "<stage> test <metric>".
     """
     summaries = []
     for seed in seeds:
         seeded = config.model_copy(update={"seed": seed})
         run = RunFolder.open(parent / f"seed{seed}", seeded)
         with run:
-            context = open_context(seeded, run, Tracker(run, quiet=quiet))
+            context = open_context(seeded, run, Tracker(run, quiet=quiet, prefix=f"seed {seed}: "))
             run_stages(context, stages_of(context))
             summaries.append(run.summary())
     results: dict[str, Any] = {"seeds": list(seeds)}
@@ -43,15 +43,18 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
 
 def _collect(summaries: list[Summary]) -> dict[str, list[float]]:
     collected: dict[str, list[float]] = {}
+    stages = summaries[0].stages.values()
+    split = "test" if any("test" in entry for entry in stages) else "train"
+    of_split = "test " if split == "test" else ""
     for stage, entry in summaries[0].stages.items():
         entries = [summary.stages[stage] for summary in summaries]
         for key in ("knn_acc", "purity"):
             if key in entry:
                 collected[f"{stage} {key}"] = [each[key] for each in entries]
         for key in ("acc", "nmi", "ari"):
-            if key in entry.get("test", {}):
-                collected[f"{stage} test {key}"] = [each["test"][key] for each in entries]
+            if key in entry.get(split, {}):
+                collected[f"{stage} {of_split}{key}"] = [each[split][key] for each in entries]
     for name in summaries[0].baselines or {}:
         accuracies = [summary.baselines[name]["acc_mean"] for summary in summaries if summary.baselines is not None]
-        collected[f"{name} test acc"] = accuracies
+        collected[f"{name} {of_split}acc"] = accuracies
     return collected | {"seconds": [summary.seconds for summary in summaries]}

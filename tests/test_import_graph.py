@@ -10,19 +10,22 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "atomic", "gpu_status"),
-    ("devices",),
+    ("schema", "errors", "atomic", "gpu_status", "parsing"),
+    ("devices", "completion"),
     ("ops",),
-    ("random", "losses", "neighbors", "info"),
+    ("random", "losses", "neighbors"),
     ("data",),
     ("views", "models", "evaluation"),
     ("methods", "objectives"),
+    ("partitions",),
     ("runs",),
     ("training", "predictor", "report"),
-    ("stages", "export"),
-    ("sweep", "estimator"),
+    ("stages", "export", "info"),
+    ("sweep", "estimator", "planning", "finishing"),
+    ("queries",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the bottom to the top. A module imports from its own layer's package or from lower layers."""
 

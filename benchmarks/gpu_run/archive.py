@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from scan_fast.data.datasets import STATISTICS, Splits
-from scan_fast.data.decode import IMAGE_SUFFIXES, to_rgb
+from scan_fast.data.decode import to_rgb
+from scan_fast.data.formats import IMAGE_SUFFIXES
 from scan_fast.data.sources import Source, SubsetSource, TensorSource
 from scan_fast.errors import DataError
 from scan_fast.random import permutation, stream_key

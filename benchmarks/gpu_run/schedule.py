@@ -120,7 +120,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     config, run = context.config, context.run
     with seeded(config.seed, pretext.NAME):
         network = context.place(PretextModel(context.model_config))
-    method = config.pretext.method.build(network, context.splits.train.size)
+    method = config.pretext.method.build(network, context.side)
     handover = Handover()
     found = {pretext.NAME: epoch_seconds(pretext.Pretext(context, network, method, handover), context, seconds)}
 
@@ -128,7 +128,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     embed(context, network, "test", handover)
     embedding = _timed(context, lambda: embed(context, network, "train", handover))
     per_image = embedding / len(context.splits.train)
-    check = per_image * len(context.splits.test)
+    check = per_image * len(context.clustered["test"])
     run.write(PRETEXT_MODEL, StageResult(network.state_dict()))
     run.finish_stage(pretext.NAME, 0.0, {}, config.seed)
     once = 2 * (embedding + check) + _timed(context, lambda: mining.run_mining(context, handover))

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from ..schema import Settings
 from .kinds import Triple, find_kind
 from .placement import Resident, image_bytes, kept_on_host
+from .resize import Interpolation
 
 
 class DataConfig(Settings):
@@ -25,12 +26,16 @@ class DataConfig(Settings):
             ~/.cache/scan-fast/data; for hf, the library's own); for webdataset and parquet, the folder that relative
             patterns start from.
         download: whether a missing data set may be downloaded.
-        image_size: side of the stored square images in pixels. Default: the data set's own; 224 for ImageNet; for
-            folders and containers 32, 64, 96 or 128 by the median shorter side (see `folders.default_size`).
+        image_size: side of the stored square images in pixels. Default: that of the weights that the model starts from,
+            if there are any; else the data set's own; 224 for ImageNet; for folders and containers 32, 64, 96 or 128 by
+            the median shorter side (see `folders.default_size`).
+        interpolation: filter that resizes a decoded square, antialiased as in PIL. "auto": that of the weights that the
+            model starts from, else bilinear.
         mean, std: per-channel normalization in [0, 1]. Default: that of the pretrained weights if there are any, else
             the data set's, else ImageNet's.
         limit: train on this many images only, drawn at random, the same for every seed.
-        test_fraction: fraction that is held out for testing if the source has no test split.
+        test_fraction: fraction that is held out for testing if the source brings no test split. 0: none, so that
+            every image is trained on and reported.
         classes_file: file with the name of one class folder per line, in the order of the labels; imagenet_50.txt,
             imagenet_100.txt and imagenet_200.txt without a folder are SCAN's ImageNet subsets.
         labels: "auto" reads labels if there are any, for reporting only; "none" ignores them.
@@ -55,10 +60,11 @@ class DataConfig(Settings):
     root: Path | None = None
     download: bool = True
     image_size: int | None = Field(default=None, ge=1)
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     mean: Triple | None = None
     std: Triple | None = None
     limit: int | None = Field(default=None, ge=1)
-    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
     classes_file: Path | None = None
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
@@ -79,6 +85,11 @@ class DataConfig(Settings):
         if self.crop == "file" and self.resident in ("host", "device"):
             raise ValueError(f"crop=file decodes at each use: set resident to auto or files, not {self.resident}")
         return self
+
+    @property
+    def filter(self) -> Interpolation:
+        """The filter of the resize; "auto" is bilinear unless the run's weights have replaced it."""
+        return "bilinear" if self.interpolation == "auto" else self.interpolation
 
     def keeps(self, n: int, size: int) -> bool:
         """Return whether n encoded images are decoded once and kept, as square images of `size` pixels."""

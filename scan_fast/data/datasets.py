@@ -17,10 +17,10 @@ from ..random import permutation, stream_key
 from .config import DataConfig
 from .decode_cache import DecodeCache
 from .encoded import ImagePaths
-from .folders import held_out_rows, list_folder
+from .folders import list_folder
 from .kinds import SOURCES, ContainerKind, Triple, absolute_source, find_kind, is_prefixed
 from .kinds.folder import folder_contents
-from .kinds.kind import Contents, file_sources
+from .kinds.kind import Contents, file_source, held_out
 from .sources import Source, SubsetSource, TensorSource, dataset_source
 
 __all__ = [
@@ -46,13 +46,13 @@ class Splits:
 
     Attributes:
         train: images to train on.
-        test: held-out images, for model selection and reporting.
+        test: held-out images, for model selection and reporting; None if all images are trained on.
         pretext: a larger set for the pretext stage, or None.
         mean, std: per-channel normalisation in [0, 1].
     """
 
     train: Source
-    test: Source
+    test: Source | None
     pretext: Source | None
     mean: Triple
     std: Triple
@@ -85,22 +85,14 @@ def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> 
 
 
 def split_source(source: Source, config: DataConfig) -> Splits:
-    """Hold a part of any source out for testing, by a hash of each image's name.
+    """Hold ``data.test_fraction`` of any source out for testing, by a hash of each image's name; none if it is 0.
 
     Raises:
-        DataError: if there are fewer than two images.
+        DataError: if one image is to be split.
     """
-    if len(source) < 2:
-        raise DataError(f"{len(source)} image is too few; at least 2 are needed, one for testing")
-    train, test = held_out_rows(source.paths, config.test_fraction)
+    train, test = held_out(source, config.test_fraction)
     mean, std = _statistics(config)
-    return Splits(
-        train=_limited(SubsetSource(source, torch.tensor(train)), config.limit),
-        test=SubsetSource(source, torch.tensor(test)),
-        pretext=None,
-        mean=mean,
-        std=std,
-    )
+    return Splits(train=_limited(train, config.limit), test=test, pretext=None, mean=mean, std=std)
 
 
 def _statistics(config: DataConfig) -> tuple[Triple, Triple]:
@@ -128,14 +120,15 @@ def settings_for(images: str) -> dict[str, str]:
     return {"data.source": "folder", "data.root": str(folder), "name": folder.name or "images"}
 
 
-def source_from(images: Any, config: DataConfig | None = None) -> Source:
+def source_from(images: Any, config: DataConfig | None = None, setting: str = "images") -> Source:
     """Open images that a user passes.
 
     Args:
         images: a folder (labelled if it has a sub-folder per class), ``PREFIX:ARGUMENT`` as in ``data.source`` (all
             splits together), a list of files, a torch Dataset, or an array or tensor (N, H, W, C) or (N, H, W) uint8.
-        config: image_size (by default the images' own; for encoded images chosen as for a folder), on_error, resident,
-            decode and workers.
+        config: image_size (by default the images' own; for encoded images chosen as for a folder), interpolation,
+            on_error, resident, decode and workers.
+        setting: what named the images, for errors.
 
     Raises:
         DataError: for anything else, or if images cannot be read.
@@ -147,19 +140,19 @@ def source_from(images: Any, config: DataConfig | None = None) -> Source:
         assert isinstance(kind, ContainerKind)
         return kind.open_all(config.model_copy(update={"source": images}))
     if isinstance(images, (str, Path)):
-        listing = list_folder(Path(images).expanduser())
-        return file_sources([folder_contents(listing, listing.folder)], config)[0]
+        listing = list_folder(Path(images).expanduser(), setting=setting)
+        return file_source(folder_contents(listing, listing.folder), config)
     if isinstance(images, (Tensor, np.ndarray)):
-        return TensorSource(torch.as_tensor(images), size=size)
+        return TensorSource(torch.as_tensor(images), size=size, interpolation=config.filter)
     if isinstance(images, (list, tuple)):
         if not images:
             raise DataError("images must not be empty, got an empty list")
         if not all(isinstance(item, (str, Path)) for item in images):
             raise DataError(f"a list of images must hold file paths, got {type(images[0]).__name__}")
         files = [os.path.expanduser(item) for item in images]
-        return file_sources([Contents(ImagePaths(files))], config)[0]
+        return file_source(Contents(ImagePaths(files)), config)
     if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
-        return dataset_source(images, size)
+        return dataset_source(images, size, config.filter)
     raise DataError(
         "images must be a folder, a source such as webdataset:SHARDS, a list of files, a torch Dataset, "
         "or a uint8 array or tensor (N, H, W, C), "

@@ -6,39 +6,29 @@ import io
 import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, augment
 from .encoded import Encoded
-
-with suppress(ImportError):  # photographs of iPhones, if the package is installed
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-
-#: Image files are recognised by suffix.
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"),
-        *(".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
-    }
-)
+from .formats import prepare
+from .resize import Interpolation
 
 #: Longest side that the native kernel accepts.
 MAX_SIDE = 16384
 
-_BILINEAR = Image.Resampling.BILINEAR
-_BICUBIC = Image.Resampling.BICUBIC
+_FILTERS: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 _EXIF_ORIENTATION = 0x0112
 
 # Threads decode at the same time, but only one decodes an image above this many pixels (4 bytes each in PIL), so that a
@@ -88,7 +78,18 @@ def read_header(encoded: Encoded | Path) -> Header:
 
 
 def _open(encoded: Encoded | Path) -> ImageFile.ImageFile:
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    try:
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    except UnidentifiedImageError:
+        # PIL learns some formats from other packages, which are imported when the first such image is met.
+        if isinstance(encoded, bytes):
+            start = encoded[:32]
+        else:
+            with open(encoded, "rb") as file:
+                start = file.read(32)
+        if not prepare(start):
+            raise
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
 
 
 JPEG_END = b"\xff\xd9"
@@ -138,7 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cut(image: Tensor, boxes: Tensor, size: int) -> Tensor:
+def cut(image: Tensor, boxes: Tensor, size: int, interpolation: Interpolation = "bilinear") -> Tensor:
     """Cut boxes out of an image and resize each with antialias, as PIL's ``crop(...).resize(...)``.
 
     Square boxes give exactly PIL's pixel values. For some others PIL resizes the height first and rounds differently.
@@ -147,26 +148,28 @@ def cut(image: Tensor, boxes: Tensor, size: int) -> Tensor:
         image: (H, W, 3) uint8.
         boxes: (n, 4) int64 top, left, height, width in pixels.
         size: side of the resulting squares, in pixels.
+        interpolation: the filter of the resize.
 
     Returns:
         (n, size, size, 3) uint8.
     """
-    if native.has_kernel("augment", "cpu") and max(*image.shape, size) <= MAX_SIDE:
+    # The kernel has the bilinear filter only.
+    if interpolation == "bilinear" and native.has_kernel("augment", "cpu") and max(*image.shape, size) <= MAX_SIDE:
         recipes = torch.zeros((len(boxes), RECIPE_HEADER), dtype=torch.int32)
         recipes[:, :4] = boxes
         first = torch.zeros(len(boxes), dtype=torch.int64)
         return augment(image.unsqueeze(0), recipes, size, (1.0,) * 3, (0.0,) * 3, torch.uint8, indices=first)
-    whole = Image.fromarray(image.numpy())
+    whole, chosen = Image.fromarray(image.numpy()), _FILTERS[interpolation]
     parts = [whole.crop((x, y, x + width, y + height)) for y, x, height, width in boxes.tolist()]
-    return torch.stack([torch.from_numpy(np.array(part.resize((size, size), _BILINEAR))) for part in parts])
+    return torch.stack([torch.from_numpy(np.array(part.resize((size, size), chosen))) for part in parts])
 
 
-def square(image: Tensor, size: int) -> Tensor:
+def square(image: Tensor, size: int, interpolation: Interpolation = "bilinear") -> Tensor:
     """Return the centre square of an (H, W, 3) uint8 image, resized with antialias to (size, size, 3)."""
     height, width = image.shape[:2]
     edge = min(height, width)
     box = torch.tensor([[(height - edge) // 2, (width - edge) // 2, edge, edge]])
-    return cut(image, box, size)[0]
+    return cut(image, box, size, interpolation)[0]
 
 
 def decode(
@@ -193,8 +196,8 @@ def decode(
         with _open(encoded) as image:
             header = _header(image)
             if smallest is not None or not header.jpeg:
-                if smallest is not None:
-                    image.draft("RGB", (smallest, smallest))  # without effect on anything but a JPEG
+                if smallest is not None and image.format in ("JPEG", "MPO"):
+                    image.draft("RGB", (smallest, smallest))
                 with _alone(*image.size):
                     pixels = torch.from_numpy(np.array(to_rgb(image)))
                     if image.format == "PNG":
@@ -223,14 +226,17 @@ def decode_small(encoded: Encoded | Path, side: int) -> Image.Image:
     """
     with _open(encoded) as image:
         header = _header(image)
-        # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. Other formats ignore it.
+        # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. A HEIC file may hold a
+        # preview of that size. Other formats ignore it.
         image.draft("RGB", _within(image.size, 2 * side))
         with _alone(*image.size):
             image.load()
             rgb = to_rgb(image)
             if image.format == "PNG":
                 header = _header(image)
-        small = rgb if max(rgb.size) <= side else rgb.resize(_within(rgb.size, side), _BICUBIC, reducing_gap=2.0)
+        small = (
+            rgb if max(rgb.size) <= side else rgb.resize(_within(rgb.size, side), _FILTERS["bicubic"], reducing_gap=2.0)
+        )
     transpose = _TRANSPOSES.get(header.orientation)
     return small.copy() if transpose is None else small.transpose(transpose)
 

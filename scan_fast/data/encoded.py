@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+_END = 8192
 
 #: Bytes of an encoded image, or the path of the file that holds nothing else.
 Encoded = bytes | str
@@ -112,6 +115,26 @@ class ImagePaths(EncodedImages):
     def select(self, rows: Sequence[int]) -> ImagePaths:
         """Return some of the files."""
         return ImagePaths([self.names[row] for row in rows], self.root)
+
+
+def fingerprint(encoded: Encoded) -> int:
+    """Return 64 bits that tell whether an encoded image is still the same, whatever the time of its file says.
+
+    They are a hash of its size and of its first and last 8 KiB, so that large files are not read for it.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    if isinstance(encoded, bytes):
+        size, ends = len(encoded), encoded if len(encoded) <= 2 * _END else encoded[:_END] + encoded[-_END:]
+    else:
+        with open(encoded, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(_END)
+            if size > _END:
+                file.seek(max(_END, size - _END))
+                ends += file.read(_END)
+    return int.from_bytes(hashlib.blake2b(size.to_bytes(8, "big") + ends, digest_size=8).digest(), "big")
 
 
 def file_identity(path: str, status: os.stat_result, item: str | None = None) -> Identity:

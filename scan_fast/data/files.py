@@ -9,16 +9,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, MissingPackageError
 from .decode import Box, Header, cut, decode, decode_small, read_header, square, to_array
 from .decode_cache import DecodeCache
-from .encoded import EncodedImages
+from .encoded import Encoded, EncodedImages, fingerprint
+from .resize import Interpolation
 from .sources import check_annotations, take_rows
 
-_SKIP_ADVICE = "Remove or repair it, or set data.on_error=skip to leave unreadable images out."
+_SKIP_ADVICE = (
+    "Remove or repair it, or leave unreadable images out with data.on_error=skip (predict and embed: --on-error skip)."
+)
 
 
 class ImageFiles:
@@ -28,21 +31,33 @@ class ImageFiles:
         images: the encoded images.
         workers: decoding threads; by default one per core, at most 16.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
+        interpolation: the filter that resizes what is cut out, see ``data.interpolation``.
         heights, widths: (N,) int32 pixels of the upright images.
         orientations: (N,) uint8 EXIF orientations, 1 to 8; 1 is upright as stored.
+        fingerprints: (N,) uint64, see :func:`.encoded.fingerprint`.
         jpeg: (N,) bool, True for grey and YCbCr JPEGs. All others need :func:`.decode.decode`.
     """
 
-    def __init__(self, images: EncodedImages, workers: int | None = None, *, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        images: EncodedImages,
+        workers: int | None = None,
+        *,
+        scaled: bool = False,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         self.images = images
         self.workers = workers or min(16, _cores())
         self.scaled = scaled
+        self.interpolation: Interpolation = interpolation
         self.heights = torch.zeros(len(images), dtype=torch.int32)
         self.widths = torch.zeros(len(images), dtype=torch.int32)
         self.orientations = torch.ones(len(images), dtype=torch.uint8)
         self.jpeg = torch.zeros(len(images), dtype=torch.bool)
         # Views of the same memory: NumPy writes single entries much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
+        self.fingerprints = np.zeros(len(images), dtype=np.uint64)
+        self._mtimes = np.zeros(len(images), dtype=np.int64)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -55,10 +70,12 @@ class ImageFiles:
 
     def take(self, indices: Tensor) -> ImageFiles:
         """Return some of the images, (n,) int64."""
-        some = ImageFiles(self.images.select(indices.tolist()), self.workers, scaled=self.scaled)
+        chosen = self.images.select(indices.tolist())
+        some = ImageFiles(chosen, self.workers, scaled=self.scaled, interpolation=self.interpolation)
         some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
+        some.fingerprints, some._mtimes = self.fingerprints[indices.numpy()], self._mtimes[indices.numpy()]
         return some
 
     def encoded(self, indices: Tensor) -> list[np.ndarray]:
@@ -104,7 +121,7 @@ class ImageFiles:
                     image = self._decode(numbers[row], frame, wanted, sides)
                     for part, box, side in zip(out, wanted, sides, strict=True):
                         pixels = in_pixels(box, frame, *image.shape[:2])
-                        part[row] = cut(image, torch.tensor([pixels]), side)[0]
+                        part[row] = cut(image, torch.tensor([pixels]), side, self.interpolation)[0]
                 except Exception as error:
                     raise self._unreadable(numbers[row], error) from error
 
@@ -122,7 +139,7 @@ class ImageFiles:
             DataError: if the image can no longer be read.
         """
         try:
-            return decode_small(self.images.encoded(index), side)
+            return decode_small(self._unchanged(index), side)
         except Exception as error:
             raise self._unreadable(index, error) from error
 
@@ -131,12 +148,28 @@ class ImageFiles:
         if self.scaled:
             # Twice the wanted side leaves enough pixels to antialias every box.
             smallest = max(-(-2 * side * frame // min(box[2:])) for box, side in zip(boxes, sides, strict=True))
-        return decode(self.images.encoded(index), self.header(index), smallest=smallest)[1]
+        return decode(self._unchanged(index), self.header(index), smallest=smallest)[1]
 
-    def note(self, index: int, header: Header) -> None:
-        """Store the header of an image."""
+    def note(self, index: int, header: Header, fingerprint: int, mtime_ns: int) -> None:
+        """Store what was found out about an image when it was checked."""
         for column, value in zip(self._columns, header, strict=True):
             column[index] = value
+        self.fingerprints[index], self._mtimes[index] = fingerprint, mtime_ns
+
+    def _unchanged(self, index: int) -> Encoded:
+        """Return an image as it was when it was checked.
+
+        Raises:
+            OSError: if its file holds another image now: its header would not fit, and a run would be of other images.
+        """
+        encoded = self.images.encoded(index)
+        if isinstance(encoded, str):
+            mtime_ns = os.stat(encoded).st_mtime_ns
+            if mtime_ns != self._mtimes[index]:
+                if fingerprint(encoded) != int(self.fingerprints[index]):
+                    raise OSError("the file has changed")
+                self._mtimes[index] = mtime_ns
+        return encoded
 
     def header(self, index: int) -> Header:
         """Return the header of an image."""
@@ -145,13 +178,16 @@ class ImageFiles:
 
     def _bytes(self, index: int) -> np.ndarray:
         try:
-            return to_array(self.images.encoded(index))
+            return to_array(self._unchanged(index))
         except Exception as error:
             raise self._unreadable(index, error) from error
 
     def _unreadable(self, index: int, error: Exception) -> DataError:
         location = self.images.location(index)
-        return unreadable(location, _reason(error, location))
+        return DataError(
+            f"cannot read image {location}: {_reason(error, location)}. It could be read before: restore it, and the "
+            "same command continues"
+        )
 
 
 class FileSource:
@@ -171,6 +207,7 @@ class FileSource:
         workers: decoding threads; by default the number of cores, at most 16.
         resident: keep the decoded images in memory: N * size * size * 3 bytes.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
+        interpolation: the filter of the resize, see ``data.interpolation``.
         problems: (name, reason) of images that could not be listed; treated as unreadable.
         decode_cache: images that an earlier start has decoded; those decoded here are entered.
 
@@ -189,6 +226,7 @@ class FileSource:
         workers: int | None = None,
         resident: bool = True,
         scaled: bool = False,
+        interpolation: Interpolation = "bilinear",
         problems: Sequence[tuple[str, str]] = (),
         decode_cache: DecodeCache | None = None,
     ) -> None:
@@ -196,7 +234,7 @@ class FileSource:
             raise DataError("images must hold at least one image, got none")
         if problems and on_error == "raise":
             raise unreadable(os.path.join(images.root, problems[0][0]), problems[0][1])
-        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled)
+        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled, interpolation=interpolation)
         check_annotations(len(images), labels, images.names)
         self.size = size
         self.class_names = None if class_names is None else list(class_names)
@@ -226,21 +264,15 @@ class FileSource:
 
         def check(i: int) -> str | None:
             try:
-                if not decode_all:
-                    header = read_header(images.encoded(i))
+                if decode_all:
+                    header, mark, mtime_ns = self._decoded(i, smallest, pixels, decode_cache)
                 else:
-                    identity = images.identity(i)
-                    known = decode_cache.recall(identity)
-                    if known is None:
-                        header, image = decode(images.encoded(i), smallest=smallest)
-                        decode_cache.note(identity, header)
-                        if pixels is not None:
-                            pixels[i] = square(image, self.size).numpy()
-                    else:
-                        header = known
+                    encoded = images.encoded(i)
+                    mtime_ns = os.stat(encoded).st_mtime_ns if isinstance(encoded, str) else 0
+                    header, mark = read_header(encoded), fingerprint(encoded)
             except Exception as error:  # plugins of PIL raise OSError, ValueError, SyntaxError, struct.error and others
                 return _reason(error, images.location(i))
-            self.files.note(i, header)
+            self.files.note(i, header, mark, mtime_ns)
             return None
 
         kept = []
@@ -255,8 +287,27 @@ class FileSource:
                 else:
                     raise unreadable(images.location(i), reason)
         if not kept:
-            raise DataError(f"none of the {len(self.files)} images could be read; the first: {self.skipped[0]}")
+            raise none_readable(
+                len(self.skipped), f"images of {images.root}" if images.root else "images", self.skipped
+            )
         return kept
+
+    def _decoded(
+        self, index: int, smallest: int | None, pixels: np.ndarray | None, decode_cache: DecodeCache
+    ) -> tuple[Header, int, int]:
+        """Decode an image, unless an earlier start did, and keep its square; return header, fingerprint and time."""
+        images = self.files.images
+        identity = images.identity(index)
+        known = decode_cache.recall(identity)
+        if known is not None:
+            return *known, identity.mtime_ns
+        encoded = images.encoded(index)
+        mark = fingerprint(encoded)
+        header, image = decode(encoded, smallest=smallest)
+        decode_cache.note(identity, header, mark)
+        if pixels is not None:
+            pixels[index] = square(image, self.size, self.files.interpolation).numpy()
+        return header, mark, identity.mtime_ns
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8.
@@ -303,8 +354,14 @@ def unreadable(location: str, reason: str) -> DataError:
     return DataError(f"cannot read image {location}: {reason}. {_SKIP_ADVICE}")
 
 
+def none_readable(n: int, what: str, skipped: Sequence[tuple[str, str]]) -> DataError:
+    """Return the error for n images of which none is readable; it names the first ones with their reasons."""
+    return DataError(f"0 readable of {n} {what}: {'; '.join(f'{name}: {reason}' for name, reason in skipped[:3])}")
+
+
 def _reason(error: Exception, location: str) -> str:
-    advice = ""
-    if isinstance(error, UnidentifiedImageError) and location.lower().endswith((".heic", ".heif")):
-        advice = "; images of this kind need the package pillow-heif (pip install pillow-heif)"
-    return f"{type(error).__name__}: {error}{advice}"
+    if isinstance(error, MissingPackageError):
+        return str(error)
+    # The message names the image anyway.
+    text = str(error).replace(f": {location!r}", "").replace(f" {location!r}", "")
+    return f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Image folders: recognised layouts and files, and the held-out test part."""
+"""Image folders: recognised layouts and files, and the part that is held out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .decode import IMAGE_SUFFIXES, read_header
+from .decode import read_header
 from .encoded import EncodedImages
+from .formats import IMAGE_SUFFIXES
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "validation")
@@ -36,11 +37,6 @@ class Listing:
     labels: Tensor | None
     class_names: list[str] | None
     problems: list[tuple[str, str]]
-
-    def take(self, indices: Sequence[int]) -> Listing:
-        """Return the listing of some of the files."""
-        labels = None if self.labels is None else self.labels[torch.tensor(indices, dtype=torch.int64)]
-        return Listing(self.folder, [self.files[i] for i in indices], labels, self.class_names, [])
 
 
 def check_folder(folder: Path, setting: str = "data.root") -> None:
@@ -102,18 +98,21 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def list_folder(folder: Path, classes: Sequence[str] | None = None, labelled: bool = True) -> Listing:
+def list_folder(
+    folder: Path, classes: Sequence[str] | None = None, labelled: bool = True, setting: str = "data.root"
+) -> Listing:
     """List a folder: labelled if it holds two or more sub-folders of images and no image outside them.
 
     Args:
         folder: the folder.
         classes: list these sub-folders only, in this order of labels.
         labelled: False lists the same files without labels.
+        setting: what named the folder, for the error if there is none.
 
     Raises:
         DataError: if a class has no folder, or there is no image at all.
     """
-    check_folder(folder)
+    check_folder(folder, setting)
     if classes is not None:
         missing = [name for name in classes if not (folder / name).is_dir()]
         if missing:
@@ -155,12 +154,12 @@ def find_split(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def split_folder(
-    root: Path, test_fraction: float, classes: Sequence[str] | None = None, labelled: bool = True
-) -> tuple[Listing, Listing]:
+    root: Path, classes: Sequence[str] | None = None, labelled: bool = True
+) -> tuple[Listing, Listing | None]:
     """List the train and test images of a folder.
 
-    ``train/`` and one of ``test/``, ``val/``, ``validation/`` are the splits if both exist; otherwise :func:`held_out`
-    holds out a test part.
+    ``train/`` and one of ``test/``, ``val/``, ``validation/`` are the splits if both exist; otherwise there is no test
+    part.
 
     Raises:
         DataError: if the folder is missing or empty, classes differ between the splits, or train is missing.
@@ -170,10 +169,10 @@ def split_folder(
     if train is None and test is not None and not _has_other_content(root):
         raise DataError(
             f"{root} has {test.name}/ but no train/: rename the folder of the training images to train, "
-            f"or point data.root at one of the folders in {root}"
+            f"or give one of the folders in {root} instead"
         )
     if train is None or test is None:
-        return held_out(list_folder(train or root, classes, labelled), test_fraction)
+        return list_folder(train or root, classes, labelled), None
     train_part, test_part = (list_folder(part, classes, labelled) for part in (train, test))
     if train_part.class_names != test_part.class_names:
         if train_part.class_names is None or test_part.class_names is None:
@@ -199,21 +198,13 @@ def _has_other_content(root: Path) -> bool:
     )
 
 
-def held_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
-    """Hold out a test part by a hash of each file's relative path, so that new files do not move the others.
-
-    Raises:
-        DataError: if there are fewer than two images.
-    """
-    if len(listing.files) < 2:
-        raise DataError(f"{listing.folder} holds {len(listing.files)} image; at least 2 are needed, one for testing")
-    train, test = held_out_rows(listing.files, fraction)
-    # Entries that could not be listed belong to neither part; the first one reports them.
-    return replace(listing.take(train), problems=listing.problems), listing.take(test)
-
-
 def held_out_rows(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
-    """Split the rows of at least two named images into train and test by a hash of each name; neither is empty."""
+    """Split the rows of named images into train and test by a hash of each name.
+
+    With a fraction above 0 and at least two images, neither part is empty. With 0 the test part is.
+    """
+    if fraction == 0 or len(names) < 2:
+        return list(range(len(names))), []
     rank = [_hash01(name) for name in names]
     test = [i for i, value in enumerate(rank) if value < fraction]
     # Small folders: each part keeps at least one image.

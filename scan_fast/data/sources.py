@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .decode import square, to_rgb
+from .resize import Interpolation, resize_squares
 
 if TYPE_CHECKING:
     from .files import ImageFiles
@@ -103,7 +104,9 @@ class TensorSource:
         labels: (N,) int64 or None.
         paths: unique name of each image; ``image/0000000`` and so on by default.
         class_names: name of each class.
-        size: side to resize to with antialias, in pixels; by default the images' own.
+        size: side to resize to with antialias, in pixels; by default the images' own. If it is larger, the images are
+            kept as they are and resized at each use, which takes less memory.
+        interpolation: the filter of the resize.
 
     Raises:
         DataError: for another shape or dtype, or labels or paths of another length.
@@ -119,6 +122,7 @@ class TensorSource:
         paths: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         size: int | None = None,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         if images.dtype != torch.uint8:
             raise DataError(f"images must be uint8 in 0..255, got {images.dtype}")
@@ -128,12 +132,15 @@ class TensorSource:
             raise DataError(f"images must be (N, H, W, 3), (N, H, W, 1) or (N, H, W), got {tuple(images.shape)}")
         if 0 in images.shape:
             raise DataError(f"images must not be empty, got {tuple(images.shape)}")
-        images = _square_batch(images.cpu(), size)
-        self.images = images
+        images = _centre_squares(images.cpu())
+        self.size = images.shape[1] if size is None else size
+        if self.size < images.shape[1]:
+            images = resize_squares(images, self.size, interpolation)
+        self.images = images.contiguous()
+        self._interpolation: Interpolation = interpolation
         self.labels = labels
         self.paths = [f"image/{i:07d}" for i in range(len(images))] if paths is None else list(paths)
         self.class_names = None if class_names is None else list(class_names)
-        self.size = images.shape[1]
         self.skipped: list[tuple[str, str]] = []
         check_annotations(len(images), labels, self.paths)
 
@@ -142,7 +149,8 @@ class TensorSource:
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8, on the device that keeps them."""
-        return take_rows(self.images, indices).expand(-1, -1, -1, 3).contiguous()
+        rows = take_rows(self.images, indices)
+        return resize_squares(rows, self.size, self._interpolation).expand(-1, -1, -1, 3).contiguous()
 
     def original(self, row: int, side: int) -> Image.Image:
         """Return the image of a row in mode RGB, reduced if its side is longer than `side` pixels."""
@@ -155,20 +163,12 @@ class TensorSource:
         self.images = self.images.to(device)
 
 
-def _square_batch(images: Tensor, size: int | None) -> Tensor:
-    """Cut (N, H, W, C) uint8 to the centre square and resize it to `size` with antialias."""
+def _centre_squares(images: Tensor) -> Tensor:
+    """Cut (N, H, W, C) to the centre square."""
     height, width = images.shape[1:3]
     edge = min(height, width)
     top, left = (height - edge) // 2, (width - edge) // 2
-    images = images[:, top : top + edge, left : left + edge]
-    if size is None or size == edge:
-        return images.contiguous()
-    resized = images.new_empty((len(images), size, size, images.shape[-1]))
-    for start in range(0, len(images), 1024):
-        planar = images[start : start + 1024].permute(0, 3, 1, 2).float()
-        planar = torch.nn.functional.interpolate(planar, size=(size, size), mode="bilinear", antialias=True)
-        resized[start : start + 1024] = planar.round_().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-    return resized
+    return images[:, top : top + edge, left : left + edge]
 
 
 class SubsetSource:
@@ -223,13 +223,14 @@ def _item_array(item: Any, number: int) -> tuple[np.ndarray, Any]:
     return (np.repeat(array[..., None], 3, axis=-1) if array.ndim == 2 else array), label
 
 
-def dataset_source(dataset: Any, size: int | None = None) -> TensorSource:
+def dataset_source(dataset: Any, size: int | None = None, interpolation: Interpolation = "bilinear") -> TensorSource:
     """Read a whole torch dataset into memory.
 
     Args:
         dataset: has ``__len__`` and ``__getitem__``. An item is a PIL image, an array or a tensor, or a tuple of one of
             these and an integer label.
         size: side of the square images in pixels; by default the shorter side of the first image.
+        interpolation: the filter of the resize.
 
     Raises:
         DataError: if the dataset is empty or an item is of another kind.
@@ -243,7 +244,7 @@ def dataset_source(dataset: Any, size: int | None = None) -> TensorSource:
         if i == 0:
             size = size or min(array.shape[:2])
             images = torch.empty((n, size, size, 3), dtype=torch.uint8)
-        images[i] = square(torch.from_numpy(array), images.shape[1])
+        images[i] = square(torch.from_numpy(array), images.shape[1], interpolation)
         labels.append(label)
     known = all(isinstance(x, (int, np.integer)) or (isinstance(x, Tensor) and x.ndim == 0) for x in labels)
     class_names = getattr(dataset, "classes", None)

@@ -1,6 +1,8 @@
-"""Model selection: the SCAN loss on held-out images, to choose the best epoch and head without labels."""
+"""Model selection: the SCAN loss of pairs of neighbours, to choose the best epoch and head without labels."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,30 +33,82 @@ def selection_loss(
     """
     log_p = _log_probabilities(probabilities)
     heads, n, clusters = log_p.shape
-    if neighbors.ndim != 2 or neighbors.shape[0] != n or neighbors.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"neighbors must be int64 of shape ({n}, k), got {neighbors.dtype} {tuple(neighbors.shape)}")
-    neighbors = neighbors.to(log_p.device, torch.int64)
-    if neighbors.numel() and (int(neighbors.min()) < -1 or int(neighbors.max()) >= n):
-        raise ValueError(f"neighbors must be from -1 to {n - 1}, got {int(neighbors.min())} to {int(neighbors.max())}")
-    if include_self:
-        neighbors = torch.cat([torch.arange(n, device=log_p.device)[:, None], neighbors], dim=1)
-    n_pairs = int((neighbors >= 0).sum())
-    if n_pairs == 0:
-        raise ValueError("neighbors must hold at least one neighbour (not -1)")
-    rows = max(1, _ELEMENTS_PER_CHUNK // (heads * neighbors.shape[1] * clusters))
     total_pair_loss = torch.zeros(heads, dtype=torch.float64, device=log_p.device)
     sum_p = torch.zeros((heads, clusters), dtype=torch.float64, device=log_p.device)
-    for start in range(0, n, rows):
-        own, chunk = log_p[:, start : start + rows], neighbors[start : start + rows]
-        pairs = own[:, :, None] + log_p[:, chunk.clamp_min(0)]
-        pair_loss = -pairs.logsumexp(dim=-1)
-        total_pair_loss += pair_loss.masked_fill(chunk < 0, 0).sum(dim=(1, 2), dtype=torch.float64)
+    n_pairs = 0
+    for own, others, present in neighbor_pairs(log_p, neighbors, include_self=include_self):
+        pair_loss = -(own[:, :, None] + others).logsumexp(dim=-1)
+        total_pair_loss += pair_loss.masked_fill(~present, 0).sum(dim=(1, 2), dtype=torch.float64)
         sum_p += own.exp().sum(dim=1, dtype=torch.float64)
+        n_pairs += int(present.sum())
     consistency = total_pair_loss / n_pairs
     mean_p = (sum_p / n).clamp_min(1e-8)
     entropy = -(mean_p * mean_p.log()).sum(dim=1)
     consistency, entropy = consistency.cpu(), entropy.cpu()
     return consistency - entropy, consistency, entropy
+
+
+@torch.no_grad()
+def modularity(labels: Tensor, neighbors: Tensor, n_clusters: int) -> Tensor:
+    """Compute the modularity (Newman, 2004) of partitions on the graph that links each image to its neighbours.
+
+    It is the share of links within a cluster minus the share that is expected if links fall by the sizes of the
+    clusters: 0 for a single cluster, and at most 1.
+
+    Args:
+        labels: (H, N) int64 clusters of H partitions, from 0 to ``n_clusters`` - 1.
+        neighbors: (N, k) int64 indices of each image's neighbours; -1 means no neighbour.
+        n_clusters: C.
+
+    Returns:
+        (H,) float64 on the CPU.
+
+    Raises:
+        ValueError: for wrong shapes or indices, or if there is no neighbour.
+    """
+    found = []
+    for row in labels:
+        links = torch.zeros(n_clusters * n_clusters, dtype=torch.int64, device=row.device)
+        for own, others, present in neighbor_pairs(row[None, :, None], neighbors):
+            pairs = own[0] * n_clusters + others[0, ..., 0]
+            links += torch.bincount(pairs[present], minlength=len(links))
+        share = links.view(n_clusters, n_clusters).double() / links.sum()
+        degree = (share.sum(dim=0) + share.sum(dim=1)) / 2
+        found.append(share.trace() - degree.square().sum())
+    return torch.stack(found).cpu()
+
+
+def neighbor_pairs(
+    values: Tensor, neighbors: Tensor, *, include_self: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Iterate over rows and those of their neighbours, in chunks of at most 64 MiB of float32.
+
+    Args:
+        values: (H, N, C) of H heads.
+        neighbors: (N, k) int64 indices of each image's neighbours among the N; -1 means no neighbour.
+        include_self: let each image come first among its own neighbours.
+
+    Yields:
+        For R images the values (H, R, C), those of the neighbours (H, R, k, C), and (R, k) bool, true
+        if there is this neighbour; if not, its values are another image's.
+
+    Raises:
+        ValueError: for wrong shapes or indices, or if there is no pair.
+    """
+    heads, n, clusters = values.shape
+    if neighbors.ndim != 2 or neighbors.shape[0] != n or neighbors.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"neighbors must be int64 of shape ({n}, k), got {neighbors.dtype} {tuple(neighbors.shape)}")
+    neighbors = neighbors.to(values.device, torch.int64)
+    if neighbors.numel() and (int(neighbors.min()) < -1 or int(neighbors.max()) >= n):
+        raise ValueError(f"neighbors must be from -1 to {n - 1}, got {int(neighbors.min())} to {int(neighbors.max())}")
+    if include_self:
+        neighbors = torch.cat([torch.arange(n, device=values.device)[:, None], neighbors], dim=1)
+    if not bool((neighbors >= 0).any()):
+        raise ValueError("neighbors must hold at least one neighbour (not -1)")
+    rows = max(1, _ELEMENTS_PER_CHUNK // (heads * neighbors.shape[1] * clusters))
+    for start in range(0, n, rows):
+        chunk = neighbors[start : start + rows]
+        yield values[:, start : start + rows], values[:, chunk.clamp_min(0)], chunk >= 0
 
 
 def _log_probabilities(values: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ _QUERIES_PER_CHUNK = 4096
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
+    queries: Tensor | None = None,
+    query_labels: Tensor | None = None,
     *,
     k: int = 100,
     temperature: float = 0.1,
@@ -38,25 +38,33 @@ def knn_accuracy(
     Args:
         bank: (N, D) features with known classes.
         bank_labels: (N,) integers.
-        queries: (Q, D) features, on the device of ``bank``; a bank image is not excluded from its own vote.
-        query_labels: (Q,) integers.
-        k: number of neighbours that vote; reduced to the number of labelled bank images if larger.
+        queries: (Q, D) features, on the device of ``bank``; a bank image is not excluded from its own vote. None: the
+            bank's images, each left out of its own vote.
+        query_labels: (Q,) integers; None with ``queries``.
+        k: number of neighbours that vote; reduced to the number of labelled bank images (but the query) if larger.
         temperature: positive.
 
     Returns:
         A fraction from 0 to 1.
 
     Raises:
-        ValueError: for wrong shapes, k or temperature, or if the bank or the queries have no label.
+        ValueError: for wrong shapes, k or temperature, if the bank or the queries have no label, or if there are
+            fewer than two labelled bank images and no queries.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     bank, bank_labels = _labelled(bank, bank_labels, "bank", "bank_labels")
-    queries, query_labels = _labelled(queries, query_labels, "queries", "query_labels")
     n_classes = int(bank_labels.max()) + 1
-    similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
+    if queries is None:
+        if bank.shape[0] < 2:
+            raise ValueError(f"bank must hold at least 2 labelled images if there are no queries, got {bank.shape[0]}")
+        similarity, index = topk_neighbors(bank, min(k, bank.shape[0] - 1))
+        queries, query_labels = bank, bank_labels
+    else:
+        queries, query_labels = _labelled(queries, query_labels, "queries", "query_labels")
+        similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
     # Relative to the nearest neighbour: the result is the same, and small temperatures do not overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp().masked_fill(index < 0, 0)
     correct = 0

@@ -17,8 +17,11 @@ class NoneSettings(MethodSettings):
 
     def check(self, model: ModelConfig, features: str) -> None:
         """Require a pretrained backbone and mining in the backbone's space."""
-        if not model.pretrained:
-            raise ValueError("pretext.method=none takes the backbone as it is, so it needs model.pretrained=true")
+        if not model.has_weights:
+            raise ValueError(
+                "pretext.method=none takes the backbone as it is, so it needs model.pretrained=true, "
+                "model.weights=FILE or the short name of a pretrained backbone"
+            )
         if features == "projection":
             raise ValueError("pretext.method=none has no trained projector, so it needs mining.features=backbone")
 

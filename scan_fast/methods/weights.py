@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..errors import WeightsError
+from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
 from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD, InputFormat
 from ..models.reference_checkpoints import read_original
@@ -24,17 +25,21 @@ class WeightsSettings(MethodSettings):
     file: Path
     trains: ClassVar[bool] = False
 
+    def check(self, model: ModelConfig, features: str) -> None:
+        """Refuse other weights, which this file would replace."""
+        if model.weights is not None:
+            raise ValueError(f"pretext.method=weights reads {self.file}, so model.weights={model.weights} has no use")
+
     def input_format(self) -> InputFormat | None:
-        """Return ImageNet's normalisation for MoCo weights; the reference's weights go with their data set's."""
+        """Return ImageNet's format for MoCo weights; the reference's weights go with their data set's."""
         original = read_original(self.file.expanduser())
-        return InputFormat(IMAGENET_MEAN, IMAGENET_STD, 224) if original.kind == "moco" else None
+        return InputFormat(IMAGENET_MEAN, IMAGENET_STD, 224, 256) if original.kind == "moco" else None
 
     def load(self, model: PretextModel) -> None:
         """Fill a model with the file's weights.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            WeightsError: if the file holds no pretext weights, or weights of another network.
+            WeightsError: if there is no such file, or it holds no pretext weights, or weights of another network.
         """
         original = read_original(self.file.expanduser())
         if original.kind not in ("pretext", "moco"):

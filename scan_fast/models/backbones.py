@@ -7,21 +7,28 @@ published weights load by name (see :mod:`.original_weights`).
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torchvision
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from scan_fast.schema import Settings
 
-from ..errors import ConfigError, MissingPackageError
+from ..errors import ConfigError, WeightsError
 from .batch_norm import BatchNormAct2d
 from .convolution import Conv2d
+from .downloads import fetch, published_weights
+from .published import PUBLISHED, full_name
+from .timm_networks import takes_image_size, timm_backbone
+from .weight_files import load_weight_file
 
 OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits")
 AUTO = "auto"
@@ -34,12 +41,20 @@ class ModelConfig(Settings):
     Attributes:
         backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling),
             ``resnet18_stl`` (96 px: the same with one max-pooling), ``resnet50``, ``resnet_digits`` (a small one for
-            8x8 images), ``torchvision:NAME`` or ``timm:NAME``.
+            8x8 images), ``torchvision:NAME`` or ``timm:NAME``; or a pretrained one by its short name:
+            ``dinov2-small``, ``dinov2-base``, ``convnext-tiny``, ``resnet50-imagenet``, ``resnet18-imagenet``,
+            ``efficientnet-lite0``, ``mobilenetv4-small`` (see docs/pretrained.md).
         width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
-        pretrained: start from the weights that torchvision or timm publish (``torchvision:`` and ``timm:`` only).
+        pretrained: start from the weights that torchvision or timm publish (``torchvision:``, ``timm:`` and short names
+            only). A short name without ``weights`` implies it, unless it is set to false.
+        weights: start from the weights in this file (.safetensors, or a state dict or checkpoint of torch.save). Every
+            entry of the backbone must be in it; classifiers and projectors are left out.
+        image_size: side in pixels of the images that a network with one position per patch is built for. Default: that
+            of the images that the run evaluates.
         projector: ``mlp`` (linear, ReLU, linear) or ``linear``.
         projection_dim: the size of the embedding that the pretext loss sees.
         hidden_dim: the hidden size of the ``mlp`` projector; None takes the backbone's feature size.
+        unit_features: cluster heads see features of length one.
         cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
         cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
     """
@@ -47,26 +62,49 @@ class ModelConfig(Settings):
     backbone: str = "resnet18_cifar"
     width: float = Field(default=1.0, gt=0, le=16)
     pretrained: bool = False
+    weights: Path | None = None
+    image_size: int | None = Field(default=None, ge=1)
     projector: Literal["mlp", "linear"] = "mlp"
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
+    unit_features: bool = False
     cluster_head: Literal["linear", "mlp"] = "linear"
     cluster_hidden_dim: int | None = Field(default=None, ge=1)
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute(cls, weights: Path | None) -> Path | None:
+        # A run continues from any folder.
+        return None if weights is None else weights.expanduser().absolute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names_are_pretrained(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "pretrained" not in values and values.get("weights") is None:
+            name = values.get("backbone")
+            if isinstance(name, str) and name in PUBLISHED:
+                return {**values, "pretrained": True}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         name = self.backbone
-        foreign = name.startswith(_PREFIXES)
+        foreign = name.startswith(_PREFIXES) or name in PUBLISHED
         if not foreign and name not in (*OWN_BACKBONES, AUTO):
-            near = difflib.get_close_matches(name, OWN_BACKBONES, n=1)
+            near = difflib.get_close_matches(name, (*OWN_BACKBONES, *PUBLISHED), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"backbone must be auto, {', '.join(OWN_BACKBONES)}, torchvision:NAME or timm:NAME, got {name!r}{hint}"
+                f"backbone must be auto, {', '.join((*OWN_BACKBONES, *PUBLISHED))}, torchvision:NAME or timm:NAME, "
+                f"got {name!r}{hint}"
             )
-        if foreign and not name.split(":", 1)[1]:
+        if name in _PREFIXES:
             raise ValueError(f"backbone {name!r} lacks the model's name, e.g. {name}resnet34")
         if self.pretrained and not foreign:
             raise ValueError(f"pretrained is for torchvision:NAME and timm:NAME only; backbone is {name!r}")
+        if self.pretrained and self.weights is not None:
+            raise ValueError(f"weights={self.weights} takes the place of pretrained=true; give one of them")
+        if self.weights is not None and name == AUTO:
+            raise ValueError(f"weights={self.weights} needs the backbone that they are of; backbone is 'auto'")
         if self.width != 1.0 and (foreign or name == "resnet50"):
             raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
         if self.hidden_dim is not None and self.projector == "linear":
@@ -76,6 +114,27 @@ class ModelConfig(Settings):
                 f"cluster_hidden_dim is for cluster_head 'mlp' only, got {self.cluster_hidden_dim} with 'linear'"
             )
         return self
+
+    @property
+    def network(self) -> str:
+        """The backbone with a short name spelled out, such as ``timm:vit_small_patch14_dinov2.lvd142m``."""
+        return full_name(self.backbone)
+
+    @property
+    def has_weights(self) -> bool:
+        """True if the network starts from published weights or those of a file."""
+        return self.pretrained or self.weights is not None
+
+    def from_scratch(self) -> Self:
+        """Return the same network with random weights, for weights that come from elsewhere or none."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
+
+    def for_images(self, side: int) -> Self:
+        """Return the network built for images of ``side`` pixels, if it is built for one size and none is set."""
+        library, _, name = self.network.partition(":")
+        if self.image_size is not None or library != "timm" or not takes_image_size(name):
+            return self
+        return self.model_copy(update={"image_size": side})
 
 
 class BasicBlock(nn.Module):
@@ -135,7 +194,7 @@ class SmallResNet(nn.Module):
 
 
 def build_backbone(config: ModelConfig) -> nn.Module:
-    """Build the backbone that ``config`` names.
+    """Build the backbone that ``config`` names, with the weights that it starts from.
 
     Returns:
         A module from images (B, 3, H, W) float to features (B, out_features), with the attribute ``out_features``.
@@ -143,18 +202,30 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     Raises:
         ConfigError: for an unknown torchvision or timm model, or one whose classifier cannot be taken off.
         MissingPackageError: for ``timm:NAME`` if timm is not installed.
+        WeightsError: if the weights cannot be fetched, or those of a file do not fit.
     """
-    name = config.backbone
-    if name in ("resnet18_cifar", "resnet18_stl"):
+    network = config.network
+    published = None
+    if config.pretrained and (download := published_weights(network)) is not None:
+        published = fetch(download, config.backbone)
+    backbone = _build(config, network, published)
+    if config.weights is not None:
+        load_weight_file(backbone, config.weights, network)
+    return backbone
+
+
+def _build(config: ModelConfig, network: str, published: Path | None) -> nn.Module:
+    if network in ("resnet18_cifar", "resnet18_stl"):
         channels = [_scaled(base, config.width) for base in (64, 128, 256, 512)]
-        return SmallResNet(channels, (2, 2, 2, 2), max_pool=name == "resnet18_stl")
-    if name == "resnet_digits":
+        return SmallResNet(channels, (2, 2, 2, 2), max_pool=network == "resnet18_stl")
+    if network == "resnet_digits":
         return SmallResNet([_scaled(base, config.width) for base in (32, 64)], (1, 2))
-    if name == "resnet50":
-        return _torchvision_backbone("resnet50", pretrained=False)
-    library, model = name.split(":", 1)
-    build = _torchvision_backbone if library == "torchvision" else _timm_backbone
-    return build(model, pretrained=config.pretrained)
+    if network == "resnet50":
+        return _torchvision_backbone("resnet50", None)
+    library, name = network.split(":", 1)
+    if library == "torchvision":
+        return _torchvision_backbone(name, published)
+    return timm_backbone(name, config.image_size, published)
 
 
 def check_image_size(config: ModelConfig, size: int) -> None:
@@ -167,10 +238,10 @@ def check_image_size(config: ModelConfig, size: int) -> None:
     Raises:
         ConfigError: if a torchvision or timm model needs images of another size, or larger ones.
     """
-    if ":" not in config.backbone:
+    if ":" not in config.network:
         return  # the other backbones take any size
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        backbone = build_backbone(config.model_copy(update={"pretrained": False})).eval()
+        backbone = build_backbone(config.from_scratch()).eval()
         try:
             with torch.no_grad():
                 backbone(torch.empty(1, 3, size, size))
@@ -179,6 +250,15 @@ def check_image_size(config: ModelConfig, size: int) -> None:
                 f"model.backbone={config.backbone} does not take images of {size} x {size} pixels ({error}); "
                 "set data.image_size to a size that it takes, or choose another backbone"
             ) from error
+
+
+def multiply_adds(config: ModelConfig, size: int) -> int:
+    """Return the multiply-adds of the backbone for one image of ``size`` x ``size`` pixels. Nothing is computed."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        backbone = build_backbone(config.from_scratch()).eval().requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            backbone(torch.empty(1, 3, size, size))
+    return int(counter.get_total_flops()) // 2
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -192,13 +272,19 @@ def _initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
+def _torchvision_backbone(name: str, published: Path | None) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"torchvision has no classification model {name!r}{hint}")
-    module: Any = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    try:
+        # torchvision finds the file, which is in its cache now.
+        module: Any = torchvision.models.get_model(name, weights="DEFAULT" if published is not None else None)
+    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if published is None:
+            raise
+        raise WeightsError(f"{published} is not readable as the weights of torchvision:{name}; remove it") from error
     # Every torchvision classifier ends in a linear layer with one output per ImageNet class. Two of them mean auxiliary
     # outputs (GoogLeNet, Inception), whose training output is not one tensor; none, a convolutional classifier.
     classifiers = [
@@ -212,34 +298,6 @@ def _torchvision_backbone(name: str, *, pretrained: bool) -> nn.Module:
         )
     path, layer = classifiers[0]
     module.set_submodule(path, nn.Identity())
+    module.classifier_names = (path,)
     module.out_features = layer.in_features
-    return module
-
-
-def timm_library(name: str) -> Any:
-    """Return the package timm.
-
-    Args:
-        name: the model it is needed for, for the error.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackageError(f"backbone 'timm:{name}' needs timm: pip install 'scan-fast[timm]'") from error
-    return timm
-
-
-def _timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
-    timm = timm_library(name)
-    known = timm.list_models()
-    if name.split(".", 1)[0] not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"timm has no model {name!r}{hint}")
-    module: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    # Some models (MobileNetV3) keep a hidden layer after the pooling when the classifier is taken off.
-    module.out_features = int(getattr(module, "head_hidden_size", None) or module.num_features)
     return module

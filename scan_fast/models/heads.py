@@ -63,6 +63,7 @@ class ClusterModel(nn.Module):
         self.backbone = build_backbone(config)
         self.out_features = cast(int, self.backbone.out_features)
         self._n_clusters = n_clusters
+        self._unit_features = config.unit_features
         hidden = (config.cluster_hidden_dim or self.out_features) if config.cluster_head == "mlp" else None
         self.cluster_head = nn.ModuleList(_head(self.out_features, hidden, n_clusters) for _ in range(n_heads))
 
@@ -82,6 +83,8 @@ class ClusterModel(nn.Module):
 
     def heads(self, features: Tensor) -> Tensor:
         """Map features (B, out_features) to the logits of all heads, (H, B, C); linear heads in one matrix product."""
+        if self._unit_features:
+            features = F.normalize(features, dim=1)
         linears = [head for head in self.cluster_head if isinstance(head, nn.Linear)]
         if len(linears) < self.n_heads:
             return torch.stack([head(features) for head in self.cluster_head])
@@ -103,14 +106,36 @@ class ClusterModel(nn.Module):
         """
         if not 0 <= h < self.n_heads:
             raise ValueError(f"h must be from 0 to {self.n_heads - 1}, got {h}")
+        view = self.around(self.backbone)
+        view.cluster_head = nn.ModuleList([self.cluster_head[h]])
+        return view
+
+    def around(self, backbone: nn.Module) -> ClusterModel:
+        """Return a model with these heads, whose parameters are shared, on another backbone.
+
+        ``around(nn.Identity())`` maps features to logits.
+        """
         view = ClusterModel.__new__(ClusterModel)
         nn.Module.__init__(view)
-        view.backbone = self.backbone
+        view.backbone = backbone
         view.out_features = self.out_features
         view._n_clusters = self._n_clusters
-        view.cluster_head = nn.ModuleList([self.cluster_head[h]])
+        view._unit_features = self._unit_features
+        view.cluster_head = self.cluster_head
         view.training = self.training
         return view
+
+    @classmethod
+    def linear(cls, in_features: int, n_clusters: int, n_heads: int) -> ClusterModel:
+        """Return H linear heads without a backbone: the model maps features (B, in_features) to logits (H, B, C)."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.backbone = nn.Identity()
+        model.out_features = in_features
+        model._n_clusters = n_clusters
+        model._unit_features = False
+        model.cluster_head = nn.ModuleList(_head(in_features, None, n_clusters) for _ in range(n_heads))
+        return model
 
 
 def _head(features: int, hidden: int | None, n_clusters: int) -> nn.Module:

@@ -15,8 +15,6 @@ moco        ``{"state_dict"}``                                                  
 
 from __future__ import annotations
 
-import _codecs
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from .weight_files import read_checkpoint
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
 
@@ -79,12 +77,11 @@ def read_original(path: str | Path) -> OriginalWeights:
         path: the file, in the zip format of today's PyTorch or the older one.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        WeightsError: for a file that is damaged, holds anything but tensors and plain values, or holds names that none
-            of the four kinds has.
+        WeightsError: if there is no such file, or for one that is damaged, holds anything but tensors and plain values,
+            or holds names that none of the four kinds has.
     """
     path = Path(path)
-    content = _load(path)
+    content = read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__} where a dict of weights is expected")
     if "state_dict" in content:
@@ -102,31 +99,6 @@ def read_original(path: str | Path) -> OriginalWeights:
     if kind == "pretext":
         return OriginalWeights(kind, state_dict, None)
     return OriginalWeights(kind, state_dict, head or 0)
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weight file {path}")
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
-        # The module was renamed in NumPy 2; files of before name the old one.
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.int32, np.int64, np.float32, np.float64)),
-        _codecs.encode,  # how a pickle of protocol 2 stores bytes
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message recommends weights_only=False, which must not be followed for a foreign file.
-        reason = re.search(r"(Unsupported|GLOBAL|Can only|Trying to|Invalid|invalid)[^\n]*", str(error))
-        detail = reason.group(0) if reason else "not a weight file"
-        raise WeightsError(f"{path} was refused: it holds more than tensors and plain values ({detail})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a readable weight file: {first}") from error
 
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:

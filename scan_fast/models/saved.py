@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, BinaryIO, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ..data.resize import Interpolation
 from .backbones import ModelConfig
 from .heads import ClusterModel
 from .weights import load_strict
@@ -33,6 +34,9 @@ class SavedModel:
         mean: by channel, of pixel values in [0, 1].
         std: likewise.
         state_dict: the weights, on the CPU.
+        interpolation: the filter that brings images to ``size``, see ``data.interpolation``.
+        centers, least_similarity: see :class:`scan_fast.evaluation.typicality.Typicality`; None in files
+            that were written before it.
     """
 
     stage: str
@@ -45,6 +49,9 @@ class SavedModel:
     mean: Triple
     std: Triple
     state_dict: dict[str, Tensor]
+    interpolation: Interpolation = "bilinear"
+    centers: Tensor | None = None
+    least_similarity: Tensor | None = None
 
     def build(self) -> ClusterModel:
         """Return the network with its weights, on the CPU.
@@ -75,10 +82,11 @@ class SavedModel:
             raise ValueError(f"it is damaged or no file of tensors ({type(error).__name__})") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"it is no model.pt of scan-fast (format {FORMAT})")
-        missing = [field.name for field in fields(cls) if field.name not in content]
+        known = [field for field in fields(cls) if field.name in content or field.default is MISSING]
+        missing = [field.name for field in known if field.name not in content]
         if missing:
             raise ValueError(f"it is no complete model.pt of scan-fast: it lacks {', '.join(missing)}")
-        values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
+        values: dict[str, Any] = {field.name: content[field.name] for field in known}
         try:
             values["model"] = ModelConfig.model_validate(values["model"])
         except ValidationError as error:

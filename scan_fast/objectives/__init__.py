@@ -2,11 +2,30 @@
 
 from typing import Annotated
 
+from pydantic import Field
+
 from ..schema import BARE_KIND
 from .base import Heads, Objective, ObjectiveSettings
 from .scan import SCAN, SCANSettings
+from .temi import TEMI, TEMISettings
+from .turtle import TURTLE, TURTLESettings
 
-ObjectiveConfig = Annotated[SCANSettings, BARE_KIND]  # from the second kind on: a union with a discriminator
+ObjectiveConfig = Annotated[
+    SCANSettings | TEMISettings | TURTLESettings,
+    Field(discriminator="kind"),
+    BARE_KIND,
+]
 """The type of ``clustering.objective``: the settings of one objective, chosen by ``kind``."""
 
-__all__ = ["SCAN", "Heads", "Objective", "ObjectiveConfig", "ObjectiveSettings", "SCANSettings"]
+__all__ = [
+    "SCAN",
+    "TEMI",
+    "TURTLE",
+    "Heads",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveSettings",
+    "SCANSettings",
+    "TEMISettings",
+    "TURTLESettings",
+]

@@ -25,6 +25,17 @@ class Objective(ABC):
     def attach(self, model: ClusterModel) -> None:  # noqa: B027
         """Prepare for a model whose weights are those to start from, for example copy a teacher."""
 
+    def start(self, logits: Callable[[], Tensor]) -> None:  # noqa: B027
+        """Look at the initial predictions, for example for the sizes of the clusters from which the heads start.
+
+        It is called once, before the first step. Keep what it finds in the state, because a resumed run does not call
+        it again.
+
+        Args:
+            logits: computes (H, N, C) float32 of all training images under the initial weights. This is a pass over all
+                images, so call it only if the result is needed.
+        """
+
     @abstractmethod
     def loss(self, heads: Heads, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each head, (H,) float32, and scalars on the device to average over the epoch.
@@ -42,7 +53,7 @@ class Objective(ABC):
         """Return the selection score of each head, (H,) float64 on the CPU; lower is better. Labels play no part.
 
         Args:
-            logits: (H, N, C) of held-out images.
+            logits: (H, N, C) of the images that the choice is made on: the test images, or all if there are none.
             neighbors: (N, k) int64 their neighbours among themselves, -1 for none.
         """
 
@@ -65,6 +76,18 @@ class ObjectiveSettings(Settings):
     """Base of an objective's settings. A subclass has a ``kind`` and implements :meth:`build`."""
 
     kind: str
+
+    @property
+    def needs_start(self) -> bool:
+        """True if the heads must start from clusters rather than at random."""
+        return False
+
+    def check(self, n_clusters: int) -> None:
+        """Check the settings against the number of clusters.
+
+        Raises:
+            ConfigError: if a setting does not fit.
+        """
 
     def build(self) -> Objective:
         """Create the objective."""

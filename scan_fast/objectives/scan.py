@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -10,17 +11,31 @@ from torch import Tensor
 from ..evaluation.model_selection import selection_loss
 from ..losses import scan_loss
 from .base import Heads, Objective, ObjectiveSettings
+from .prior import ClusterPrior, Prior, check_prior
 
 
 class SCANSettings(ObjectiveSettings):
     """SCAN: an image and its neighbour agree, and the clusters spread over all images.
 
     Attributes:
-        entropy_weight: weight of the entropy of the mean prediction. Higher values even out the cluster sizes.
+        entropy_weight: weight of the entropy of the mean prediction, or of its divergence from ``prior``. Higher values
+            hold the cluster sizes closer to equal ones, or to ``prior``.
+        prior: relative sizes of the clusters. ``uniform``: equal. ``estimated``: those of the clusters from which the
+            heads start. Numbers, in any order: the largest is the size of the start's largest cluster, and so on.
     """
 
     kind: Literal["scan"] = "scan"
     entropy_weight: float = Field(default=5.0, ge=0)
+    prior: Prior = "uniform"
+
+    @property
+    def needs_start(self) -> bool:
+        """True if the heads must start from clusters."""
+        return self.prior == "estimated"
+
+    def check(self, n_clusters: int) -> None:
+        """Check the number of given sizes."""
+        check_prior(self.prior, n_clusters)
 
     def build(self) -> SCAN:
         """Create the objective."""
@@ -28,17 +43,44 @@ class SCANSettings(ObjectiveSettings):
 
 
 class SCAN(Objective):
-    """Minimises the SCAN loss; selects by the SCAN loss with entropy weight 1, as the reference does."""
+    """Minimises the SCAN loss; selects by it with entropy weight 1, as the reference does.
+
+    With a prior, the divergence of the mean prediction from the prior takes the place of minus the entropy, in the loss
+    and in the score. The two differ by a constant if all sizes are equal.
+    """
 
     def __init__(self, settings: SCANSettings) -> None:
         self.settings = settings
+        self.prior = ClusterPrior(settings.prior)
+
+    def start(self, logits: Callable[[], Tensor]) -> None:
+        """Take the sizes of the clusters from the initial predictions, if the prior needs them."""
+        self.prior.start(logits)
 
     def loss(self, heads: Heads, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the SCAN loss of each head, and the means over the heads of the loss and its two terms."""
-        total, consistency, entropy = scan_loss(heads(anchors), heads(neighbors), self.settings.entropy_weight)
-        return total, {"loss": total.mean(), "consistency": consistency.mean(), "entropy": entropy.mean()}
+        """Return the SCAN loss of each head, and the means over the heads of the loss and its terms."""
+        logits, weight = heads(anchors), self.settings.entropy_weight
+        total, consistency, entropy = scan_loss(logits, heads(neighbors), weight)
+        metrics = {"consistency": consistency.mean(), "entropy": entropy.mean()}
+        if not self.prior.uniform:
+            mean = logits.float().softmax(dim=-1).mean(dim=-2)
+            divergence = self.prior.divergence(mean, entropy)
+            total = consistency + weight * divergence
+            metrics["divergence"] = divergence.mean()
+        return total, {"loss": total.mean(), **metrics}
 
     def score(self, logits: Tensor, neighbors: Tensor) -> Tensor:
-        """Return consistency minus entropy over all pairs of an image and a neighbour."""
-        total, _, _ = selection_loss(logits.log_softmax(dim=-1), neighbors)
-        return total
+        """Return consistency minus entropy, or plus the divergence, over all pairs of an image and a neighbour."""
+        log_p = logits.log_softmax(dim=-1)
+        total, consistency, _ = selection_loss(log_p, neighbors)
+        if self.prior.uniform:
+            return total
+        return consistency + self.prior.divergence(log_p.double().exp().mean(dim=-2)).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Return the prior."""
+        return self.prior.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the prior."""
+        self.prior.load_state(state)

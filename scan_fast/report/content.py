@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ class Content:
         embeddings: (N, D), in the order of the assignments; None if there are none of these images.
         names: the names that the user gave to groups.
         skipped: (path, reason) of the images that could not be read.
+        n_groups: the number of groups that the run was to find; 0 if classes decided it.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Content:
     embeddings: NDArray[np.float32] | None
     names: dict[int, str]
     skipped: Sequence[tuple[str, str]]
+    n_groups: int
 
 
 def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
@@ -70,14 +72,26 @@ def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
     return Content(
         config=run.read(artifacts.CONFIG),
         assignments=assignments,
-        summary=run.read(artifacts.SUMMARY) if run.has(artifacts.SUMMARY) else Summary(),
+        summary=_unsplit(run.read(artifacts.SUMMARY)) if run.has(artifacts.SUMMARY) else Summary(),
         series=series_of(metrics),
         confusion=confusion,
         confusion_figure=figure,
         embeddings=embeddings,
         names=run.group_names(assignments),
         skipped=run.read(artifacts.SKIPPED).images if run.has(artifacts.SKIPPED) else (),
+        n_groups=run.n_clusters or 0,
     )
+
+
+def _unsplit(summary: Summary) -> Summary:
+    """Return the summary without the name of the split if all images are in one: metrics of "train" are of all."""
+    if any("test" in entry for entry in summary.stages.values()):
+        return summary
+    stages = {
+        name: {key: value for key, value in entry.items() if key != "train"} | entry.get("train", {})
+        for name, entry in summary.stages.items()
+    }
+    return replace(summary, stages=stages)
 
 
 def _in_order(embeddings: Embeddings, table: Assignments) -> NDArray[np.float32] | None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from ..data.decode import IMAGE_SUFFIXES
+from ..data.formats import IMAGE_SUFFIXES
 from ..data.sources import Source
 from ..errors import UsageError
 from ..runs import artifacts

@@ -65,7 +65,7 @@ class Group:
 def groups_of(content: Content) -> list[Group]:
     """Return all groups by number, the empty ones too."""
     data = content.assignments
-    n_groups = max(int(data.clusters.max(initial=-1)) + 1, content.config.clustering.n_clusters or 0)
+    n_groups = max(int(data.clusters.max(initial=-1)) + 1, content.n_groups)
     nearest = _nearest(content, n_groups)
     total = max(1, data.clusters.size)
     split_names = list(dict.fromkeys(data.splits))
@@ -136,8 +136,13 @@ def facts(content: Content, groups: Sequence[Group]) -> list[tuple[str, str]]:
         found.append(("by split", ", ".join(f"{count(n)} {name}" for name, n in splits.items())))
     if not np.isnan(data.confidence).all():
         found.append(("mean confidence", percent(float(np.nanmean(data.confidence)))))
-    if content.config.model.backbone != "auto":
-        found.append(("backbone", content.config.model.backbone))
+    backbone = content.config.model.backbone
+    if summary.backbone is not None:  # what an open choice of the configuration stands for
+        backbone = str(summary.backbone["backbone"])
+        found.append(("weights", str(summary.backbone["weights"] or "random at first")))
+        side = summary.backbone["image_size"]
+        found.append(("image size", f"{side} × {side}"))
+    found.append(("backbone", backbone))
     if summary.stages:
         found.append(("time", duration(summary.seconds)))
     found.append(("seed", str(content.config.seed)))
@@ -152,7 +157,7 @@ def choice(content: Content) -> Mapping[str, Any] | None:
 
 def suggested_k(content: Content) -> Mapping[str, Any] | None:
     """Return which number of groups the clustering stage suggests, and the curve that it comes from."""
-    found = content.summary.stages.get("clustering", {}).get("suggested_k")
+    found = content.summary.stages.get("number")
     return found if isinstance(found, Mapping) and isinstance(found.get("k"), int) else None
 
 

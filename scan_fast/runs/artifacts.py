@@ -21,13 +21,16 @@ from .config import Config, build_config
 from .findings import Duplicates, Outliers
 from .names import GroupNames
 from .records import (
+    BackboneRecord,
     Checkpoint,
     Embeddings,
     ImageMap,
+    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
     StageResult,
+    SuggestedNumber,
     Summary,
     dump_json,
     dump_metrics,
@@ -41,6 +44,7 @@ T = TypeVar("T")
 COMMANDS: dict[str, str] = {
     "pretext": "pretext",
     "mining": "mine",
+    "number": "suggest-k",
     "clustering": "cluster",
     "selflabel": "selflabel",
 }
@@ -170,12 +174,14 @@ METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, 
 
 PRECISION = Artifact("precision.json", PrecisionRecord.dump, PrecisionRecord.load)
 """The dtype that ``precision=auto`` stands for, and why."""
+BACKBONE = Artifact("backbone.json", BackboneRecord.dump, BackboneRecord.load)
+"""The network, its images and the weights that it starts from, with their digest."""
 DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_cache)
 """The files that ``data.on_error=skip`` has found good; only changed ones are decoded again."""
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
 """The images left out as unreadable, with the reason."""
-IMAGES = Artifact("images.json", dump_json, load_json)
-"""The number and a digest of the images that ``ImageClusterer`` was fitted to with ``out``."""
+IMAGES = Artifact("images.npz", ImageRecord.dump, ImageRecord.load)
+"""Names and fingerprints of the images, so that a run does not continue on others."""
 
 PRETEXT_MODEL = _stage_result("pretext")
 """The trained backbone and projector."""
@@ -183,6 +189,8 @@ EMBEDDINGS = Artifact("embeddings.npz", Embeddings.dump, Embeddings.load, "minin
 """Unit rows, in the order of the images."""
 NEIGHBORS = Artifact("neighbors.npz", Neighbors.dump, Neighbors.load, "mining", _REPEAT)
 """The nearest neighbours of every image."""
+SUGGESTION = Artifact("suggested-k.json", SuggestedNumber.dump, SuggestedNumber.load, "number", _REPEAT)
+"""The suggested number of groups, with the scores of all numbers that were tried."""
 CLUSTER_MODEL = _stage_result("clustering")
 """The best epoch with all heads, and which head is the best."""
 SELFLABEL_MODEL = _stage_result("selflabel")
@@ -219,9 +227,12 @@ NAMES = Artifact("names.json", GroupNames.dump, GroupNames.load, repair="remove 
 SWEEP = Artifact("sweep.json", dump_json, load_json)
 """In the folder that holds the runs of a sweep: mean and deviation of their results."""
 
-AT_START: tuple[Artifact[Any], ...] = (PRECISION, DECODE_CACHE, SKIPPED, IMAGES)
+AT_START: tuple[Artifact[Any], ...] = (PRECISION, BACKBONE, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
-OF_STAGES: tuple[Artifact[Any], ...] = (PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS, CLUSTER_MODEL, SELFLABEL_MODEL)
+OF_STAGES: tuple[Artifact[Any], ...] = (
+    *(PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS),
+    *(SUGGESTION, CLUSTER_MODEL, SELFLABEL_MODEL),
+)
 """Written by the stages: repeating a stage removes its own and those of later stages."""
 AT_END: tuple[Artifact[Any], ...] = (ASSIGNMENTS, CONFUSION, CONFUSION_FIGURE, MODEL, REPORT)
 """Written after the last stage: repeating any stage removes them."""

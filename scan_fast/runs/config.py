@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.datasets import DataConfig
 from ..errors import ConfigError
 from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
-from ..objectives import ObjectiveConfig, SCANSettings
+from ..objectives import ObjectiveConfig, ObjectiveSettings, SCANSettings, TURTLESettings
+from ..partitions import REFINEMENTS, WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
 
@@ -60,7 +61,7 @@ class ScheduleConfig(Settings):
 
     Attributes:
         name: shape after the warm-up.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up; at most a fifth of all epochs count.
         floor: end of the cosine, as a fraction of the learning rate.
         decay_rate: factor of each step, for ``step``.
         decay_epochs: epochs after which a step is taken, for ``step``.
@@ -95,7 +96,7 @@ class PretextConfig(TrainingConfig):
     method: MethodConfig = SimCLRSettings()
     """How it is learned, by ``kind``: ``simclr``; ``weights`` reads a file; ``none`` takes a pretrained backbone."""
     monitor_every: int = Field(default=10, ge=0)
-    """Epochs between kNN checks on the test images (needs labels); 0 for never."""
+    """Epochs between kNN checks (needs labels) on the test images, or by leaving one out; 0 for never."""
     monitor_k: int = Field(default=100, ge=1)
     """Neighbours that vote in the kNN check."""
     monitor_temperature: float = Field(default=0.1, gt=0)
@@ -107,7 +108,8 @@ class MiningConfig(Settings):
 
     Attributes:
         k: neighbours of each training image.
-        test_k: neighbours of each held-out image among the held-out images; they serve the selection of a head.
+        test_k: neighbours of each image that serve the selection of a head: among the test images, or the first ones of
+            ``k`` if there are none.
         features: space of the search: the projector's output or the backbone's features.
         backend: implementation of the search. All are exact; ``faiss`` needs the package faiss.
     """
@@ -121,18 +123,27 @@ class MiningConfig(Settings):
 class ClusteringConfig(TrainingConfig):
     """Stage two: cluster heads on pairs of an image and a neighbour."""
 
-    n_clusters: int | None = Field(default=None, ge=2)
-    """None: as many as the source has classes."""
+    n_clusters: int | Literal["auto"] | None = None
+    """Number of groups. ``auto``: the one that scores best without labels (``scan-fast suggest-k``). None: as many as
+    the source has classes, ``auto`` if it has none."""
     objective: ObjectiveConfig = SCANSettings()
-    """What the heads minimise and what chooses among them, by ``kind``: ``scan``."""
+    """Loss of the heads and score that chooses among them, by ``kind``: ``scan``, ``temi``, ``turtle``."""
     heads: int = Field(default=1, ge=1)
     """Heads that train side by side; the one with the best score is kept."""
     neighbors: int | None = Field(default=None, ge=1)
     """Number of mined neighbours to draw from; None: all."""
     include_self: bool = True
     """Let an image be drawn as its own neighbour, as the reference does."""
-    update: Literal["full", "heads"] = "full"
-    """Train the whole network, or the heads on a frozen backbone."""
+    update: Literal["full", "heads", "features"] = "full"
+    """``full``: train the whole network. ``heads``: train the heads on a frozen backbone, on views of the images.
+    ``features``: group the features of the frozen backbone in several ways (``ways``), of which the best by a score
+    without labels is kept. It needs ``mining.features: backbone`` and takes seconds."""
+    ways: tuple[str, ...] = tuple(WAYS)
+    """With ``update: features``: the ways to group, besides k-means, which is always tried."""
+    refinements: tuple[Literal["temi", "scan", "turtle"], ...] = ("temi", "scan")
+    """With ``update: features``: objectives of the heads that start from the best partition; the best head by the score
+    is kept. An objective of the kind of ``objective`` takes its settings, if they are not the defaults: so a prior of
+    the sizes can be given."""
     cached_views: int | None = Field(default=None, ge=1)
     """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
     take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
@@ -143,10 +154,50 @@ class ClusteringConfig(TrainingConfig):
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs between evaluations, among which the best epoch is selected."""
 
+    @field_validator("n_clusters", mode="before")
+    @classmethod
+    def _several(cls, n_clusters: Any) -> Any:
+        if n_clusters is None or n_clusters == "auto":
+            return n_clusters
+        if not isinstance(n_clusters, int):
+            raise ValueError(f"must be a whole number of at least 2, or auto, got {n_clusters!r}")
+        if n_clusters == 1:
+            raise ValueError("one group needs no clustering; give at least 2, got 1")
+        if n_clusters < 2:
+            raise ValueError(f"must be at least 2, or auto, got {n_clusters}")
+        return n_clusters
+
+    @property
+    def refining(self) -> dict[str, ObjectiveSettings]:
+        """The objectives of ``refinements`` with their settings."""
+        known: dict[str, ObjectiveSettings] = {**REFINEMENTS, "turtle": TURTLESettings(prior="estimated")}
+        own = self.objective
+        if own != type(own)():
+            known[own.kind] = own
+        return {name: known[name] for name in self.refinements}
+
+    @property
+    def trains(self) -> bool:
+        """Whether heads are trained on views of the images."""
+        return self.update != "features"
+
+    @field_validator("ways")
+    @classmethod
+    def _known_ways(cls, ways: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [way for way in ways if way not in WAYS]
+        if unknown:
+            raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
+        return ways
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.cached_views is not None and self.update != "heads":
             raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
+        if self.objective.needs_start and self.initialize == "random":
+            raise ValueError(
+                "objective.prior=estimated takes the sizes of the clusters from those that the heads start from, "
+                f"and initialize={self.initialize} has none; set initialize=kmeans"
+            )
         return self
 
 
@@ -237,6 +288,8 @@ class Config(Settings):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         self.pretext.method.check(self.model, self.mining.features)
+        if self.clustering.update == "features" and self.mining.features != "backbone":
+            raise ValueError("clustering.update=features groups the backbone's features: set mining.features=backbone")
         if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
             raise ValueError(
                 f"clustering.initialize=kmeans needs model.cluster_head=linear, got {self.model.cluster_head}"
@@ -254,15 +307,20 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = {
-        file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))
-    }
+    shipped = shipped_configs()
     # configs/NAME.yaml works from any folder. A missing NAME.yaml of another folder does not mean the shipped one.
     if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
     raise ConfigError(
-        f"there is no configuration {name!r}; give a YAML file, a run folder or one of {', '.join(sorted(shipped))}"
+        f"there is no configuration {name!r}{f' (did you mean {near[0]}?)' if near else ''}; "
+        f"give a YAML file, a run folder or one of {', '.join(sorted(shipped))}"
     )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of the shipped configurations by name."""
+    return {file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 from ..atomic import is_leftover, remove_leftovers
 from ..errors import RunError
 from . import artifacts
-from .artifacts import CONFIG, METRICS, SUMMARY, Artifact
+from .artifacts import BACKBONE, CONFIG, METRICS, SUGGESTION, SUMMARY, Artifact
 from .config import Config, differences
 from .records import MetricsEntry, Summary
 from .tables import Assignments
@@ -191,6 +191,14 @@ class RunFolder:
         for artifact in removed:
             self.path_of(artifact).unlink(missing_ok=True)
 
+    @property
+    def n_clusters(self) -> int | None:
+        """The number of clusters that the configuration gives or the run has suggested; None if classes decide."""
+        wanted = self.read(CONFIG).clustering.n_clusters
+        if isinstance(wanted, int):
+            return wanted
+        return self.read(SUGGESTION).k if self.has(SUGGESTION) else None
+
     # -- metrics ---------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[MetricsEntry]:
@@ -220,10 +228,16 @@ class RunFolder:
         """Return whether a stage has been entered into summary.json."""
         return stage in self.summary().stages
 
+    def has_results(self) -> bool:
+        """Return whether a stage has finished or left a checkpoint."""
+        return bool(self.summary().stages) or any((self.path / artifacts.CHECKPOINTS).glob("*.pt"))
+
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
         """Enter a finished stage into summary.json."""
         summary = self.summary()
         summary.seed = seed
+        if self.has(BACKBONE):
+            summary.backbone = asdict(self.read(BACKBONE))
         summary.stages[stage] = {"seconds": round(seconds, 3), **results}
         self.write(SUMMARY, summary)
 

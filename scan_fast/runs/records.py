@@ -23,11 +23,13 @@ class Summary:
         seed: the seed of the run; None before the first stage has finished.
         stages: by finished stage, ``seconds`` and its metrics, some of them by split.
         baselines: by method, the mean and deviation of its metrics over seeds; None before they are computed.
+        backbone: the content of a :class:`BackboneRecord`; None before the first stage has finished.
     """
 
     seed: int | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     baselines: dict[str, dict[str, float]] | None = None
+    backbone: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -37,7 +39,8 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of summary.json."""
         content = {"seed": self.seed, "stages": self.stages, "seconds": self.seconds}
-        return content if self.baselines is None else content | {"baselines": self.baselines}
+        further = {"baselines": self.baselines, "backbone": self.backbone}
+        return content | {name: value for name, value in further.items() if value is not None}
 
     def dump(self, file: BinaryIO) -> None:
         """Write JSON."""
@@ -58,7 +61,10 @@ class Summary:
             raise ValueError("stages must hold the seconds and metrics of each stage")
         if not isinstance(baselines, dict | None):
             raise ValueError("baselines must hold the metrics of each method")
-        return cls(content.get("seed"), stages, baselines)
+        backbone = content.get("backbone")
+        if not isinstance(backbone, dict | None):
+            raise ValueError("backbone must hold the facts about the network")
+        return cls(content.get("seed"), stages, baselines, backbone)
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,93 @@ class PrecisionRecord:
 
 
 @dataclass(frozen=True)
+class BackboneRecord:
+    """The network of a run, the images that it sees, and the weights that it starts from.
+
+    Attributes:
+        backbone: ``model.backbone``, with ``auto`` resolved.
+        network: the same with a short name spelled out.
+        image_size: side of its images in pixels.
+        mean, std: per-channel normalisation in [0, 1].
+        interpolation: the filter that brings images to their size.
+        weights: the file or publisher of the weights that it starts from; None for random ones.
+        digest: BLAKE2b of their file; None if there is no file or it is not known.
+        licence: of published weights, as far as it is known.
+        multiply_adds: of one image.
+    """
+
+    backbone: str
+    network: str
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    weights: str | None
+    digest: str | None
+    licence: str | None
+    multiply_adds: int
+
+    def __str__(self) -> str:
+        """Return the line that a run starts with."""
+        name = self.network if self.backbone == self.network else f"{self.backbone} ({self.network})"
+        return (
+            f"{name} with {'random weights' if self.weights is None else f'weights of {self.weights}'}, "
+            f"{self.image_size} x {self.image_size} pixels, {self.interpolation}, "
+            f"{self.multiply_adds / 1e9:.2g} G multiply-adds an image"
+        )
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write JSON."""
+        dump_json(asdict(self), file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> BackboneRecord:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_json(file)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"it must hold the facts about the network: {error}") from error
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """The images that a run is on.
+
+    Attributes:
+        names: name of each image, in the order of the run.
+        fingerprints: (N,) uint64, equal as long as the image is.
+    """
+
+    names: list[str]
+    fingerprints: NDArray[np.uint64]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write an .npz with the names as bytes, each followed by a zero, and the fingerprints."""
+        names = "".join(f"{name}\0" for name in self.names).encode(errors="surrogateescape")
+        np.savez_compressed(file, names=np.frombuffer(names, dtype=np.uint8), fingerprints=self.fingerprints)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> ImageRecord:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        arrays = load_arrays(file)
+        if arrays.keys() != {"names", "fingerprints"}:
+            raise ValueError(f"it must hold names and fingerprints, it holds {', '.join(arrays)}")
+        names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
+        if len(names) != len(arrays["fingerprints"]):
+            raise ValueError(f"it holds {len(names)} names and {len(arrays['fingerprints'])} fingerprints")
+        return cls(names, arrays["fingerprints"])
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """The embeddings of all images, by split: (N, D) float32 unit rows."""
 
@@ -206,6 +299,35 @@ class Neighbors:
         if index.keys() != similarity.keys():
             raise ValueError(f"every split must have its indices and similarities, got {', '.join(arrays)}")
         return cls(index, similarity)
+
+
+@dataclass(frozen=True)
+class SuggestedNumber:
+    """The number of groups that :func:`..partitions.suggest_number` has suggested.
+
+    Attributes:
+        k: the number.
+        curve: for each number that was tried {"k", "score", "stability", "way"}.
+    """
+
+    k: int
+    curve: list[dict[str, Any]]
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write JSON."""
+        dump_json({"k": self.k, "curve": self.curve}, file)
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> SuggestedNumber:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        content = load_json(file)
+        if not isinstance(content.get("k"), int) or not isinstance(content.get("curve"), list):
+            raise ValueError("it must hold k and curve")
+        return cls(content["k"], content["curve"])
 
 
 @dataclass(frozen=True)

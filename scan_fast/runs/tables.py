@@ -74,6 +74,41 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Placements(Predictions):
+    """The clusters of N images that a model was not trained on.
+
+    Attributes:
+        similarity: (N,) cosine similarity to the nearest cluster's mean feature; None if the model has none.
+        unlike: (N,) whether it is lower than that of nearly all training images of this cluster; None likewise.
+    """
+
+    similarity: NDArray[np.float32] | None
+    unlike: NDArray[np.bool_] | None
+
+    @classmethod
+    def of_new(
+        cls,
+        paths: Sequence[str],
+        probabilities: Tensor,
+        similarity: NDArray[np.float32] | None,
+        unlike: NDArray[np.bool_] | None,
+    ) -> Placements:
+        """Take the most probable cluster of each image; the arguments are those of :meth:`of` and the attributes."""
+        return cls(**vars(Predictions.of(paths, probabilities)), similarity=similarity, unlike=unlike)
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write one row per image: path, cluster, confidence, margin and, if known, name, similarity and unlike."""
+        columns = self._name_column()
+        if self.similarity is not None and self.unlike is not None:
+            columns["similarity"] = [f"{value:.6f}" for value in self.similarity.tolist()]
+            columns["unlike"] = [str(int(value)) for value in self.unlike.tolist()]
+        with csv_writer(file) as writer:
+            writer.writerow(("path", "cluster", "confidence", "margin", *columns))
+            for row, *further in zip(_prediction_rows(self), *columns.values(), strict=True):
+                writer.writerow((*row, *further))
+
+
+@dataclass(frozen=True)
 class Assignments(Predictions):
     """The clusters of all images of a run, split by split in the order of the embeddings.
 

@@ -1,15 +1,22 @@
-"""Progress of a run on the terminal, in metrics.jsonl and, if configured, in TensorBoard."""
+"""Progress of a run on the terminal or in the log, in metrics.jsonl and, if configured, in TensorBoard."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, Literal
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column, Table
+from rich.text import Text
 
 from ..errors import MissingPackageError
 from .folder import RunFolder
@@ -17,6 +24,14 @@ from .records import MetricsEntry
 
 LINE_SECONDS = 10.0
 """Shortest time between the lines of a stage if the output is no terminal."""
+STEP_SECONDS = 60.0
+"""Time after which an epoch that is not finished has a line."""
+PASS_SECONDS = 1.0
+"""Time after which a pass over images is shown on a terminal."""
+NARROW = 90
+"""Width in columns below which the progress of a stage has no bar, so that its line is not cut."""
+
+log = logging.getLogger("scan_fast")
 
 
 class Ticker:
@@ -41,6 +56,11 @@ class Ticker:
         self._images += images
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, rate=self._rate(), note=self._note)
+        elif time.perf_counter() - self._last_line >= STEP_SECONDS:
+            self._last_line = time.perf_counter()
+            self._tracker.say(
+                f"{self._stage}: step {self._done}/{self._total}  {self._note}  {self._rate()}, {self._left()} left"
+            )
 
     def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         """Show an epoch's metrics."""
@@ -64,13 +84,21 @@ class Ticker:
 class Tracker:
     """Prints and records; nothing else in a run does.
 
+    Args:
+        run: the folder that metrics go to.
+        quiet: print nothing; lines go to the logger ``scan_fast`` at level INFO instead.
+        tensorboard: also write metrics for TensorBoard.
+        prefix: begins every line, such as "seed 3: ".
+
     Raises:
         MissingPackageError: if ``tensorboard`` is true and its package is not installed.
     """
 
-    def __init__(self, run: RunFolder, *, quiet: bool = False, tensorboard: bool = False) -> None:
+    def __init__(self, run: RunFolder, *, quiet: bool = False, tensorboard: bool = False, prefix: str = "") -> None:
         self.run = run
         self.console = Console(quiet=quiet, highlight=False)
+        self._prefix = prefix
+        self._live: Progress | None = None
         self._writer: Any = None
         if tensorboard:
             try:
@@ -82,8 +110,11 @@ class Tracker:
             self._writer = SummaryWriter(str(run.path / "tensorboard"))
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Print one line, or log it if this tracker is quiet."""
+        if self.console.quiet:
+            log.info("%s%s", self._prefix, text)
+        else:
+            self.console.print(f"{self._prefix}{text}", markup=False, soft_wrap=True)
 
     def record(self, stage: str, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics; ``epoch`` counts finished epochs from 1, ``step`` the stage's steps."""
@@ -100,27 +131,126 @@ class Tracker:
         if not self.console.is_terminal or self.console.quiet:
             yield ticker
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Progress(*columns, console=self.console, transient=True, speed_estimate_period=60.0) as progress:
+        with self._progress() as progress:
             ticker._progress = progress
-            ticker._task = progress.add_task(stage, total=total_steps, completed=done_steps, rate="", note="")
+            ticker._task = progress.add_task(
+                f"{self._prefix}{stage}", total=total_steps, completed=done_steps, rate="", note=""
+            )
             yield ticker
+
+    @contextmanager
+    def counted(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how many of ``total`` images a pass has done: in a bar, or in a line now and then if it takes long.
+
+        Args:
+            what: what the pass computes, such as "mining: embeddings of train images".
+            total: number of images.
+
+        Yields:
+            A function that is called with the number of further images done.
+        """
+        done, last = 0, time.perf_counter()
+
+        def say(images: int) -> None:
+            nonlocal done, last
+            done += images
+            if time.perf_counter() - last >= LINE_SECONDS and done < total:
+                last = time.perf_counter()
+                self.say(f"{what}: {done:,} of {total:,}")
+
+        if self.console.quiet or not self.console.is_terminal:
+            yield say
+            return
+        task: TaskID | None = None
+        with ExitStack() as stack:
+
+            def show(images: int) -> None:
+                nonlocal done, task
+                done += images
+                if task is None and done < total and time.perf_counter() - last >= PASS_SECONDS:
+                    live = self._live or stack.enter_context(self._progress())
+                    task = live.add_task(f"{self._prefix}{what}", total=total, rate="", note="")
+                    stack.callback(live.remove_task, task)
+                if task is not None and self._live is not None:
+                    self._live.update(task, completed=done)
+
+            yield show
+
+    @contextmanager
+    def _progress(self) -> Iterator[Progress]:
+        with progress_on(self.console) as progress:
+            self._live = progress
+            try:
+                yield progress
+            finally:
+                self._live = None
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a table; the first column is left-aligned, the others are numbers."""
-        table = Table(title=title, title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        print_table(title, columns, rows, self.console)
+
+
+class _Line(ProgressColumn):
+    """Name, position, rate, time left and metrics of a task as one line, of which a narrow terminal shows the start."""
+
+    def render(self, task: Task) -> Text:
+        """Return the line."""
+        parts = [f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}", task.fields["rate"]]
+        if task.time_remaining is not None:
+            parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+        return Text("  ".join(filter(None, (*parts, task.fields["note"]))), no_wrap=True, overflow="ellipsis")
+
+
+def progress_on(console: Console) -> Progress:
+    """Return a progress display whose tasks take one line each, however narrow the terminal is."""
+    columns: list[ProgressColumn] = [_Line(table_column=Column(no_wrap=True, overflow="ellipsis"))]
+    if console.width >= NARROW:
+        columns.insert(0, BarColumn(bar_width=20))
+    return Progress(*columns, console=console, transient=True, speed_estimate_period=60.0)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
+    """Print a table; the first column is left-aligned, the others are numbers.
+
+    On a terminal that is too narrow for it, a table first loses the lines between its columns, then the columns that
+    have no title, and then the ends of the first column. Output that is no terminal is never cut.
+    """
+    console = console or Console(highlight=False)
+    everything = console.options.update(max_width=1 << 16)
+
+    def width_of(table: Table) -> int:
+        return Measurement.get(console, everything, table).maximum
+
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    table = _table(columns, rows)
+    if not console.is_terminal:
+        wide = Console(file=console.file, quiet=console.quiet, width=width_of(table), highlight=False)
+        wide.print(table)
+        return
+    if width_of(table) > console.width:
+        table = _table(columns, rows, lines=False)
+    if width_of(table) > console.width:
+        kept = [index for index, column in enumerate(columns) if column or index == 0]
+        rows = [[row[index] for index in kept] for row in rows]
+        columns = [columns[index] for index in kept]
+        table = _table(columns, rows, lines=False)
+        first = max(cell_len(cell) for cell in (columns[0], *(row[0] for row in rows)))
+        excess = width_of(table) - console.width
+        if excess > 0:
+            table = _table(columns, rows, lines=False, first=max(1, first - excess))
+    console.print(table)
+
+
+def _table(columns: list[str], rows: list[list[str]], *, lines: bool = True, first: int | None = None) -> Table:
+    """Return a table; ``first`` is the width to which the first column is cut."""
+    table = Table(box=box.HEAVY_HEAD if lines else None, pad_edge=lines)
+    for index, column in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if index else "left"
+        width = first if index == 0 else None
+        table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis", max_width=width)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from .assessment import assess
 from .embedding import backbone_features
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
 from .inputs import mined_neighbors, pretext_model
+from .partitioning import run_partitioning
 
 NAME = "clustering"
 NEIGHBOR_DRAW = 2
@@ -52,26 +53,39 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self._neighbors = neighbors["train"][:, : self.config.neighbors]
         if self.config.include_self:
             self._neighbors = torch.cat([torch.arange(self.n_images)[:, None], self._neighbors], dim=1)
-        self._test_neighbors = neighbors["test"]
+        self._selection_neighbors = neighbors[context.reported][:, : context.config.mining.test_k]
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
         self._view = context.view(self.config.view)
         self._best: dict[str, Any] | None = None
         self._cached: Tensor | None = None
+        self._started = False
         if self.frozen:
             model.backbone.requires_grad_(False)
         self.objective.attach(model)
 
     def prepare(self) -> None:
-        """Precompute frozen-backbone features, (views, N, D), if ``cached_views`` is set."""
+        """Let the objective look at the initial predictions, and precompute features if ``cached_views`` is set."""
+        if not self._started:
+            self.objective.start(lambda: logits_of(self.context, self.model, "train", self._handover))
+            self._started = True
         if self.config.cached_views is not None:
             size = self.context.config.evaluation.batch_size
-            cached = [
-                forward_views(
-                    self.model, self.model.features, self._views, self._view, size, self.context.autocast(), epoch=view
-                )
-                for view in range(self.config.cached_views)
-            ]
+            views = self.config.cached_views
+            with self.context.tracker.counted(f"{NAME}: views cached", views * self.n_images) as done:
+                cached = [
+                    forward_views(
+                        self.model,
+                        self.model.features,
+                        self._views,
+                        self._view,
+                        size,
+                        self.context.autocast(),
+                        epoch=view,
+                        done=done,
+                    )
+                    for view in range(views)
+                ]
             self._cached = torch.stack(cached)
 
     def train_mode(self) -> None:
@@ -115,18 +129,19 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.objective.after_step()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Keep the epoch and the head of best (lowest) score on the held-out images; labels play no part."""
+        """Keep the epoch and the head of best (lowest) score on the reported split; labels play no part."""
         if not last and epoch % self.config.evaluate_every:
             return {}
-        logits = logits_of(self.context, self.model, "test", self._handover)
-        scores = self.objective.score(logits, self._test_neighbors)
+        reported = self.context.reported
+        logits = logits_of(self.context, self.model, reported, self._handover)
+        scores = self.objective.score(logits, self._selection_neighbors)
         head = int(scores.argmin())
         score = float(scores[head])
         if self._best is None or score < self._best["loss"]:
             state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._best = {"model": state, "head": head, "loss": score, "epoch": epoch}
         metrics = {"selection_loss": score, "head": float(head)}
-        assessed = assess(self.context, logits[head].cpu(), "test")
+        assessed = assess(self.context, logits[head].cpu(), reported)
         return metrics | {key: assessed[key] for key in ("acc", "nmi") if key in assessed}
 
     @property
@@ -141,6 +156,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the best so far and the objective's state."""
+        self._started = True
         self._best = state["best"]
         self.objective.load_state(state["objective"])
 
@@ -148,6 +164,9 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 def run_clustering(context: Context, handover: Handover) -> None:
     """Train the heads (and the backbone, unless it is frozen) and keep the best head by its score."""
     config = context.config.clustering
+    if not config.trains:
+        run_partitioning(context, NAME, handover)
+        return
     with seeded(context.config.seed, NAME):
         model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
     model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
@@ -191,10 +210,11 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     from threadpoolctl import threadpool_limits
 
     features = backbone_features(context, model, "train", handover)
-    scale = features.norm(dim=1).mean()
+    scale = 1.0 if context.model_config.unit_features else features.norm(dim=1).mean()
     order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))
     rows = order[:KMEANS_IMAGES].sort().values
     unit = F.normalize(features[rows.to(features.device)], dim=1).cpu().numpy().astype(np.float64)
+    context.tracker.say(f"{NAME}: k-means of {len(unit):,} images for the start of {model.n_heads} heads")
     # A temperature at which neighbouring centres still share an image: a start that is sure of everything is stuck.
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):

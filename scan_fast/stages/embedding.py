@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..evaluation.probes import knn_accuracy
 from ..models.heads import ClusterModel, PretextModel
+from ..runs.artifacts import EMBEDDINGS as EMBEDDED
 from ..training.context import Context
 from ..training.inference import forward_all
 from .handover import EMBEDDINGS, FEATURES, Handover
@@ -48,7 +50,9 @@ def backbone_features(context: Context, model: PretextModel | ClusterModel, spli
 
 
 def knn_check(context: Context, model: PretextModel, handover: Handover | None = None) -> dict[str, float]:
-    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the test images, {} without labels.
+    """Return {"knn_acc": accuracy} of a weighted kNN vote of the train images on the reported split.
+
+    Without a test split the vote on a train image leaves out the image itself. The result is {} without labels.
 
     Args:
         context: the run.
@@ -56,11 +60,24 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
         handover: holds the embeddings; give it for the finished model only.
     """
     train, test = context.splits.train, context.splits.test
-    if train.labels is None or test.labels is None:
+    if train.labels is None or (test is not None and test.labels is None):
         return {}
-    bank, queries = (embed(context, model, split, handover) for split in ("train", "test"))
+    bank = embed(context, model, "train", handover)
+    queries = None if test is None else embed(context, model, "test", handover)
+    labels = None if test is None else test.labels
     config = context.config.pretext
     accuracy = knn_accuracy(
-        bank, train.labels, queries, test.labels, k=config.monitor_k, temperature=config.monitor_temperature
+        bank, train.labels, queries, labels, k=config.monitor_k, temperature=config.monitor_temperature
     )
     return {"knn_acc": accuracy}
+
+
+@torch.no_grad()
+def frozen_logits(context: Context, model: ClusterModel) -> dict[str, Tensor]:
+    """Return by split the (N, C) float32 logits, on the CPU, of one head on the stored backbone features."""
+    rows = context.run.read(EMBEDDED).rows
+    size, device = context.config.evaluation.batch_size, next(model.parameters()).device
+    return {
+        split: torch.cat([model.heads(part.to(device))[0].cpu() for part in torch.from_numpy(rows[split]).split(size)])
+        for split in context.clustered
+    }

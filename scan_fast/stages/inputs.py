@@ -58,7 +58,8 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     run = context.run
     run.require(CLUSTER_MODEL)
     best = run.read(CLUSTER_MODEL)
-    model = ClusterModel(context.without_pretrained, context.n_clusters, context.config.clustering.heads)
+    config = context.config.clustering
+    model = ClusterModel(context.without_pretrained, context.n_clusters, config.heads if config.trains else 1)
     load_strict(model, best.model, what=str(run.path_of(CLUSTER_MODEL)))
     return context.place(model.head(best.record["head"])), best.record
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, RunError
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
@@ -23,18 +23,24 @@ NAME = "mining"
 
 
 def run_mining(context: Context, handover: Handover) -> None:
-    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), train and test apart."""
+    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), each split apart."""
     begin = time.perf_counter()
     config = context.config.mining
     model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
     found = Neighbors({}, {})
     results: dict[str, object] = {}
-    for split, source, k in (
-        ("train", context.splits.train, config.k),
-        ("test", context.splits.test, min(config.test_k, len(context.splits.test) - 1)),
-    ):
+    for split, source in context.clustered.items():
+        k = config.k if split == "train" else min(config.test_k, len(source) - 1)
         embedding = F.normalize(embed(context, model, split, handover), dim=1)
+        if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
+            raise RunError(
+                f"all {len(source)} images have the same {config.features} features, so that there is nothing to "
+                "group: the pretext stage has not learned to tell them apart; lower pretext.optimizer.lr, and repeat "
+                f"it with scan-fast pretext {context.run.path} --again"
+            )
+        kind = "images" if context.splits.test is None else f"{split} images"
+        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
         similarity, index = search(embedding, k, config.backend)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()

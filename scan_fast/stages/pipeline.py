@@ -13,10 +13,11 @@ from ..runs import artifacts
 from ..runs.artifacts import Artifact
 from ..runs.records import Summary
 from ..runs.tracker import Tracker
+from ..training.backbone import note_backbone
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.process import kept_memory
-from . import clustering, mining, pretext, selflabel
+from . import clustering, mining, number, pretext, selflabel
 from .assessment import assess
 from .embedding import knn_check
 from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
@@ -61,9 +62,15 @@ PIPELINE = (
         takes=(EMBEDDINGS, FEATURES),
     ),
     PipelineStage(
+        number.NAME,
+        number.run_number,
+        inputs=(artifacts.EMBEDDINGS,),
+        outputs=(artifacts.SUGGESTION,),
+    ),
+    PipelineStage(
         clustering.NAME,
         clustering.run_clustering,
-        inputs=(artifacts.PRETEXT_MODEL, artifacts.NEIGHBORS),
+        inputs=(artifacts.PRETEXT_MODEL, artifacts.EMBEDDINGS, artifacts.NEIGHBORS),
         outputs=(artifacts.CLUSTER_MODEL,),
         takes=(FEATURES,),
         hands_on=(CLUSTERING_LOGITS,),
@@ -80,13 +87,18 @@ PIPELINE = (
 
 STAGES = {stage.name: stage for stage in PIPELINE}
 
-FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS)
-"""Values that :func:`finish` reuses."""
+FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
+"""Values that :func:`finish` reuses. Self-labelling, which changes the backbone, drops the features."""
 
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
-    return [name for name in STAGES if name != selflabel.NAME or context.config.selflabel is not None]
+    left_out = set()
+    if context.config.selflabel is None:
+        left_out.add(selflabel.NAME)
+    if not context.suggests_number:
+        left_out.add(number.NAME)
+    return [name for name in STAGES if name not in left_out]
 
 
 def forget(context: Context, first: str) -> None:
@@ -103,10 +115,11 @@ def run_stages(context: Context, names: Sequence[str]) -> None:
 
 def _run_stages(context: Context, names: Sequence[str]) -> None:
     run, tracker = context.run, context.tracker
+    tracker.say(f"backbone: {note_backbone(context)}")
     skipped = write_skipped(context)
     if skipped:
         path, reason = skipped[0]
-        listed = f"{len(skipped)} unreadable images ({artifacts.SKIPPED.name})"
+        listed = f"{len(skipped)} unreadable image{'s' if len(skipped) > 1 else ''} ({artifacts.SKIPPED.name})"
         tracker.say(f"left out {listed}, the first is {path}: {reason}")
     handover = Handover()
     did_something = False
@@ -117,7 +130,7 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
         run_stage(context, STAGES[name], handover)
         did_something = True
         entry = run.summary().stages[name]
-        shown = {**entry, **entry.get("test", {})}
+        shown = {**entry, **entry.get(context.reported, {})}
         notes = [f"{key} {shown[key]:.4f}" for key in ("knn_acc", "purity", "acc", "nmi", "ari") if key in shown]
         tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
     last = stages_of(context)[-1]
@@ -169,10 +182,10 @@ def evaluate(context: Context) -> Summary:
     if pretext.NAME in stages:
         stages[pretext.NAME] |= knn_check(context, pretext_model(context))
     if mining.NAME in stages:
-        for split, key in (("train", "purity"), ("test", "test_purity")):
-            labels = context.clustered[split].labels
-            if labels is not None:
-                stages[mining.NAME][key] = neighbor_purity(mined_neighbors(context)[split], labels)
+        for split, source in context.clustered.items():
+            if source.labels is not None:
+                purity = neighbor_purity(mined_neighbors(context)[split], source.labels)
+                stages[mining.NAME]["purity" if split == "train" else "test_purity"] = purity
     models: dict[str, Callable[[Context], ClusterModel]] = {
         clustering.NAME: lambda context: cluster_model(context)[0],
         selflabel.NAME: selflabelled_model,
@@ -195,25 +208,27 @@ def make_report(context: Context) -> None:
 def print_summary(context: Context, tracker: Tracker) -> None:
     """Print the table that ends a run, and the path of its folder."""
     summary = context.run.summary()
-    columns = ("acc", "nmi", "ari")
+    labelled = context.n_classes is not None and context.clustered[context.reported].labels is not None
+    columns = ("acc", "nmi", "ari") if labelled else ()
     rows = []
     for name, title in (("kmeans_pixels", "k-means on pixels"), ("kmeans_features", "k-means on features")):
-        scores = (summary.baselines or {}).get(name)
-        if scores:
-            rows.append([title, *(f"{scores[f'{key}_mean']:.3f}" for key in columns), "", ""])
+        baseline = (summary.baselines or {}).get(name)
+        if baseline and labelled:
+            rows.append([title, *(f"{baseline[f'{key}_mean']:.3f}" for key in columns), "", ""])
     for name in stages_of(context):
         entry = summary.stages.get(name)
         if entry is None:
             continue
-        test = entry.get("test", {})
+        scores = entry.get(context.reported, {})
         extra = next((f"{key} {entry[key]:.3f}" for key in ("knn_acc", "purity") if key in entry), "")
-        if "clusters_used" in test:
-            extra = f"{test['clusters_used']:.0f} clusters used"
-        rows.append(
-            [name, *(f"{test[key]:.3f}" if key in test else "" for key in columns), extra, f"{entry['seconds']:.1f}"]
-        )
-    rows.append(["all stages", "", "", "", "", f"{summary.seconds:.1f}"])
-    tracker.table(f"{context.config.name} (test images)", ["stage", "ACC", "NMI", "ARI", "", "seconds"], rows)
+        if "clusters_used" in scores:
+            extra = f"{scores['clusters_used']:.0f} clusters used"
+        shown = [f"{scores[key]:.3f}" if key in scores else "" for key in columns]
+        rows.append([name, *shown, extra, f"{entry['seconds']:.1f}"])
+    rows.append(["all stages", *("" for _ in columns), "", f"{summary.seconds:.1f}"])
+    images = "images" if context.splits.test is None else "test images"
+    heading = ["stage", *(key.upper() for key in columns), "", "seconds"]
+    tracker.table(f"{context.config.name} ({images})", heading, rows)
     tracker.say(f"run folder: {context.run.path}")
     if context.run.has(artifacts.REPORT):
         tracker.say(f"report:     {context.run.path_of(artifacts.REPORT)}")

@@ -8,20 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.sources import Source
+from ..data.sources import Source, SubsetSource
 from ..evaluation.metrics import confusion, match_clusters
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
+from ..evaluation.typicality import Typicality
 from ..models.heads import ClusterModel
 from ..models.saved import SavedModel
+from ..random import permutation, stream_key
 from ..report.figures import confusion_png
 from ..runs import artifacts
 from ..runs.tables import Assignments, Confusion, Predictions, Skipped
-from ..training.context import Context
+from ..training.context import Context, data_settings
 from ..training.inference import forward_all
+from .embedding import backbone_features, frozen_logits
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
 MOST_PIXELS = 4 << 30
 """Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline."""
+
+TYPICALITY_IMAGES = 5_000
+"""Largest number of training images, drawn at random, whose features are computed for the typicality of new images."""
+
+_INPUTS = {"kmeans_pixels": "pixels", "kmeans_features": "features"}
 
 
 def final_logits(context: Context, model: ClusterModel, name: str, handover: Handover) -> dict[str, Tensor]:
@@ -37,6 +45,8 @@ def final_logits(context: Context, model: ClusterModel, name: str, handover: Han
     def compute(source: Source) -> Tensor:
         return forward_all(context, model, model, source)[0].cpu()
 
+    if name == CLUSTERING_LOGITS and not context.config.clustering.trains:
+        return frozen_logits(context, model)
     return {
         split: handover.get(name, split, lambda source=source: compute(source))  # type: ignore[misc]
         for split, source in context.clustered.items()
@@ -52,15 +62,17 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     if aside is not None:
         context.tracker.say(f"the groups are not those that were named; their names are in {aside.name} now")
     context.run.write_assignments(table)
-    context.run.write(artifacts.MODEL, saved_model(context, model, stage))
-    labels = context.splits.test.labels
+    typical = typicality(context, model, stage, logits["train"], handover)
+    context.run.write(artifacts.MODEL, saved_model(context, model, stage, typical))
+    reported = context.clustered[context.reported]
+    labels = reported.labels
     if labels is not None and context.n_classes is not None:
-        clusters = logits["test"].argmax(dim=1).numpy()
+        clusters = logits[context.reported].argmax(dim=1).numpy()
         many_to_one = context.n_clusters > context.n_classes
         match = match_clusters(clusters, labels.numpy(), context.n_clusters, context.n_classes, many_to_one=many_to_one)
         matrix = confusion(clusters, labels.numpy(), context.n_clusters, context.n_classes, match)
-        assert context.splits.test.class_names is not None
-        counts = Confusion.of(matrix, context.splits.test.class_names)
+        assert reported.class_names is not None
+        counts = Confusion.of(matrix, reported.class_names)
         context.run.write(artifacts.CONFUSION, counts)
         context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(counts))
 
@@ -68,7 +80,7 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
 def results_written(context: Context) -> bool:
     """Return whether all that :func:`write_results` writes is there."""
     wanted: list[artifacts.Artifact[Any]] = [artifacts.ASSIGNMENTS, artifacts.MODEL]
-    if context.splits.test.labels is not None and context.n_classes is not None:
+    if context.clustered[context.reported].labels is not None and context.n_classes is not None:
         wanted += [artifacts.CONFUSION, artifacts.CONFUSION_FIGURE]
     return all(context.run.has(artifact) for artifact in wanted)
 
@@ -89,13 +101,40 @@ def assignments(context: Context, logits: dict[str, Tensor]) -> Assignments:
     return Assignments.join(parts, labels if names else None)
 
 
-def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel:
+def typicality(context: Context, model: ClusterModel, stage: str, logits: Tensor, handover: Handover) -> Typicality:
+    """Return the centres of the clusters in feature space, from training images.
+
+    A backbone that stayed frozen has computed the features of all images before. Otherwise a sample must do.
+
+    Args:
+        context: the run.
+        model: the finished model, with one head.
+        stage: the stage whose result it is.
+        logits: (N, C) of the training images.
+        handover: holds the features of a frozen backbone if the clustering stage was done in this process.
+    """
+    clusters = logits.argmax(dim=1)
+    if stage == "clustering" and context.config.clustering.update == "heads":
+        features = backbone_features(context, model, "train", handover)
+    elif stage == "clustering" and not context.config.clustering.trains:
+        features = torch.from_numpy(context.run.read(artifacts.EMBEDDINGS).rows["train"])
+    else:
+        source = context.splits.train
+        order = permutation(stream_key(context.config.seed, "typicality"), 0, len(source))
+        rows = order[:TYPICALITY_IMAGES].sort().values
+        clusters = clusters[rows]
+        features = forward_all(context, model, model.features, SubsetSource(source, rows))
+    return Typicality.of(features.cpu(), clusters, context.n_clusters)
+
+
+def saved_model(context: Context, model: ClusterModel, stage: str, typical: Typicality) -> SavedModel:
     """Return the content of model.pt.
 
     Args:
         context: the run.
         model: the finished model, with one head.
         stage: the stage whose result it is.
+        typical: the centres of its clusters.
     """
     size = context.plain_view.size
     assert size is not None
@@ -110,6 +149,8 @@ def saved_model(context: Context, model: ClusterModel, stage: str) -> SavedModel
         mean=context.splits.mean,
         std=context.splits.std,
         state_dict={name: value.cpu() for name, value in model.state_dict().items()},
+        interpolation=data_settings(context.config, context.input).filter,
+        **vars(typical),
     )
 
 
@@ -126,24 +167,27 @@ def write_skipped(context: Context) -> list[tuple[str, str]]:
 
 
 def baselines(context: Context) -> dict[str, dict[str, float]]:
-    """Return the test metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
+    """Return the metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
-    It is empty without labels. Pixels are left out if there are too many of them.
+    They are of the reported split, by the centres of the training images. It is empty without labels. Pixels are left
+    out if there are too many of them.
     """
-    train, test = context.splits.train, context.splits.test
-    if test.labels is None or context.n_classes is None:
+    train, reported = context.splits.train, context.clustered[context.reported]
+    if reported.labels is None or context.n_classes is None:
         return {}
     seeds = range(context.config.evaluation.baseline_seeds)
     inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if 12 * train.size**2 * len(train) <= MOST_PIXELS:
-        inputs["kmeans_pixels"] = (_pixels(train), _pixels(test))
+        inputs["kmeans_pixels"] = (_pixels(train), _pixels(reported))
     if context.run.has(artifacts.EMBEDDINGS):
         embeddings = context.run.read(artifacts.EMBEDDINGS).rows
-        inputs["kmeans_features"] = (embeddings["train"], embeddings["test"])
+        inputs["kmeans_features"] = (embeddings["train"], embeddings[context.reported])
+    repeated = context.config.evaluation.baseline_seeds
+    context.tracker.say(f"baselines: k-means on {' and '.join(_INPUTS[name] for name in inputs)}, {repeated} times")
     return {
         name: kmeans_metrics(
             kmeans_baseline(fit, applied, context.n_clusters, seeds),
-            test.labels.numpy(),
+            reported.labels.numpy(),
             context.n_clusters,
             context.n_classes,
         )

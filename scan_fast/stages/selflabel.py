@@ -16,7 +16,7 @@ from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from .assessment import assess
-from .handover import SELFLABEL_LOGITS, Handover
+from .handover import FEATURES, SELFLABEL_LOGITS, Handover
 from .inputs import cluster_model
 
 NAME = "selflabel"
@@ -82,13 +82,14 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
                 self.average.write_back()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Report test metrics and the number of clusters in use, every ``evaluate_every`` epochs and at the end."""
+        """Report metrics and the number of clusters in use, every ``evaluate_every`` epochs and at the end."""
         if not last and epoch % self.config.evaluate_every:
             return {}
-        logits = forward_all(self.context, self.result, self.result, self.context.splits.test)[0].cpu()
+        reported = self.context.reported
+        logits = forward_all(self.context, self.result, self.result, self.context.clustered[reported])[0].cpu()
         if last:
-            self._handover.put(SELFLABEL_LOGITS, "test", logits)
-        metrics = assess(self.context, logits, "test")
+            self._handover.put(SELFLABEL_LOGITS, reported, logits)
+        metrics = assess(self.context, logits, reported)
         return {key: metrics[key] for key in ("acc", "nmi", "clusters_used") if key in metrics}
 
     def state(self) -> dict[str, Any]:
@@ -103,6 +104,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
 
 def run_selflabel(context: Context, handover: Handover) -> None:
     """Train on confident images and keep the last weights."""
+    handover.drop([FEATURES])  # they are of a frozen backbone, which learns now
     model, _ = cluster_model(context)
     stage = SelfLabel(context, model, handover)
     training = train(stage, context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..data.datasets import Splits, open_splits
+from ..data.datasets import DataConfig, Splits, open_splits
 from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.backbones import ModelConfig, check_image_size
-from ..models.pretrained import pretrained_input
+from ..models.pretrained import InputFormat, prepare_weights, pretrained_input
 from ..random import stream_key
 from ..runs import artifacts
 from ..runs.config import Config
@@ -28,6 +28,7 @@ from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
 from ..views.renderers import make_renderer
+from .images import all_equal, check_images
 from .precision import Choice, choose_on_cpu
 from .process import set_threads
 
@@ -44,34 +45,73 @@ class Context:
     splits: Splits
     device: torch.device
     renderer: Renderer
+    input: InputFormat | None = None
+    """Images as the weights that the run starts from expect them; None for random weights."""
+    left_out: Sequence[str] = ()
+    """Entries of ``model.weights`` that the backbone has no place for."""
 
     @property
     def clustered(self) -> dict[str, Source]:
         """The splits that are clustered, by name, in the order of assignments.csv."""
-        return {"train": self.splits.train, "test": self.splits.test}
+        test = {} if self.splits.test is None else {"test": self.splits.test}
+        return {"train": self.splits.train, **test}
+
+    @property
+    def reported(self) -> str:
+        """The split that metrics, baselines and the choice of a head are of: "test", or "train" if there is no test."""
+        return "train" if self.splits.test is None else "test"
+
+    @property
+    def counts(self) -> str:
+        """The numbers of images in words."""
+        train, test = self.splits.train, self.splits.test
+        return f"{len(train)} images" if test is None else f"{len(train)} training and {len(test)} test images"
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model section with ``backbone: auto`` resolved from the image size."""
-        return resolved_model(self.config.model, self.splits.train.size)
+        """The model section with ``backbone: auto`` resolved from the image size, built for the plain view's size."""
+        side = self.config.clustering.view.size or self.side
+        model = resolved_model(self.config.model, self.splits.train.size).for_images(side)
+        # Features are grouped by direction, and so is what the head of the groups sees.
+        return model if self.config.clustering.trains else model.model_copy(update={"unit_features": True})
+
+    @property
+    def side(self) -> int:
+        """The side in pixels of views that name none.
+
+        If the weights that the run starts from choose the image size, it is theirs, and views are cut out of slightly
+        larger images as in the weights' training. Otherwise it is the images' size.
+        """
+        chosen = None if self.config.data.image_size is not None or self.input is None else self.input.size
+        return chosen or self.splits.train.size
 
     @property
     def without_pretrained(self) -> ModelConfig:
-        """The model section without pretrained weights, for a network whose weights come from this run."""
-        return self.model_config.model_copy(update={"pretrained": False})
+        """The model section with random weights, for a network whose weights come from this run."""
+        return self.model_config.from_scratch()
+
+    @property
+    def suggests_number(self) -> bool:
+        """Whether the number of clusters is suggested by the run itself, after mining."""
+        wanted = self.config.clustering.n_clusters
+        names = self.splits.train.class_names
+        return wanted == "auto" or (wanted is None and (names is None or len(names) < 2))
 
     @property
     def n_clusters(self) -> int:
-        """The number of clusters: as configured, or as many as there are classes."""
-        if self.config.clustering.n_clusters is not None:
-            return self.config.clustering.n_clusters
+        """The number of clusters: as configured, as many as there are classes, or as suggested.
+
+        Raises:
+            RunError: if it is to be suggested and that has not been done.
+        """
+        if self.suggests_number:
+            self.run.require(artifacts.SUGGESTION)
+            return self.run.read(artifacts.SUGGESTION).k
+        wanted = self.config.clustering.n_clusters
+        if isinstance(wanted, int):
+            return wanted
         names = self.splits.train.class_names
-        if names is None:
-            raise ConfigError("the images have no classes to count: give the number of clusters with --clusters K")
-        if len(names) < 2:
-            raise ConfigError(
-                f"the images have {len(names)} class folder; give --clusters K to say how many groups to look for"
-            )
+        assert names is not None
         return len(names)
 
     @property
@@ -85,8 +125,8 @@ class Context:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def view(self, view: View) -> View:
-        """Return the view with an open size set to the images' size."""
-        return view.resolved(self.splits.train.size)
+        """Return the view with an open size set to :attr:`side`."""
+        return view.resolved(self.side)
 
     @property
     def plain_view(self) -> View:
@@ -109,7 +149,7 @@ class Context:
             return torch.bfloat16 if wanted == "bfloat16" else torch.float32
         if self.device.type == "cuda":
             return torch.bfloat16
-        model, side = self.model_config, self.config.pretext.method.side(self.splits.train.size)
+        model, side = self.model_config, self.config.pretext.method.side(self.side)
         tried = {"model": model.model_dump(mode="json"), "side": side}
         if self.run.has(artifacts.PRECISION):
             record = self.run.read(artifacts.PRECISION)
@@ -125,19 +165,35 @@ class Context:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
-def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None) -> Context:
+def open_context(
+    config: Config, run: RunFolder, tracker: Tracker, splits: Splits | None = None, *, other_images: bool = False
+) -> Context:
     """Open the images, choose the device and check the configuration against the images.
 
+    Weights that the run starts from are fetched or checked first, unless the stage that takes them is finished.
+
+    Args:
+        config: the configuration.
+        run: the run folder.
+        tracker: prints what was chosen, such as the memory that keeps the images.
+        splits: the images; by default those that the configuration names.
+        other_images: do not refuse images other than those that the run began with, as its results are to be removed.
+
     Raises:
+        RunError: if the images have changed since the run began.
         ConfigError: if the device does not exist, or the images are too few for the configuration or too small
             for the backbone.
         DataError: if images cannot be read, or the renderer does not run on the device.
+        WeightsError: if the weights cannot be fetched, or their file does not fit the backbone.
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
+    left_out = [] if run.finished("pretext") else prepare_weights(config.model)
+    expected = weights_input(config)
     if splits is None:
+        tracker.say(f"images: reading {config.data.root or config.data.source}")
         decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
-        splits = open_splits(config.data, decode_cache)
+        splits = open_splits(data_settings(config, expected), decode_cache)
         if decode_cache.changed:
             run.write(artifacts.DECODE_CACHE, decode_cache)
     sources = [source for source in (splits.train, splits.test, splits.pretext) if source is not None]
@@ -145,8 +201,11 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
         tracker.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         tracker.say("images: decoded from their files at each use (data.resident)")
-    splits = normalized(splits, config)
-    context = Context(config, run, tracker, splits, device, make_renderer(config.data, splits, device))
+    splits = normalized(splits, config, expected)
+    renderer = make_renderer(config.data, splits, device)
+    context = Context(config, run, tracker, splits, device, renderer, expected, left_out)
+    if not other_images:
+        check_images(run, context.clustered.values())
     check_sizes(context)
     return context
 
@@ -154,22 +213,34 @@ def open_context(config: Config, run: RunFolder, tracker: Tracker, splits: Split
 def check_sizes(context: Context) -> None:
     """Refuse images that are too few for the clusters or neighbours, or of a size that the backbone does not take."""
     config = context.config
-    train, test = len(context.splits.train), len(context.splits.test)
-    if train < context.n_clusters:
-        raise ConfigError(f"{train} training images are fewer than the {context.n_clusters} clusters asked for")
+    train, test = len(context.splits.train), context.splits.test
+    images = "images" if test is None else "training images"
+    if train < 3:
+        raise DataError(f"{train} {images if train > 1 else images[:-1]} cannot be grouped; add images, at least 3")
+    if not context.suggests_number and train <= context.n_clusters:
+        raise ConfigError(
+            f"{train} {images} are too few for {context.n_clusters} clusters; ask for 2 to {train - 1}, or add images"
+        )
+    if not context.suggests_number:
+        config.clustering.objective.check(context.n_clusters)
     if config.mining.k >= train:
         raise ConfigError(
-            f"mining.k={config.mining.k} must be below the number of training images, {train}; "
+            f"mining.k={config.mining.k} must be below the number of {images}, {train}; "
             f"use mining.k={max(1, min(20, train - 1))} or add images"
         )
     wanted = config.clustering.neighbors
     if wanted is not None and wanted > config.mining.k:
         raise ConfigError(f"clustering.neighbors={wanted} is more than the mining.k={config.mining.k} neighbours mined")
-    if test < 2:
+    if test is not None and len(test) < 2:
         raise ConfigError(
-            f"{test} held-out images are too few to select a head by; raise data.test_fraction or add images"
+            f"{len(test)} held-out image is too few to select a head by; raise data.test_fraction, set it to 0, "
+            "or add images"
         )
-    check_image_size(context.model_config, context.splits.train.size)
+    side = context.plain_view.side
+    for size in sorted({side, config.pretext.method.side(context.side) if config.pretext.method.trains else side}):
+        check_image_size(context.model_config, size)
+    if all_equal(context.splits.train):
+        raise DataError(f"all {train} {images} are the same picture; there is nothing to group")
 
 
 def resolved_model(model: ModelConfig, size: int) -> ModelConfig:
@@ -180,14 +251,45 @@ def resolved_model(model: ModelConfig, size: int) -> ModelConfig:
     return model.model_copy(update={"backbone": backbone})
 
 
-def normalized(splits: Splits, config: Config) -> Splits:
+def weights_input(config: Config) -> InputFormat | None:
+    """Return the input format of the weights that a run starts from, None for random weights.
+
+    Raises:
+        ConfigError: if the library has no pretrained weights of that name.
+        WeightsError: if the file of ``pretext.method=weights`` cannot be read.
+    """
+    return pretrained_input(config.model) or config.pretext.method.input_format()
+
+
+def data_settings(config: Config, expected: InputFormat | None) -> DataConfig:
+    """Return the data section with an open image size and filter set to those of the weights.
+
+    Args:
+        config: the configuration.
+        expected: the result of :func:`weights_input`.
+    """
+    data = config.data
+    changes: dict[str, object] = {}
+    if expected is None:
+        return data
+    if data.image_size is None and expected.size is not None:
+        changes["image_size"] = expected.resize or expected.size
+    if data.interpolation == "auto":
+        changes["interpolation"] = expected.interpolation
+    return data.model_copy(update=changes)
+
+
+def normalized(splits: Splits, config: Config, expected: InputFormat | None) -> Splits:
     """Return the splits with the normalisation of the run.
 
     ``data.mean`` and ``data.std`` come first, then those of the weights that the backbone starts from, then those of
     the data set, which ``splits`` brings.
+
+    Args:
+        splits: the images.
+        config: the configuration.
+        expected: the result of :func:`weights_input`.
     """
-    model = resolved_model(config.model, splits.train.size)
-    expected = pretrained_input(model) or config.pretext.method.input_format()
     if expected is None:
         return splits
     return replace(splits, mean=config.data.mean or expected.mean, std=config.data.std or expected.std)

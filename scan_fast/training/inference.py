@@ -16,5 +16,8 @@ def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor],
     """Apply a part of a run's model to all images of a source; see :func:`.views.inference.forward_views`."""
     views = context.views_of(source, "evaluation")
     size = context.config.evaluation.batch_size
-    with uncompiled(context.config.runtime.compile):
-        return forward_views(model, function, views, context.plain_view, size, context.autocast())
+    with (
+        uncompiled(context.config.runtime.compile),
+        context.tracker.counted("images passed through the network", len(source)) as done,
+    ):
+        return forward_views(model, function, views, context.plain_view, size, context.autocast(), done=done)

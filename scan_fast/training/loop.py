@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
-from ..errors import RunError
+from ..errors import DataError, RunError
 from ..random import stream_key
 from ..runs import artifacts
 from ..runs.config import ScheduleConfig, TrainingConfig
@@ -131,6 +131,9 @@ def train(stage: Stage[Any], context: Context) -> Training:
         where = f", step {step}" if step else ""
         tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
     run.drop_metrics(stage.name, epoch + 1)
+    asked, warmup = training.schedule.warmup_epochs, warmup_epochs(training.schedule, training.epochs)
+    if warmup < asked:
+        tracker.say(f"{stage.name}: warm-up cut from {asked} to {warmup:g} epochs, a fifth of all {training.epochs}")
 
     begin = saved = time.perf_counter()
     if epoch < training.epochs:
@@ -165,24 +168,28 @@ def train(stage: Stage[Any], context: Context) -> Training:
     ):
         while epoch < training.epochs:
             stage.train_mode()
-            for batch, size in _batches(stage, key, epoch, step):
-                set_learning_rate(optimizer, training, epoch, step, steps)
-                if compiling:
-                    compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
-                    tracker.say(
-                        "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
-                    )
-                else:
-                    do_step(batch)
-                step += 1
-                ticker.step(size)
-                if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
-                    save(writer)
-            averages = do_step.averages(steps)
-            check_finite(stage, do_step.totals, epoch)
+            try:
+                for batch, size in _batches(stage, key, epoch, step):
+                    set_learning_rate(optimizer, training, epoch, step, steps)
+                    if compiling:
+                        compiling, notes = False, {"compilation": timed_first_step(do_step, batch)}
+                        tracker.say(
+                            "{0}: compiled in {seconds:.1f} s, {cache} cache".format(stage.name, **notes["compilation"])
+                        )
+                    else:
+                        do_step(batch)
+                    step += 1
+                    ticker.step(size)
+                    if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                        save(writer)
+                averages = do_step.averages(steps)
+                check_finite(stage, do_step.totals, epoch)
+                averages |= stage.end_epoch(epoch + 1, last=epoch + 1 == training.epochs)
+            except DataError:  # an image that can no longer be read: once it can, training goes on from here
+                save(writer)
+                raise
             epoch, step = epoch + 1, 0
             do_step.reset()
-            averages |= stage.end_epoch(epoch, last=epoch == training.epochs)
             tracker.record(stage.name, epoch, epoch * steps, averages)
             ticker.epoch(epoch, training.epochs, averages)
             if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
@@ -236,13 +243,19 @@ def set_learning_rate(
     write_learning_rate(optimizer, training.optimizer.lr * factor)
 
 
+def warmup_epochs(schedule: ScheduleConfig, epochs: int) -> float:
+    """Return the length of the warm-up: as configured, but at most a fifth of ``epochs``."""
+    return min(schedule.warmup_epochs, epochs / 5)
+
+
 def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
     """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
-    if position < schedule.warmup_epochs:
-        # The ramp starts at 1 / (warmup_epochs + 1), so that the first step is not lost.
-        return min(1.0, (position + 1) / (schedule.warmup_epochs + 1))
+    warmup = warmup_epochs(schedule, epochs)
+    if position < warmup:
+        # The ramp starts at 1 / (warmup + 1), so that the first step is not lost.
+        return min(1.0, (position + 1) / (warmup + 1))
     if schedule.name == "cosine":
-        progress = (position - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1)
+        progress = (position - warmup) / max(epochs - warmup, 1)
         return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule.name == "step":
         # Strictly above, as in the reference.

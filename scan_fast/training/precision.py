@@ -51,7 +51,7 @@ def choose_on_cpu(config: ModelConfig, side: int) -> Choice:
         unit = "AVX-512-BF16"
     else:
         return Choice("float32", "this processor has no bfloat16 products")
-    output, gradient = _errors(config.model_copy(update={"pretrained": False}).model_dump_json(), side)
+    output, gradient = _errors(config.from_scratch().model_dump_json(), side)
     if not (output < OUTPUT_ERROR and gradient < GRADIENT_ERROR):
         return Choice(
             "float32", f"bfloat16 is wrong here: relative error {output:.2g} forward, {gradient:.2g} backward"
@@ -68,6 +68,7 @@ def _errors(config: str, side: int) -> tuple[float, float]:
         images = torch.randn(TRIAL_IMAGES, 3, side, side).contiguous(memory_format=torch.channels_last)
         direction = torch.randn(TRIAL_IMAGES, model(images[:2]).shape[1])
 
+    @torch.enable_grad()
     def run(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -29,6 +29,7 @@ class DaliDecoder:
 
     On the CPU the decoded pixel values are those of the thread pool, on a GPU those of nvJPEG. The resize is DALI's:
     within one of PIL's values, except at the edge of a box that shrinks, where DALI repeats the outermost pixels.
+    What ``data.interpolation`` resizes bicubically is left to the thread pool.
     Images are never decoded at a reduced scale, for any ``data.decode``; instead, pixels outside the boxes are not
     decoded.
 
@@ -59,6 +60,8 @@ class DaliDecoder:
         Raises:
             DataError: for a file that can no longer be read.
         """
+        if files.interpolation != "bilinear":
+            return [images.to(self.device) for images in files.cut(indices, frame, boxes, sides)]
         out = [torch.empty((len(indices), side, side, 3), dtype=torch.uint8, device=self.device) for side in sides]
         numbers = indices.tolist()
         rows = files.jpeg[indices].nonzero().squeeze(1)

@@ -22,6 +22,7 @@ def forward_views(
     batch_size: int,
     precision: AbstractContextManager[None] | None = None,
     epoch: int = 0,
+    done: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Apply ``function`` to one view of every image of a source, in order, without a host synchronisation.
 
@@ -33,6 +34,7 @@ def forward_views(
         batch_size: images at a time.
         precision: a context for the forward passes, such as autocast.
         epoch: selects the views' parameters if they are random.
+        done: called with the number of images of each batch once it is on its way.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.
@@ -47,7 +49,11 @@ def forward_views(
     try:
         with precision or nullcontext():
             batches = map(images_of, rows) if views.source.resident else prefetch(images_of, rows)
-            results = [function(images).float() for images in batches]
+            results = []
+            for images in batches:
+                results.append(function(images).float())
+                if done is not None:
+                    done(len(images))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -127,6 +127,7 @@ def said(lines: list[str]) -> Callable[[str], None]:
 def test_the_archive_is_read_in_order(small: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     splits = archive.open_archive(small, tmp_path / "kept", say=said(lines))
+    assert splits.test is not None
     assert len(splits.train) == 48 and len(splits.test) == 18
     assert splits.train.class_names == list(CLASSES)
     assert splits.train.labels is not None and splits.train.labels.tolist() == [i // 16 for i in range(48)]
@@ -148,6 +149,7 @@ def test_what_was_decoded_is_kept(small: Path, tmp_path: Path) -> None:
 
 def test_a_part_of_the_images(small: Path, tmp_path: Path) -> None:
     part = archive.open_archive(small, tmp_path, 20, said([]))
+    assert part.test is not None
     assert len(part.train) == 20 and len(part.test) == 18
     assert part.train.paths == archive.open_archive(small, tmp_path, 20, said([])).train.paths
     assert part.train.paths == sorted(set(part.train.paths))

@@ -56,6 +56,7 @@ def test_pixels_labels_and_splits_are_those_of_a_folder(tmp_path: Path, kind: st
     everything = items(split=half)
     folder = opened("folder", root=write_folder(tmp_path / "folder", everything), **options)
     splits = opened(CONTAINERS[kind](tmp_path / "container", everything), **options)
+    assert splits.test is not None and folder.test is not None
     for ours, theirs in ((splits.train, folder.train), (splits.test, folder.test)):
         assert len(ours) == len(theirs) > 5 and ours.resident == theirs.resident
         order = torch.arange(len(ours)).flip(0)
@@ -72,12 +73,15 @@ def test_pixels_labels_and_splits_are_those_of_a_folder(tmp_path: Path, kind: st
     assert (splits.mean, splits.std) == (folder.mean, folder.std)
 
 
-def test_a_part_is_held_out_if_there_is_no_test_split(tmp_path: Path, kind: str) -> None:
+def test_a_part_is_held_out_only_on_request(tmp_path: Path, kind: str) -> None:
     source = CONTAINERS[kind](tmp_path / "container", items(40))
-    splits = opened(source, test_fraction=0.3)
+    whole = opened(source)
+    assert whole.test is None and len(whole.train) == 40
+    splits, again = opened(source, test_fraction=0.3), opened(source, test_fraction=0.3)
+    assert splits.test is not None and again.test is not None
     assert len(splits.train) + len(splits.test) == 40 and 3 < len(splits.test) < 25
     assert set(splits.train.paths).isdisjoint(splits.test.paths)
-    assert opened(source, test_fraction=0.3).test.paths == splits.test.paths
+    assert again.test.paths == splits.test.paths
     everything = source_from(source, DataConfig(image_size=24))
     assert sorted(everything.paths) == sorted([*splits.train.paths, *splits.test.paths])
     assert everything.labels is not None and everything.class_names == list(LABELS)
@@ -107,10 +111,10 @@ def test_unreadable_images_are_named_or_skipped(tmp_path: Path, kind: str, resid
     with pytest.raises(DataError, match=rf"cannot read image .*{LOCATIONS[kind]}: .*data\.on_error=skip"):
         opened(source, resident=resident, workers=1, test_fraction=0.01)
     splits = opened(source, resident=resident, on_error="skip")
-    assert len(splits.train) + len(splits.test) == 17
-    skipped = dict([*splits.train.skipped, *splits.test.skipped])
+    assert len(splits.train) == 17 and splits.test is None
+    skipped = dict(splits.train.skipped)
     assert len(skipped) == 3 and all(skipped.values())
-    pixels = torch.cat([part.read(torch.arange(len(part))) for part in (splits.train, splits.test)])
+    pixels = splits.train.read(torch.arange(17))
     good = [item for i, item in enumerate(everything) if i not in broken]
     expected = source_from(write_folder(tmp_path / "folder", good), DataConfig(image_size=24))
     everyone = expected.read(torch.arange(len(expected)))
@@ -161,8 +165,10 @@ def test_sources_are_checked_with_the_configuration(source: str, message: str) -
 
 
 def test_one_image_cannot_be_split(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(DataError, match="holds 1 image; at least 2"):
-        opened(CONTAINERS[kind](tmp_path / "container", items(1)))
+    source = CONTAINERS[kind](tmp_path / "container", items(1))
+    assert len(opened(source).train) == 1
+    with pytest.raises(DataError, match=r"holds images out, but there is only .*; add images, or set data"):
+        opened(source, test_fraction=0.1)
 
 
 @pytest.mark.parametrize(("source", "extra"), [("hf:x", "hf"), ("parquet:{}", "parquet")])

@@ -71,6 +71,8 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     many(tmp_path, 40)
     splits = opened(tmp_path)
     assert splits.train.labels is None and splits.train.class_names is None
+    assert len(splits.train) == 40 and splits.test is None
+    splits = opened(tmp_path, test_fraction=0.1)
     assert len(splits.train) + len(splits.test) == 40 and len(splits.test) > 0
 
 
@@ -78,7 +80,7 @@ def test_images_beside_and_inside_sub_folders_are_all_taken_without_labels(tmp_p
     many(tmp_path, 5)
     many(tmp_path / "more", 5)
     splits = opened(tmp_path)
-    assert len(splits.train) + len(splits.test) == 10 and splits.train.labels is None
+    assert len(splits.train) == 10 and splits.train.labels is None
 
 
 def test_a_train_folder_alone_is_split(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_files_that_are_not_images_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     splits = opened(tmp_path)
-    assert len(splits.train) + len(splits.test) == 20
+    assert len(splits.train) == 20
     assert splits.train.class_names == ["x", "y"]
 
 
@@ -119,8 +121,9 @@ def test_folder_errors_say_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no images found in .*void: looked for .*\*\.jpg"):
         opened(tmp_path / "void")
     images(tmp_path / "one", "a.png")
-    with pytest.raises(DataError, match="holds 1 image; at least 2"):
-        opened(tmp_path / "one")
+    with pytest.raises(DataError, match=r"data\.test_fraction=0\.1 holds images out, but there is only a\.png"):
+        opened(tmp_path / "one", test_fraction=0.1)
+    assert opened(tmp_path / "one").train.paths == ["a.png"]
     with pytest.raises(DataError, match=r"data\.root must name the folder"):
         open_splits(DataConfig(source="folder"))
 
@@ -156,17 +159,17 @@ def test_unreadable_images_are_skipped_on_request(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"broken\.jpg"):
         opened(tmp_path)
     splits = opened(tmp_path, on_error="skip")
-    assert len(splits.train) + len(splits.test) == 30
-    assert [path for part in (splits.train, splits.test) for path, _ in part.skipped] == ["broken.jpg"]
+    assert len(splits.train) == 30
+    assert [path for path, _ in splits.train.skipped] == ["broken.jpg"]
 
 
 def test_limit_draws_some_training_images(tmp_path: Path) -> None:
     many(tmp_path, 60)
-    whole, some = opened(tmp_path), opened(tmp_path, limit=10)
+    whole, some = opened(tmp_path, test_fraction=0.1), opened(tmp_path, limit=10, test_fraction=0.1)
     assert len(some.train) == 10 and set(some.train.paths) < set(whole.train.paths)
     assert some.train.paths != whole.train.paths[:10] and some.test.paths == whole.test.paths
-    assert opened(tmp_path, limit=10).train.paths == some.train.paths
-    assert len(opened(tmp_path, limit=1000).train) == len(whole.train)
+    assert opened(tmp_path, limit=10, test_fraction=0.1).train.paths == some.train.paths
+    assert len(opened(tmp_path, limit=1000, test_fraction=0.1).train) == len(whole.train)
 
 
 def test_classes_file_chooses_and_orders(tmp_path: Path) -> None:
@@ -225,6 +228,7 @@ def test_digits_are_split_the_same_every_time() -> None:
 
     splits = open_splits(DataConfig(source="digits"))
     again = open_splits(DataConfig(source="digits"))
+    assert splits.test is not None
     assert splits.train.paths == again.train.paths and len(splits.train) == 1348 and len(splits.test) == 449
     numbers = [int(path.rsplit("/", 1)[1]) for path in (*splits.train.paths, *splits.test.paths)]
     assert sorted(numbers) == list(range(1797))
@@ -309,6 +313,7 @@ def test_cifar_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 
     splits = open_splits(DataConfig.model_validate({"source": source, "root": tmp_path, "download": False}))
     images = torch.from_numpy(planes).permute(0, 2, 3, 1)
+    assert splits.test is not None
     assert torch.equal(splits.train.read(torch.arange(5)), images[:5])
     assert torch.equal(splits.test.read(torch.arange(2)), images[5:])
     expected = fine if source == "cifar10" else [CIFAR20_COARSE[label] for label in fine]
@@ -338,6 +343,7 @@ def test_stl10_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     splits = open_splits(DataConfig(source="stl10", root=tmp_path, download=False))
     images = torch.from_numpy(planes).permute(0, 2, 3, 1)
+    assert splits.test is not None
     assert torch.equal(splits.train.read(torch.arange(3)), images[:3])
     assert torch.equal(splits.test.read(torch.arange(2)), images[7:])
     assert splits.train.labels is not None and splits.test.labels is not None

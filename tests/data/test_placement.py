@@ -57,7 +57,8 @@ def test_all_parts_are_kept_or_none(folder: Path, monkeypatch: pytest.MonkeyPatc
     """The training part alone fits in memory."""
     for free, resident in ((2 * 12 * 8 * 8 * 3, True), (2 * 12 * 8 * 8 * 3 - 2, False)):
         monkeypatch.setattr(placement, "free_memory", lambda free=free: free)
-        splits = open_splits(DataConfig(root=folder, image_size=8))
+        splits = open_splits(DataConfig(root=folder, image_size=8, test_fraction=0.1))
+        assert splits.test is not None
         assert splits.train.resident is splits.test.resident is resident
         assert splits.train.read(torch.arange(2)).shape == (2, 8, 8, 3)
 

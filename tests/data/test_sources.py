@@ -138,7 +138,9 @@ def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
 def test_only_broken_files_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     file.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of the 1 images could be read"):
+    with pytest.raises(
+        DataError, match=r"0 readable of 1 images: .*a\.jpg: UnidentifiedImageError: cannot identify image file$"
+    ):
         FileSource(ImagePaths([file]), None, 8, on_error="skip")
 
 

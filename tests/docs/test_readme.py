@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import TINY_FOLDER, fill, run_here
+from driving import TINY_FOLDER, fill, picture, run_here
 from pages import ROOT, blocks, check_command, commands, run_python
 
 from scan_fast.runs.config import parse_override
@@ -56,7 +56,7 @@ def test_every_command_is_one() -> None:
 
 
 def test_the_first_commands(photos: Path) -> None:
-    run, predict = (
+    run, *predictions = (
         words
         for block in blocks(README)
         if block.language == "sh"
@@ -65,12 +65,14 @@ def test_the_first_commands(photos: Path) -> None:
     )
     result = run_here(*run[1:], *TINY_FOLDER)
     assert result.code == 0, (shlex.join(run), result.err)
-    folder = photos / predict[2]
+    folder = photos / predictions[0][2]
     for name in ("assignments.csv", "report.html", "model.pt"):
         assert (folder / name).is_file(), name
-    result = run_here(*predict[1:])
-    assert result.code == 0, (shlex.join(predict), result.err)
-    assert len(result.out.splitlines()) == 1 + 5
+    picture(7).save(photos / "photo.jpg")
+    for predict, images in zip(predictions, (5, 1), strict=True):
+        result = run_here(*predict[1:])
+        assert result.code == 0, (shlex.join(predict), result.err)
+        assert len(result.out.splitlines()) == 1 + images
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,7 +24,10 @@ from driving import (
     run_here,
     weights,
 )
+from PIL import PngImagePlugin
 
+from scan_fast.data.folders import held_out_rows
+from scan_fast.objectives import SCANSettings
 from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.records import MetricsEntry
@@ -37,12 +41,12 @@ def run_folder(images: Path, *words: object, clusters: object = 3) -> Any:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert f"the folder {tmp_path / 'nowhere'} does not exist" in run_folder(tmp_path / "nowhere").refusal()
+    assert f"--data: there is no folder {tmp_path / 'nowhere'}" in run_folder(tmp_path / "nowhere").refusal()
 
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "image.png")
-    assert "is not a folder" in run_folder(tmp_path / "image.png").refusal()
+    assert "is a file; give the folder that holds the images" in run_folder(tmp_path / "image.png").refusal()
 
 
 def test_empty_folder(tmp_path: Path) -> None:
@@ -58,21 +62,63 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 def test_fewer_images_than_clusters(images: Path) -> None:
     message = run_folder(images, clusters=50).refusal()
-    assert "training images are fewer than the 50 clusters asked for" in message
+    assert "36 images are too few for 50 clusters; ask for 2 to 35, or add images" in message
 
 
-@pytest.mark.parametrize("clusters", [1, 0, -3])
+@pytest.mark.parametrize("clusters", [36, 35])
+def test_as_many_clusters_as_images(clusters: int, images: Path) -> None:
+    if clusters == 36:
+        assert "36 images are too few for 36 clusters" in run_folder(images, clusters=clusters).refusal()
+    else:
+        assert run_folder(images, "selflabel=null", clusters=clusters).code == 0
+
+
+def test_one_cluster(images: Path) -> None:
+    assert "one group needs no clustering; give at least 2, got 1" in run_folder(images, clusters=1).refusal()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_images(count: int, tmp_path: Path) -> None:
+    fill(tmp_path / "few", count)
+    message = run_folder(tmp_path / "few", clusters=2).refusal()
+    assert f"{count} image{'s' if count > 1 else ''} cannot be grouped; add images, at least 3" in message
+
+
+@pytest.mark.parametrize("resident", ["host", "files"])
+def test_copies_of_one_image(resident: str, tmp_path: Path) -> None:
+    fill(tmp_path / "copies", 12, make=lambda number: picture(0))
+    message = run_folder(tmp_path / "copies", f"data.resident={resident}").refusal()
+    assert "all 12 images are the same picture; there is nothing to group" in message
+
+
+def test_images_with_the_same_features(tmp_path: Path) -> None:
+    """Other files with the same pixels, which only their features tell."""
+    for number in range(12):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("number", str(number))
+        (tmp_path / "same").mkdir(exist_ok=True)
+        picture(0).save(tmp_path / "same" / f"{number}.png", pnginfo=info)
+    message = run_folder(tmp_path / "same", "data.resident=files").refusal()
+    assert "all 12 images have the same projection features" in message
+
+
+@pytest.mark.parametrize("clusters", [0, -3])
 def test_too_few_clusters(clusters: int, images: Path) -> None:
     message = run_folder(images, clusters=clusters).refusal()
-    assert f"clustering.n_clusters: input should be greater than or equal to 2, got {clusters}" in message
+    assert f"clustering.n_clusters: must be at least 2, or auto, got {clusters}" in message
 
 
 def test_clusters_that_are_no_number(images: Path) -> None:
-    assert "--clusters: invalid int value: 'many'" in run_folder(images, clusters="many").refusal()
+    message = run_folder(images, clusters="many").refusal()
+    assert "--clusters: must be a whole number of at least 2, or auto, got 'many'" in message
 
 
-def test_no_number_of_clusters_at_all(images: Path) -> None:
-    assert "--clusters" in run_here("run", "--data", images, "--out", "out", *TINY_FOLDER).refusal()
+def test_without_a_number_of_clusters_one_is_suggested(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_here("run", "--data", images, "--out", out, *TINY_FOLDER).code == 0
+    suggestion = json.loads((out / "suggested-k.json").read_text())
+    assert suggestion["k"] in [point["k"] for point in suggestion["curve"]]
+    assert json.loads((out / "summary.json").read_text())["stages"]["number"]["k"] == suggestion["k"]
 
 
 def test_more_neighbours_than_images_and_its_advice(images: Path) -> None:
@@ -108,6 +154,40 @@ def test_unreadable_image_is_named_and_can_be_skipped(images: Path) -> None:
     assert paths == {f"{number:03d}.png" for number in range(36) if number != 3}
 
 
+def test_no_readable_image_at_all(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for number in range(5):
+        (tmp_path / "bad" / f"{number}.jpg").write_bytes(b"no image")
+    message = run_folder(tmp_path / "bad", "data.on_error=skip").refusal()
+    assert f"0 readable of 5 images of {tmp_path / 'bad'}: 0.jpg: UnidentifiedImageError" in message
+    assert "2.jpg: " in message and "3.jpg" not in message
+
+
+@pytest.mark.parametrize("fraction", [0, 0.2])
+def test_unreadable_images_never_empty_a_split(fraction: float, tmp_path: Path) -> None:
+    """The images that would be held out are the broken ones."""
+    fill(tmp_path / "images", 20)
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    broken = [names[row] for row in held_out_rows(names, 0.2)[1]]
+    assert len(broken) > 1
+    for name in broken:
+        (tmp_path / "images" / name).write_bytes(b"broken")
+    result = run_folder(tmp_path / "images", "data.on_error=skip", f"data.test_fraction={2 * fraction}")
+    assert result.code == 0, result.err
+    assert [row["path"] for row in assignments(Path("out")) if row["path"] in broken] == []
+    assert len(assignments(Path("out"))) == 20 - len(broken)
+    assert ("test" in {row["split"] for row in assignments(Path("out"))}) == (fraction > 0)
+
+
+def test_a_test_folder_without_a_readable_image(tmp_path: Path) -> None:
+    fill(tmp_path / "images" / "train", 12)
+    fill(tmp_path / "images" / "test", 2)
+    for path in (tmp_path / "images" / "test").iterdir():
+        path.write_bytes(b"broken")
+    message = run_folder(tmp_path / "images", "data.on_error=skip").refusal()
+    assert f"0 readable of 2 test images of {tmp_path / 'images'}: test/000.png: Unidentified" in message
+
+
 def test_no_list_of_skipped_images_where_all_can_be_read(images: Path) -> None:
     assert run_folder(images, "data.on_error=skip").code == 0
     assert not Path("out/skipped.csv").exists()
@@ -133,7 +213,7 @@ def test_no_list_of_skipped_images_where_all_can_be_read(images: Path) -> None:
         (["full"], "full is no run folder"),
         (["digits", "runtime.device=cuda:99"], "usable CUDA devices"),
         (["digits", "runtime.device=abacus"], "runtime.device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
-        (["digits", "--unknown"], "unrecognized arguments: --unknown"),
+        (["digits", "--unknown"], "there is no option --unknown"),
     ],
 )
 def test_refused_command_lines(words: list[str], message: str, tmp_path: Path) -> None:
@@ -183,7 +263,7 @@ def test_the_runtime_may_change(finished: Path) -> None:
 
 
 def test_a_folder_without_results_takes_another_configuration(tmp_path: Path) -> None:
-    assert "fewer than" in run_here("run", "digits", *TINY, "--out", "out", "--clusters", 170).refusal()
+    assert "too few for 170" in run_here("run", "digits", *TINY, "--out", "out", "--clusters", 170).refusal()
     assert run_here("pretext", "digits", *TINY, "--out", "out", "--clusters", 4, "--quiet").code == 0
     assert RunFolder(tmp_path / "out").read(CONFIG).clustering.n_clusters == 4
     # Now there is something to lose.
@@ -288,7 +368,7 @@ def test_again_repeats_a_stage_with_a_changed_section(finished: Path) -> None:
     before, old = results(finished), contents(finished)
     words = ["cluster", finished, "--again", "clustering.objective.entropy_weight=3", "--quiet"]
     assert run_here(*words).code == 0
-    assert RunFolder(finished).read(CONFIG).clustering.objective.entropy_weight == 3
+    assert RunFolder(finished).read(CONFIG).clustering.objective == SCANSettings(entropy_weight=3)
     assert not (finished / "assignments.csv").exists()
     assert run_here("run", finished, "--quiet").code == 0
     after, new = results(finished), contents(finished)

@@ -15,9 +15,10 @@ from driving import TINY, assignments, contents, fill, results, run_here, summar
 
 import scan_fast
 from benchmarks import BENCHMARKS
-from scan_fast.cli import split_overrides
+from scan_fast.cli import build_parser
 from scan_fast.data.datasets import DataConfig, open_splits, source_from
 from scan_fast.ops.families import FAMILIES
+from scan_fast.parsing import split_overrides
 from scan_fast.predictor import Predictor
 
 
@@ -30,7 +31,7 @@ def test_predict_writes_a_row_for_each_image(finished_run: Path, images: Path, t
     assert (result.code, result.err) == (0, "")
     table = rows(result.out)
     assert [row["path"] for row in table] == [f"{number:03d}.png" for number in range(36)]
-    assert set(table[0]) == {"path", "cluster", "confidence", "margin"}
+    assert list(table[0]) == ["path", "cluster", "confidence", "margin", "similarity", "unlike"]
     predictor = Predictor.load(finished_run)
     expected = predictor.probabilities(source_from(images, DataConfig(image_size=predictor.size)))
     for row, probabilities in zip(table, expected, strict=True):
@@ -45,6 +46,7 @@ def test_predict_writes_a_row_for_each_image(finished_run: Path, images: Path, t
 
 def test_the_predictor_agrees_with_the_runs_own_table(finished_run: Path, tmp_path: Path) -> None:
     source = open_splits(tiny_config().data).test
+    assert source is not None
     probabilities = Predictor.load(finished_run).probabilities(source)
     table = {row["path"]: row for row in assignments(finished_run)}
     assert len(source) == 449
@@ -181,7 +183,7 @@ def test_bench_without_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_overrides_may_stand_anywhere() -> None:
     words = ["run", "a.b=1", "digits", "--out", "x=y", "c.d.e=[1, 2]", "--data", "p.q=r", "--quiet"]
-    assert split_overrides(words) == (
+    assert split_overrides(words, build_parser()) == (
         ["run", "digits", "--out", "x=y", "--data", "p.q=r", "--quiet"],
         ["a.b=1", "c.d.e=[1, 2]"],
     )
@@ -220,4 +222,4 @@ def test_a_folder_called_folder_is_no_run_folder(images: Path, tmp_path: Path) -
     """``--data`` uses the configuration of that name, whatever lies in the working directory."""
     (tmp_path / "folder").mkdir()
     message = run_here("run", "--data", images, "--clusters", 100, "--out", tmp_path / "run", "--quiet").refusal()
-    assert "training images are fewer than the 100 clusters" in message
+    assert "36 images are too few for 100 clusters" in message

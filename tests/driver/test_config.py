@@ -135,8 +135,8 @@ LARGE_SELFLABEL = {
 }
 
 
-def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, Any]:
-    """The rows on augmentation: the view of each stage, by its keys."""
+def views(clustering: str, size: int | None, cutout: int, pretext: bool) -> dict[str, Any]:
+    """The rows on augmentation: the view of each stage, by its keys. The size None is that of the data set's images."""
     strong = {"kind": "strong", "size": size, "operations": 4, "cutout": cutout, "flip": 0.5}
     simclr = {**SIMCLR_VIEW, "size": size}
     found = {f"clustering.view.{key}": v for key, v in (strong if clustering == "strong" else simclr).items()}
@@ -148,15 +148,17 @@ def views(clustering: str, size: int, cutout: int, pretext: bool) -> dict[str, A
 
 ORIGINAL: dict[str, dict[str, Any]] = {
     "cifar10": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
+        "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 10, "clustering.epochs": 50, "clustering.batch_size": 128, "selflabel.epochs": 200,
     },
     "cifar20": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 32, 16, True), "model.backbone": "resnet18_cifar",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
+        "model.backbone": "resnet18_cifar",
         "clustering.n_clusters": 20, "clustering.epochs": 100, "clustering.batch_size": 512, "selflabel.epochs": 200,
     },
     "stl10": {
-        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", 96, 32, True), "model.backbone": "resnet18_stl",
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 32, True), "model.backbone": "resnet18_stl",
         "clustering.n_clusters": 10, "clustering.epochs": 100, "clustering.batch_size": 128, "selflabel.epochs": 100,
     },
     **{
@@ -216,10 +218,25 @@ def test_step_schedule_falls_after_its_epochs() -> None:
 
 def test_warm_up_is_linear_and_then_cosine() -> None:
     schedule = ScheduleConfig(name="cosine", warmup_epochs=3, floor=0.01)
-    factors = [learning_rate_factor(schedule, epoch, 13) for epoch in range(13)]
+    factors = [learning_rate_factor(schedule, epoch, 18) for epoch in range(18)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 15)) / 2 for i in range(15)]
     assert factors[3:] == pytest.approx(expected)
+
+
+def test_warm_up_is_at_most_a_fifth_of_the_epochs() -> None:
+    long, short = ScheduleConfig(name="cosine", warmup_epochs=10), ScheduleConfig(name="cosine", warmup_epochs=4)
+    positions = [step / 7 for step in range(7 * 20)]
+    cut, fitting = ([learning_rate_factor(schedule, at, 20) for at in positions] for schedule in (long, short))
+    assert cut == fitting
+    assert positions[cut.index(max(cut))] == 4
+    assert learning_rate_factor(long, 0, 1) < 1
+    # No preset's warm-up is longer, so that presets keep their bits.
+    for name in SHIPPED:
+        for preset in ("paper", "fast"):
+            config = shipped(name, f"preset={preset}")
+            for section in (config.pretext, config.clustering, config.selflabel):
+                assert section is None or 5 * section.schedule.warmup_epochs <= section.epochs, name
 
 
 def test_constant_schedule_is_constant() -> None:
@@ -305,7 +322,11 @@ def test_differences_name_the_key_and_leave_the_runtime_out() -> None:
         ("pretext.method.temperature=.inf", "pretext.method.temperature: input should be a finite number"),
         ("pretext.optimizer.lr=.nan", "pretext.optimizer.lr: input should be"),
         ("pretext.optimizer.name=lamb", "'sgd', 'adam' or 'adamw', got 'lamb'"),
-        ("clustering.n_clusters=1", "clustering.n_clusters: input should be greater than or equal to 2, got 1"),
+        ("clustering.n_clusters=1", "clustering.n_clusters: one group needs no clustering; give at least 2, got 1"),
+        (
+            "clustering.n_clusters=many",
+            "clustering.n_clusters: must be a whole number of at least 2, or auto, got 'many'",
+        ),
         ("clustering=5", "clustering: input should be a valid dictionary"),
         ("data.mean=[1, 2]", "data.mean"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
@@ -378,7 +399,7 @@ def test_a_bare_kind_stands_for_its_section() -> None:
         ("pretext.method=moca", "pretext.method: input tag 'moca' found using 'kind' does not match"),
         ("pretext.method=weights", "pretext.method.file is missing"),
         ("pretext.method={kind: weights, file: a, temperature: 1}", "unknown key pretext.method.temperature"),
-        ("clustering.objective=scam", "clustering.objective.kind"),
+        ("clustering.objective=scam", "clustering.objective: input tag 'scam' found using 'kind' does not match"),
         ("pretext.method=none", "pretext.method=none takes the backbone as it is, so it needs model.pretrained=true"),
     ],
 )

@@ -52,7 +52,7 @@ def test_embeddings_are_computed_once_and_dropped_after_mining(tmp_path: Path, m
     handover = Handover()
     with opened(tmp_path / "run", "pretext.monitor_every=0") as context:
         run_stage(context, STAGES["pretext"], handover)
-        assert calls == [len(context.splits.train), len(context.splits.test)]
+        assert calls == [len(source) for source in context.clustered.values()]
         assert handover.names() == {EMBEDDINGS}
         run_stage(context, STAGES["mining"], handover)
         assert len(calls) == 2

@@ -75,7 +75,10 @@ def files(folder: Path) -> set[str]:
 
 def check_summary(folder: Path, labelled: bool) -> None:
     content = summary(folder)
-    assert set(content) == {"seed", "stages", "seconds", "baselines"}
+    assert set(content) == {"seed", "stages", "seconds", "baselines", "backbone"}
+    assert content["backbone"]["weights"] is None and content["backbone"]["multiply_adds"] > 0
+    network = content["backbone"]["network"]
+    assert network != "auto" and network in (folder / "report.html").read_text()
     assert content["seed"] == 0
     stages = content["stages"]
     assert list(stages) == ["pretext", "mining", "clustering", "selflabel"]
@@ -195,7 +198,8 @@ def test_images_that_changed_are_noticed(images: Path) -> None:
     assert run_here("pretext", *words).code == 0
     assert run_here("mine", *words).code == 0
     fill(images, 5, first=100)
-    assert "start again in a new folder" in run_here("cluster", *words).refusal()
+    message = run_here("cluster", *words).refusal()
+    assert "out holds a run on other images: 100.png is new, 101.png is new, 102.png is new and 2 more." in message
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def test_features_of_the_backbone_can_be_mined(finished: Path) -> None:
     with opened(finished, "mining.features=backbone", again=True) as context:
         do("mining", context)
         model = pretext_model(context)
-        expected = forward_all(context, model, model.features, context.splits.test)
+        expected = forward_all(context, model, model.features, context.clustered["test"])
         with np.load(finished / "embeddings.npz") as e:
             np.testing.assert_array_equal(e["test"], nn.functional.normalize(expected, dim=1).numpy())
 
@@ -384,7 +384,7 @@ def test_the_head_and_the_epoch_of_lowest_selection_loss_are_kept(finished: Path
 
     class Watched(Clustering):
         def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-            logits = forward_all(self.context, self.model, self.model, self.context.splits.test)
+            logits = forward_all(self.context, self.model, self.model, self.context.clustered["test"])
             neighbors = torch.from_numpy(self.context.run.read(artifacts.NEIGHBORS).index["test"])
             totals = selection_loss(logits.log_softmax(dim=-1), neighbors)[0]
             noted.extend((float(total), epoch, head) for head, total in enumerate(totals))

@@ -60,6 +60,24 @@ def test_knn_by_hand() -> None:
     assert knn_accuracy(bank, torch.tensor([0, 0, 0]), bad, torch.tensor([0, 0]), k=1) == 0.5
 
 
+def test_knn_leaves_one_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    labels[:4] = -1
+    apart = [
+        knn_accuracy(
+            bank[torch.arange(60) != i], labels[torch.arange(60) != i], bank[i : i + 1], labels[i : i + 1], k=7
+        )
+        for i in range(4, 60)
+    ]
+    assert knn_accuracy(bank, labels, k=7) == pytest.approx(sum(apart) / 56)
+    assert knn_accuracy(bank, labels, k=1000) == knn_accuracy(bank, labels, k=55)
+    # With itself in the bank, every image would be right.
+    assert knn_accuracy(bank, labels, bank, labels, k=1) == 1.0 > knn_accuracy(bank, labels, k=1)
+    with pytest.raises(ValueError, match="bank must hold at least 2 labelled images if there are no queries, got 1"):
+        knn_accuracy(bank[:5], labels[:5])
+
+
 def test_knn_spans_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     bank, labels = torch.randn(50, 4, generator=generator), torch.arange(50) % 3

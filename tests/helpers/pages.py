@@ -12,7 +12,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from scan_fast.cli import build_parser, split_overrides
+from scan_fast.cli import build_parser
+from scan_fast.parsing import split_overrides
 from scan_fast.runs.config import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def check_command(words: list[str]) -> None:
 
 def check_scan_fast(words: list[str]) -> None:
     """Check a command of scan-fast, and its configuration if it names a shipped one."""
-    rest, overrides = split_overrides(words)
+    rest, overrides = split_overrides(words, build_parser())
     try:
         options = build_parser().parse_args(rest)
     except SystemExit as stop:

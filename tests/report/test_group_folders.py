@@ -155,14 +155,18 @@ def test_images_of_a_container_become_files_by_the_command(tmp_path: Path) -> No
     from scan_fast.data.datasets import open_splits
 
     spec = f"webdataset:{tmp_path / 'shard-000.tar'}"
-    splits = open_splits(DataConfig(source=spec, image_size=16))
+    splits = open_splits(DataConfig(source=spec, image_size=16, test_fraction=0.5))
+    assert splits.test is not None
     rows = [
         (path, split, 1, "0.9", "0.8")
         for split, source in (("train", splits.train), ("test", splits.test))
         for path in source.paths
     ]
     write_run(
-        tmp_path / "run", rows, n_clusters=2, settings=f"data: {json.dumps({'source': spec, 'image_size': 16})}\n"
+        tmp_path / "run",
+        rows,
+        n_clusters=2,
+        settings=f"data: {json.dumps({'source': spec, 'image_size': 16, 'test_fraction': 0.5})}\n",
     )
     result = run_here("folders", tmp_path / "run", "--out", tmp_path / "out")
     assert result.code == 0, result.err

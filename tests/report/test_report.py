@@ -171,7 +171,8 @@ def test_the_choice_of_groups_is_shown(tmp_path: Path) -> None:
     candidates = [{"name": "k-means", "score": 0.5, "k": 3, "seconds": 1.5}, {"name": "SCAN", "score": 0.25, "k": 3}]
     choice = {"method": "k-means", "score": 0.5, "reason": "the best silhouette", "candidates": candidates}
     curve = [{"k": k, "score": 1 / k, "stability": 0.5} for k in (4, 2, 3)]
-    summary = {"clustering": {"seconds": 1.0, "choice": choice, "suggested_k": {"k": 4, "curve": curve}}}
+    number = {"seconds": 1.0, "k": 4, "curve": curve}
+    summary = {"number": number, "clustering": {"seconds": 1.0, "choice": choice}}
     (tmp_path / "summary.json").write_text(json.dumps({"stages": summary}))
     page = Page(report_of(tmp_path, plain_sources(rows)))
     words = page.words
@@ -181,7 +182,7 @@ def test_the_choice_of_groups_is_shown(tmp_path: Path) -> None:
     charts = page.values("svg", "aria-label")
     assert "score over 3 numbers of groups: first 0.5, last 0.25, lowest 0.25, highest 0.5" in charts
     assert "choice score" not in words  # not among the numbers of the stage
-    summary["clustering"]["suggested_k"] = {"k": 3, "curve": curve}
+    summary["number"] = {**number, "k": 3}
     (tmp_path / "summary.json").write_text(json.dumps({"stages": summary}))
     assert "is the most that was tried" not in report_of(tmp_path, plain_sources(rows))
 

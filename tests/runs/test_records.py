@@ -13,6 +13,7 @@ import torch
 from scan_fast.runs.records import (
     Checkpoint,
     Embeddings,
+    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
@@ -134,3 +135,24 @@ def arrays(**content: np.ndarray) -> bytes:
 def test_what_is_damaged_is_refused_with_a_reason(kind: Any, content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         kind.load(io.BytesIO(content))
+
+
+def test_the_images_of_a_run_are_read_back() -> None:
+    """Names may be any bytes but zero; fingerprints use all 64 bits."""
+    names = ["a/b.png", "new\nline.png", "bad\udcff.png", "図.png", " "]
+    marks = np.array([0, 1, 2**63, 2**64 - 1, 7], dtype=np.uint64)
+    again = read_back(ImageRecord(names, marks))
+    assert again.names == names and again.fingerprints.tolist() == marks.tolist()
+    assert read_back(ImageRecord([], marks[:0])).names == []
+
+
+def test_a_record_of_other_arrays_is_refused() -> None:
+    for arrays, message in (
+        ({"train": np.zeros(3)}, "it must hold names and fingerprints, it holds train"),
+        ({"names": np.frombuffer(b"a\0b\0", np.uint8), "fingerprints": np.zeros(1)}, "2 names and 1 fingerprints"),
+    ):
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        file.seek(0)
+        with pytest.raises(ValueError, match=message):
+            ImageRecord.load(file)

@@ -6,26 +6,35 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from driving import opened
 
 from scan_fast.models.pretrained import IMAGENET_MEAN, IMAGENET_STD
 
 DIGITS = ((0.3053,) * 3, (0.3759,) * 3)
-PRETRAINED = ("model={backbone: 'torchvision:resnet18', pretrained: true, width: 1}", "precision=float32")
+WEIGHTS = ("model={backbone: 'torchvision:resnet18', weights: FILE, width: 1}", "data.image_size=8")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ((), DIGITS),
-        (PRETRAINED, (IMAGENET_MEAN, IMAGENET_STD)),
-        ((PRETRAINED[0].replace("true", "false"),), DIGITS),
-        ((*PRETRAINED, "data.mean=[0.1, 0.2, 0.3]"), ((0.1, 0.2, 0.3), IMAGENET_STD)),
-        ((*PRETRAINED, "data.mean=[0.1, 0.2, 0.3]", "data.std=[1, 1, 1]"), ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))),
+        (WEIGHTS, (IMAGENET_MEAN, IMAGENET_STD)),
+        ((WEIGHTS[0].replace("FILE", "null"),), DIGITS),
+        ((*WEIGHTS, "data.mean=[0.1, 0.2, 0.3]"), ((0.1, 0.2, 0.3), IMAGENET_STD)),
+        ((*WEIGHTS, "data.mean=[0.1, 0.2, 0.3]", "data.std=[1, 1, 1]"), ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))),
         (("data.std=[1, 1, 1]",), (DIGITS[0], (1.0, 1.0, 1.0))),
     ],
 )
-def test_whose_normalisation_it_is(words: tuple[str, ...], expected: object, tmp_path: Path) -> None:
+def test_whose_normalisation_it_is(words: tuple[str, ...], expected: object, file: Path, tmp_path: Path) -> None:
+    words = tuple(word.replace("FILE", f"'{file}'") for word in words)
     with opened(tmp_path / "run", *words) as context:
         assert (context.splits.mean, context.splits.std) == expected
         # The renderer uses it: a black image is -mean / std.

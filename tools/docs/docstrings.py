@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +48,3 @@ def prose(documented: Any) -> str:
     """Return the text of a docstring outside its sections, as Markdown."""
     parts = [section.value for section in sections(documented) if section.kind is griffe.DocstringSectionKind.text]
     return markdown("\n\n".join(parts))
-
-
-@cache
-def _package() -> Any:
-    return griffe.load("scan_fast", search_paths=[str(ROOT)], allow_inspection=False)
-
-
-@cache
-def fields(documented: type) -> dict[str, str]:
-    """Return the description of each field of a class and its bases, as Markdown.
-
-    A field is described by a string under its definition, or by an entry of the section "Attributes" of the class,
-    which may name several fields ("mean, std: ...").
-    """
-    found: dict[str, str] = {}
-    for base in reversed(documented.__mro__):
-        if not base.__module__.startswith("scan_fast."):
-            continue
-        for section in sections(base):
-            if section.kind is griffe.DocstringSectionKind.attributes:
-                for names, text in entries(section):
-                    found |= {name.strip(): markdown(text) for name in names.split(",")}
-        source = _package()[f"{base.__module__}.{base.__qualname__}".removeprefix("scan_fast.")]
-        for name, member in source.members.items():
-            if member.is_attribute and member.docstring is not None:
-                found[name] = markdown(member.docstring.value)
-    return found

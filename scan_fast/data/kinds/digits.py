@@ -29,7 +29,8 @@ def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
 
     def part(name: str, indices: Tensor) -> TensorSource:
         paths = [f"digits/{name}/{i:04d}" for i in indices.tolist()]
-        return TensorSource(grey[indices], labels[indices], paths, [str(d) for d in range(10)], config.image_size)
+        names = [str(d) for d in range(10)]
+        return TensorSource(grey[indices], labels[indices], paths, names, config.image_size, config.filter)
 
     return part("train", order[cut:].sort().values), part("test", order[:cut].sort().values), None
 

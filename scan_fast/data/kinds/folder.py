@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...errors import DataError
 from ..decode_cache import DecodeCache
 from ..encoded import ImagePaths
 from ..folders import Listing, check_folder, find_split, list_folder, split_folder
-from .kind import Contents, Opened, SourceKind, file_sources
+from .kind import Contents, Opened, SourceKind, open_contents
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -22,9 +24,9 @@ def _open_folder(config: DataConfig, decode_cache: DecodeCache | None) -> Opened
         raise DataError("data.root must name the folder of images when data.source is 'folder'")
     root = config.root.expanduser()
     check_folder(root)
-    parts = split_folder(root, config.test_fraction, _classes(config), labelled=config.labels == "auto")
-    train, test = file_sources([folder_contents(part, root) for part in parts], config, decode_cache=decode_cache)
-    return train, test, None
+    train, test = split_folder(root, _classes(config), labelled=config.labels == "auto")
+    contents = folder_contents(train, root) if test is None else _splits(train, test, root)
+    return open_contents(contents, config, decode_cache=decode_cache)
 
 
 def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
@@ -40,10 +42,8 @@ def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Open
     classes = _classes(config)
     if classes is None:
         classes = list_folder(train).class_names
-    parts = [folder_contents(list_folder(part, classes), root) for part in (train, test)]
-    size = config.image_size or 224
-    train_source, test_source = file_sources(parts, config, size=size, decode_cache=decode_cache)
-    return train_source, test_source, None
+    contents = _splits(list_folder(train, classes), list_folder(test, classes), root)
+    return open_contents(contents, config, size=config.image_size or 224, decode_cache=decode_cache)
 
 
 def folder_contents(listing: Listing, root: Path) -> Contents:
@@ -53,6 +53,22 @@ def folder_contents(listing: Listing, root: Path) -> Contents:
     problems = [(prefix + path, reason) for path, reason in listing.problems]
     files = ImagePaths([prefix + file for file in listing.files], root)
     return Contents(files, listing.labels, listing.class_names, problems=problems)
+
+
+def _splits(train: Listing, test: Listing, root: Path) -> Contents:
+    """Return the images of a training and a test folder; they have labels if both do, of the same classes."""
+    parts = [folder_contents(part, root) for part in (train, test)]
+    names = [name for part in parts for name in part.images.names]
+    labels = None
+    if train.labels is not None and test.labels is not None and train.class_names == test.class_names:
+        labels = torch.cat([train.labels, test.labels])
+    return Contents(
+        ImagePaths(names, root),
+        labels,
+        None if labels is None else train.class_names,
+        range(len(train.files), len(names)),
+        [problem for part in parts for problem in part.problems],
+    )
 
 
 def _classes(config: DataConfig) -> list[str] | None:

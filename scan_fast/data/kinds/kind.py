@@ -13,17 +13,17 @@ from torch import Tensor
 from ...errors import DataError
 from ..decode_cache import DecodeCache
 from ..encoded import EncodedImages
-from ..files import FileSource
+from ..files import FileSource, none_readable
 from ..folders import default_size, held_out_rows
-from ..sources import Source
+from ..sources import Source, SubsetSource
 
 if TYPE_CHECKING:
     from ..config import DataConfig
 
 Triple = tuple[float, float, float]
 
-#: Train, test and, for a few sources, larger pretext images.
-Opened = tuple[Source, Source, Source | None]
+#: Training images; held-out test images, or None; and, for a few sources, larger pretext images.
+Opened = tuple[Source, Source | None, Source | None]
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Contents:
     test: Sequence[int] | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)
 
-    def select(self, rows: Sequence[int]) -> Contents:
-        """Return some of the images, without splits and problems."""
-        labels = None if self.labels is None else self.labels[torch.tensor(rows, dtype=torch.int64)]
-        return Contents(self.images.select(rows), labels, self.class_names)
-
 
 @dataclass(frozen=True)
 class ContainerKind:
@@ -83,25 +78,12 @@ class ContainerKind:
     statistics: tuple[Triple, Triple] | None = None
 
     def open(self, config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
-        """Open the source's own splits, or hold a part out for testing by a hash of each image's name.
+        """Open the images as :func:`open_contents` does.
 
         Raises:
-            DataError: if images are missing, unreadable or fewer than two.
+            DataError: if images are missing or unreadable.
         """
-        contents = self.index(_argument(config), config)
-        n = len(contents.images)
-        if contents.test is None:
-            if n < 2:
-                raise DataError(f"{config.source} holds {n} image; at least 2 are needed, one for testing")
-            train, test = held_out_rows(contents.images.names, config.test_fraction)
-        else:
-            chosen = set(contents.test)
-            train, test = [row for row in range(n) if row not in chosen], list(contents.test)
-        parts = [contents.select(train), contents.select(test)]
-        # Images that could not be listed belong to neither part; the first one reports them.
-        parts[0].problems.extend(contents.problems)
-        train_source, test_source = file_sources(parts, config, decode_cache=decode_cache)
-        return train_source, test_source, None
+        return open_contents(self.index(_argument(config), config), config, decode_cache=decode_cache)
 
     def open_all(self, config: DataConfig) -> Source:
         """Open the images of all splits as one source.
@@ -109,45 +91,102 @@ class ContainerKind:
         Raises:
             DataError: if images are missing or unreadable.
         """
-        return file_sources([self.index(_argument(config), config)], config)[0]
+        return file_source(self.index(_argument(config), config), config)
 
 
 def _argument(config: DataConfig) -> str:
     return config.source.partition(":")[2]
 
 
-def file_sources(
-    parts: Sequence[Contents],
+def file_source(
+    contents: Contents,
     config: DataConfig,
     *,
     size: int | None = None,
     decode_cache: DecodeCache | None = None,
-) -> list[FileSource]:
-    """Open several parts of a data set as the configuration says; all of them are resident, or none.
+) -> FileSource:
+    """Open the images of all splits as one source, as the configuration says.
 
     Args:
-        parts: the images of each part.
-        config: image_size, on_error, workers, decode, resident and crop are used.
-        size: side of the square images; ``data.image_size`` by default, else chosen from the first part's images.
+        contents: the images.
+        config: image_size, interpolation, on_error, workers, decode, resident and crop are used.
+        size: side of the square images; ``data.image_size`` by default, else chosen from the images.
         decode_cache: images that an earlier start has decoded.
 
     Raises:
         DataError: if images are unreadable.
     """
-    size = size or config.image_size or default_size(parts[0].images)
-    resident = config.keeps(sum(len(part.images) for part in parts), size)
-    return [
-        FileSource(
-            part.images,
-            part.labels,
-            size,
-            class_names=part.class_names,
-            on_error=config.on_error,
-            workers=config.workers,
-            resident=resident,
-            scaled=config.decode == "scaled",
-            problems=part.problems,
-            decode_cache=decode_cache,
+    size = size or config.image_size or default_size(contents.images)
+    return FileSource(
+        contents.images,
+        contents.labels,
+        size,
+        class_names=contents.class_names,
+        on_error=config.on_error,
+        workers=config.workers,
+        resident=config.keeps(len(contents.images), size),
+        scaled=config.decode == "scaled",
+        interpolation=config.filter,
+        problems=contents.problems,
+        decode_cache=decode_cache,
+    )
+
+
+def open_contents(
+    contents: Contents, config: DataConfig, *, size: int | None = None, decode_cache: DecodeCache | None = None
+) -> Opened:
+    """Open the images and split them: into the source's own splits, or by ``data.test_fraction``.
+
+    Every image is checked before anything is held out, so that only readable ones count.
+
+    Args:
+        contents: the images of all splits.
+        config: as in :func:`file_source`, and test_fraction.
+        size: side of the square images; ``data.image_size`` by default, else chosen from the training images.
+        decode_cache: images that an earlier start has decoded.
+
+    Raises:
+        DataError: if images are unreadable, or none of a split is readable.
+    """
+    size = size or config.image_size or default_size(contents.images.select(_split(contents, config)[0]))
+    source = file_source(contents, config, size=size, decode_cache=decode_cache)
+    if contents.test is None:
+        return *held_out(source, config.test_fraction), None
+    own = {contents.images.names[row] for row in contents.test}
+    train = [row for row, name in enumerate(source.paths) if name not in own]
+    test = [row for row, name in enumerate(source.paths) if name in own]
+    for split, rows, listed in (("training", train, len(contents.images) - len(own)), ("test", test, len(own))):
+        if not rows:
+            reasons = [entry for entry in source.skipped if (entry[0] in own) == (split == "test")]
+            raise none_readable(listed, f"{split} images of {contents.images.root or config.source}", reasons)
+    return SubsetSource(source, torch.tensor(train)), SubsetSource(source, torch.tensor(test)), None
+
+
+def _split(contents: Contents, config: DataConfig) -> tuple[list[int], list[int]]:
+    if contents.test is None:
+        return held_out_rows(contents.images.names, config.test_fraction)
+    test = set(contents.test)
+    return [row for row in range(len(contents.images)) if row not in test], sorted(test)
+
+
+def held_out(source: Source, fraction: float) -> tuple[Source, Source | None]:
+    """Split a source into training and held-out test images by a hash of each image's name.
+
+    New images do not move the others.
+
+    Args:
+        source: the images.
+        fraction: share to hold out; 0 for none, and then the test images are None.
+
+    Raises:
+        DataError: if one image is to be split.
+    """
+    if fraction == 0:
+        return source, None
+    if len(source) < 2:
+        raise DataError(
+            f"data.test_fraction={fraction:g} holds images out, but there is only {source.paths[0]}; "
+            "add images, or set data.test_fraction=0"
         )
-        for part in parts
-    ]
+    train, test = held_out_rows(source.paths, fraction)
+    return SubsetSource(source, torch.tensor(train)), SubsetSource(source, torch.tensor(test))

@@ -45,5 +45,10 @@ def array_source(
     width = len(str(len(images) - 1))
     paths = [f"{config.source}/{name}/{i:0{width}d}" for i in range(len(images))]
     return TensorSource(
-        torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64), paths, names, config.image_size
+        torch.from_numpy(images),
+        torch.tensor(labels, dtype=torch.int64),
+        paths,
+        names,
+        config.image_size,
+        config.filter,
     )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import DataError
 from ..containers import Label, class_numbers, common_folder, find_files, split_files
-from ..decode import IMAGE_SUFFIXES
 from ..encoded import EncodedImages, Identity, file_identity
+from ..formats import IMAGE_SUFFIXES
 from .kind import ContainerKind, Contents
 
 if TYPE_CHECKING:

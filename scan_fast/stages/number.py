@@ -1,0 +1,27 @@
+"""The number of groups, if the configuration leaves it open: suggested from the mined embeddings."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import torch
+
+from ..partitions import FeatureSpace, suggest_number
+from ..runs.artifacts import EMBEDDINGS, SUGGESTION
+from ..runs.records import SuggestedNumber
+from ..training.context import Context
+from .handover import Handover
+
+NAME = "number"
+
+
+def run_number(context: Context, handover: Handover | None = None) -> None:
+    """Write suggested-k.json."""
+    begin = time.perf_counter()
+    rows = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])
+    suggestion = suggest_number(FeatureSpace(rows, context.config.seed))
+    curve = [asdict(point) for point in suggestion.curve]
+    context.run.write(SUGGESTION, SuggestedNumber(suggestion.k, curve))
+    results = {"k": suggestion.k, "at_the_edge": suggestion.at_the_edge, "curve": curve}
+    context.run.finish_stage(NAME, time.perf_counter() - begin, results, context.config.seed)

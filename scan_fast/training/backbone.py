@@ -1,0 +1,63 @@
+"""The record of a run's network and of the weights that it starts from."""
+
+from __future__ import annotations
+
+from ..errors import RunError
+from ..methods import WeightsSettings
+from ..models.backbones import multiply_adds
+from ..models.pretrained import weights_digest, weights_licence, weights_origin
+from ..models.weight_files import file_digest
+from ..runs import artifacts
+from ..runs.records import BackboneRecord
+from .context import Context, data_settings
+
+PRETEXT = "pretext"
+"""The stage that takes the weights."""
+
+
+def note_backbone(context: Context) -> BackboneRecord:
+    """Write backbone.json when a run begins, and check later that its weights are the same.
+
+    Returns:
+        The facts about the network; its text is the line that the run starts with.
+
+    Raises:
+        RunError: if the file of the weights has changed since the run was begun.
+    """
+    run = context.run
+    found = _record(context)
+    begun = run.finished(PRETEXT) or run.has(artifacts.checkpoint(PRETEXT))
+    if begun and run.has(artifacts.BACKBONE):
+        noted = run.read(artifacts.BACKBONE)
+        if noted.digest and found.digest and noted.digest != found.digest:
+            raise RunError(
+                f"{run.path} was begun with other weights: {found.weights} has changed since (its digest was "
+                f"{noted.digest} and is {found.digest}); restore the file, or start again in a new folder"
+            )
+        return noted
+    run.write(artifacts.BACKBONE, found)
+    if context.left_out:
+        shown = ", ".join(context.left_out[:4]) + (", ..." if len(context.left_out) > 4 else "")
+        context.tracker.say(f"left out of {found.weights}: {shown}")
+    return found
+
+
+def _record(context: Context) -> BackboneRecord:
+    model, side = context.model_config, context.plain_view.side
+    origin, digest = weights_origin(model), weights_digest(model)
+    method = context.config.pretext.method
+    if isinstance(method, WeightsSettings):
+        file = method.file.expanduser()
+        origin, digest = str(file), file_digest(file) if file.is_file() else None
+    return BackboneRecord(
+        backbone=model.backbone,
+        network=model.network,
+        image_size=side,
+        mean=list(context.splits.mean),
+        std=list(context.splits.std),
+        interpolation=data_settings(context.config, context.input).filter,
+        weights=origin,
+        digest=digest,
+        licence=weights_licence(model),
+        multiply_adds=multiply_adds(model, side),
+    )

@@ -12,7 +12,7 @@ SMALLEST = 32
 
 
 class Signature:
-    """What is kept of a picture to recognise its copies.
+    """A few numbers of a picture, by which its copies are recognised.
 
     Args:
         picture: an upright picture in mode RGB.

@@ -87,7 +87,7 @@ def _between(
     similarity, index = topk_neighbors(
         torch.from_numpy(landmarks), min(_NEAREST, len(landmarks)), queries=torch.from_numpy(rows)
     )
-    # Relative to the farthest of them, so that the nearest decides where all are about equally similar.
+    # Relative to the farthest of them, so that the nearest decides if all are about equally similar.
     weight = (similarity - similarity[:, -1:]).double() + 1e-3
     weight = (weight / weight.sum(dim=1, keepdim=True)).unsqueeze(-1)
     found: NDArray[np.float32] = (weight * torch.from_numpy(points)[index]).sum(dim=1).float().numpy()

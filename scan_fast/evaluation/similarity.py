@@ -1,4 +1,4 @@
-"""What the neighbours of images tell: pairs that are nearly alike, images that fit nowhere, groups that may be one."""
+"""Facts from the neighbours of images: pairs that are nearly alike, outliers, groups that may be one."""
 
 from __future__ import annotations
 

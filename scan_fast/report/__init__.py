@@ -1,4 +1,4 @@
-"""What people look at and take along: the HTML report of a run, and folders of its groups."""
+"""The HTML report of a run, and folders of its groups."""
 
 from .build import write_report
 

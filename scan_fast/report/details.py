@@ -24,7 +24,7 @@ _METRIC_NAMES = {
 }
 _FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one", "confidence")
 _OF_THE_OVERVIEW = ("choice", "suggested_k")
-"""Results of a stage that have a place of their own."""
+"""Results of a stage that the overview shows."""
 
 
 def results(summary: Summary) -> tuple[str, list[tuple[str, str]]] | None:

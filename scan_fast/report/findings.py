@@ -1,4 +1,4 @@
-"""What is found among the images of a run: copies, images that fit nowhere, groups that may be one, and their map."""
+"""Search of a run's images for copies, images that fit nowhere and groups that may be one; and their map."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONE_GROUP = 0.3
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found, with images by their number in the assignments.
+    """Results of the search, with images by their number in the assignments.
 
     Attributes:
         duplicates: groups of copies, the best copy of each first; the largest group first.

@@ -32,7 +32,7 @@ def write_folders(run: RunFolder, sources: Mapping[str, Source], out: Path, how:
     """Sort the images of a run into a folder for each group, called by its name or ``group-03``.
 
     A link is a symbolic one; if the file system has none, a hard link, and if that fails too, a copy. Images in
-    containers become files of their own. A command that was interrupted goes on where it stopped.
+    containers are written as files. A command that was interrupted continues when it is given again.
 
     Args:
         run: the run folder.

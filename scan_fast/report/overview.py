@@ -1,4 +1,4 @@
-"""What the report says of the run as a whole: facts, groups and warnings."""
+"""The overview of a run: facts, groups and warnings."""
 
 from __future__ import annotations
 

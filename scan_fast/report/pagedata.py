@@ -1,4 +1,4 @@
-"""What the page's scripts know of each image, as compact columns."""
+"""The data of the page's scripts: compact columns with one entry per image."""
 
 from __future__ import annotations
 

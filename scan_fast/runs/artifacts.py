@@ -213,7 +213,7 @@ REPORT = Artifact("report.html", _dump_page, _load_page, repair=_RUN_AGAIN)
 SINGLE_REPORT = Artifact("report-single.html", _dump_page, _load_page, repair=_REPORT_AGAIN)
 """The same page with thumbnails of at most a few hundred images inside, to be sent as one file."""
 REPORT_DATA = Artifact(f"{REPORT_FOLDER}/data.js", _dump_page, _load_page, repair=_REPORT_AGAIN)
-"""What the page knows of each image."""
+"""The data of the page: one entry per image in each column."""
 MAP = Artifact("map.npz", ImageMap.dump, ImageMap.load, "mining", repair=_REPORT_AGAIN)
 """The place of each image on the report's map."""
 DUPLICATES = Artifact("duplicates.csv", Duplicates.dump, Duplicates.load, repair=_REPORT_AGAIN)

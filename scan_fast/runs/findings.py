@@ -1,4 +1,4 @@
-"""What the report finds among the images, each as CSV: near-duplicates and images that fit nowhere."""
+"""Tables of what the report finds among the images, each as CSV: copies and outliers."""
 
 from __future__ import annotations
 

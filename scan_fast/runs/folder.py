@@ -174,12 +174,12 @@ class RunFolder:
             OSError: if a file cannot be written.
         """
         table = replace(assignments, names=self.group_names(assignments))
-        self.write(artifacts.ASSIGNMENTS, table)
         if find_spec("pyarrow") is not None:
             self.write(artifacts.ASSIGNMENTS_PARQUET, table)
+        self.write(artifacts.ASSIGNMENTS, table)  # last: if it is there, both are
 
     def set_names_aside(self, assignments: Assignments) -> Path | None:
-        """Rename names.json if its names were given to another grouping; return where it is then."""
+        """Rename names.json if its names were given to another grouping; return its new path."""
         if not self.has(artifacts.NAMES) or self.read(artifacts.NAMES).assignments == assignments.digest:
             return None
         numbers = itertools.count(1)

@@ -83,7 +83,6 @@ def test_forgetting_removes_the_artifacts_of_later_stages(first: str, finished: 
     assert {entry.stage for entry in run.metrics()} == set(kept)
     expected = {artifact.name for artifact in artifacts.OF_STAGES if artifact.stage in kept}
     expected |= {artifacts.checkpoint(stage).name for stage in kept if stage != "mining"}
-    expected |= {"map.npz"} if "mining" in kept else set()
     assert files_of(finished) == expected | {"backbone.json", "config.yaml", "summary.json", "metrics.jsonl"}
 
 

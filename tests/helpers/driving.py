@@ -48,6 +48,8 @@ TINY = (
     "selflabel.threshold=0.1",
     "selflabel.ema=0.9",
     "evaluation.baselines=false",
+    "evaluation.thumbnails=0",
+    "evaluation.map=false",
     "precision=float32",
     "runtime.threads=1",
 )

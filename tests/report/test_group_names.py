@@ -60,10 +60,12 @@ def test_names_are_kept_and_written_everywhere(named_run: Path, tmp_path: Path) 
 def test_names_stay_with_their_grouping(named_run: Path) -> None:
     assert run_here("name", named_run, 2, "last").code == 0
     before = column((named_run / "assignments.csv").read_text(), "cluster")
+    placed = (named_run / "map.npz").stat().st_mtime_ns
     # The same clustering again gives the same groups: the names stay.
     assert run_here("cluster", named_run, "--again", "--quiet").code == 0
     assert column((named_run / "assignments.csv").read_text(), "cluster") == before
     assert run_here("name", named_run, "--list").out == "2\tlast\n"
+    assert (named_run / "map.npz").stat().st_mtime_ns == placed  # the embeddings are the same
     assert set(column((named_run / "assignments.csv").read_text(), "name")) <= {"", "last"}
     # Another clustering: they are set aside, and said to be.
     result = run_here("cluster", named_run, "--again", "--clusters", 4)

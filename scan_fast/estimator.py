@@ -63,8 +63,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     128, for lists of images; the first image's shorter side for a Dataset.
 
     Args:
-        n_clusters: Number of clusters, at least 2.
-        preset: ``"fast"`` or ``"paper"``, a preset of ``configs/folder.yaml``.
+        n_clusters: Number of clusters, at least 2, or ``"auto"`` for the number that scores best without labels.
+        preset: ``"fast"`` or ``"paper"``, which train from scratch, or ``"pretrained"``, which groups the features of a
+            pretrained network: the presets of ``configs/folder.yaml``.
         random_state: Seed of everything random. A non-negative int is the seed itself, as ``seed=`` of ``scan-fast
             run``. A ``numpy.random.RandomState``, or None for NumPy's global one, draws a new seed in every fit; it is
             ``summary_["seed"]``.
@@ -87,7 +88,7 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     def __init__(
         self,
-        n_clusters: int,
+        n_clusters: int | str,
         *,
         preset: str = "fast",
         random_state: int | np.random.RandomState | None = 0,
@@ -209,8 +210,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     def _config(self) -> Config:
         """Return the configuration that the parameters ask for."""
-        if not isinstance(self.n_clusters, Integral) or isinstance(self.n_clusters, bool) or self.n_clusters < 2:
-            raise ConfigError(f"n_clusters must be an integer of at least 2, got {self.n_clusters!r}")
+        number = self.n_clusters
+        if number != "auto" and (not isinstance(number, Integral) or isinstance(number, bool) or number < 2):
+            raise ConfigError(f"n_clusters must be an integer of at least 2 or 'auto', got {number!r}")
         if self.settings is not None and not isinstance(self.settings, Mapping):
             raise ConfigError(
                 f"settings must map dotted keys to values, as {{'pretext.epochs': 50}}, got {self.settings!r}"
@@ -219,7 +221,11 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         for key, parameter in _OWN_PARAMETERS.items():
             if key in settings:
                 raise ConfigError(f"settings must not hold {key!r}; use the parameter {parameter} instead")
-        own = {"preset": self.preset, "seed": self._seed(), "clustering.n_clusters": int(self.n_clusters)}
+        own = {
+            "preset": self.preset,
+            "seed": self._seed(),
+            "clustering.n_clusters": number if number == "auto" else int(number),
+        }
         return load_config(find_config("folder"), (), {**own, **settings})
 
     def _seed(self) -> int:

@@ -325,7 +325,7 @@ def test_refused_images_to_predict(fitted: ImageClusterer) -> None:
 
 def test_refused_parameters(pixels: np.ndarray, tmp_path: Path) -> None:
     for wrong in (1, 2.0, "3", None, True):
-        with pytest.raises(ValueError, match=f"n_clusters must be an integer of at least 2, got {wrong!r}"):
+        with pytest.raises(ValueError, match=f"n_clusters must be an integer of at least 2 or 'auto', got {wrong!r}"):
             ImageClusterer(wrong).fit(pixels)  # type: ignore[arg-type]
     for key, parameter in (("seed", "random_state"), ("clustering.n_clusters", "n_clusters"), ("preset", "preset")):
         with pytest.raises(ValueError, match=f"must not hold '{key}'; use the parameter {parameter} instead"):

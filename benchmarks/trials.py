@@ -52,6 +52,10 @@ def stage_key(config: Config, stages: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+TRIED = [name for name in STAGES if name != "number"]
+"""The stages of a trial, which is given its number of clusters."""
+
+
 def run_trial(config: Config, stages: Sequence[str], work: Path) -> dict[str, dict[str, float]]:
     """Run the stages, or reuse those of another trial; return metrics and CPU seconds per stage."""
     results: dict[str, dict[str, float]] = {}
@@ -111,14 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for all trials")
-    parser.add_argument("--until", choices=list(STAGES), default="mining", help="the last stage to run")
+    parser.add_argument("--until", choices=TRIED, default="mining", help="the last stage to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, help="keep the stages' folders here")
     parser.add_argument("--json", type=Path, help="also write the result to this file, and continue what it holds")
     parser.add_argument("trials", nargs="+", metavar="NAME: section.key=value ...")
     options = parser.parse_args()
-    stages = list(STAGES)[: list(STAGES).index(options.until) + 1]
+    stages = TRIED[: TRIED.index(options.until) + 1]
     path = find_config(options.config)
     result: dict[str, Any] = {"benchmark": "trials", "config": options.config, "set": options.set, "trials": {}}
     if options.json and options.json.exists():

@@ -1,4 +1,4 @@
-"""Groups from what an interrupted run has learned so far, in a folder of their own, so that the run can continue."""
+"""Groups from what an interrupted run has learned so far, in another folder, so that the run can continue."""
 
 from __future__ import annotations
 

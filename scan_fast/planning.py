@@ -28,7 +28,7 @@ ON_GPU = ("dinov2-base", "dinov2-small", "torchvision:resnet50")
 
 @dataclass(frozen=True)
 class Start:
-    """What a run on a folder starts from.
+    """The start of a run on a folder: pretrained weights or none.
 
     Attributes:
         settings: configuration values by dotted key.

@@ -138,7 +138,7 @@ def _sorted(found: list[tuple[float, int, int]], weights: NDArray[np.float64]) -
 def cut(tree: Tree, groups: int, least: float = 0.0) -> Indices:
     """Cut a tree so that ``groups`` groups have at least the weight ``least``.
 
-    Plain cuts leave outliers as groups of their own. Here the cut is as high as it can be with so many groups of the
+    Plain cuts leave each outlier as a group. Here the cut is as high as it can be with so many groups of the
     least weight; smaller groups are left out. If no cut has enough, the least weight is halved.
 
     Args:

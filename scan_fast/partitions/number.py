@@ -57,7 +57,7 @@ class Suggestion:
 
     @property
     def at_the_edge(self) -> bool:
-        """Whether the suggestion is the smallest or the largest number that was tried."""
+        """True if the suggestion is the smallest or the largest number that was tried."""
         return self.k in (self.curve[0].k, self.curve[-1].k)
 
 

@@ -89,8 +89,8 @@ class FeatureSpace:
     def smoothed(self, k: int, rounds: int) -> Rows:
         """Return unit features averaged over the neighbour graph, (N, D) float32.
 
-        In each round an image's features become the mean of its own and of the mean of its k nearest neighbours. This
-        draws the images of a group together, however many they are, and leaves the gaps between groups.
+        In each round an image's features become the mean of what they were and of the mean over its k nearest neighbours.
+        This draws the images of a group together, however many they are, and leaves the gaps between groups.
         """
         index = self.neighbors(k)
 

@@ -29,7 +29,7 @@ LEAST_SHARE = 0.2
 """Least size of a group that linkage may leave, as a share of N / K."""
 FITTED_IMAGES = 20_000
 """Images, drawn at random, to which k-means is fitted; the others go to the nearest centre."""
-LEAST_FOR_SPECTRAL = 200
+MOST_FOR_DENSE = 500
 """Images below which the eigenvectors are those of the full matrix."""
 MOST_FOR_SPECTRAL = 20_000
 """Images of which eigenvectors are computed; beyond that they take minutes."""
@@ -113,27 +113,24 @@ def merging_partitions(space: FeatureSpace, k: int) -> Partitions:
 
 def spectral_partitions(space: FeatureSpace, k: int) -> Partitions:
     """Group by k-means on the leading eigenvectors of the graph of neighbours (Ng, Jordan and Weiss, NIPS 2001)."""
-    if len(space) > MOST_FOR_SPECTRAL or k >= len(space) - 1:
+    n = len(space)
+    dense = n < MOST_FOR_DENSE
+    if n > MOST_FOR_SPECTRAL or not (dense or k <= n // 4):  # Lanczos needs room for more vectors than it returns
         return {}
 
     def partition() -> Indices:
         import scipy.sparse
-        from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+        from scipy.sparse.linalg import eigsh
 
         links = _links(space)
         scale = scipy.sparse.diags(1 / np.sqrt(np.asarray(links.sum(axis=1)).ravel() + 1e-12))
-        # A start without symmetry: groups without any link to one another share an eigenvalue.
-        start = np.random.default_rng(space.seed).standard_normal(len(space))
         scaled = scale @ links @ scale
-        if (
-            len(space) < LEAST_FOR_SPECTRAL or k > len(space) // 4
-        ):  # Lanczos needs room for more vectors than it returns
+        if dense:
             vectors = np.linalg.eigh(scaled.toarray())[1][:, -k:]
         else:
-            try:
-                _, vectors = eigsh(scaled, k=k, which="LA", v0=start)
-            except ArpackNoConvergence as error:
-                vectors = error.eigenvectors
+            # A start without symmetry: groups without any link to one another share an eigenvalue.
+            start = np.random.default_rng(space.seed).standard_normal(n)
+            _, vectors = eigsh(scaled, k=k, which="LA", v0=start, maxiter=1000 + 100 * k)
         return kmeans(unit_rows(vectors.astype(np.float32)), k, space.seed, starts=4)[0]
 
     return {"": partition}

@@ -178,7 +178,7 @@ class ClusteringConfig(TrainingConfig):
 
     @property
     def trains(self) -> bool:
-        """Whether heads are trained on views of the images."""
+        """True if heads are trained on views of the images."""
         return self.update != "features"
 
     @field_validator("ways")

@@ -92,7 +92,7 @@ class Context:
 
     @property
     def suggests_number(self) -> bool:
-        """Whether the number of clusters is suggested by the run itself, after mining."""
+        """True if the run itself suggests the number of clusters, after mining."""
         wanted = self.config.clustering.n_clusters
         names = self.splits.train.class_names
         return wanted == "auto" or (wanted is None and (names is None or len(names) < 2))

@@ -22,7 +22,7 @@ from .assessment import assess
 from .embedding import knn_check
 from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
 from .inputs import cluster_model, mined_neighbors, pretext_model, selflabelled_model
-from .results import baselines, results_written, write_results, write_skipped
+from .results import baselines, write_results, write_skipped
 
 
 @dataclass(frozen=True)
@@ -156,18 +156,13 @@ def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> Non
 
 
 def finish(context: Context, handover: Handover) -> None:
-    """Write the results of the last stage, the baselines and the report.
-
-    Results that are there already are of this very stage, for its repetition would have removed them: after a process
-    that was killed here, the next one goes on with what is missing.
-    """
+    """Write the results of the last stage, the baselines and the report."""
     handover.declare(FINISH_TAKES)
-    if not results_written(context):
-        if context.config.selflabel is not None:
-            model, stage = selflabelled_model(context), selflabel.NAME
-        else:
-            model, stage = cluster_model(context)[0], clustering.NAME
-        write_results(context, model, stage, handover)
+    if context.config.selflabel is not None:
+        model, stage = selflabelled_model(context), selflabel.NAME
+    else:
+        model, stage = cluster_model(context)[0], clustering.NAME
+    write_results(context, model, stage, handover)
     summary = context.run.summary()
     if context.config.evaluation.baselines and summary.baselines is None:
         summary.baselines = baselines(context)

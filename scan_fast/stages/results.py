@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -75,14 +73,6 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
         counts = Confusion.of(matrix, reported.class_names)
         context.run.write(artifacts.CONFUSION, counts)
         context.run.write(artifacts.CONFUSION_FIGURE, confusion_png(counts))
-
-
-def results_written(context: Context) -> bool:
-    """Return whether all that :func:`write_results` writes is there."""
-    wanted: list[artifacts.Artifact[Any]] = [artifacts.ASSIGNMENTS, artifacts.MODEL]
-    if context.clustered[context.reported].labels is not None and context.n_classes is not None:
-        wanted += [artifacts.CONFUSION, artifacts.CONFUSION_FIGURE]
-    return all(context.run.has(artifact) for artifact in wanted)
 
 
 def assignments(context: Context, logits: dict[str, Tensor]) -> Assignments:

@@ -55,7 +55,7 @@ def restart_until_done(words: list[object], tmp_path: Path, deaths: list[Death])
 
 def test_killed_at_renamings_all_along(undisturbed: Path, tmp_path: Path) -> None:
     generator = random.Random(0)
-    deaths = [Death(generator.randint(2, 7), before=bool(generator.getrandbits(1))) for _ in range(60)]
+    deaths = [Death(generator.randint(2, 14), before=bool(generator.getrandbits(1))) for _ in range(60)]
     words = ["run", "digits", *TINY, KMEANS, EVERY_STEP, "--out", tmp_path / "run", "--quiet"]
     count = restart_until_done(words, tmp_path, deaths)
     assert count >= 5
@@ -67,7 +67,7 @@ def test_killed_at_renamings_in_bfloat16(tmp_path: Path) -> None:
     words = ["run", "digits", *TINY, "precision=bfloat16", "--quiet", "--out"]
     assert run_here(*words, tmp_path / "whole").code == 0
     generator = random.Random(2)
-    deaths = [Death(generator.randint(4, 9), before=bool(generator.getrandbits(1))) for _ in range(60)]
+    deaths = [Death(generator.randint(4, 14), before=bool(generator.getrandbits(1))) for _ in range(60)]
     assert restart_until_done([*words, tmp_path / "run", EVERY_STEP], tmp_path, deaths) >= 2
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 

@@ -247,15 +247,27 @@ class ImageRecord:
         return cls(names, arrays["fingerprints"])
 
 
+EMBEDDINGS_KEY = "key"
+"""Name of the key in embeddings.npz."""
+
+
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of all images, by split: (N, D) float32 unit rows."""
+    """The embeddings of all images.
+
+    Attributes:
+        rows: by split, (N, D) float32 unit rows.
+        key: a digest of everything that they depend on, if that is known before they are computed: the images, and a
+            network that is not trained. Other runs with the same key use them.
+    """
 
     rows: dict[str, NDArray[np.float32]]
+    key: str | None = None
 
     def dump(self, file: BinaryIO) -> None:
-        """Write an .npz with one array per split."""
-        np.savez(file, **self.rows)  # type: ignore[arg-type]
+        """Write an .npz with one array per split and, if there is one, the key."""
+        key = {} if self.key is None else {EMBEDDINGS_KEY: np.array(self.key)}
+        np.savez(file, **self.rows, **key)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, file: BinaryIO) -> Embeddings:
@@ -264,7 +276,9 @@ class Embeddings:
         Raises:
             ValueError: for anything else.
         """
-        return cls(load_arrays(file))
+        arrays = load_arrays(file)
+        key = arrays.pop(EMBEDDINGS_KEY, None)
+        return cls(arrays, None if key is None else str(key))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..runs.artifacts import EMBEDDINGS as EMBEDDED
 from ..training.context import Context
 from ..training.inference import forward_all
 from .handover import EMBEDDINGS, FEATURES, Handover
+from .stored import stored_features
 
 
 def mining_space(context: Context) -> str:
@@ -62,8 +63,12 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
     train, test = context.splits.train, context.splits.test
     if train.labels is None or (test is not None and test.labels is None):
         return {}
-    bank = embed(context, model, "train", handover)
-    queries = None if test is None else embed(context, model, "test", handover)
+    stored = stored_features(context) if handover is not None else None
+    if stored is not None:
+        bank, queries = stored["train"], stored.get("test")
+    else:
+        bank = embed(context, model, "train", handover)
+        queries = None if test is None else embed(context, model, "test", handover)
     labels = None if test is None else test.labels
     config = context.config.pretext
     accuracy = knn_accuracy(

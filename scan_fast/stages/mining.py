@@ -18,6 +18,7 @@ from ..training.context import Context
 from .embedding import embed
 from .handover import Handover
 from .inputs import pretext_model
+from .stored import features_key, stored_features
 
 NAME = "mining"
 
@@ -30,9 +31,10 @@ def run_mining(context: Context, handover: Handover) -> None:
     embeddings: dict[str, np.ndarray] = {}
     found = Neighbors({}, {})
     results: dict[str, object] = {}
+    stored = stored_features(context)
     for split, source in context.clustered.items():
         k = config.k if split == "train" else min(config.test_k, len(source) - 1)
-        embedding = F.normalize(embed(context, model, split, handover), dim=1)
+        embedding = stored[split] if stored else F.normalize(embed(context, model, split, handover), dim=1)
         if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
             raise RunError(
                 f"all {len(source)} images have the same {config.features} features, so that there is nothing to "
@@ -48,7 +50,7 @@ def run_mining(context: Context, handover: Handover) -> None:
             results["purity" if split == "train" else "test_purity"] = neighbor_purity(
                 found.index[split], source.labels
             )
-    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings))
+    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, features_key(context)))
     context.run.write(artifacts.NEIGHBORS, found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ def run_pretext(context: Context, handover: Handover) -> None:
         results = stage.final
     else:
         settings.load(model)
-        training = Training(seconds=0.0)
+        begin = time.perf_counter()
         results = knn_check(context, model, handover)
+        training = Training(seconds=time.perf_counter() - begin)
     context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)

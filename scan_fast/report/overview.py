@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,10 +140,12 @@ def facts(content: Content, groups: Sequence[Group]) -> list[tuple[str, str]]:
     backbone = content.config.model.backbone
     if summary.backbone is not None:  # what an open choice of the configuration stands for
         backbone = str(summary.backbone["backbone"])
-        found.append(("weights", str(summary.backbone["weights"] or "random at first")))
+    found.append(("backbone", backbone))
+    if summary.backbone is not None:
+        weights = str(summary.backbone["weights"] or "random at first")
+        found.append(("weights", Path(weights).name if summary.backbone["digest"] else weights))
         side = summary.backbone["image_size"]
         found.append(("image size", f"{side} × {side}"))
-    found.append(("backbone", backbone))
     if summary.stages:
         found.append(("time", duration(summary.seconds)))
     found.append(("seed", str(content.config.seed)))

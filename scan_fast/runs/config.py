@@ -296,6 +296,11 @@ class Config(Settings):
             )
         return self
 
+    @property
+    def trains(self) -> bool:
+        """True if a stage trains the network or computes gradients through it."""
+        return self.pretext.method.trains or self.clustering.update == "full" or self.selflabel is not None
+
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -33,7 +33,7 @@ def run_mining(context: Context, handover: Handover) -> None:
     results: dict[str, object] = {}
     stored = stored_features(context)
     for split, source in context.clustered.items():
-        k = config.k if split == "train" else min(config.test_k, len(source) - 1)
+        k = min(config.k if split == "train" else config.test_k, len(source) - 1)
         embedding = stored[split] if stored else F.normalize(embed(context, model, split, handover), dim=1)
         if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
             raise RunError(

@@ -22,6 +22,10 @@ def run_number(context: Context, handover: Handover | None = None) -> None:
     rows = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])
     suggestion = suggest_number(FeatureSpace(rows, context.config.seed))
     curve = [asdict(point) for point in suggestion.curve]
+    tried = f"{suggestion.curve[0].k} to {suggestion.curve[-1].k}"
+    context.tracker.say(
+        f"{NAME}: {suggestion.k} groups are suggested, of {tried}; scan-fast suggest-k shows the scores"
+    )
     context.run.write(SUGGESTION, SuggestedNumber(suggestion.k, curve))
     results = {"k": suggestion.k, "at_the_edge": suggestion.at_the_edge, "curve": curve}
     context.run.finish_stage(NAME, time.perf_counter() - begin, results, context.config.seed)

@@ -41,6 +41,7 @@ def run_partitioning(context: Context, name: str, handover: Handover) -> None:
     with torch.no_grad():
         layer.weight.copy_(head.weight)
         layer.bias.copy_(head.bias)
+    context.tracker.say(f"{name}: {chosen.name}; {reason(choice, chosen, heads)}")
     record: dict[str, Any] = {"head": 0, "epoch": 0, "loss": -chosen.score.total}
     results: dict[str, Any] = {"choice": described(choice, chosen, heads)}
     for split, logits in frozen_logits(context, model).items():

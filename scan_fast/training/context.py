@@ -155,7 +155,7 @@ class Context:
             record = self.run.read(artifacts.PRECISION)
             if record.tried == tried:
                 return Choice(record.precision, record.reason).dtype
-        choice = choose_on_cpu(model, side)
+        choice = choose_on_cpu(model, side, trains=self.config.trains)
         self.run.write(artifacts.PRECISION, PrecisionRecord(choice.precision, choice.reason, tried))
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype
@@ -223,7 +223,7 @@ def check_sizes(context: Context) -> None:
         )
     if not context.suggests_number:
         config.clustering.objective.check(context.n_clusters)
-    if config.mining.k >= train:
+    if config.clustering.trains and config.mining.k >= train:
         raise ConfigError(
             f"mining.k={config.mining.k} must be below the number of {images}, {train}; "
             f"use mining.k={max(1, min(20, train - 1))} or add images"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..models.backbones import ModelConfig
+from ..models.backbones import ModelConfig, build_backbone
 from ..models.heads import PretextModel
 
 TRIAL_IMAGES = 16
@@ -38,12 +39,13 @@ class Choice:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
-def choose_on_cpu(config: ModelConfig, side: int) -> Choice:
-    """Compare one training pass of the network in bfloat16 with float32, if the processor has bfloat16 products.
+def choose_on_cpu(config: ModelConfig, side: int, *, trains: bool = True) -> Choice:
+    """Compare one pass of the network in bfloat16 with float32, if the processor has bfloat16 products.
 
     Args:
-        config: the network; the trial uses random weights.
+        config: the network.
         side: the side of its images in pixels.
+        trains: compare a training pass with random weights; otherwise a pass forward with the weights of ``config``.
     """
     if torch.cpu._is_amx_tile_supported():
         unit = "AMX"
@@ -51,6 +53,11 @@ def choose_on_cpu(config: ModelConfig, side: int) -> Choice:
         unit = "AVX-512-BF16"
     else:
         return Choice("float32", "this processor has no bfloat16 products")
+    if not trains:
+        error = _forward_error(config.model_dump_json(), side)
+        if not error < OUTPUT_ERROR:
+            return Choice("float32", f"bfloat16 is wrong here: relative error {error:.2g} of the features")
+        return Choice("bfloat16", f"this processor has {unit}; relative error {error:.1g} of the features")
     output, gradient = _errors(config.from_scratch().model_dump_json(), side)
     if not (output < OUTPUT_ERROR and gradient < GRADIENT_ERROR):
         return Choice(
@@ -78,6 +85,22 @@ def _errors(config: str, side: int) -> tuple[float, float]:
 
     exact, found = run(torch.float32), run(torch.bfloat16)
     return _error(found[0], exact[0]), max(_error(a, b) for a, b in zip(found[1], exact[1], strict=True))
+
+
+@functools.cache
+@torch.no_grad()
+def _forward_error(config: str, side: int) -> float:
+    """Return the relative error of the features in bfloat16, with the weights that the configuration names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_backbone(ModelConfig.model_validate_json(config)).to(memory_format=torch.channels_last).eval()
+        # Smooth images: noise in every pixel is nothing that the weights have learned.
+        coarse = torch.randn(TRIAL_IMAGES, 3, 8, 8)
+    images = F.interpolate(coarse, (side, side), mode="bicubic").contiguous(memory_format=torch.channels_last)
+    exact = model(images).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(images).float()
+    return _error(found, exact)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

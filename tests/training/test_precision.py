@@ -14,7 +14,7 @@ from driving import opened, summary
 from torch import Tensor
 
 from scan_fast.models import batch_norm
-from scan_fast.models.backbones import ModelConfig
+from scan_fast.models.backbones import ModelConfig, build_backbone
 from scan_fast.ops.batch_norm import batch_norm as fused_batch_norm
 from scan_fast.training import precision
 from scan_fast.training.precision import choose_on_cpu
@@ -149,3 +149,21 @@ def test_memory_stays_while_it_is_asked_for() -> None:
         kept = faults()
     assert kept < 1000
     assert usual > 10 * kept or usual < 1000  # another C library, or huge pages
+
+
+def test_frozen_networks_are_tried_with_their_weights_and_forward_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(SMALL)
+    file = tmp_path / "weights.pth"
+    torch.save(backbone.state_dict(), file)
+    model = ModelConfig(backbone=SMALL.backbone, width=SMALL.width, weights=file)
+    choice = choose_on_cpu(model, 8, trains=False)
+    if choice.precision == "bfloat16":
+        assert "of the features" in choice.reason
+    else:
+        assert "no bfloat16 products" in choice.reason
+    # A bound below the rounding of 8 bits.
+    monkeypatch.setattr(precision, "OUTPUT_ERROR", 1e-6)
+    assert choose_on_cpu(model, 8, trains=False).precision == "float32"

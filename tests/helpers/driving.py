@@ -143,6 +143,8 @@ def _child(words: Sequence[str], log: str, death: Death | None) -> None:
         os.dup2(file, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     if death is not None:
+        # A shell starts jobs in the background with interrupts ignored, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _arrange(death)
     code = main(words)
     sys.stdout.flush()

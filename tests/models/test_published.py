@@ -357,7 +357,10 @@ def test_a_run_from_a_file_notes_its_weights_and_refuses_others(tmp_path: Path) 
 
 def test_a_missing_file_is_refused_before_images_are_read(tmp_path: Path) -> None:
     words = words_of(tmp_path / "none.pth", tmp_path / "run")
-    words = [word if word != "digits" else "folder" for word in words] + [f"data.root={tmp_path / 'nowhere'}"]
+    words = [word if word != "digits" else "folder" for word in words] + [
+        f"data.root={tmp_path / 'nowhere'}",
+        "clustering.objective.prior=uniform",
+    ]
     assert "there is no weight file" in run_here(*words).refusal()
 
 

@@ -132,6 +132,7 @@ def test_the_head_is_chosen_by_all_images_and_their_nearest_neighbours(
         *TINY_FOLDER,
         "selflabel=null",
         "mining.test_k=2",
+        "clustering.objective.prior=uniform",
         "--quiet",
         "--out",
         tmp_path / "r",

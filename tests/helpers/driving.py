@@ -42,6 +42,7 @@ TINY = (
     "clustering.batch_size=64",
     "clustering.heads=2",
     "clustering.objective.entropy_weight=5",
+    "clustering.objective.prior=uniform",
     "clustering.initialize=random",
     "selflabel.epochs=2",
     "selflabel.batch_size=64",

@@ -33,13 +33,13 @@ IN_SDIST = (
     "csrc/nt_xent/nt_xent_sm90.cu",
     "csrc/common/device.h",
     "scan_fast/gpu_status.json",
-    "scan_fast/report/report.html",
+    "scan_fast/report/page/page.html",
 )
 IN_WHEEL = (
     "scan_fast/configs/digits.yaml",
     "scan_fast/gpu_status.json",
     "scan_fast/py.typed",
-    "scan_fast/report/report.html",
+    "scan_fast/report/page/page.html",
 )
 NOT_IN_WHEEL = ("tests/", "benchmarks/", "tools/", "csrc/")
 

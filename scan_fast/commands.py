@@ -76,7 +76,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     """Return the configuration and the run folder that the command line names."""
     from .data.datasets import settings_for
     from .runs.artifacts import CONFIG
-    from .runs.config import build_config, find_config, load_config, merge, nested, parse_override
+    from .runs.config import change_config, find_config, load_config, parse_override
     from .runs.folder import RunFolder
 
     target = options.target
@@ -99,10 +99,8 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise RunError(
                 f"{path} is no run folder (it has no {CONFIG.name}); to group the images in it, give --data {path}"
             )
-        values: dict[str, Any] = RunFolder.existing(path).read(CONFIG).model_dump(mode="json")
-        for key, value in [*changes.items(), *map(parse_override, options.overrides)]:
-            values = merge(values, nested(key, value))
-        return build_config(values), path
+        changed = [*changes.items(), *map(parse_override, options.overrides)]
+        return change_config(RunFolder.existing(path).read(CONFIG), changed), path
     config = load_config(find_config(target), options.overrides, changes)
     return config, Path("runs") / _run_name(config)
 
@@ -378,8 +376,7 @@ def name(options: argparse.Namespace) -> int:
     with run:
         tracker = Tracker(run)
         table = run.read(ASSIGNMENTS)
-        # The last groups may be empty.
-        n_groups = max(int(table.clusters.max(initial=-1)) + 1, run.n_clusters or 0)
+        n_groups = run.n_groups(table)
         aside = run.set_names_aside(table)
         if aside is not None:
             tracker.say(f"the names were of another grouping; they are in {aside.name} now")

@@ -7,7 +7,7 @@ from typing import Any
 from .errors import RunError
 from .runs import artifacts
 from .runs.artifacts import Artifact, checkpoint
-from .runs.config import Config, build_config, merge, nested
+from .runs.config import Config, change_config
 from .runs.folder import RunFolder
 from .runs.records import StageResult
 from .runs.tracker import Tracker
@@ -60,19 +60,12 @@ def finish_early(run: RunFolder, *, quiet: bool = False) -> RunFolder:
         done["pretext"] = {"seconds": state.seconds, "epochs": state.epoch}
     else:
         raise RunError(f"{run.path} has not learned anything yet; run it until its first checkpoint")
-    return _group(run, _changed(config, changes), done, results, quiet=quiet)
+    return _group(run, change_config(config, changes.items()), done, results, quiet=quiet)
 
 
 def _copy(artifact: Artifact[Any], run: RunFolder, target: RunFolder) -> None:
     if run.has(artifact):
         target.write(artifact, run.read(artifact))
-
-
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    values: dict[str, Any] = config.model_dump(mode="json")
-    for key, value in changes.items():
-        values = merge(values, nested(key, value))
-    return build_config(values)
 
 
 def _group(

@@ -43,8 +43,7 @@ def sweep(config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = F
 
 def _collect(summaries: list[Summary]) -> dict[str, list[float]]:
     collected: dict[str, list[float]] = {}
-    stages = summaries[0].stages.values()
-    split = "test" if any("test" in entry for entry in stages) else "train"
+    split = summaries[0].reported
     of_split = "test " if split == "test" else ""
     for stage, entry in summaries[0].stages.items():
         entries = [summary.stages[stage] for summary in summaries]

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import ConfigError
+from .base import ObjectiveSettings
 
 Prior = Literal["uniform", "estimated"] | Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2)]
 """The type of a setting ``prior``: equal sizes, those of the start, or relative sizes in any order and scale."""
@@ -26,6 +27,25 @@ def check_prior(prior: Prior, n_clusters: int) -> None:
     """
     if isinstance(prior, tuple) and len(prior) != n_clusters:
         raise ConfigError(f"prior must have one size for each of the {n_clusters} clusters, got {len(prior)} sizes")
+
+
+class PriorSettings(ObjectiveSettings):
+    """Base of the settings of an objective with a prior.
+
+    Attributes:
+        prior: relative sizes of the clusters.
+    """
+
+    prior: Prior = "uniform"
+
+    @property
+    def needs_start(self) -> bool:
+        """True if the heads must start from clusters."""
+        return self.prior == "estimated"
+
+    def check(self, n_clusters: int) -> None:
+        """Check the number of given sizes."""
+        check_prior(self.prior, n_clusters)
 
 
 class ClusterPrior:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..evaluation.model_selection import selection_loss
 from ..losses import scan_loss
-from .base import Heads, Objective, ObjectiveSettings
-from .prior import ClusterPrior, Prior, check_prior
+from .base import Heads, Objective
+from .prior import ClusterPrior, PriorSettings
 
 
-class SCANSettings(ObjectiveSettings):
+class SCANSettings(PriorSettings):
     """SCAN: an image and its neighbour agree, and the clusters spread over all images.
 
     Attributes:
@@ -26,16 +26,6 @@ class SCANSettings(ObjectiveSettings):
 
     kind: Literal["scan"] = "scan"
     entropy_weight: float = Field(default=5.0, ge=0)
-    prior: Prior = "uniform"
-
-    @property
-    def needs_start(self) -> bool:
-        """True if the heads must start from clusters."""
-        return self.prior == "estimated"
-
-    def check(self, n_clusters: int) -> None:
-        """Check the number of given sizes."""
-        check_prior(self.prior, n_clusters)
 
     def build(self) -> SCAN:
         """Create the objective."""

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..evaluation.model_selection import modularity
-from .base import Heads, Objective, ObjectiveSettings
-from .prior import ClusterPrior, Prior, check_prior
+from .base import Heads, Objective
+from .prior import ClusterPrior, PriorSettings
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 
 
-class TURTLESettings(ObjectiveSettings):
+class TURTLESettings(PriorSettings):
     """TURTLE: labels that a linear probe learns in a few steps, spread over the clusters. Neighbours play no part.
 
     Attributes:
@@ -33,16 +33,6 @@ class TURTLESettings(ObjectiveSettings):
     entropy_weight: float = Field(default=10.0, ge=0)
     inner_steps: int = Field(default=10, ge=1)
     inner_lr: float = Field(default=1e-3, gt=0)
-    prior: Prior = "uniform"
-
-    @property
-    def needs_start(self) -> bool:
-        """True if the heads must start from clusters."""
-        return self.prior == "estimated"
-
-    def check(self, n_clusters: int) -> None:
-        """Check the number of given sizes."""
-        check_prior(self.prior, n_clusters)
 
     def build(self) -> TURTLE:
         """Create the objective."""

@@ -64,16 +64,20 @@ class Choice:
         return self.candidates[0]
 
     @property
+    def kmeans(self) -> Candidate:
+        """The candidate of k-means."""
+        return next(candidate for candidate in self.candidates if candidate.way == KMEANS)
+
+    @property
     def reason(self) -> str:
         """One sentence that says why."""
-        best = self.best
-        others = [candidate for candidate in self.candidates if candidate.way == KMEANS and candidate is not best]
+        best, plain = self.best, self.kmeans
         text = (
             f"{best.name} has the best score of {len(self.candidates)} partitions: {best.score.total:.3f} "
             f"(neighbors in the same group above chance {best.score.consistency:.3f}, "
             f"separation {best.score.separation:.3f})"
         )
-        return f"{text}; plain k-means has {others[0].score.total:.3f}" if others else text
+        return text if plain is best else f"{text}; plain k-means has {plain.score.total:.3f}"
 
 
 def choose(space: FeatureSpace, k: int, ways: Sequence[str] = tuple(WAYS), further: Sequence[Candidate] = ()) -> Choice:
@@ -122,7 +126,6 @@ def refined(
     Returns:
         The head, the candidate with its labels and score, and the candidates of all heads, the best first.
     """
-    plain = next(candidate for candidate in choice.candidates if candidate.way == KMEANS)
     features, neighbors = torch.from_numpy(space.unit), torch.from_numpy(space.neighbors(REFINED_NEIGHBORS))
     start = torch.from_numpy(choice.best.labels)
     found: list[tuple[Candidate, LinearHead]] = []
@@ -137,7 +140,7 @@ def refined(
             found.append((candidate, LinearHead(trained.weight[number], trained.bias[number])))
     found.sort(key=lambda pair: -pair[0].score.total)
     candidates = tuple(candidate for candidate, _ in found)
-    if found and found[0][0].score.total >= plain.score.total:
+    if found and found[0][0].score.total >= choice.kmeans.score.total:
         return found[0][1], candidates[0], candidates
     return *with_head(choice, space, k), candidates
 
@@ -156,7 +159,7 @@ def with_head(choice: Choice, space: FeatureSpace, k: int) -> tuple[LinearHead, 
     Returns:
         The head, and the candidate with the labels and the score of the head.
     """
-    plain = next(candidate for candidate in choice.candidates if candidate.way == KMEANS)
+    plain = choice.kmeans
     for candidate in choice.candidates:
         if candidate.score.total < plain.score.total or candidate is plain:
             break

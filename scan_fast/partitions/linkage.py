@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from .space import Indices, Rows
 
 LARGEST = 6000
 """Items that are linked; their matrix takes 144 MB."""
+
+
+Update = Callable[[Rows, Rows, float, float, NDArray[np.float64], float], NDArray[np.float64]]
+"""Returns the similarities (M,) of two merged groups to all others: of their rows, sizes, all sizes, and similarity."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def _ward(
     return mixed
 
 
-def _link(similarity: Rows, weights: NDArray[np.float64], update: object) -> Tree:
+def _link(similarity: Rows, weights: NDArray[np.float64], update: Update) -> Tree:
     m = len(weights)
     sizes = weights.astype(np.float64).copy()
     np.fill_diagonal(similarity, -np.inf)
@@ -88,7 +93,7 @@ def _link(similarity: Rows, weights: NDArray[np.float64], update: object) -> Tre
         a, b = min(a, b), max(a, b)
         between = float(similarity[a, b])
         found.append((between, int(names[a]), int(names[b])))
-        mixed = update(similarity[a], similarity[b], sizes[a], sizes[b], sizes, between)  # type: ignore[operator]
+        mixed = update(similarity[a], similarity[b], sizes[a], sizes[b], sizes, between)
         alive[b] = False
         mixed[~alive] = -np.inf
         mixed[a] = -np.inf

@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .score import group_sums
-from .space import Indices, Rows, principal_basis
+from .space import Indices, Rows, drawn_rows, principal_basis
 
 PENALTY = 1 / 3
 """Weight of half the squared norm of the weights against the sum of the cross-entropies, as C = 3 in scikit-learn. It
 keeps the head from reproducing single images that lie among another group."""
-FITTED_IMAGES = 20_000
-"""Images, drawn at random, to which the head is fitted."""
 ITERATIONS = 200
 
 
@@ -44,12 +42,10 @@ def fit_head(labels: Indices, rows: Rows, k: int, seed: int) -> LinearHead:
         labels: (N,) group of each image, from 0 to K - 1.
         rows: (N, D) unit features.
         k: K.
-        seed: draws the images, if there are more than FITTED_IMAGES.
+        seed: draws the images, see :func:`.space.drawn_rows`.
     """
     mean, basis = principal_basis(rows)
-    chosen = np.arange(len(rows))
-    if len(rows) > FITTED_IMAGES:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:FITTED_IMAGES])
+    chosen = drawn_rows(len(rows), seed)
     # In float64, so that the iterations end at the minimum rather than at rounding.
     inputs = torch.from_numpy((rows[chosen] - mean) @ basis).double()
     targets = torch.from_numpy(labels[chosen])

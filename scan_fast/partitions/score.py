@@ -68,11 +68,12 @@ def silhouettes(labels: Indices, rows: Rows) -> NDArray[np.float64]:
         return np.zeros(len(labels))
     sums = group_sums(labels, rows, groups)
     sizes = np.bincount(labels, minlength=groups).astype(np.float64)
-    products = rows.astype(np.float64) @ sums.T  # (N, K): sums of cosine similarities
+    wide = rows.astype(np.float64)
+    products = wide @ sums.T  # (N, K): sums of cosine similarities
     own = np.take_along_axis(products, labels[:, None], axis=1)[:, 0]
     own_size = sizes[labels]
     # The row itself, at distance 0, is not one of the others.
-    length = (rows.astype(np.float64) ** 2).sum(axis=1)
+    length = (wide**2).sum(axis=1)
     within = 1 - (own - length) / np.maximum(own_size - 1, 1)
     others = 1 - products / np.maximum(sizes, 1)
     others[:, sizes == 0] = np.inf

@@ -23,6 +23,8 @@ Indices = NDArray[np.int64]
 
 NEIGHBORS = 50
 """Neighbours that are searched of each image."""
+FITTED_IMAGES = 20_000
+"""Images to which k-means and heads are fitted; more change little and take longer."""
 COMPONENTS = 128
 """Principal components on which distances are computed. They keep nearly all distances between unit features."""
 
@@ -87,15 +89,17 @@ class FeatureSpace:
         return self.index[:, : max(1, min(k, len(self) // 20, self.index.shape[1]))]
 
     def smoothed(self, k: int, rounds: int) -> Rows:
-        """Return unit features averaged over the neighbour graph, (N, D) float32.
+        """Return unit features averaged over the neighbour graph, (N, D) float32; those themselves for 0 rounds.
 
         In each round, an image's features become the mean of themselves and of the mean over its k nearest neighbours.
         This draws the images of a group together, however many they are, and leaves the gaps between groups.
         """
+        if rounds == 0:
+            return self.unit
         index = self.neighbors(k)
 
         def compute() -> Rows:
-            rows = torch.from_numpy(self.unit if rounds == 1 else self.smoothed(k, rounds - 1))
+            rows = torch.from_numpy(self.smoothed(k, rounds - 1))
             neighbors = torch.from_numpy(index)
             means = torch.empty_like(rows)
             for part in torch.arange(len(rows)).split(4096):
@@ -107,8 +111,17 @@ class FeatureSpace:
 
     def smoothed_reduced(self, k: int, rounds: int) -> Rows:
         """Return the principal components of :meth:`smoothed`, (N, d) float32."""
+        if rounds == 0:
+            return self.reduced
         key = ("smoothed and reduced", self.neighbors(k).shape[1], rounds)
         return self.kept(key, lambda: principal_components(self.smoothed(k, rounds)))
+
+
+def drawn_rows(n: int, seed: int) -> Indices:
+    """Return the rows, in order, to which a model of n images is fitted: all, or FITTED_IMAGES drawn at random."""
+    if n <= FITTED_IMAGES:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:FITTED_IMAGES])
 
 
 def unit_rows(rows: Rows) -> Rows:

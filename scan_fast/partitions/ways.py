@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from .linkage import LARGEST, Tree, average_linkage, cut, ward_linkage
 from .score import group_sums
-from .space import FeatureSpace, Indices, Rows, unit_rows
+from .space import FeatureSpace, Indices, Rows, drawn_rows, unit_rows
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -27,8 +28,6 @@ Partitions = Mapping[str, Callable[[], Indices]]
 
 LEAST_SHARE = 0.2
 """Least size of a group that linkage may leave, as a share of N / K."""
-FITTED_IMAGES = 20_000
-"""Images, drawn at random, to which k-means is fitted; the others go to the nearest centre."""
 MOST_FOR_DENSE = 500
 """Images below which the eigenvectors are those of the full matrix."""
 MOST_FOR_SPECTRAL = 20_000
@@ -46,14 +45,11 @@ def kmeans_partitions(space: FeatureSpace, k: int) -> Partitions:
 
 def smoothed_kmeans_partitions(space: FeatureSpace, k: int) -> Partitions:
     """Group by k-means on features that are averaged over the neighbour graph."""
-    return {
-        f"{neighbors} neighbors, {rounds} rounds": (
-            lambda neighbors=neighbors, rounds=rounds: kmeans(  # type: ignore[misc]
-                space.smoothed_reduced(neighbors, rounds), k, space.seed, starts=4
-            )[0]
-        )
-        for neighbors, rounds in ((10, 2), (20, 2), (10, 4))
-    }
+
+    def partition(neighbors: int, rounds: int) -> Indices:
+        return kmeans(space.smoothed_reduced(neighbors, rounds), k, space.seed, starts=4)[0]
+
+    return _smoothed_variants(partition, (10, 2), (20, 2), (10, 4))
 
 
 def linkage_partitions(space: FeatureSpace, k: int) -> Partitions:
@@ -63,16 +59,11 @@ def linkage_partitions(space: FeatureSpace, k: int) -> Partitions:
     """
 
     def partition(neighbors: int, rounds: int) -> Indices:
-        rows = space.smoothed(neighbors, rounds) if rounds else space.unit
         items, tree = space.kept(("average tree", neighbors, rounds), lambda: _average_tree(space, neighbors, rounds))
-        return _filled(cut(tree, k, LEAST_SHARE * len(space) / k)[items], rows)
+        labels = cut(tree, k, LEAST_SHARE * len(space) / k)[items]
+        return _filled(labels, space.smoothed(neighbors, rounds))
 
-    return {
-        f"{neighbors} neighbors, {rounds} rounds": lambda neighbors=neighbors, rounds=rounds: partition(  # type: ignore[misc]
-            neighbors, rounds
-        )
-        for neighbors, rounds in ((0, 0), (10, 2), (10, 4), (20, 4))
-    }
+    return _smoothed_variants(partition, (0, 0), (10, 2), (10, 4), (20, 4))
 
 
 def ward_partitions(space: FeatureSpace, k: int) -> Partitions:
@@ -82,11 +73,14 @@ def ward_partitions(space: FeatureSpace, k: int) -> Partitions:
         items, tree = space.kept(("ward tree", neighbors, rounds), lambda: _ward_tree(space, neighbors, rounds))
         return cut(tree, k)[items]
 
+    return _smoothed_variants(partition, (0, 0), (10, 2), (10, 4))
+
+
+def _smoothed_variants(partition: Callable[[int, int], Indices], *smoothings: tuple[int, int]) -> Partitions:
+    """Return the variants of a way by the neighbours and rounds of smoothing, (0, 0) for none."""
     return {
-        f"{neighbors} neighbors, {rounds} rounds": lambda neighbors=neighbors, rounds=rounds: partition(  # type: ignore[misc]
-            neighbors, rounds
-        )
-        for neighbors, rounds in ((0, 0), (10, 2), (10, 4))
+        f"{neighbors} neighbors, {rounds} rounds": partial(partition, neighbors, rounds)
+        for neighbors, rounds in smoothings
     }
 
 
@@ -153,7 +147,7 @@ def kmeans(rows: Rows, k: int, seed: int, *, starts: int) -> tuple[Indices, Rows
     Args:
         rows: (N, D) float32.
         k: number of groups.
-        seed: seed of the starts and of the rows that it is fitted to, if there are more than FITTED_IMAGES.
+        seed: seed of the starts and of the rows that it is fitted to, see :func:`.space.drawn_rows`.
         starts: number of starts; the one of least inertia counts.
     """
     from sklearn.cluster import KMeans
@@ -162,15 +156,13 @@ def kmeans(rows: Rows, k: int, seed: int, *, starts: int) -> tuple[Indices, Rows
 
     if k > len(rows):
         raise ConfigError(f"{k} groups of {len(rows)} images cannot be made; give at most {len(rows)}")
-    fitted = rows
-    if len(rows) > FITTED_IMAGES:
-        fitted = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:FITTED_IMAGES])]
+    drawn = drawn_rows(len(rows), seed)
     # k-means++ compares each row with each new centre, which takes longer than all the rest for many centres.
     init = "k-means++" if k <= 500 else "random"
     with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than groups: some stay empty
-        model = KMeans(k, init=init, n_init=starts, random_state=seed % 2**32, max_iter=100).fit(fitted)
-        labels = model.labels_ if fitted is rows else model.predict(rows)
+        model = KMeans(k, init=init, n_init=starts, random_state=seed % 2**32, max_iter=100).fit(rows[drawn])
+        labels = model.labels_ if len(drawn) == len(rows) else model.predict(rows)
     return labels.astype(np.int64), model.cluster_centers_.astype(np.float32)
 
 
@@ -178,8 +170,7 @@ def _items(space: FeatureSpace, neighbors: int, rounds: int) -> Indices:
     """Return the item of each image to link: the image itself, or its small group if there are too many images."""
     if len(space) <= LARGEST:
         return np.arange(len(space))
-    rows = space.smoothed_reduced(neighbors, rounds) if rounds else space.reduced
-    labels, _ = kmeans(rows, LARGEST // 2, space.seed, starts=1)
+    labels, _ = kmeans(space.smoothed_reduced(neighbors, rounds), LARGEST // 2, space.seed, starts=1)
     return _dense(labels)
 
 
@@ -200,13 +191,13 @@ def _means(items: Indices, rows: Rows) -> tuple[Rows, NDArray[np.float64]]:
 
 def _average_tree(space: FeatureSpace, neighbors: int, rounds: int) -> tuple[Indices, Tree]:
     items = _items(space, neighbors, rounds)
-    means, sizes = _means(items, space.smoothed(neighbors, rounds) if rounds else space.unit)
+    means, sizes = _means(items, space.smoothed(neighbors, rounds))
     return items, average_linkage(means @ means.T, sizes)  # the mean of all products is the product of the means
 
 
 def _ward_tree(space: FeatureSpace, neighbors: int, rounds: int) -> tuple[Indices, Tree]:
     items = _items(space, neighbors, rounds)
-    means, sizes = _means(items, space.smoothed_reduced(neighbors, rounds) if rounds else space.reduced)
+    means, sizes = _means(items, space.smoothed_reduced(neighbors, rounds))
     return items, ward_linkage(means, sizes)
 
 

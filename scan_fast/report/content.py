@@ -33,7 +33,7 @@ class Content:
         embeddings: (N, D), in the order of the assignments; None if there are none of these images.
         names: the names that the user gave to groups.
         skipped: (path, reason) of the images that could not be read.
-        n_groups: the number of groups that the run was to find; 0 if classes decided it.
+        n_groups: the number of groups; the last ones may be empty.
     """
 
     config: Config
@@ -79,13 +79,13 @@ def read_content(run: RunFolder, *, largest_confusion: int) -> Content:
         embeddings=embeddings,
         names=run.group_names(assignments),
         skipped=run.read(artifacts.SKIPPED).images if run.has(artifacts.SKIPPED) else (),
-        n_groups=run.n_clusters or 0,
+        n_groups=run.n_groups(assignments),
     )
 
 
 def _unsplit(summary: Summary) -> Summary:
     """Return the summary without the name of the split if all images are in one: metrics of "train" are of all."""
-    if any("test" in entry for entry in summary.stages.values()):
+    if summary.reported == "test":
         return summary
     stages = {
         name: {key: value for key, value in entry.items() if key != "train"} | entry.get("train", {})

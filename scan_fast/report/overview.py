@@ -66,7 +66,7 @@ class Group:
 def groups_of(content: Content) -> list[Group]:
     """Return all groups by number, the empty ones too."""
     data = content.assignments
-    n_groups = max(int(data.clusters.max(initial=-1)) + 1, content.n_groups)
+    n_groups = content.n_groups
     nearest = _nearest(content, n_groups)
     total = max(1, data.clusters.size)
     split_names = list(dict.fromkeys(data.splits))

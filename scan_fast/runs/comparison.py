@@ -123,9 +123,8 @@ def _results(name: str, run: RunFolder) -> Iterator[Result]:
         yield Result(name, "nothing finished", n_clusters)
     for stage, entry in summary.stages.items():
         seconds = entry["seconds"]
-        reported = next((split for split in ("test", "train") if split in entry), None)
-        if reported is not None:
-            yield Result(name, stage, n_clusters, seconds=seconds, **_metrics(entry[reported]))
+        if summary.reported in entry:
+            yield Result(name, stage, n_clusters, seconds=seconds, **_metrics(entry[summary.reported]))
             continue
         # The accuracy of the nearest neighbours' vote uses the labels of the training images.
         accuracy = entry.get("knn_acc")

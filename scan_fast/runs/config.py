@@ -376,6 +376,14 @@ def build_config(values: Mapping[str, Any]) -> Config:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
 
 
+def change_config(config: Config, changes: Iterable[tuple[str, Any]]) -> Config:
+    """Return a configuration with values at dotted keys replaced, in this order."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    for key, value in changes:
+        values = merge(values, nested(key, value))
+    return build_config(values)
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split ``section.key=value``; the value is YAML, so ``null``, ``true``, ``[1, 2]`` and numbers work."""
     key, equals, value = text.partition("=")

@@ -199,6 +199,10 @@ class RunFolder:
             return wanted
         return self.read(SUGGESTION).k if self.has(SUGGESTION) else None
 
+    def n_groups(self, table: Assignments) -> int:
+        """Return the number of groups of a grouping; the last ones may be empty."""
+        return max(int(table.clusters.max(initial=-1)) + 1, self.n_clusters or 0)
+
     # -- metrics ---------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[MetricsEntry]:

@@ -32,6 +32,11 @@ class Summary:
     backbone: dict[str, Any] | None = None
 
     @property
+    def reported(self) -> str:
+        """The split that the run's results are of: "test", or "train" if no image was held out."""
+        return "test" if any("test" in entry for entry in self.stages.values()) else "train"
+
+    @property
     def seconds(self) -> float:
         """The time that the stages took together."""
         return round(sum(entry["seconds"] for entry in self.stages.values()), 3)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..evaluation.probes import knn_accuracy
 from ..models.heads import ClusterModel, PretextModel
 from ..runs.artifacts import EMBEDDINGS as EMBEDDED
 from ..training.context import Context
 from ..training.inference import forward_all
-from .handover import EMBEDDINGS, FEATURES, Handover
-from .stored import stored_features
+from .handover import EMBEDDINGS, FEATURES, UNIT_FEATURES, Handover
+from .stored import features_key, stored_features
 
 
 def mining_space(context: Context) -> str:
@@ -35,6 +36,32 @@ def embed(context: Context, model: PretextModel, split: str, handover: Handover 
         return forward_all(context, model, function, context.clustered[split])
 
     return compute() if handover is None else handover.get(name, split, compute)
+
+
+def unit_embedding(context: Context, model: PretextModel, split: str, handover: Handover) -> Tensor:
+    """Return what :func:`embed` does, as rows of length one; features of a frozen network may be another run's.
+
+    Args:
+        context: the run.
+        model: the finished pretext model.
+        split: "train" or "test".
+        handover: holds the result if the network is not trained, and what :func:`embed` holds.
+    """
+
+    def compute() -> Tensor:
+        return F.normalize(embed(context, model, split, handover), dim=1)
+
+    def found_or_computed() -> Tensor:
+        stored = stored_features(context)
+        if stored is None:
+            return compute()
+        for name, rows in stored.items():
+            handover.put(UNIT_FEATURES, name, rows)
+        return stored[split]
+
+    if features_key(context) is None:
+        return compute()
+    return handover.get(UNIT_FEATURES, split, found_or_computed)
 
 
 def backbone_features(context: Context, model: PretextModel | ClusterModel, split: str, handover: Handover) -> Tensor:
@@ -63,9 +90,9 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
     train, test = context.splits.train, context.splits.test
     if train.labels is None or (test is not None and test.labels is None):
         return {}
-    stored = stored_features(context) if handover is not None else None
-    if stored is not None:
-        bank, queries = stored["train"], stored.get("test")
+    if handover is not None and features_key(context) is not None:
+        bank = unit_embedding(context, model, "train", handover)
+        queries = None if test is None else unit_embedding(context, model, "test", handover)
     else:
         bank = embed(context, model, "train", handover)
         queries = None if test is None else embed(context, model, "test", handover)

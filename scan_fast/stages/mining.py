@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MissingPackageError, RunError
@@ -15,10 +14,10 @@ from ..neighbors import topk_neighbors
 from ..runs import artifacts
 from ..runs.records import Embeddings, Neighbors
 from ..training.context import Context
-from .embedding import embed
+from .embedding import unit_embedding
 from .handover import Handover
 from .inputs import pretext_model
-from .stored import features_key, stored_features
+from .stored import features_key
 
 NAME = "mining"
 
@@ -31,10 +30,9 @@ def run_mining(context: Context, handover: Handover) -> None:
     embeddings: dict[str, np.ndarray] = {}
     found = Neighbors({}, {})
     results: dict[str, object] = {}
-    stored = stored_features(context)
     for split, source in context.clustered.items():
         k = min(config.k if split == "train" else config.test_k, len(source) - 1)
-        embedding = stored[split] if stored else F.normalize(embed(context, model, split, handover), dim=1)
+        embedding = unit_embedding(context, model, split, handover)
         if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
             raise RunError(
                 f"all {len(source)} images have the same {config.features} features, so that there is nothing to "

@@ -20,7 +20,7 @@ from ..training.process import kept_memory
 from . import clustering, mining, number, pretext, selflabel
 from .assessment import assess
 from .embedding import knn_check
-from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, Handover
+from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, UNIT_FEATURES, Handover
 from .inputs import cluster_model, mined_neighbors, pretext_model, selflabelled_model
 from .results import baselines, write_results, write_skipped
 
@@ -52,14 +52,14 @@ PIPELINE = (
         pretext.run_pretext,
         inputs=(),
         outputs=(artifacts.PRETEXT_MODEL,),
-        hands_on=(EMBEDDINGS, FEATURES),
+        hands_on=(EMBEDDINGS, FEATURES, UNIT_FEATURES),
     ),
     PipelineStage(
         mining.NAME,
         mining.run_mining,
         inputs=(artifacts.PRETEXT_MODEL,),
         outputs=(artifacts.EMBEDDINGS, artifacts.NEIGHBORS),
-        takes=(EMBEDDINGS, FEATURES),
+        takes=(EMBEDDINGS, FEATURES, UNIT_FEATURES),
     ),
     PipelineStage(
         number.NAME,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from driving import assignments, metrics, opened, run_here, tensor_hash
+from interruptions import Interrupted
 from torch import Tensor
 
 from scan_fast.models.heads import ClusterModel
@@ -34,15 +35,6 @@ def tensors(value: object, name: str = "") -> dict[str, str]:
 @pytest.mark.parametrize("update", ["full", "heads"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_interrupted_and_resumed_the_same_bits(objective: str, update: str, finished: Path) -> None:
-    class Interrupted(Clustering):
-        steps = 0
-
-        def after_step(self) -> None:
-            super().after_step()
-            self.steps += 1
-            if self.steps == 3:
-                raise KeyboardInterrupt
-
     def result_of(kinds: list[type[Clustering]]) -> dict[str, str]:
         overrides = (f"clustering.objective={objective}", "clustering.initialize=kmeans", f"clustering.update={update}")
         with opened(finished, *overrides, "runtime.checkpoint_seconds=0", again=True) as context:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from driving import opened
+from interruptions import Interrupted
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,15 +82,6 @@ def test_another_objective_trains_mlp_heads_and_resumes_in_the_same_bits(update:
         f"clustering.update={update}",
     )
     overrides += ("clustering.initialize=random", "runtime.checkpoint_seconds=0", "clustering.epochs=2")
-
-    class Interrupted(Clustering):
-        steps = 0
-
-        def after_step(self) -> None:
-            super().after_step()
-            self.steps += 1
-            if self.steps == 3:
-                raise KeyboardInterrupt
 
     def result_of(kinds: list[type[Clustering]]) -> tuple[dict[str, Tensor], Clustering]:
         with opened(finished, *overrides, again=True) as context:

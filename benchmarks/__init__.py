@@ -13,6 +13,7 @@ BENCHMARKS = {
     "step": "the parts of a SimCLR step's time",
     "end_to_end": "every stage of a run, compared with plain PyTorch",
     "accuracy": "accuracy of a configuration over seeds",
+    "partitions": "groups of frozen features against k-means and Ward's linkage",
     "trials": "quality and cost of changes to a configuration",
     "targets": "the promises of this project, measured",
     "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",

@@ -1,0 +1,91 @@
+"""Groups of frozen features against k-means and Ward's linkage, by the accuracy on labelled folders.
+
+    scan-fast embed RUN --data FOLDER --out FOLDER.npz      # features of a labelled folder by the network of a run
+    python -m benchmarks.partitions FOLDER.npz ... [--seeds 3] [--json FILE]
+
+The class of an image is the folder that it is in. All methods get the same features and the number of classes. k-means
+is the best of 10 starts on the features of length one, Ward's linkage is scikit-learn's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import AgglomerativeClustering, KMeans
+
+from scan_fast.evaluation.metrics import clustering_metrics
+from scan_fast.partitions import FeatureSpace, choose, refined, suggest_number
+
+from .environment import describe
+
+METRICS = ("acc", "nmi", "ari")
+
+
+def measure(features: NDArray[np.float32], labels: NDArray[np.int64], seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the metrics of each method, averaged over seeds, and the suggested number of groups.
+
+    Args:
+        features: (N, D), not normalised.
+        labels: (N,) classes from 0.
+        seeds: seeds of k-means and of scan-fast.
+    """
+    k, sizes = int(labels.max()) + 1, np.bincount(labels)
+    found: dict[str, list[dict[str, float]]] = {"kmeans": [], "ward": [], "scan_fast": []}
+    seconds = []
+    for seed in seeds:
+        begin = time.perf_counter()
+        space = FeatureSpace(torch.from_numpy(features), seed)
+        chosen = refined(choose(space, k), space, k)[1]
+        seconds.append(time.perf_counter() - begin)
+        kmeans = KMeans(k, n_init=10, random_state=seed).fit_predict(space.unit)
+        found["scan_fast"].append(clustering_metrics(chosen.labels, labels, k, k))
+        found["kmeans"].append(clustering_metrics(kmeans, labels, k, k))
+    ward = AgglomerativeClustering(k).fit_predict(space.unit)
+    found["ward"].append(clustering_metrics(ward, labels, k, k))
+    return {
+        "images": len(labels),
+        "classes": k,
+        "class_sizes": [int(sizes.min()), int(sizes.max())],
+        "suggested": suggest_number(space).k,
+        "seconds": round(float(np.median(seconds)), 2),
+        **{
+            method: {name: round(float(np.mean([entry[name] for entry in entries])), 4) for name in METRICS}
+            for method, entries in found.items()
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the given files and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.partitions", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".npz of scan-fast embed")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    options = parser.parse_args(arguments)
+    results = {}
+    for file in options.files:
+        with np.load(file) as content:
+            names = [PurePath(str(path)).parent.name for path in content["paths"]]
+            labels = np.unique(names, return_inverse=True)[1].astype(np.int64)
+            entry = measure(content["features"].astype(np.float32), labels, range(options.seeds))
+        results[file.stem] = entry
+        scores = "  ".join(f"{name} {entry[name]['acc']:.3f}" for name in ("kmeans", "ward", "scan_fast"))
+        size = f"{entry['images']:>6} images  {entry['classes']:>3} classes  {entry['suggested']:>3} suggested"
+        print(f"{file.stem:<24}{size}  {scores}  {entry['seconds']:.1f} s", flush=True)
+    if options.json is not None:
+        header = {"benchmark": "partitions", "title": "Groups of frozen features", "device": "cpu"}
+        result = {**header, "environment": describe("cpu"), "seeds": options.seeds, "results": results}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

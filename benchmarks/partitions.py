@@ -27,10 +27,11 @@ from scan_fast.partitions import FeatureSpace, choose, refined, suggest_number
 from .environment import describe
 
 METRICS = ("acc", "nmi", "ari")
+METHODS = {"kmeans": "k-means", "ward": "Ward", "scan_fast": "scan-fast"}
 
 
 def measure(features: NDArray[np.float32], labels: NDArray[np.int64], seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the metrics of each method, averaged over seeds, and the suggested number of groups.
+    """Return the metrics of each method, averaged over seeds, and the suggested number of groups by seed.
 
     Args:
         features: (N, D), not normalised.
@@ -38,13 +39,14 @@ def measure(features: NDArray[np.float32], labels: NDArray[np.int64], seeds: Seq
         seeds: seeds of k-means and of scan-fast.
     """
     k, sizes = int(labels.max()) + 1, np.bincount(labels)
-    found: dict[str, list[dict[str, float]]] = {"kmeans": [], "ward": [], "scan_fast": []}
-    seconds = []
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    seconds, suggested = [], []
     for seed in seeds:
         begin = time.perf_counter()
         space = FeatureSpace(torch.from_numpy(features), seed)
         chosen = refined(choose(space, k), space, k)[1]
         seconds.append(time.perf_counter() - begin)
+        suggested.append(suggest_number(space).k)
         kmeans = KMeans(k, n_init=10, random_state=seed).fit_predict(space.unit)
         found["scan_fast"].append(clustering_metrics(chosen.labels, labels, k, k))
         found["kmeans"].append(clustering_metrics(kmeans, labels, k, k))
@@ -54,13 +56,26 @@ def measure(features: NDArray[np.float32], labels: NDArray[np.int64], seeds: Seq
         "images": len(labels),
         "classes": k,
         "class_sizes": [int(sizes.min()), int(sizes.max())],
-        "suggested": suggest_number(space).k,
+        "suggested": suggested,
         "seconds": round(float(np.median(seconds)), 2),
         **{
             method: {name: round(float(np.mean([entry[name] for entry in entries])), 4) for name in METRICS}
             for method, entries in found.items()
         },
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a result: accuracy, NMI and ARI in percent, and the numbers of groups."""
+    heads = ["folder", "images", "classes", "sizes", *METHODS.values(), "suggested", "seconds"]
+    rows = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for name, entry in result["results"].items():
+        scores = [" / ".join(f"{100 * entry[method][metric]:.1f}" for metric in METRICS) for method in METHODS]
+        sizes = "-".join(map(str, dict.fromkeys(entry["class_sizes"])))
+        cells = [f"{entry['images']:,}", str(entry["classes"]), sizes, *scores]
+        suggested = ", ".join(map(str, entry["suggested"]))
+        rows.append(f"| {name} | {' | '.join(cells)} | {suggested} | {entry['seconds']:.1f} |")
+    return "\n".join(rows) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             labels = np.unique(names, return_inverse=True)[1].astype(np.int64)
             entry = measure(content["features"].astype(np.float32), labels, range(options.seeds))
         results[file.stem] = entry
-        scores = "  ".join(f"{name} {entry[name]['acc']:.3f}" for name in ("kmeans", "ward", "scan_fast"))
-        size = f"{entry['images']:>6} images  {entry['classes']:>3} classes  {entry['suggested']:>3} suggested"
+        scores = "  ".join(f"{name} {entry[name]['acc']:.3f}" for name in METHODS)
+        suggested = "suggested " + ", ".join(map(str, entry["suggested"]))
+        size = f"{entry['images']:>6} images  {entry['classes']:>3} classes  {suggested:<20}"
         print(f"{file.stem:<24}{size}  {scores}  {entry['seconds']:.1f} s", flush=True)
     if options.json is not None:
         header = {"benchmark": "partitions", "title": "Groups of frozen features", "device": "cpu"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, MissingPackageError
-from .methods import SimCLRSettings
+from .methods import MultiViewSettings
 from .models.backbones import ModelConfig, multiply_adds
 from .models.heads import PretextModel
 from .models.pretrained import can_fetch, weights_at_hand
@@ -144,7 +144,7 @@ def estimate(context: Context, finished: Iterable[str] = ()) -> Estimate | None:
     """
     config, n = context.config, len(context.splits.train)
     side = context.plain_view.side
-    passes = _passes(config, finished)
+    passes = _passes(config, side, finished)
     work = multiply_adds(context.model_config, side) * n * sum(f + 3 * t for f, t in passes.values())
     if work < SHORT:
         return None
@@ -152,18 +152,18 @@ def estimate(context: Context, finished: Iterable[str] = ()) -> Estimate | None:
     return Estimate({name: n * (f * cost.forward + t * cost.training) for name, (f, t) in passes.items()})
 
 
-def _passes(config: Config, finished: Iterable[str]) -> dict[str, tuple[float, float]]:
+def _passes(config: Config, side: int, finished: Iterable[str] = ()) -> dict[str, tuple[float, float]]:
     """Return by stage how often an image passes forward only, and in training."""
     passes = {}
     pretext, clustering, selflabel = config.pretext, config.clustering, config.selflabel
     trains = pretext.method.trains
+    views = pretext.method.passes(side) if trains else 0.0
     checks = pretext.epochs / pretext.monitor_every if trains and pretext.monitor_every else 0.0
-    passes["pretext"] = (1.0 + checks, 2.0 * pretext.epochs if trains else 0.0)
+    passes["pretext"] = (1.0 + checks, views * pretext.epochs)
     if clustering.update == "full":
         passes["clustering"] = (clustering.epochs / clustering.evaluate_every, 2.0 * clustering.epochs)
     elif clustering.update == "heads":
-        views = clustering.cached_views or 2 * clustering.epochs
-        passes["clustering"] = (float(views), 0.0)
+        passes["clustering"] = (float(clustering.cached_views or 2 * clustering.epochs), 0.0)
     if selflabel is not None:
         passes["selflabel"] = (selflabel.epochs * (1 + 1 / selflabel.evaluate_every), float(selflabel.epochs))
     return {name: value for name, value in passes.items() if name not in set(finished)}
@@ -180,7 +180,7 @@ def measure(context: Context, side: int | None = None, width: float | None = Non
     source, config = context.splits.train, context.config
     rows = torch.arange(min(TIMED_IMAGES, len(source)))
     trained = config.pretext.method
-    view = context.plain_view if not isinstance(trained, SimCLRSettings) else trained.view.resolved(context.side)
+    view = context.plain_view if not isinstance(trained, MultiViewSettings) else trained.view.resolved(context.side)
     views = context.views_of(source, "estimate")
     model_config = resolved_model(config.model, side or source.size) if side else context.model_config
     if width is not None:
@@ -239,7 +239,7 @@ def fit_minutes(context: Context, minutes: float) -> Config:
     budget = 60 * minutes * TRAINING_SHARE
     options = _options(context, side)
     for size, width in options:
-        epochs = _epochs(config, n, measure(context, size, width), budget)
+        epochs = _epochs(config, n, size, measure(context, size, width), budget)
         if epochs["pretext"] >= min(FEWEST_EPOCHS, config.pretext.epochs) or (size, width) == options[-1]:
             break
     if min(epochs.values()) < 1:
@@ -263,11 +263,11 @@ def _options(context: Context, side: int) -> list[tuple[int, float]]:
     return options
 
 
-def _epochs(config: Config, n: int, cost: Cost, budget: float) -> dict[str, float]:
+def _epochs(config: Config, n: int, side: int, cost: Cost, budget: float) -> dict[str, float]:
     """Return how many epochs of each stage fit, at most those configured."""
     shares = {name: share for name, share in SHARES.items() if name != "selflabel" or config.selflabel is not None}
     epochs = {}
-    for name, (forward, training) in _passes(config, ()).items():
+    for name, (forward, training) in _passes(config, side).items():
         section = getattr(config, name)
         per_epoch = n * (forward * cost.forward + training * cost.training) / section.epochs
         epochs[name] = min(float(section.epochs), budget * shares[name] / sum(shares.values()) / per_epoch)
@@ -278,7 +278,7 @@ def _with_epochs(config: Config, epochs: Mapping[str, int], size: int, width: fl
     update: dict[str, Any] = {
         name: getattr(config, name).model_copy(update={"epochs": count}) for name, count in epochs.items()
     }
-    if isinstance(config.pretext.method, SimCLRSettings) and size != side:
+    if size != side:
         update["data"] = config.data.model_copy(update={"image_size": size})
     update["model"] = config.model.model_copy(update={"width": width})
     return config.model_copy(update=update)

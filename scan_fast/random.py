@@ -10,6 +10,7 @@ read with a shift and a mask, so the same bits come out on every device.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ _ROUNDS = 10
 _UNIFORM_BLOCK = 0
 _INTEGER_BLOCK = 0x40000000
 _PERMUTATION_BLOCK = 0x80000000
+_NORMAL_BLOCK = 0xC0000000
 
 
 def stream_key(seed: int, stage: str) -> Key:
@@ -61,7 +63,7 @@ def philox4x32(key: Key, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def _words(key: Key, epoch: int, samples: Tensor, view: int, first_block: int, blocks: int) -> Tensor:
+def _words(key: Key, epoch: int | Tensor, samples: Tensor, view: int, first_block: int, blocks: int) -> Tensor:
     """Return (n, 4 * blocks) random words of the given samples."""
     if samples.dtype != torch.int64 or samples.ndim != 1:
         raise ValueError(f"samples must be a 1-d int64 tensor, got {tuple(samples.shape)} {samples.dtype}")
@@ -94,6 +96,24 @@ def uniforms(key: Key, epoch: int, samples: Tensor, view: int, count: int) -> Te
     """
     words = _words(key, epoch, samples, view, _UNIFORM_BLOCK, -(-count // 4))[:, :count]
     return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def normals(key: Key, step: Tensor, rows: int, columns: int) -> Tensor:
+    """Draw standard normal numbers for a step that is counted on a device; the host does not wait for it.
+
+    Args:
+        key: from :func:`stream_key`.
+        step: int64 scalar in [0, 2^32).
+        rows: number of rows.
+        columns: number of columns.
+
+    Returns:
+        (rows, columns) float32, by the Box-Muller transform of 32-bit words, on the step's device.
+    """
+    words = _words(key, step, torch.arange(rows, device=step.device), 0, _NORMAL_BLOCK, -(-columns // 4))
+    first, second = ((words + 0.5) * 2.0**-32).to(torch.float32).chunk(2, dim=1)
+    radius, angle = (-2 * first.clamp(max=1 - 2.0**-24).log()).sqrt(), 2 * math.pi * second
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :columns]
 
 
 def permutation(key: Key, epoch: int, n: int) -> Tensor:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema", "errors", "atomic", "gpu_status", "parsing"),
-    ("devices", "completion"),
+    ("devices", "completion", "threads"),
     ("ops",),
     ("random", "losses", "neighbors"),
     ("data",),

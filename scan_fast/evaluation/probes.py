@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
 from scan_fast.neighbors import topk_neighbors
+from scan_fast.threads import on_all_cores
 
 from .arrays import as_array, as_matrix
 from .metrics import clustering_metrics
@@ -99,10 +101,14 @@ def kmeans_baseline(
     applied = _unit_rows(test, "test", columns=fitted.shape[1])
     if not 1 <= n_clusters <= fitted.shape[0]:
         raise ValueError(f"n_clusters must be from 1 to the {fitted.shape[0]} train images, got {n_clusters}")
-    runs = [
-        KMeans(n_clusters, n_init=n_init, random_state=int(seed)).fit(fitted).predict(applied).astype(np.int64)
-        for seed in seeds
-    ]
+
+    def assigned(seed: int) -> NDArray[np.int64]:
+        with threadpool_limits(1):
+            model = KMeans(n_clusters, n_init=n_init, random_state=int(seed)).fit(fitted)
+            labels: NDArray[np.int64] = model.predict(applied).astype(np.int64)
+        return labels
+
+    runs = on_all_cores(assigned, seeds)
     return np.stack(runs) if runs else np.zeros((0, applied.shape[0]), dtype=np.int64)
 
 

@@ -6,12 +6,15 @@ from pydantic import Field
 
 from ..schema import BARE_KIND
 from .base import MethodSettings, PretextMethod
+from .multi_view import MultiViewSettings
 from .none import NoneSettings
+from .sigreg import SIGRegSettings
 from .simclr import SimCLR, SimCLRSettings
+from .visreg import VISRegSettings
 from .weights import WeightsSettings
 
 MethodConfig = Annotated[
-    SimCLRSettings | WeightsSettings | NoneSettings,
+    SimCLRSettings | SIGRegSettings | VISRegSettings | WeightsSettings | NoneSettings,
     Field(discriminator="kind"),
     BARE_KIND,
 ]
@@ -20,9 +23,12 @@ MethodConfig = Annotated[
 __all__ = [
     "MethodConfig",
     "MethodSettings",
+    "MultiViewSettings",
     "NoneSettings",
     "PretextMethod",
+    "SIGRegSettings",
     "SimCLR",
     "SimCLRSettings",
+    "VISRegSettings",
     "WeightsSettings",
 ]

@@ -77,6 +77,13 @@ class MethodSettings(Settings):
         """Return the largest side in pixels of an image that the network sees in training, for sources of ``size``."""
         return size
 
+    def passes(self, size: int) -> float:
+        """Return the pixels of an image that pass the network in an epoch, in units of a view of :meth:`side`.
+
+        Plans of a run's time use it. Two views of full size by default.
+        """
+        return 2.0
+
     def input_format(self) -> InputFormat | None:
         """Return the input format of the weights that the method brings, None if it brings none or they have none."""
         return None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..threads import one_thread
 from . import native
 from .self_tests.comparison import Finding
 
@@ -66,7 +67,7 @@ def _run(family: str, kernels: str, device: torch.device) -> Result:
     findings = findings_of(family)
     begin = time.perf_counter()
     worst, reason = 0.0, ""
-    with _kernel_set(family, kernels, device), _full_precision(), _one_thread():
+    with _kernel_set(family, kernels, device), _full_precision(), one_thread():
         for case, error, allowed in findings(device):
             share = error / allowed if allowed > 0 else math.inf if error > 0 else 0.0
             if not error <= allowed:
@@ -136,17 +137,3 @@ def _full_precision() -> Iterator[None]:
             matmul.fp32_precision = "bf16"
     else:
         yield
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread of the CPU: on a busy machine, threads wait for each other far longer than these sums take.
-
-    PyTorch keeps the number per calling thread; MKL's is changed for all threads meanwhile.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..objectives import ObjectiveSettings
+from ..threads import on_all_cores
 from .heads import REFINEMENTS, train_heads
 from .probe import LinearHead, fit_head, nearest_mean_head
 from .score import Score, label_free_score
@@ -96,9 +95,7 @@ def choose(space: FeatureSpace, k: int, ways: Sequence[str] = tuple(WAYS), furth
         for way in dict.fromkeys((KMEANS, *ways))
         for variant, partition in WAYS[way](space, k).items()
     ]
-    # Each task gives the same bits on one thread, so several run at a time.
-    with ThreadPoolExecutor(min(len(tasks), os.cpu_count() or 1)) as pool:
-        candidates = list(pool.map(lambda task: _candidate(space, *task), tasks))
+    candidates = on_all_cores(lambda task: _candidate(space, *task), tasks)
     ordered = sorted([*candidates, *further], key=lambda c: (-c.score.total, c.way != KMEANS))
     return Choice(tuple(ordered))
 

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..models.heads import ClusterModel
 from ..objectives import ObjectiveSettings, SCANSettings, TEMISettings
 from ..random import Key, integers, stream_key, uniforms
+from ..threads import one_thread
 
 STREAM = "partitions/heads"
 COMPONENTS = 128
@@ -55,6 +56,7 @@ class TrainedHeads:
     bias: Tensor
 
 
+@one_thread()
 def train_heads(
     features: Tensor,
     neighbors: Tensor,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
 from ..errors import ConfigError
+from ..threads import on_all_cores
 from .score import label_free_score
 from .space import FeatureSpace
 from .ways import WAYS, kmeans
@@ -23,7 +22,7 @@ TREES = ("linkage", "ward", "merging")
 """Ways that are tried for every number, besides k-means: their trees are made once and cut for each number."""
 SMOOTHING = (10, 2)
 """Neighbours and rounds of the smoothed features that k-means groups."""
-SAME_SCORE = 0.01
+SAME_SCORE = 0.002
 """Relative difference of scores that does not count: over a range of numbers the score is often nearly flat."""
 SAME_STABILITY = 0.1
 """Difference of stabilities that does not count."""
@@ -65,7 +64,7 @@ def suggest_number(space: FeatureSpace, numbers: Sequence[int] | None = None) ->
     """Suggest how many groups the images fall into.
 
     For each number, the images are grouped in several ways and the best label-free score counts. Of the numbers whose
-    score is within one percent of the highest, those are left out that are clearly less stable than the others; the
+    score is within 0.2 percent of the highest, those are left out that are clearly less stable than the others; the
     smallest that remains is the suggestion. First numbers in steps of about a fifth are tried, then all between the
     neighbours of the best.
 
@@ -102,9 +101,7 @@ def default_numbers(n: int) -> list[int]:
 
 
 def _points(space: FeatureSpace, numbers: Sequence[int]) -> dict[int, Point]:
-    # Two numbers at a time, each on one thread.
-    with ThreadPoolExecutor(min(max(1, len(numbers)), os.cpu_count() or 1)) as pool:
-        return dict(zip(numbers, pool.map(lambda k: _point(space, k), numbers), strict=True))
+    return dict(zip(numbers, on_all_cores(lambda k: _point(space, k), numbers), strict=True))
 
 
 def _point(space: FeatureSpace, k: int) -> Point:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..threads import one_thread
 from .score import group_sums
 from .space import Indices, Rows, drawn_rows, principal_basis
 
@@ -35,6 +36,7 @@ class LinearHead:
         return torch.from_numpy(rows) @ self.weight.T + self.bias
 
 
+@one_thread()
 def fit_head(labels: Indices, rows: Rows, k: int, seed: int) -> LinearHead:
     """Fit a head to a partition by multinomial logistic regression on the leading principal components.
 

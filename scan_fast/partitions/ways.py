@@ -159,7 +159,7 @@ def kmeans(rows: Rows, k: int, seed: int, *, starts: int) -> tuple[Indices, Rows
     drawn = drawn_rows(len(rows), seed)
     # k-means++ compares each row with each new centre, which takes longer than all the rest for many centres.
     init = "k-means++" if k <= 500 else "random"
-    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than groups: some stay empty
         model = KMeans(k, init=init, n_init=starts, random_state=seed % 2**32, max_iter=100).fit(rows[drawn])
         labels = model.labels_ if len(drawn) == len(rows) else model.predict(rows)

@@ -219,7 +219,7 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     sharpness = 10.0
     for number, head in enumerate(model.cluster_head):
         # One thread: several add up the centres in the order in which they finish, and no two runs agree in all bits.
-        with threadpool_limits(1, user_api="openmp"):
+        with threadpool_limits(1):
             seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
             kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit)
         centers = torch.from_numpy(kmeans.cluster_centers_).float()

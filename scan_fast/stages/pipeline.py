@@ -197,6 +197,8 @@ def evaluate(context: Context) -> Summary:
 
 def make_report(context: Context) -> None:
     """Write report.html."""
+    images = sum(len(source) for source in context.clustered.values())
+    context.tracker.say(f"report: thumbnails, map and near-duplicates of {images:,} images")
     write_report(context.run, context.clustered, title=context.config.name)
 
 

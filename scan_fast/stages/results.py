@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..data.sources import Source, SubsetSource
 from ..evaluation.metrics import confusion, match_clusters
@@ -21,8 +22,12 @@ from ..training.inference import forward_all
 from .embedding import backbone_features, frozen_logits
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
-MOST_PIXELS = 4 << 30
-"""Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline."""
+MOST_PIXELS = 1 << 30
+"""Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline; each of its
+repetitions takes as much memory again."""
+
+PIXEL_SIDE = 96
+"""Larger images are averaged down to this side for k-means on pixels."""
 
 TYPICALITY_IMAGES = 5_000
 """Largest number of training images, drawn at random, whose features are computed for the typicality of new images."""
@@ -159,15 +164,15 @@ def write_skipped(context: Context) -> list[tuple[str, str]]:
 def baselines(context: Context) -> dict[str, dict[str, float]]:
     """Return the metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
-    They are of the reported split, by the centres of the training images. It is empty without labels. Pixels are left
-    out if there are too many of them.
+    They are of the reported split, by the centres of the training images. It is empty without labels. Images of more
+    than ``PIXEL_SIDE`` pixels are averaged down to that size. Pixels are left out if there are too many of them.
     """
     train, reported = context.splits.train, context.clustered[context.reported]
     if reported.labels is None or context.n_classes is None:
         return {}
     seeds = range(context.config.evaluation.baseline_seeds)
     inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    if 12 * train.size**2 * len(train) <= MOST_PIXELS:
+    if 12 * min(train.size, PIXEL_SIDE) ** 2 * len(train) <= MOST_PIXELS:
         inputs["kmeans_pixels"] = (_pixels(train), _pixels(reported))
     if context.run.has(artifacts.EMBEDDINGS):
         embeddings = context.run.read(artifacts.EMBEDDINGS).rows
@@ -186,7 +191,11 @@ def baselines(context: Context) -> dict[str, dict[str, float]]:
 
 
 def _pixels(source: Source) -> np.ndarray:
-    pixels = np.empty((len(source), 3 * source.size**2), dtype=np.float32)
-    for rows in torch.arange(len(source)).split(1024):
-        pixels[rows.numpy()] = source.read(rows).flatten(1).cpu().numpy()
+    side = min(source.size, PIXEL_SIDE)
+    pixels = np.empty((len(source), 3 * side**2), dtype=np.float32)
+    for rows in torch.arange(len(source)).split(256):
+        images = source.read(rows)
+        if side < source.size:
+            images = F.interpolate(images.movedim(-1, 1).float(), size=(side, side), mode="area").movedim(1, -1)
+        pixels[rows.numpy()] = images.flatten(1).cpu().numpy()
     return pixels

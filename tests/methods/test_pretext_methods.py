@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scan_fast.errors import WeightsError
+from scan_fast.losses import nt_xent
 from scan_fast.methods import MethodSettings, NoneSettings, PretextMethod, SimCLR, SimCLRSettings, WeightsSettings
 from scan_fast.models.heads import PretextModel
 from scan_fast.models.moving_average import MovingAverage
@@ -93,6 +94,60 @@ def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> N
     whole, parts = trained(tmp_path / "whole", None), trained(tmp_path / "parts", 3)
     assert whole.keys() == parts.keys()
     assert all(value.equal(parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("kind", ["simclr", "sigreg", "visreg"])
+def test_shipped_methods_resume_in_the_same_bits(kind: str, tmp_path: Path) -> None:
+    settings = [f"pretext.method={kind}", "pretext.method.view.kind=affine", "pretext.method.small_views=2"]
+    settings += ["pretext.method.small_view.kind=affine", "pretext.method.small_view.size=6", "pretext.epochs=2"]
+
+    def learned(folder: Path, stop_at: int | None) -> dict[str, Tensor]:
+        with opened(folder, "runtime.checkpoint_seconds=0", "model.projection_dim=64", *settings) as context:
+            for stop in (stop_at, None) if stop_at else (None,):
+                torch.manual_seed(0)
+                model = context.place(PretextModel(context.model_config))
+                method = context.config.pretext.method.build(model, context.side)
+                first = {name: value.clone() for name, value in model.state_dict().items()}
+                stage = Pretext(context, model, method, Handover())
+                if stop is not None:
+                    stage.step = _stopping(stage.step, stop)  # type: ignore[method-assign]
+                with contextlib.suppress(KeyboardInterrupt):
+                    train(stage, context)
+            state = model.state_dict()
+            assert not any(state[name].equal(first[name]) for name in ("contrastive_head.0.weight",))
+            return state
+
+    whole, parts = learned(tmp_path / "whole", None), learned(tmp_path / "parts", 3)
+    assert all(value.equal(parts[name]) for name, value in whole.items())
+
+
+def _stopping(
+    step: Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]], at: int
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    calls = 0
+
+    def stopped(batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    return stopped
+
+
+def test_small_views_are_compared_with_both_large_ones() -> None:
+    torch.manual_seed(0)
+    settings = SimCLRSettings(small_views=2, temperature=0.3)
+    method = settings.build(_small().eval(), 8)
+    views = method.views(0, 1)
+    assert [view.side for view in views] == [8, 8, 4, 4]
+    assert settings.passes(8) == 2 + 2 / 4
+    images = [torch.randn(5, 3, view.side, view.side) for view in views]
+    a, b, c, d = (method.model(x) for x in images)
+    pairs = [(a, b), (a, c), (b, c), (a, d), (b, d)]
+    expected = torch.stack([nt_xent(first, second, 0.3) for first, second in pairs]).mean()
+    torch.testing.assert_close(method.loss(images)[0], expected)
 
 
 def test_settings_create_their_method() -> None:

@@ -64,7 +64,7 @@ def test_the_table_has_means_and_deviations(tmp_path: Path) -> None:
     result = {
         "config": "digits",
         "set": ["mining.k=3"],
-        "environment": {"device": "a processor", "commit": "0123456789abcdef"},
+        "environment": {"device": "a processor", "threads": 2, "torch": "2.14", "commit": "0123456789abcdef"},
         "trials": {"base": {"changes": [], "seeds": seeds}, "more": {"changes": ["a.b=1"], "seeds": {"0": seeds["0"]}}},
     }
     (tmp_path / "t.json").write_text(json.dumps(result))
@@ -72,14 +72,32 @@ def test_the_table_has_means_and_deviations(tmp_path: Path) -> None:
     assert "| trial | changes | seeds | kNN | pretext, s | purity |" in page
     assert "| base |  | 2 | 91.0 ± 1.4 | 11 | 50.0 ± 0.0 |" in page
     assert "| more | `a.b=1` | 1 | 90.0 | 10 | 50.0 |" in page
-    assert "a processor, commit `0123456789ab`; configuration `digits` with `mining.k=3`" in page
+    assert "a processor, 2 threads, torch 2.14, commit `0123456789ab`; configuration `digits` with `mining.k=3`" in page
     assert "old" not in page and page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n")
     assert pages.fill(page, tmp_path) == page
 
 
-def test_the_committed_tables_show_the_committed_trials() -> None:
-    text = pages.RECIPES.read_text()
+@pytest.mark.parametrize("page", pages.FILLED, ids=lambda page: page.stem)
+def test_the_committed_tables_show_the_committed_results(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- end -->" in text
     assert pages.fill(text, pages.RESULTS) == text
+
+
+def test_the_table_of_partitions_has_every_method(tmp_path: Path) -> None:
+    scores = {"acc": 0.5, "nmi": 0.25, "ari": 0.125}
+    entry = {"images": 1234, "classes": 10, "class_sizes": [7, 80], "suggested": [9, 11, 9], "seconds": 2.04}
+    result = {
+        "environment": {"device": "a processor", "threads": 2, "torch": "2.14", "commit": "0123456789abcdef"},
+        "results": {"birds": {**entry, "kmeans": scores, "ward": scores, "scan_fast": {**scores, "acc": 0.75}}},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(result))
+    page = pages.fill("<!-- partitions: p.json -->\n<!-- end -->", tmp_path)
+    assert (
+        "| birds | 1,234 | 10 | 7-80 | 50.0 / 25.0 / 12.5 | 50.0 / 25.0 / 12.5 | 75.0 / 25.0 / 12.5 | 9, 11, 9 | 2.0 |"
+        in page
+    )
+    assert "a processor, 2 threads, torch 2.14, commit `0123456789ab`. `benchmarks/results/p.json`" in page
 
 
 def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md and its plots from benchmarks/results/: ``python -m tools.docs.benchmarks``.
 
-A result made with ``--quick`` is refused: it is a rehearsal. The tables of trials in docs/recipes.md are written too;
-the rest of that page is written by hand.
+A result made with ``--quick`` is refused: it is a rehearsal. The tables of measurements in docs/recipes.md and
+docs/own-images.md are written too; the rest of these pages is written by hand.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import trials
+from benchmarks import partitions, trials
 from benchmarks.family import human_seconds
 from scan_fast.ops.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-RECIPES = ROOT / "docs" / "recipes.md"
+FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md")
 ORDER = ("targets", "accuracy", "end_to_end", *FAMILIES, "views")
 INTRODUCTION = """# Benchmarks
 
@@ -59,7 +59,8 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
     parts = [INTRODUCTION]
     for result in results:
         where = "GPU" if result["device"] == "cuda" else "CPU"
-        parts.append(f"\n## {result.get('title', 'Targets')} ({where})\n\n{_origin(result)}\n")
+        title, origin = result.get("title", "Targets"), _origin(result)
+        parts.append(f"\n## {title} ({where})\n\n{origin}. `benchmarks/results/{result['file']}`\n")
         if result["benchmark"] in _SECTIONS:
             parts.append(_SECTIONS[result["benchmark"]](result))
             continue
@@ -71,7 +72,8 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
 
 def _origin(result: dict[str, Any]) -> str:
     e = result["environment"]
-    lines = [f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {_commit(e)}"]
+    threads = "one thread" if e["threads"] == 1 else f"{e['threads']} threads"
+    lines = [f"{e['device']}, {threads}, torch {e['torch']}, {_commit(e)}"]
     if "ceilings" in result:
         rates = result["ceilings"]
         products = ", ".join(
@@ -82,7 +84,7 @@ def _origin(result: dict[str, Any]) -> str:
         if "tiles_bfloat16" in rates:
             products += f", AMX tiles {rates['tiles_bfloat16'] / 1e12:.3g} Tflop/s"
         lines.append(f"measured ceilings: {products}, copy {rates['copy_bytes'] / 1e9:.3g} GB/s")
-    return "; ".join(lines) + f". `benchmarks/results/{result['file']}`"
+    return "; ".join(lines)
 
 
 def _commit(environment: dict[str, Any]) -> str:
@@ -243,17 +245,30 @@ def write(results_folder: Path, page: Path) -> None:
 
 
 def fill(text: str, results_folder: Path) -> str:
-    """Put the tables of trials into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``."""
+    """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
+
+    The word before the file is the benchmark: trials or partitions.
+    """
 
     def block(found: re.Match[str]) -> str:
-        result = json.loads((results_folder / found[1]).read_text())
-        e = result["environment"]
-        values = " ".join(result["set"])
-        origin = f"`benchmarks/results/{found[1]}`: {e['device']}, {_commit(e)}; configuration "
-        origin += f"`{result['config']}`{f' with `{values}`' if values else ''}. Percent; CPU seconds of a stage."
-        return f"<!-- trials: {found[1]} -->\n\n{trials.table(result)}\n{origin}\n\n<!-- end -->"
+        result = json.loads((results_folder / found[2]).read_text())
+        table = _FILLED[found[1]](result)
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{table} `benchmarks/results/{found[2]}`\n\n<!-- end -->"
 
-    return re.sub(r"<!-- trials: (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(_FILLED)}): (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def _trials(result: dict[str, Any]) -> str:
+    values = " ".join(result["set"])
+    origin = f"{_origin(result)}; configuration `{result['config']}`{f' with `{values}`' if values else ''}."
+    return f"{trials.table(result)}\nPercent; CPU seconds of a stage. {origin}"
+
+
+def _partitions(result: dict[str, Any]) -> str:
+    return f"{partitions.table(result)}\n{_origin(result)}."
+
+
+_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {"trials": _trials, "partitions": _partitions}
 
 
 def main() -> None:
@@ -262,8 +277,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
     write(options.results, options.page)
-    RECIPES.write_text(fill(RECIPES.read_text(), RESULTS))
-    print(f"wrote {options.page} and {RECIPES}")
+    for path in FILLED:
+        path.write_text(fill(path.read_text(), RESULTS))
+    print(f"wrote {', '.join(str(path) for path in (options.page, *FILLED))}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _anchor(name: str) -> str:
 def _section(name: str, shown: dict[str, Any], where: list[str], models: dict[str, Any]) -> str:
     classes = model_classes()
     model = classes[name]
-    keys = ", ".join(f"`{place}`" for place in where)
+    keys = ", ".join(f"`{place}`" for place in dict.fromkeys(where))
     kind = kind_of(shown)
     title = "Top level" if where == [""] else f"{keys} of kind `{kind}`" if kind else keys
     described = field_texts(model)

@@ -1,0 +1,85 @@
+"""Views of methods that compare views of an image: two large ones and, for multi-crop, several small ones.
+
+Multi-crop is from SwAV (Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882): a small view shows a part of the
+image in few pixels, so it costs a fraction of a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from ..models.heads import PretextModel
+from ..views.parameters import SimCLRView, View
+from .base import MethodSettings, PretextMethod
+
+LARGE = 2
+"""Number of large views of each image."""
+
+
+class MultiViewSettings(MethodSettings):
+    """Settings of the views.
+
+    Attributes:
+        view: the random view that two large views are drawn from; an open size is the source's.
+        small_views: further views of each image, smaller and of a part of the image (multi-crop).
+        small_view: the view that these are drawn from; an open size is half the large view's.
+        resolutions: smaller views at first: pairs (share, size) mean large views of ``size`` pixels up to that share of
+            the epochs, then the view's own size. ``[[0.4, 16], [0.7, 24]]`` takes 0.6 of the work at 32 pixels.
+    """
+
+    view: View = SimCLRView(kind="simclr", size=None)
+    small_views: int = Field(default=0, ge=0, le=64)
+    small_view: View = SimCLRView(kind="simclr", size=None, scale=(0.05, 0.4))
+    resolutions: tuple[tuple[float, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_resolutions(self) -> Self:
+        shares = [share for share, _ in self.resolutions]
+        if not all(0 < share < 1 for share in shares) or shares != sorted(set(shares)):
+            raise ValueError(f"resolutions must have shares that rise between 0 and 1, got {shares}")
+        if any(size < 1 for _, size in self.resolutions):
+            raise ValueError(f"resolutions must have sizes of at least one pixel, got {list(self.resolutions)}")
+        return self
+
+    def side(self, size: int) -> int:
+        """Return the large view's side."""
+        return self.view.resolved(size).side
+
+    def passes(self, size: int) -> float:
+        """Return the pixels of all views of an image relative to one large view."""
+        small = self.small_view.resolved(max(1, self.side(size) // 2)).side
+        return LARGE + self.small_views * (small / self.side(size)) ** 2
+
+
+class MultiViewMethod(PretextMethod):
+    """Base of methods that compare views."""
+
+    def __init__(self, settings: MultiViewSettings, model: PretextModel, size: int) -> None:
+        super().__init__(model)
+        self._resolutions = settings.resolutions
+        self._view = settings.view.resolved(size)
+        self._small = (settings.small_view.resolved(max(1, self._view.side // 2)),) * settings.small_views
+
+    def views(self, epoch: int, epochs: int) -> Sequence[View]:
+        """Return the large view twice, its size by ``resolutions``, and the small views."""
+        view = self._view
+        for share, size in self._resolutions:
+            if epoch < round(share * epochs):
+                view = view.model_copy(update={"size": size})
+                break
+        return (view,) * LARGE + self._small
+
+    def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Return the embeddings (B, D) of each view. The large views pass the network together, then the small ones.
+
+        Views of one pass share batch statistics.
+        """
+        large, small = images[:LARGE], images[LARGE:]
+        return [
+            rows for group in (large, small) if group for rows in self.model(torch.cat(list(group))).chunk(len(group))
+        ]

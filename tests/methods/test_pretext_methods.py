@@ -110,7 +110,7 @@ def test_shipped_methods_resume_in_the_same_bits(kind: str, tmp_path: Path) -> N
                 first = {name: value.clone() for name, value in model.state_dict().items()}
                 stage = Pretext(context, model, method, Handover())
                 if stop is not None:
-                    stage.step = _stopping(stage.step, stop)  # type: ignore[method-assign]
+                    stage.step = _stopping(stage.step, stop)  # type: ignore[assignment, method-assign]
                 with contextlib.suppress(KeyboardInterrupt):
                     train(stage, context)
             state = model.state_dict()

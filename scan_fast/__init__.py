@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import openmp as _openmp  # noqa: F401 -- before torch
 from .losses import NTXentLoss, SCANLoss, SelfLabelLoss, nt_xent, scan_loss, self_label_loss
 from .neighbors import topk_neighbors
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "atomic", "gpu_status", "parsing"),
+    ("schema", "errors", "atomic", "gpu_status", "openmp", "parsing"),
     ("devices", "completion", "threads"),
     ("ops",),
     ("random", "losses", "neighbors"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
+from scan_fast.openmp import SPINS
 from scan_fast.threads import on_all_cores, one_thread
 
 
@@ -44,3 +48,19 @@ def test_calls_share_the_cores_and_compute_on_one_thread_each() -> None:
 def test_an_error_of_a_call_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         on_all_cores(lambda i: 1 // i, [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("first", "given", "expected"),
+    [
+        ("", {}, SPINS),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("import torch; ", {}, "None"),
+    ],
+)
+def test_waiting_threads_spin_shortly_unless_the_user_decides(first: str, given: dict[str, str], expected: str) -> None:
+    code = f"{first}import os, scan_fast; print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == expected

@@ -265,12 +265,13 @@ def _options(context: Context, side: int) -> list[tuple[int, float]]:
 
 def _epochs(config: Config, n: int, side: int, cost: Cost, budget: float) -> dict[str, float]:
     """Return how many epochs of each stage fit, at most those configured."""
-    shares = {name: share for name, share in SHARES.items() if name != "selflabel" or config.selflabel is not None}
+    passes = _passes(config, side)
+    whole = sum(SHARES[name] for name in passes)
     epochs = {}
-    for name, (forward, training) in _passes(config, side).items():
+    for name, (forward, training) in passes.items():
         section = getattr(config, name)
         per_epoch = n * (forward * cost.forward + training * cost.training) / section.epochs
-        epochs[name] = min(float(section.epochs), budget * shares[name] / sum(shares.values()) / per_epoch)
+        epochs[name] = min(float(section.epochs), budget * SHARES[name] / whole / per_epoch)
     return epochs
 
 

@@ -64,8 +64,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     Args:
         n_clusters: Number of clusters, at least 2, or ``"auto"`` for the number that scores best without labels.
-        preset: ``"fast"`` or ``"paper"``, which train from scratch, or ``"pretrained"``, which groups the features of a
-            pretrained network: the presets of ``configs/folder.yaml``.
+        preset: ``"fast"`` or ``"paper"``, which train from scratch, ``"pretrained"``, which groups the features of a
+            pretrained network, or ``"descriptor"``, which groups edges and colours: the presets of
+            ``configs/folder.yaml``.
         random_state: Seed of everything random. A non-negative int is the seed itself, as ``seed=`` of ``scan-fast
             run``. A ``numpy.random.RandomState``, or None for NumPy's global one, draws a new seed in every fit; it is
             ``summary_["seed"]``.

@@ -11,7 +11,7 @@ import torch
 
 from .errors import ConfigError, MissingPackageError
 from .methods import MultiViewSettings
-from .models.backbones import ModelConfig, multiply_adds
+from .models.backbones import DESCRIPTOR, ModelConfig, multiply_adds
 from .models.heads import PretextModel
 from .models.pretrained import can_fetch, weights_at_hand
 from .models.published import PUBLISHED
@@ -57,6 +57,8 @@ def choose_start(given: Iterable[str], model: Mapping[str, Any], device: str) ->
     if model.get("weights") or model.get("pretrained") or backbone in PUBLISHED:
         rest = [key for key in keys if key.startswith(PRESET_KEYS) and not key.startswith("model.")]
         return Start({"preset": "pretrained"}, "") if not rest else None
+    if backbone == DESCRIPTOR and not any(key.startswith(PRESET_KEYS) and key != "model.backbone" for key in keys):
+        return Start({"preset": "descriptor"}, "")
     if any(key.startswith(PRESET_KEYS) for key in keys):
         return None
     names = ON_GPU if device == "cuda" else ON_CPU
@@ -66,10 +68,14 @@ def choose_start(given: Iterable[str], model: Mapping[str, Any], device: str) ->
             if _had(having, config):
                 settings = {"preset": "pretrained", "model.backbone": name, "model.pretrained": True}
                 return Start(settings, f"features of the pretrained network {name}, {words}; nothing is trained")
+    missing = "no weights of a pretrained network are on this machine, and none can be fetched"
+    better = "with model.backbone=NAME model.weights=FILE it finds far better groups"
+    if device == "cuda":
+        return Start({"preset": "fast"}, f"training from scratch: {missing}; {better}, in minutes")
     return Start(
-        {"preset": "fast"},
-        "training from scratch: no weights of a pretrained network are on this machine, and none can be fetched; with "
-        "model.backbone=NAME model.weights=FILE it takes minutes and finds better groups",
+        {"preset": "descriptor"},
+        f"edges and colours are compared, and nothing is trained: {missing}; {better}. preset=fast trains a network "
+        "from these images, which takes hours on a processor",
     )
 
 
@@ -90,10 +96,10 @@ TRAINING_SHARE = 0.9
 """Share of the given minutes for the learned stages; the rest is for reading images, mining and the report."""
 SHARES = {"pretext": 0.7, "clustering": 0.15, "selflabel": 0.15}
 """Shares of the training time by stage."""
-FEWEST_EPOCHS = 20
-"""Epochs of the pretext stage below which smaller images are taken before fewer epochs."""
+FEWEST_EPOCHS = 50
+"""Epochs of the pretext stage below which smaller images and then a narrower network are taken before fewer epochs."""
 SIDES = (128, 96, 64, 48, 32)
-WIDTHS = (1.0, 0.5, 0.25)
+WIDTHS = (1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True)

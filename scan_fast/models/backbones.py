@@ -25,12 +25,14 @@ from scan_fast.schema import Settings
 from ..errors import ConfigError, WeightsError
 from .batch_norm import BatchNormAct2d
 from .convolution import Conv2d
+from .descriptor import Descriptor
 from .downloads import fetch, published_weights
 from .published import PUBLISHED, full_name
 from .timm_networks import takes_image_size, timm_backbone
 from .weight_files import load_weight_file
 
-OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits")
+DESCRIPTOR = "descriptor"
+OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits", DESCRIPTOR)
 AUTO = "auto"
 _PREFIXES = ("torchvision:", "timm:")
 
@@ -41,7 +43,8 @@ class ModelConfig(Settings):
     Attributes:
         backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling),
             ``resnet18_stl`` (96 px: the same with one max-pooling), ``resnet50``, ``resnet_digits`` (a small one for
-            8x8 images), ``torchvision:NAME`` or ``timm:NAME``; or a pretrained one by its short name:
+            8x8 images), ``descriptor`` (edges and colours, nothing to train), ``torchvision:NAME`` or ``timm:NAME``; or
+            a pretrained one by its short name:
             ``dinov2-small``, ``dinov2-base``, ``convnext-tiny``, ``resnet50-imagenet``, ``resnet18-imagenet``,
             ``efficientnet-lite0``, ``mobilenetv4-small`` (see docs/pretrained.md).
         width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
@@ -105,7 +108,9 @@ class ModelConfig(Settings):
             raise ValueError(f"weights={self.weights} takes the place of pretrained=true; give one of them")
         if self.weights is not None and name == AUTO:
             raise ValueError(f"weights={self.weights} needs the backbone that they are of; backbone is 'auto'")
-        if self.width != 1.0 and (foreign or name == "resnet50"):
+        if self.weights is not None and not self.learns:
+            raise ValueError(f"weights={self.weights}: backbone {name!r} has no weights")
+        if self.width != 1.0 and (foreign or name in ("resnet50", DESCRIPTOR)):
             raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
         if self.hidden_dim is not None and self.projector == "linear":
             raise ValueError(f"hidden_dim is for projector 'mlp' only, got {self.hidden_dim} with 'linear'")
@@ -119,6 +124,11 @@ class ModelConfig(Settings):
     def network(self) -> str:
         """The backbone with a short name spelled out, such as ``timm:vit_small_patch14_dinov2.lvd142m``."""
         return full_name(self.backbone)
+
+    @property
+    def learns(self) -> bool:
+        """False if the backbone has no weights at all."""
+        return self.backbone != DESCRIPTOR
 
     @property
     def has_weights(self) -> bool:
@@ -220,6 +230,8 @@ def _build(config: ModelConfig, network: str, published: Path | None) -> nn.Modu
         return SmallResNet(channels, (2, 2, 2, 2), max_pool=network == "resnet18_stl")
     if network == "resnet_digits":
         return SmallResNet([_scaled(base, config.width) for base in (32, 64)], (1, 2))
+    if network == DESCRIPTOR:
+        return Descriptor()
     if network == "resnet50":
         return _torchvision_backbone("resnet50", None)
     library, name = network.split(":", 1)

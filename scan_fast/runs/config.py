@@ -288,6 +288,11 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
+        if self.pretext.method.trains and not self.model.learns:
+            raise ValueError(
+                f"model.backbone={self.model.backbone} has nothing to train: set pretext.method=none, or take another "
+                "backbone"
+            )
         self.pretext.method.check(self.model, self.mining.features)
         if self.clustering.update == "features" and self.mining.features != "backbone":
             raise ValueError("clustering.update=features groups the backbone's features: set mining.features=backbone")

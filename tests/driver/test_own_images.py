@@ -178,10 +178,11 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_weights_on_this_machine_are_taken(alone: Path) -> None:
     from torchvision.models import ResNet50_Weights
 
-    start = choose_start([], {}, "cpu")
-    assert start is not None
-    assert start.settings == {"preset": "fast"}
-    assert "training from scratch" in start.text
+    for device, preset, text in (("cpu", "descriptor", "edges and colours"), ("cuda", "fast", "training from scratch")):
+        start = choose_start([], {}, device)
+        assert start is not None
+        assert start.settings == {"preset": preset}
+        assert start.text.startswith(text) and "no weights of a pretrained network are on this machine" in start.text
     (alone / Path(ResNet50_Weights.DEFAULT.url).name).write_bytes(b"weights")
     start = choose_start([], {}, "cpu")
     assert start is not None
@@ -197,6 +198,8 @@ def test_weights_on_this_machine_are_taken(alone: Path) -> None:
         (["pretext.epochs"], {}, None),
         (["model.backbone"], {"backbone": "resnet18_cifar"}, None),
         (["model.backbone"], {"backbone": "dinov2-small"}, "pretrained"),
+        (["model.backbone"], {"backbone": "descriptor"}, "descriptor"),
+        (["model.backbone", "pretext.epochs"], {"backbone": "descriptor"}, None),
         (["model.backbone", "model.weights"], {"backbone": "timm:resnet18", "weights": "x.pth"}, "pretrained"),
         (["model.backbone", "model.weights", "pretext.epochs"], {"backbone": "resnet50", "weights": "x.pth"}, None),
     ],
@@ -206,12 +209,22 @@ def test_the_command_line_decides_first(given: list[str], model: dict[str, Any],
     assert (None if start is None else start.settings.get("preset")) == preset
 
 
-def test_from_scratch_is_said(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "photos", 12)
-    result = run_here("config", "--data", tmp_path / "photos")
-    assert result.code == 0
-    assert "training from scratch: no weights of a pretrained network" in result.out
+def test_without_weights_edges_and_colors_are_grouped(alone: Path, colored: Path, tmp_path: Path) -> None:
+    result = run_here("run", "--data", colored, "--clusters", 4, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "edges and colours are compared, and nothing is trained: no weights of a pretrained network" in result.out
+    assert "preset=fast trains a network" in result.out
+    found = groups(tmp_path / "out")
+    assert len(set(found.values())) == 4
+    by_color = {(Path(path).name[0], group) for path, group in found.items()}
+    assert len(by_color) == 4
+
+
+def test_a_descriptor_is_not_trained(alone: Path, colored: Path, tmp_path: Path) -> None:
+    words = ["run", "--data", colored, "--clusters", 4, "--out", tmp_path / "out", "model.backbone=descriptor"]
+    message = run_here(*words, "pretext.epochs=3").refusal()
+    assert "model.backbone=descriptor has nothing to train: set pretext.method=none" in message
+    assert "backbone 'descriptor' has no weights" in run_here(*words, "model.weights=x.pth").refusal()
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
 from ..random import Key, normals
 from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
@@ -38,6 +39,14 @@ class GaussianSettings(MultiViewSettings):
     @abstractmethod
     def measure(self) -> Measure:
         """The distance from the normal distribution."""
+
+    def check(self, model: ModelConfig, features: str) -> None:
+        """Require batch normalisation in the projector, without which hardly anything is learned (docs/recipes.md)."""
+        if model.projector != "mlp_bn":
+            raise ValueError(
+                f"pretext.method={self.kind} needs model.projector=mlp_bn, got {model.projector}: its embeddings are not "
+                "normalised otherwise"
+            )
 
     def build(self, model: PretextModel, size: int) -> GaussianMethod:
         """Create the method."""

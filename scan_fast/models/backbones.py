@@ -54,9 +54,9 @@ class ModelConfig(Settings):
             entry of the backbone must be in it; classifiers and projectors are left out.
         image_size: side in pixels of the images that a network with one position per patch is built for. Default: that
             of the images that the run evaluates.
-        projector: ``mlp`` (linear, ReLU, linear) or ``linear``.
+        projector: ``mlp`` (linear, ReLU, linear), ``mlp_bn`` (with batch normalisation before the ReLU) or ``linear``.
         projection_dim: the size of the embedding that the pretext loss sees.
-        hidden_dim: the hidden size of the ``mlp`` projector; None takes the backbone's feature size.
+        hidden_dim: the hidden size of an ``mlp`` projector; None takes the backbone's feature size.
         unit_features: cluster heads see features of length one.
         cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
         cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
@@ -67,7 +67,7 @@ class ModelConfig(Settings):
     pretrained: bool = False
     weights: Path | None = None
     image_size: int | None = Field(default=None, ge=1)
-    projector: Literal["mlp", "linear"] = "mlp"
+    projector: Literal["mlp", "mlp_bn", "linear"] = "mlp"
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
     unit_features: bool = False
@@ -113,7 +113,9 @@ class ModelConfig(Settings):
         if self.width != 1.0 and (foreign or name in ("resnet50", DESCRIPTOR)):
             raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
         if self.hidden_dim is not None and self.projector == "linear":
-            raise ValueError(f"hidden_dim is for projector 'mlp' only, got {self.hidden_dim} with 'linear'")
+            raise ValueError(
+                f"hidden_dim is for projectors 'mlp' and 'mlp_bn' only, got {self.hidden_dim} with 'linear'"
+            )
         if self.cluster_hidden_dim is not None and self.cluster_head == "linear":
             raise ValueError(
                 f"cluster_hidden_dim is for cluster_head 'mlp' only, got {self.cluster_hidden_dim} with 'linear'"

@@ -27,8 +27,12 @@ class PretextModel(nn.Module):
             self.contrastive_head = nn.Linear(self.out_features, config.projection_dim)
         else:
             hidden = config.hidden_dim or self.out_features
+            normalised = config.projector == "mlp_bn"
             self.contrastive_head = nn.Sequential(
-                nn.Linear(self.out_features, hidden), nn.ReLU(), nn.Linear(hidden, config.projection_dim)
+                nn.Linear(self.out_features, hidden, bias=not normalised),
+                *([nn.BatchNorm1d(hidden)] if normalised else []),
+                nn.ReLU(),
+                nn.Linear(hidden, config.projection_dim),
             )
 
     def features(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from driving import opened
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scan_fast.errors import WeightsError
+from scan_fast.errors import ConfigError, WeightsError
 from scan_fast.losses import nt_xent
 from scan_fast.methods import MethodSettings, NoneSettings, PretextMethod, SimCLR, SimCLRSettings, WeightsSettings
 from scan_fast.models.heads import PretextModel
@@ -100,6 +100,7 @@ def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> N
 def test_shipped_methods_resume_in_the_same_bits(kind: str, tmp_path: Path) -> None:
     settings = [f"pretext.method={kind}", "pretext.method.view.kind=affine", "pretext.method.small_views=2"]
     settings += ["pretext.method.small_view.kind=affine", "pretext.method.small_view.size=6", "pretext.epochs=2"]
+    settings += [f"model.projector={'mlp' if kind == 'simclr' else 'mlp_bn'}"]
 
     def learned(folder: Path, stop_at: int | None) -> dict[str, Tensor]:
         with opened(folder, "runtime.checkpoint_seconds=0", "model.projection_dim=64", *settings) as context:
@@ -134,6 +135,12 @@ def _stopping(
         return step(batch)
 
     return stopped
+
+
+def test_a_projector_without_normalisation_is_refused(tmp_path: Path) -> None:
+    message = "pretext.method=sigreg needs model.projector=mlp_bn, got mlp"
+    with pytest.raises(ConfigError, match=message), opened(tmp_path, "pretext.method=sigreg"):
+        pass
 
 
 def test_small_views_are_compared_with_both_large_ones() -> None:

@@ -44,8 +44,8 @@ class GaussianSettings(MultiViewSettings):
         """Require batch normalisation in the projector, without which hardly anything is learned (docs/recipes.md)."""
         if model.projector != "mlp_bn":
             raise ValueError(
-                f"pretext.method={self.kind} needs model.projector=mlp_bn, got {model.projector}: its embeddings are not "
-                "normalised otherwise"
+                f"pretext.method={self.kind} needs model.projector=mlp_bn, got {model.projector}: without batch "
+                "normalisation in the projector it learns hardly anything"
             )
 
     def build(self, model: PretextModel, size: int) -> GaussianMethod:

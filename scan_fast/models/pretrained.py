@@ -11,7 +11,7 @@ import torch
 
 from ..data.resize import Interpolation
 from ..errors import ConfigError
-from .backbones import OWN_BACKBONES, ModelConfig, build_backbone
+from .backbones import DESCRIPTOR, OWN_BACKBONES, ModelConfig, build_backbone
 from .downloads import can_be_fetched, fetch, file_at_hand, published_weights, torchvision_weights
 from .published import PUBLISHED
 from .timm_networks import timm_settings
@@ -206,6 +206,6 @@ def _that_fits(config: ModelConfig) -> str | None:
 
 
 def _well_known() -> Iterator[str]:
-    yield from OWN_BACKBONES
+    yield from (name for name in OWN_BACKBONES if name != DESCRIPTOR)
     yield from PUBLISHED
     yield from (f"torchvision:resnet{depth}" for depth in (18, 34, 101, 152))

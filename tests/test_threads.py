@@ -16,7 +16,9 @@ from scan_fast.threads import on_all_cores, one_thread
 
 
 def blas_threads() -> set[int]:
-    return {entry["num_threads"] for entry in threadpool_info() if entry["user_api"] == "blas"}
+    """Return the numbers of threads of the BLAS libraries that have one for the process, not one for each thread."""
+    found = [entry for entry in threadpool_info() if entry["user_api"] == "blas"]
+    return {entry["num_threads"] for entry in found if entry.get("threading_layer") == "pthreads"}
 
 
 def test_one_thread_is_for_the_block_alone() -> None:

@@ -10,7 +10,6 @@ is the best of 10 starts on the features of length one, Ward's linkage is scikit
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -25,6 +24,7 @@ from scan_fast.evaluation.metrics import clustering_metrics
 from scan_fast.partitions import FeatureSpace, choose, refined, suggest_number
 
 from .environment import describe
+from .files import write_json
 
 METRICS = ("acc", "nmi", "ari")
 METHODS = {"kmeans": "k-means", "ward": "Ward", "scan_fast": "scan-fast"}
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         header = {"benchmark": "partitions", "title": "Groups of frozen features", "device": "cpu"}
         result = {**header, "environment": describe("cpu"), "seeds": options.seeds, "results": results}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result, indent=1)
     return 0
 
 

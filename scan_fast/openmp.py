@@ -1,9 +1,8 @@
 """Let waiting threads spin shortly. This module is imported before torch, whose OpenMP library reads the value once.
 
 By default, a thread of libgomp that waits for others spins for milliseconds before it sleeps. While other programs use
-the cores, the threads that are waited for do not run meanwhile: training steps take 6 to 20 times as long as with short
-spinning. On an idle machine there is no difference. Who sets GOMP_SPINCOUNT or OMP_WAIT_POLICY, or imports torch first,
-decides.
+the cores, the threads that are waited for do not run meanwhile, and training steps take many times as long. Who sets
+GOMP_SPINCOUNT or OMP_WAIT_POLICY, or imports torch first, decides.
 """
 
 import os

@@ -54,11 +54,10 @@ def choose_start(given: Iterable[str], model: Mapping[str, Any], device: str) ->
     if "preset" in keys:
         return None
     backbone = str(model.get("backbone", ""))
-    if model.get("weights") or model.get("pretrained") or backbone in PUBLISHED:
+    known = bool(model.get("weights") or model.get("pretrained") or backbone in PUBLISHED)
+    if known or backbone == DESCRIPTOR:
         rest = [key for key in keys if key.startswith(PRESET_KEYS) and not key.startswith("model.")]
-        return Start({"preset": "pretrained"}, "") if not rest else None
-    if backbone == DESCRIPTOR and not any(key.startswith(PRESET_KEYS) and key != "model.backbone" for key in keys):
-        return Start({"preset": "descriptor"}, "")
+        return Start({"preset": "pretrained" if known else "descriptor"}, "") if not rest else None
     if any(key.startswith(PRESET_KEYS) for key in keys):
         return None
     names = ON_GPU if device == "cuda" else ON_CPU

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -40,12 +39,17 @@ def on_all_cores(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     from threadpoolctl import threadpool_limits
 
+    def start() -> None:
+        # Both numbers are of the calling thread, which ends with the pool.
+        torch.set_num_threads(1)
+        threadpool_limits(1, user_api="openmp")
+
     tasks = list(items)
     workers = min(max(1, len(tasks)), os.cpu_count() or 1)
     # The limit of BLAS is one for the process: set by each call, it would end with the first one.
     with (
         one_thread(),
         threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool,
+        ThreadPoolExecutor(workers, initializer=start) as pool,
     ):
         return list(pool.map(function, tasks))

@@ -43,6 +43,8 @@ def test_calls_share_the_cores_and_compute_on_one_thread_each() -> None:
     assert threading.get_ident() not in {thread for _, thread, *_ in found}
     assert {threads for *_, threads, _ in found} == {1}
     assert all(numbers == {1} for *_, numbers in found)
+    openmp = [entry for infos in on_all_cores(lambda _: threadpool_info(), range(4)) for entry in infos]
+    assert {entry["num_threads"] for entry in openmp if entry["user_api"] == "openmp"} == {1}
     assert torch.get_num_threads() == before and blas_threads() == blas
     assert on_all_cores(lambda i: i, []) == []
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,9 +102,8 @@ def kmeans_baseline(
         raise ValueError(f"n_clusters must be from 1 to the {fitted.shape[0]} train images, got {n_clusters}")
 
     def assigned(seed: int) -> NDArray[np.int64]:
-        with threadpool_limits(1):
-            model = KMeans(n_clusters, n_init=n_init, random_state=int(seed)).fit(fitted)
-            labels: NDArray[np.int64] = model.predict(applied).astype(np.int64)
+        model = KMeans(n_clusters, n_init=n_init, random_state=int(seed)).fit(fitted)
+        labels: NDArray[np.int64] = model.predict(applied).astype(np.int64)
         return labels
 
     runs = on_all_cores(assigned, seeds)

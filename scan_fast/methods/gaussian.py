@@ -41,7 +41,7 @@ class GaussianSettings(MultiViewSettings):
         """The distance from the normal distribution."""
 
     def check(self, model: ModelConfig, features: str) -> None:
-        """Require batch normalisation in the projector, without which hardly anything is learned (docs/recipes.md)."""
+        """Require batch normalisation in the projector, without which hardly anything is learned."""
         if model.projector != "mlp_bn":
             raise ValueError(
                 f"pretext.method={self.kind} needs model.projector=mlp_bn, got {model.projector}: without batch "

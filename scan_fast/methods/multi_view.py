@@ -52,8 +52,11 @@ class MultiViewSettings(MethodSettings):
 
     def passes(self, size: int) -> float:
         """Return the pixels of all views of an image relative to one large view."""
-        small = self.small_view.resolved(max(1, self.side(size) // 2)).side
-        return LARGE + self.small_views * (small / self.side(size)) ** 2
+        return LARGE + self.small_views * (self.small(size).side / self.side(size)) ** 2
+
+    def small(self, size: int) -> View:
+        """Return the small view for a source of ``size`` pixels."""
+        return self.small_view.resolved(max(1, self.side(size) // 2))
 
 
 class MultiViewMethod(PretextMethod):
@@ -63,7 +66,7 @@ class MultiViewMethod(PretextMethod):
         super().__init__(model)
         self._resolutions = settings.resolutions
         self._view = settings.view.resolved(size)
-        self._small = (settings.small_view.resolved(max(1, self._view.side // 2)),) * settings.small_views
+        self._small = (settings.small(size),) * settings.small_views
 
     def views(self, epoch: int, epochs: int) -> Sequence[View]:
         """Return the large view twice, its size by ``resolutions``, and the small views."""

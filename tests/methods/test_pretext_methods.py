@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
 from driving import opened
+from interruptions import InterruptedPretext
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,8 +21,11 @@ from scan_fast.models.heads import PretextModel
 from scan_fast.models.moving_average import MovingAverage
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
+from scan_fast.training.context import Context
 from scan_fast.training.loop import train
 from scan_fast.views.parameters import AffineView, View
+
+M = TypeVar("M", bound=PretextMethod)
 
 
 class BootstrapSettings(MethodSettings):
@@ -66,32 +70,34 @@ class Bootstrap(PretextMethod):
         self.average.load_state_dict(state["average"])
 
 
-def trained(folder: Path, stop_at: int | None) -> dict[str, Tensor]:
-    """Train the method; with ``stop_at``, in two processes' worth of objects."""
-
-    class Stopping(Bootstrap):
-        steps = 0
-
-        def after_step(self) -> None:
-            super().after_step()
-            self.steps += 1
-            if self.steps == stop_at:
-                raise KeyboardInterrupt
-
-    with opened(folder, "runtime.checkpoint_seconds=0", "model.projection_dim=64", "pretext.epochs=2") as context:
-        for kind in (Stopping, Bootstrap) if stop_at else (Bootstrap,):
+def trained(
+    folder: Path, stages: Sequence[type[Pretext]], build: Callable[[Context, PretextModel], M], *settings: str
+) -> tuple[PretextModel, M]:
+    """Train a method in the given stages, one after the other, each with objects of its own."""
+    words = ("runtime.checkpoint_seconds=0", "model.projection_dim=64", "pretext.epochs=2", *settings)
+    with opened(folder, *words) as context:
+        for stage in stages:
             torch.manual_seed(0)
             model = context.place(PretextModel(context.model_config))
-            method = kind(model, context.splits.train.size)
-            first = {name: value.clone() for name, value in method.predictor.state_dict().items()}
+            method = build(context, model)
+            first = {id(p): p.detach().clone() for module in (model, *method.modules()) for p in module.parameters()}
             with contextlib.suppress(KeyboardInterrupt):
-                train(Pretext(context, model, method, Handover()), context)
-        assert not method.predictor.weight.equal(first["weight"])
-        return {**model.state_dict(), **method.state()["predictor"], "average": next(method.average.model.parameters())}
+                train(stage(context, model, method, Handover()), context)
+        weights = [p for module in (model, *method.modules()) for p in module.parameters() if p.ndim > 1]
+        assert not any(p.equal(first[id(p)]) for p in weights)
+        return model, method
 
 
 def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> None:
-    whole, parts = trained(tmp_path / "whole", None), trained(tmp_path / "parts", 3)
+    def result_of(folder: Path, stages: Sequence[type[Pretext]]) -> dict[str, Tensor]:
+        model, method = trained(folder, stages, lambda context, model: Bootstrap(model, context.splits.train.size))
+        average = next(method.average.model.parameters())
+        return {**model.state_dict(), **method.state()["predictor"], "average": average}
+
+    whole, parts = (
+        result_of(tmp_path / "whole", [Pretext]),
+        result_of(tmp_path / "parts", [InterruptedPretext, Pretext]),
+    )
     assert whole.keys() == parts.keys()
     assert all(value.equal(parts[name]) for name, value in whole.items())
 
@@ -99,42 +105,20 @@ def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["simclr", "sigreg", "visreg"])
 def test_shipped_methods_resume_in_the_same_bits(kind: str, tmp_path: Path) -> None:
     settings = [f"pretext.method={kind}", "pretext.method.view.kind=affine", "pretext.method.small_views=2"]
-    settings += ["pretext.method.small_view.kind=affine", "pretext.method.small_view.size=6", "pretext.epochs=2"]
+    settings += ["pretext.method.small_view.kind=affine", "pretext.method.small_view.size=6"]
     settings += [f"model.projector={'mlp' if kind == 'simclr' else 'mlp_bn'}"]
 
-    def learned(folder: Path, stop_at: int | None) -> dict[str, Tensor]:
-        with opened(folder, "runtime.checkpoint_seconds=0", "model.projection_dim=64", *settings) as context:
-            for stop in (stop_at, None) if stop_at else (None,):
-                torch.manual_seed(0)
-                model = context.place(PretextModel(context.model_config))
-                method = context.config.pretext.method.build(model, context.side)
-                first = {name: value.clone() for name, value in model.state_dict().items()}
-                stage = Pretext(context, model, method, Handover())
-                if stop is not None:
-                    stage.step = _stopping(stage.step, stop)  # type: ignore[assignment, method-assign]
-                with contextlib.suppress(KeyboardInterrupt):
-                    train(stage, context)
-            state = model.state_dict()
-            assert not any(state[name].equal(first[name]) for name in ("contrastive_head.0.weight",))
-            return state
+    def result_of(folder: Path, stages: Sequence[type[Pretext]]) -> dict[str, Tensor]:
+        def build(context: Context, model: PretextModel) -> PretextMethod:
+            return context.config.pretext.method.build(model, context.side)
 
-    whole, parts = learned(tmp_path / "whole", None), learned(tmp_path / "parts", 3)
+        return trained(folder, stages, build, *settings)[0].state_dict()
+
+    whole, parts = (
+        result_of(tmp_path / "whole", [Pretext]),
+        result_of(tmp_path / "parts", [InterruptedPretext, Pretext]),
+    )
     assert all(value.equal(parts[name]) for name, value in whole.items())
-
-
-def _stopping(
-    step: Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]], at: int
-) -> Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]]:
-    calls = 0
-
-    def stopped(batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        nonlocal calls
-        calls += 1
-        if calls > at:
-            raise KeyboardInterrupt
-        return step(batch)
-
-    return stopped
 
 
 def test_a_projector_without_normalisation_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .data.sources import Source
+    from .predictor import Predictor
 
 MOST_CLASSES = 20
 """Largest number of classes whose confusion table is printed."""
@@ -17,19 +21,38 @@ def evaluate_on(options: argparse.Namespace) -> int:
     """Compare the clusters of labelled images with their classes."""
     from .data.kinds import is_prefixed
     from .devices import choose_device
-    from .errors import DataError
-    from .evaluation.metrics import clustering_metrics, confusion, match_clusters
     from .predictor import Predictor
-    from .runs.tables import Confusion
-    from .runs.tracker import print_table
 
     predictor = Predictor.load(options.target, choose_device(options.device or "auto", "--device"))
     if not is_prefixed(options.data):
         check_data_folder(options.data)
         _check_no_splits(Path(options.data).expanduser())
     source = predictor.source(options.data, setting="--data")
+    return show_evaluation(predictor, source, f"{options.target} on {options.data}", as_json=options.json)
+
+
+def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json: bool) -> int:
+    """Print how far the clusters of a source's images agree with their classes.
+
+    Args:
+        predictor: the model.
+        source: the images.
+        title: says which model and images these are.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DataError: if the images have no classes.
+    """
+    from .errors import DataError
+    from .evaluation.metrics import clustering_metrics, confusion, match_clusters
+    from .runs.tables import Confusion
+    from .runs.tracker import print_table
+
     if source.labels is None or source.class_names is None:
-        raise DataError(f"--data: {options.data} has no classes to compare with; give a folder with a sub-folder each")
+        raise DataError(f"{title}: there are no classes to compare with; give a folder with a sub-folder for each")
     probabilities = predictor.probabilities(source)
     confidence, clusters = probabilities.max(dim=1)
     assigned, labels = clusters.numpy(), source.labels.numpy()
@@ -45,12 +68,12 @@ def evaluate_on(options: argparse.Namespace) -> int:
         "confidence": float(confidence.mean()),
         **metrics,
     }
-    if options.json:
+    if as_json:
         matrix = {"true": table.row_names, "assigned": table.column_names, "counts": table.counts.tolist()}
         print(json.dumps({**facts, "confusion": matrix}, indent=2))
         return 0
     shown = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
-    print_table(f"{options.target} on {options.data}", ["", ""], [[name, value] for name, value in shown.items()])
+    print_table(title, ["", ""], [[name, value] for name, value in shown.items()])
     if n_classes <= MOST_CLASSES:
         # Numbers instead of names above the columns, so that they fit on a screen.
         columns = ["", *(str(number) if number < n_classes else "none" for number in range(len(table.column_names)))]

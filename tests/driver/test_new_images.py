@@ -169,7 +169,7 @@ def test_evaluate_measures_a_model_on_any_labelled_folder(finished_run: Path, la
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["RUN", "--data", "images"], "--data: images has no classes to compare with; give a folder with a sub-folder"),
+        (["RUN", "--data", "images"], "on images: there are no classes to compare with"),
         (["RUN", "--data", "nothing"], "--data: there is no folder nothing"),
         (["RUN", "--data", "split"], "--data: split holds test, train; give one of them, such as split/train"),
         (["RUN", "--device", "cpu"], "--device goes with --data"),

@@ -2,8 +2,9 @@
 
 All accept float32, bfloat16 and float16 inputs with any strides, and float64 with ``impl="reference"``. They work under
 autocast and in ``torch.compile(fullgraph=True)``, compute in float32 and return float32. A backward pass is computed
-when autograd asks for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. The same input gives
-the same bits.
+when autograd asks for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. Within forward-mode
+differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``) ``impl="auto"`` computes the reference, and
+``impl="native"`` raises. The same input gives the same bits.
 
 ``impl`` picks the implementation: ``"native"`` is the compiled kernel, ``"reference"`` the same formula in plain
 PyTorch. ``"auto"`` takes the kernel if there is one for the device, and otherwise the reference, with one warning.
@@ -25,6 +26,7 @@ def nt_xent(
     temperature: float = 0.5,
     *,
     anchors: str = "both",
+    queue: Tensor | None = None,
     reduction: str = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
@@ -43,6 +45,9 @@ def nt_xent(
         temperature: Positive divisor of the cosine similarities.
         anchors: ``"both"``: the symmetric loss over 2N anchors. ``"first"``: the N rows of ``z0`` only, as in the
             reference implementation of SCAN. The negatives are all other 2N - 2 rows in both cases.
+        queue: (Q, D) further negatives of every anchor, such as the keys of earlier batches in MoCo
+            (https://arxiv.org/abs/1911.05722), of the dtype and on the device of ``z0``. They are L2-normalized inside
+            and get no gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the anchors.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
@@ -50,12 +55,12 @@ def nt_xent(
         A float32 scalar. With ``reduction="none"``, (2N,) losses for ``anchors="both"`` and (N,) for ``"first"``.
 
     Raises:
-        ValueError: For a wrong shape, dtype, device, temperature, anchors, reduction or impl.
+        ValueError: For a wrong shape, dtype, device, temperature, anchors, queue, reduction or impl.
 
     Example:
         >>> loss = nt_xent(torch.randn(8, 16), torch.randn(8, 16), temperature=0.1)
     """
-    return _nt_xent.nt_xent(z0, z1, temperature, anchors=anchors, reduction=reduction, impl=impl)
+    return _nt_xent.nt_xent(z0, z1, temperature, anchors=anchors, queue=queue, reduction=reduction, impl=impl)
 
 
 class NTXentLoss(nn.Module):
@@ -84,11 +89,17 @@ class NTXentLoss(nn.Module):
         self.gather_distributed = gather_distributed
         self.impl: Impl = impl
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return the mean loss over the anchors of two (N, D) batches, a float32 scalar."""
+    def forward(self, z0: Tensor, z1: Tensor, queue: Tensor | None = None) -> Tensor:
+        """Return the mean loss over the anchors of two (N, D) batches, a float32 scalar.
+
+        ``queue`` holds (Q, D) further negatives, see :func:`nt_xent`. With ``gather_distributed`` every rank passes the
+        same.
+        """
         if self.gather_distributed:
-            return _nt_xent.nt_xent_distributed(z0, z1, self.temperature, anchors=self.anchors, impl=self.impl)
-        return nt_xent(z0, z1, self.temperature, anchors=self.anchors, impl=self.impl)
+            return _nt_xent.nt_xent_distributed(
+                z0, z1, self.temperature, anchors=self.anchors, queue=queue, impl=self.impl
+            )
+        return nt_xent(z0, z1, self.temperature, anchors=self.anchors, queue=queue, impl=self.impl)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""

@@ -5,7 +5,8 @@
 // only). Each task writes row and column sums to separate slots, which are added in a fixed order at the end.
 // Backward: W is symmetric, so each tile is computed once and used twice: dZ_I += W Z_J and dZ_J += W^T Z_I. The
 // tournament of schedule.h makes this safe and deterministic without a slot per task: no gradient block is in two tasks
-// of a round.
+// of a round. Rows of other ranks and of a queue need no gradient here; many of them are divided among several tasks per
+// block, each with a slot. Tiles of rows without an upstream gradient are skipped.
 // Cost: 2 (M^2 D + 3 M^2 D) flops and M^2 exponentials. Plain PyTorch needs 6 M^2 D and 2 M^2, with about twelve passes
 // over an M x M matrix. On AVX-512 cores the kernel runs at nearly the rate of the matrix product alone.
 // Memory: the slots (M * min(M / 128, 64) floats) and one tile per thread.
@@ -16,6 +17,7 @@
 // finite.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -34,6 +36,7 @@ constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29: room
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kTileRows = 128, kTileColumns = 512;
 constexpr int64_t kBackwardBlock = 256;
+constexpr int64_t kForeignRows = 8192, kForeignParts = 8;  // rows of a part, and most parts, in the backward pass
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 double dot(const float* x, const float* y, int64_t count) {
@@ -91,16 +94,16 @@ class Similarities {
     }
   }
 
-  // to (rows x D) = beta * to + W Z_columns; with `transposed`, to (columns x D) += W^T Z_rows.
+  // to (rows x D) += W Z_columns; with `transposed`, to (columns x D) += W^T Z_rows.
   void apply(const float* tile, const uint16_t* tile16, int64_t rows, int64_t columns, int64_t from, bool transposed,
-             float beta, float* to) const {
+             float* to) const {
     const int64_t dim = problem_.dim, ld = padded(columns);
     const int64_t m = transposed ? columns : rows, k = transposed ? rows : columns;
     if (reduced_) {
-      (transposed ? gemm_tn_bf16 : gemm_nn_bf16)(m, dim, k, 1.0f, tile16, ld, rounded_.get() + from * dim, dim, beta,
+      (transposed ? gemm_tn_bf16 : gemm_nn_bf16)(m, dim, k, 1.0f, tile16, ld, rounded_.get() + from * dim, dim, 1.0f,
                                                  to, dim);
     } else {
-      (transposed ? gemm_tn : gemm_nn)(m, dim, k, 1.0f, tile, ld, unit_ + from * dim, dim, beta, to, dim);
+      (transposed ? gemm_tn : gemm_nn)(m, dim, k, 1.0f, tile, ld, unit_ + from * dim, dim, 1.0f, to, dim);
     }
   }
 
@@ -234,7 +237,10 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
     shift[row] = static_cast<float>((lse + 1.0 / problem.temperature) * kLog2E);
   });
 
-  const int64_t block = rows >= 4096 ? kBackwardBlock : rows >= 512 ? kBackwardBlock / 2 : kBackwardBlock / 4;
+  const int64_t local_rows = 2 * problem.sample_count;
+  const int64_t block = local_rows >= 4096  ? kBackwardBlock
+                        : local_rows >= 512 ? kBackwardBlock / 2
+                                            : kBackwardBlock / 4;
   const std::vector<RowBlock> blocks = make_row_blocks(problem, block);
   std::vector<RowBlock> local, foreign;
   for (const RowBlock& b : blocks) (b.local >= 0 ? local : foreign).push_back(b);
@@ -246,9 +252,11 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
     return local_row < problem.sample_count ? grad_z0 + local_row * dim
                                             : grad_z1 + (local_row - problem.sample_count) * dim;
   };
-  const auto has_weight = [&](const RowBlock& x, const RowBlock& y) {
-    return problem.both_anchors || x.begin < problem.samples || y.begin < problem.samples;
+  const auto weighs = [&](const RowBlock& x) {
+    const float* first = weight.data() + x.begin;
+    return std::any_of(first, first + x.size, [](float w) { return w != 0.0f; });
   };
+  const auto has_weight = [&](const RowBlock& x, const RowBlock& y) { return weighs(x) || weighs(y); };
   const auto make_weights = [&](const RowBlock& x, const RowBlock& y, int thread) {
     float* tile = scratch.data() + thread * tile_size;
     const int64_t ld = Similarities::padded(y.size);
@@ -265,25 +273,38 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
       SCAN_FAST_BEST_ISA(nt_xent_to_bf16)(tile, x.size * ld, scratch16.data() + thread * tile_size);
     }
   };
-  const auto add = [&](const RowBlock& x, const RowBlock& y, bool transposed, float beta, int thread) {
-    const RowBlock &to = transposed ? y : x, &from = transposed ? x : y;
+  const auto add = [&](const RowBlock& x, const RowBlock& y, bool transposed, float* to, int thread) {
     similarities.apply(scratch.data() + thread * tile_size, scratch16.data() + thread * tile_size, x.size, y.size,
-                       from.begin, transposed, beta, gradient(to.local));
+                       transposed ? x.begin : y.begin, transposed, to);
   };
 
-  parallel_for(static_cast<int64_t>(local.size()), [&](int64_t i, int thread) {
-    if (has_weight(local[i], local[i])) {
-      make_weights(local[i], local[i], thread);
-      add(local[i], local[i], false, 0.0f, thread);
-    } else {
-      std::fill_n(gradient(local[i].local), local[i].size * dim, 0.0f);
+  // The first part of the foreign rows adds to the gradients themselves, the others to slots.
+  const int64_t others = static_cast<int64_t>(foreign.size());
+  const int64_t parts = std::clamp<int64_t>((rows - local_rows) / kForeignRows, 1, kForeignParts);
+  std::vector<float> slots((parts - 1) * local_rows * dim, 0.0f);
+  parallel_for(static_cast<int64_t>(local.size()) * parts, [&](int64_t index, int thread) {
+    const RowBlock& x = local[index / parts];
+    const int64_t part = index % parts;
+    float* to = part == 0 ? gradient(x.local) : slots.data() + ((part - 1) * local_rows + x.local) * dim;
+    if (part == 0) {
+      std::fill_n(to, x.size * dim, 0.0f);
+      if (has_weight(x, x)) {
+        make_weights(x, x, thread);
+        add(x, x, false, to, thread);
+      }
     }
-    for (const RowBlock& other : foreign) {
-      if (!has_weight(local[i], other)) continue;
-      make_weights(local[i], other, thread);
-      add(local[i], other, false, 1.0f, thread);
+    for (int64_t i = others * part / parts; i < others * (part + 1) / parts; ++i) {
+      if (!has_weight(x, foreign[i])) continue;
+      make_weights(x, foreign[i], thread);
+      add(x, foreign[i], false, to, thread);
     }
   });
+  for (int64_t part = 1; part < parts; ++part) {
+    for_each_row(local_rows, [&](int64_t row) {
+      const float* slot = slots.data() + ((part - 1) * local_rows + row) * dim;
+      std::transform(slot, slot + dim, gradient(row), gradient(row), std::plus<>());
+    });
+  }
   const int64_t players = static_cast<int64_t>(local.size());
   for (int64_t round = 0; round < tournament_rounds(players); ++round) {
     const auto pairs = tournament_round(players, round);
@@ -291,8 +312,8 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
       const RowBlock &x = local[pairs[index].first], &y = local[pairs[index].second];
       if (!has_weight(x, y)) return;
       make_weights(x, y, thread);
-      add(x, y, false, 1.0f, thread);
-      add(x, y, true, 1.0f, thread);
+      add(x, y, false, gradient(x.local), thread);
+      add(x, y, true, gradient(y.local), thread);
     });
   }
 

@@ -5,10 +5,10 @@
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
 
-// 2^x for x <= 127: relative error below 2e-7, exactly zero below -126, NaN for NaN. Adding 1.5 * 2^23 rounds x to an
-// integer n in the low bits. A shift moves n into the exponent of 2^(x - n).
+// 2^x for x <= 127: relative error below 2e-7, exactly zero below -126, NaN for NaN. Adding 1.5 * 2^23 + 127 rounds x to
+// an integer n, with n + 127 in the low bits. A shift makes them the exponent of 2^n.
 inline Vec exp2(Vec x) {
-  const Vec magic = splat(12582912.0f);
+  const Vec magic = splat(12583039.0f);
   const Vec shifted = x + magic;
   const Vec r = x - (shifted - magic);
   Vec p = splat(1.535336188319500e-4f);
@@ -18,9 +18,9 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  // Unsigned, because the sum overflows below -126, where it is not used.
-  const UnsignedVec bits = reinterpret_cast<UnsignedVec>(p) + (reinterpret_cast<UnsignedVec>(shifted) << 23);
-  return x < splat(-126.0f) ? Vec{} : reinterpret_cast<Vec>(bits);
+  // A product, because adding to the exponent would turn some NaN into numbers.
+  const Vec power = reinterpret_cast<Vec>(reinterpret_cast<UnsignedVec>(shifted) << 23);
+  return x < splat(-126.0f) ? Vec{} : p * power;
 }
 
 // Clamps the logarithm of a probability. At tiny temperatures the rounding of s alone could lift it far above zero.

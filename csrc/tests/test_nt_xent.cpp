@@ -183,6 +183,19 @@ void low_temperatures() {
   }
 }
 
+// Samples that nobody handles, with zeros for the gradient, loss and lse of their anchors.
+void queue_of_negatives() {
+  emu::options() = {.detect_races = true, .seed = 11};
+  for (const bool both : {true, false}) {
+    for (const double temperature : {0.5, 0.02, 0.005}) {
+      compare(kNTXentPortable, 100, 24, temperature, both, false, {0, 30}, 3e-6);
+    }
+    compare(kNTXentPortable, 90, 136, 0.1, both, false, {0, 10, 21}, 3e-6);
+    compare(kNTXentPortable, 66, 260, 0.02, both, false, {0, 5}, 3e-6);
+    compare(kNTXentPortable, 150, 40, 0.1, both, true, {0, 64}, 2e-3);
+  }
+}
+
 void repeated_runs_give_the_same_bits() {
   const int64_t n = 70, d = 40;
   const NTXentProblem problem{n, d, 0.1, true, 0, n};
@@ -335,6 +348,7 @@ int main() {
   RUN(one_gradient_for_all_losses);
   RUN(several_rounds);
   RUN(low_temperatures);
+  RUN(queue_of_negatives);
   RUN(repeated_runs_give_the_same_bits);
   RUN(half_inputs);
   RUN(bfloat16_inputs);

@@ -37,6 +37,16 @@ void parts_of_the_samples() {
   for (const bool both : {true, false}) compare(kNTXentSM90, 150, 24, 0.1, both, false, {0, 1, 100, 150}, 3e-6);
 }
 
+// Samples that nobody handles, with zeros for the gradient, loss and lse of their anchors.
+void queue_of_negatives() {
+  emu::options() = {.detect_races = true, .seed = 11};
+  for (const bool both : {true, false}) {
+    compare(kNTXentSM90, 220, 40, 0.1, both, true, {0, 70}, 2e-3);
+    compare(kNTXentSM90, 200, 128, 0.0301, both, false, {0, 20, 33}, 3e-6);
+    compare(kNTXentSM90, 140, 200, 0.1, both, true, {0, 30}, 2e-3);
+  }
+}
+
 void repeated_runs_give_the_same_bits() {
   const int64_t n = 150, d = 40;
   const NTXentProblem problem{n, d, 0.1, true, 0, n};
@@ -175,6 +185,7 @@ int main() {
   RUN(several_tiles);
   RUN(split_operands);
   RUN(parts_of_the_samples);
+  RUN(queue_of_negatives);
   RUN(repeated_runs_give_the_same_bits);
   RUN(covers_what_fits);
   RUN(columns_are_divided_where_it_pays);

@@ -59,7 +59,7 @@ def batch_norm(
 
 def _use_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
     if impl == "native":
-        return dispatch.use_native(impl, x, "batch_norm_forward")
+        return dispatch.use_native(impl, x, "batch_norm_forward", differentiable=True)
     # torch.compile fuses the plain operators by itself. The kernel requires its operands in this layout. use_native
     # comes last, because it may run a self-test.
     return (
@@ -72,7 +72,7 @@ def _use_kernel(impl: Impl, x: Tensor, residual: Tensor | None, weight: Tensor) 
             for t in (x, residual)
             if t is not None
         )
-        and dispatch.use_native(impl, x, "batch_norm_forward")
+        and dispatch.use_native(impl, x, "batch_norm_forward", differentiable=True)
     )
 
 

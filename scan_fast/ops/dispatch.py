@@ -6,6 +6,7 @@ import warnings
 from typing import Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from . import native, trust
@@ -17,18 +18,19 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 _warned = False
 
 
-def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
+def use_native(impl: str, tensor: torch.Tensor, operator: str, *, differentiable: bool = False) -> bool:
     """Decide between the compiled kernel and the reference for one call.
 
     Args:
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
         tensor: input of the call, whose device and dtype decide whether there is a kernel.
         operator: entry operator of the family, e.g. ``"scan_loss_forward"``.
+        differentiable: the result has derivatives, which kernels compute in reverse mode only.
 
     Returns:
         True for the compiled kernel. ``"auto"`` uses the reference if there is no compiled module (with one warning per
-        process), if there is no kernel for the device or the dtype, and if the kernel is not trusted on this GPU
-        (:mod:`scan_fast.ops.trust`).
+        process), if there is no kernel for the device or the dtype, if forward-mode derivatives may be wanted, and if
+        the kernel is not trusted on this GPU (:mod:`scan_fast.ops.trust`).
 
     Raises:
         ValueError: for an unknown ``impl``.
@@ -37,6 +39,11 @@ def use_native(impl: str, tensor: torch.Tensor, operator: str) -> bool:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl must be "auto", "native" or "reference", got {impl!r}')
     if impl == "reference":
+        return False
+    # An integer that torch.func.jvp and dual_level() raise from -1. Looking at the tensors would cost more than a call.
+    if differentiable and forward_ad._current_level >= 0:
+        if impl == "native":
+            raise UsageError(f'impl="native" has no forward-mode derivatives for {operator}; use "auto" or "reference"')
         return False
     device = tensor.device
     kind = device.type

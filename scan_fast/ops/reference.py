@@ -15,7 +15,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool) -> Tensor:
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool, queue: Tensor | None = None) -> Tensor:
     """Compute NT-Xent losses per anchor (SimCLR, arXiv 2002.05709, equation 1).
 
     Args:
@@ -24,6 +24,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool) -> T
         temperature: divisor of the cosine similarities.
         both_anchors: True for 2N anchors (rows of z0, then of z1), False for the N rows of z0. The negatives are always
             all other 2N - 2 rows.
+        queue: (Q, D) further negatives of every anchor (MoCo, arXiv 1911.05722); no gradient flows into them.
 
     Returns:
         (2N,) or (N,) losses.
@@ -32,11 +33,12 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool) -> T
     unit = F.normalize(torch.cat([z0, z1]).to(dtype), dim=1)
     n = z0.shape[0]
     anchors = unit if both_anchors else unit[:n]
+    columns = unit if queue is None else torch.cat([unit, F.normalize(queue.detach().to(dtype), dim=1)])
     with torch.autocast(device_type=z0.device.type, enabled=False):
-        logits = anchors @ unit.T / temperature
+        logits = anchors @ columns.T / temperature
     rows = torch.arange(anchors.shape[0], device=z0.device)
     positive = (rows + n) % (2 * n)
-    logits = logits.masked_fill(rows[:, None] == torch.arange(2 * n, device=z0.device), -torch.inf)
+    logits = logits.masked_fill(rows[:, None] == torch.arange(len(columns), device=z0.device), -torch.inf)
     return logits.logsumexp(dim=1) - logits[rows, positive]
 
 

@@ -21,9 +21,10 @@ _ROW_STATS = 6  # kScanLossRowStats of csrc/scan_loss/scan_loss.h
 def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float, *, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`scan_fast.scan_loss`."""
     check_logits("anchors", anchors, "neighbors", neighbors, _DIMENSIONS)
-    if not math.isfinite(entropy_weight):
+    # Comparisons, because torch.compile cannot trace math.isfinite of a number that it keeps symbolic.
+    if not -math.inf < entropy_weight < math.inf:
         raise ValueError(f"entropy_weight must be a finite number, got {entropy_weight}")
-    if dispatch.use_native(impl, anchors, "scan_loss_forward"):
+    if dispatch.use_native(impl, anchors, "scan_loss_forward", differentiable=True):
         return torch.ops.scan_fast.scan_loss.default(anchors, neighbors, entropy_weight)
     if anchors.ndim == 2:
         total, consistency, entropy = reference.scan_loss(anchors[None], neighbors[None], entropy_weight)

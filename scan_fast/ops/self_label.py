@@ -23,7 +23,7 @@ def self_label_loss(
     check_logits("weak", weak, "strong", strong, _DIMENSIONS)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-    if dispatch.use_native(impl, weak, "self_label_forward"):
+    if dispatch.use_native(impl, weak, "self_label_forward", differentiable=True):
         return torch.ops.scan_fast.self_label.default(weak, strong, threshold, balance)
     return reference.self_label_loss(weak, strong, threshold, balance)
 

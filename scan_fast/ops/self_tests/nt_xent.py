@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -36,6 +37,15 @@ def findings(device: torch.device) -> Iterator[Finding]:
         kernel, plain = (make(temperature, both, begin, count) for make in (_kernel, _plain))
         for dtype in dtypes:
             yield compared(f"{rows}x{dim} at {temperature}", dtype, device, kernel, plain, cpu, SLACK)
+    # A queue: samples behind those that are handled, whose anchors have zeros for gradient, loss and lse.
+    for both, temperature in ((False, 0.2), (True, 0.02)):
+        g = generator()
+        z0, handled = normal(g, 150, 64), 40
+        cpu = (z0, z0 + normal(g, 150, 64), 1 + uniform(g, (2 if both else 1) * handled))
+        kernel, plain = (make(temperature, both, handled) for make in (_queued_kernel, _queued_plain))
+        for dtype in FLOATS[:2]:
+            case = f"40x64 and a queue of 220 at {temperature}"
+            yield compared(case, dtype, device, kernel, plain, cpu, SLACK)
     yield from _long(device)
 
 
@@ -58,6 +68,25 @@ def _plain(temperature: float, both: bool, begin: int, count: int) -> Callable[.
     def call(z0: Tensor, z1: Tensor, upstream: Tensor) -> Tensors:
         losses, *grads = with_gradients(lambda a, b: reference.nt_xent(a, b, temperature, both), (z0, z1), upstream)
         return (losses.view(-1, z0.shape[0])[:, rows].flatten(), *(grad[rows] for grad in grads))
+
+    return call
+
+
+def _queued_kernel(temperature: float, both: bool, handled: int) -> Callable[..., Tensors]:
+    def call(z0: Tensor, z1: Tensor, upstream: Tensor) -> Tensors:
+        ops, n = torch.ops.scan_fast, z0.shape[0]
+        losses, lse, unit, inv_norm = ops.nt_xent_forward(z0, z1, temperature, both, 0, handled)
+        padded = (F.pad(x.view(-1, handled), (0, n - handled)).flatten() for x in (upstream, losses, lse))
+        return (losses, *ops.nt_xent_backward(*padded, unit, inv_norm, temperature, both, 0, handled, z0.dtype))
+
+    return call
+
+
+def _queued_plain(temperature: float, both: bool, handled: int) -> Callable[..., Tensors]:
+    def call(z0: Tensor, z1: Tensor, upstream: Tensor) -> Tensors:
+        queue = torch.cat([z0[handled:], z1[handled:]])
+        rows = (z0[:handled], z1[:handled])
+        return with_gradients(lambda a, b: reference.nt_xent(a, b, temperature, both, queue), rows, upstream)
 
     return call
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, MissingPackageError
-from .methods import MultiViewSettings
 from .models.backbones import DESCRIPTOR, ModelConfig, multiply_adds
 from .models.heads import PretextModel
 from .models.pretrained import can_fetch, weights_at_hand
@@ -185,7 +184,8 @@ def measure(context: Context, side: int | None = None, width: float | None = Non
     source, config = context.splits.train, context.config
     rows = torch.arange(min(TIMED_IMAGES, len(source)))
     trained = config.pretext.method
-    view = context.plain_view if not isinstance(trained, MultiViewSettings) else trained.view.resolved(context.side)
+    own = getattr(trained, "view", None)
+    view = context.plain_view if own is None else own.resolved(context.side)
     views = context.views_of(source, "estimate")
     model_config = resolved_model(config.model, side or source.size) if side else context.model_config
     if width is not None:

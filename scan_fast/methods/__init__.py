@@ -6,15 +6,17 @@ from pydantic import Field
 
 from ..schema import BARE_KIND
 from .base import MethodSettings, PretextMethod
+from .moco import MoCoSettings
 from .multi_view import MultiViewSettings
 from .none import NoneSettings
+from .rotation import RotationSettings
 from .sigreg import SIGRegSettings
 from .simclr import SimCLR, SimCLRSettings
 from .visreg import VISRegSettings
 from .weights import WeightsSettings
 
 MethodConfig = Annotated[
-    SimCLRSettings | SIGRegSettings | VISRegSettings | WeightsSettings | NoneSettings,
+    SimCLRSettings | MoCoSettings | SIGRegSettings | VISRegSettings | RotationSettings | WeightsSettings | NoneSettings,
     Field(discriminator="kind"),
     BARE_KIND,
 ]
@@ -23,9 +25,11 @@ MethodConfig = Annotated[
 __all__ = [
     "MethodConfig",
     "MethodSettings",
+    "MoCoSettings",
     "MultiViewSettings",
     "NoneSettings",
     "PretextMethod",
+    "RotationSettings",
     "SIGRegSettings",
     "SimCLR",
     "SimCLRSettings",

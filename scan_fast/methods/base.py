@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
@@ -87,6 +88,14 @@ class MethodSettings(Settings):
     def input_format(self) -> InputFormat | None:
         """Return the input format of the weights that the method brings, None if it brings none or they have none."""
         return None
+
+    def for_images(self, count: int) -> Self:
+        """Return the settings for a number of training images, such as with a size filled in that depends on it.
+
+        Raises:
+            ConfigError: if the settings do not fit so many images.
+        """
+        return self
 
     def build(self, model: PretextModel, size: int) -> PretextMethod:
         """Create the method for a model and a source of ``size`` pixels."""

@@ -84,7 +84,8 @@ def run_pretext(context: Context, handover: Handover) -> None:
     settings = context.config.pretext.method
     with seeded(context.config.seed, NAME):
         model = context.place(PretextModel(context.model_config))
-        method = settings.build(model, context.side) if settings.trains else None
+        images = context.splits.pretext or context.splits.train
+        method = settings.for_images(len(images)).build(model, context.side) if settings.trains else None
     if method is not None:
         stage = Pretext(context, model, method, handover)
         training = train(stage, context)

@@ -149,7 +149,7 @@ def test_keys_with_types_defaults_and_meaning() -> None:
     text = run_here("config", "--keys").out
     assert "mining.k = 20  (int ≥ 1)\n    Neighbours of each training image.\n" in text
     assert "selflabel.ema = null  (float > 0, < 1 or null)\n" in text
-    assert "pretext.method.kind = simclr  (simclr or sigreg or visreg or weights or none)\n" in text
+    assert "pretext.method.kind = simclr  (simclr or moco or sigreg or visreg or rotation or weights or none)\n" in text
     assert "pretext.method.file = required  (path, of kind weights)\n    The weight file." in text
     assert "clustering.view.kind = strong  " in text
     assert "selflabel = its defaults  (section or null)\n" in text

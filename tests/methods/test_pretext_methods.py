@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pytest
 import torch
 from driving import opened
 from interruptions import InterruptedPretext
+from pretext_training import small_model, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,13 +19,9 @@ from scan_fast.losses import nt_xent
 from scan_fast.methods import MethodSettings, NoneSettings, PretextMethod, SimCLR, SimCLRSettings, WeightsSettings
 from scan_fast.models.heads import PretextModel
 from scan_fast.models.moving_average import MovingAverage
-from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
 from scan_fast.training.context import Context
-from scan_fast.training.loop import train
 from scan_fast.views.parameters import AffineView, View
-
-M = TypeVar("M", bound=PretextMethod)
 
 
 class BootstrapSettings(MethodSettings):
@@ -70,24 +66,6 @@ class Bootstrap(PretextMethod):
         self.average.load_state_dict(state["average"])
 
 
-def trained(
-    folder: Path, stages: Sequence[type[Pretext]], build: Callable[[Context, PretextModel], M], *settings: str
-) -> tuple[PretextModel, M]:
-    """Train a method in the given stages, one after the other, each with objects of its own."""
-    words = ("runtime.checkpoint_seconds=0", "model.projection_dim=64", "pretext.epochs=2", *settings)
-    with opened(folder, *words) as context:
-        for stage in stages:
-            torch.manual_seed(0)
-            model = context.place(PretextModel(context.model_config))
-            method = build(context, model)
-            first = {id(p): p.detach().clone() for module in (model, *method.modules()) for p in module.parameters()}
-            with contextlib.suppress(KeyboardInterrupt):
-                train(stage(context, model, method, Handover()), context)
-        weights = [p for module in (model, *method.modules()) for p in module.parameters() if p.ndim > 1]
-        assert not any(p.equal(first[id(p)]) for p in weights)
-        return model, method
-
-
 def test_another_method_trains_and_resumes_in_the_same_bits(tmp_path: Path) -> None:
     def result_of(folder: Path, stages: Sequence[type[Pretext]]) -> dict[str, Tensor]:
         model, method = trained(folder, stages, lambda context, model: Bootstrap(model, context.splits.train.size))
@@ -130,7 +108,7 @@ def test_a_projector_without_normalisation_is_refused(tmp_path: Path) -> None:
 def test_small_views_are_compared_with_both_large_ones() -> None:
     torch.manual_seed(0)
     settings = SimCLRSettings(small_views=2, temperature=0.3)
-    method = settings.build(_small().eval(), 8)
+    method = settings.build(small_model().eval(), 8)
     views = method.views(0, 1)
     assert [view.side for view in views] == [8, 8, 4, 4]
     assert settings.passes(8) == 2 + 2 / 4
@@ -144,34 +122,28 @@ def test_small_views_are_compared_with_both_large_ones() -> None:
 def test_settings_create_their_method() -> None:
     model = PretextModel.__new__(PretextModel)
     nn.Module.__init__(model)
-    method = BootstrapSettings().build(model=_small(), size=8)
+    method = BootstrapSettings().build(model=small_model(), size=8)
     assert isinstance(method, Bootstrap)
-    assert isinstance(SimCLRSettings().build(_small(), 8), SimCLR)
+    assert isinstance(SimCLRSettings().build(small_model(), 8), SimCLR)
     for settings in (NoneSettings(), WeightsSettings(file=Path("x"))):
         assert not settings.trains
         with pytest.raises(NotImplementedError, match="does not train"):
-            settings.build(_small(), 8)
+            settings.build(small_model(), 8)
     with pytest.raises(NotImplementedError, match="SimCLRSettings trains"):
-        SimCLRSettings().load(_small())
+        SimCLRSettings().load(small_model())
 
 
 def test_simclr_grows_its_views() -> None:
     settings = SimCLRSettings(resolutions=((0.35, 4), (0.7, 6)))
-    method = settings.build(_small(), 8)
+    method = settings.build(small_model(), 8)
     sizes = [[view.side for view in method.views(epoch, 10)] for epoch in range(10)]
     assert sizes == [[4, 4]] * 4 + [[6, 6]] * 3 + [[8, 8]] * 3
 
 
 def test_weights_of_another_stage_are_refused(tmp_path: Path) -> None:
     """A self-label file of the reference project is no pretext model."""
-    state = {f"backbone.{name}": value for name, value in _small().backbone.state_dict().items()}
+    state = {f"backbone.{name}": value for name, value in small_model().backbone.state_dict().items()}
     state |= {"cluster_head.0.weight": torch.zeros(10, 16), "cluster_head.0.bias": torch.zeros(10)}
     torch.save(state, tmp_path / "model.pth.tar")
     with pytest.raises(WeightsError, match="holds a selflabel model; stage one needs a pretext model"):
-        WeightsSettings(file=tmp_path / "model.pth.tar").load(_small())
-
-
-def _small() -> PretextModel:
-    from scan_fast.models.backbones import ModelConfig
-
-    return PretextModel(ModelConfig(backbone="resnet18_cifar", width=0.125, projection_dim=64))
+        WeightsSettings(file=tmp_path / "model.pth.tar").load(small_model())

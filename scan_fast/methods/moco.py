@@ -1,0 +1,127 @@
+"""MoCo (He et al., CVPR 2020, https://arxiv.org/abs/1911.05722; v2: https://arxiv.org/abs/2003.04297)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from ..errors import ConfigError
+from ..losses import nt_xent
+from ..models.heads import PretextModel
+from ..models.moving_average import MovingAverage
+from ..views.parameters import SimCLRView, View
+from .base import MethodSettings, PretextMethod
+
+QUEUE_SIZE = 65_536
+"""Rows of the queue in the paper, 5 % of ImageNet's images."""
+IMAGES_PER_ROW = 8
+"""Images for each row of a queue that nobody has set a size for, if they are few."""
+FORWARD_SHARE = 1 / 3
+"""Work of the second view, which passes the key network without a gradient, relative to a view that trains."""
+
+
+class MoCoSettings(MethodSettings):
+    """MoCo: a view attracts the other view's key; the keys of earlier batches, from a slowly moving network, repel.
+
+    Negatives do not depend on the batch, so small batches suffice. It differs from the paper: the other images of the
+    batch are negatives as well, both their first views and their keys, and batches are not shuffled for batch
+    normalisation, which on one device would change nothing. The queue begins with random unit rows, as the published
+    code's does.
+
+    Attributes:
+        temperature: of the NT-Xent loss, which takes no less than 1e-8.
+        queue_size: keys of earlier batches, Q, at most as many as images: a longer queue would hold earlier keys of the
+            image itself. None: 65,536, or an eighth of the images if that is fewer.
+        momentum: decay of the moving average that is the key network. 0.999 is for hundreds of thousands of steps, 0.99
+            for some thousand.
+        view: the random view that both views are drawn from; an open size is the source's.
+    """
+
+    kind: Literal["moco"] = "moco"
+    temperature: float = Field(default=0.2, ge=1e-8)
+    queue_size: int | None = Field(default=None, ge=1)
+    momentum: float = Field(default=0.999, gt=0, lt=1)
+    view: View = SimCLRView(kind="simclr", size=None)
+
+    def side(self, size: int) -> int:
+        """Return the view's side."""
+        return self.view.resolved(size).side
+
+    def passes(self, size: int) -> float:
+        """Return the pixels of both views, of which one needs no gradient."""
+        return 1 + FORWARD_SHARE
+
+    def for_images(self, count: int) -> Self:
+        """Fill in the size of the queue for a number of images.
+
+        Raises:
+            ConfigError: if there are fewer images than rows in the queue.
+        """
+        if self.queue_size is None:
+            return self.model_copy(update={"queue_size": min(QUEUE_SIZE, max(1, count // IMAGES_PER_ROW))})
+        if self.queue_size > count:
+            raise ConfigError(
+                f"pretext.method.queue_size={self.queue_size} is more than the {count} images: an image would be "
+                f"compared with earlier keys of itself; give at most {count}"
+            )
+        return self
+
+    def build(self, model: PretextModel, size: int) -> MoCo:
+        """Create the method."""
+        return MoCo(self, model, size)
+
+
+class MoCo(PretextMethod):
+    """Trains with the NT-Xent loss of queries against keys and a queue of earlier keys."""
+
+    def __init__(self, settings: MoCoSettings, model: PretextModel, size: int) -> None:
+        super().__init__(model)
+        *_, last = model.contrastive_head.modules()
+        assert isinstance(last, nn.Linear)
+        self.settings = settings
+        self.average = MovingAverage(model, settings.momentum)
+        # As in training, and as the queries': the average of batch statistics would lag behind the weights.
+        self.average.model.train()
+        device = last.weight.device
+        rows = torch.randn(settings.queue_size or QUEUE_SIZE, last.out_features).to(device)
+        self.queue = F.normalize(rows, dim=1)
+        self._next = torch.zeros((), dtype=torch.int64, device=device)
+        self._keys = rows[:0]
+        self._view = settings.view.resolved(size)
+
+    def views(self, epoch: int, epochs: int) -> Sequence[View]:
+        """Return the view of the queries and that of the keys."""
+        return self._view, self._view
+
+    def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the NT-Xent loss of the queries."""
+        queries = self.model(images[0]).float()
+        with torch.no_grad():
+            self._keys = F.normalize(self.average.model(images[1]).float(), dim=1)
+        loss = nt_xent(queries, self._keys, self.settings.temperature, anchors="first", queue=self.queue)
+        return loss, {"loss": loss}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the key network, and replace the oldest rows of the queue by the batch's keys."""
+        self.average.update()
+        keys = self._keys[-len(self.queue) :]
+        places = (self._next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue.index_copy_(0, places, keys)
+        self._next.add_(len(keys)).remainder_(len(self.queue))
+
+    def state(self) -> dict[str, Any]:
+        """Return the key network, the queue, and the place of its oldest row."""
+        return {"average": self.average.state_dict(), "queue": self.queue, "next": int(self._next)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue with them."""
+        self.average.load_state_dict(state["average"])
+        self.queue.copy_(state["queue"])
+        self._next.fill_(state["next"])

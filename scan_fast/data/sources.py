@@ -25,7 +25,7 @@ class Source(Protocol):
     Attributes:
         paths: unique name of each image: path of its file relative to the root, or another such as
             ``digits/train/0012``.
-        labels: (N,) int64 class numbers, or None. For reporting, never for training.
+        labels: (N,) int64 class numbers, or None. For reporting, and for the oracle ``clustering.true_neighbors``.
         class_names: name of each class, or None.
         size: side of the square images in pixels.
         resident: True if decoded images are kept in memory, so that reading decodes nothing.

@@ -131,10 +131,15 @@ class ClusteringConfig(TrainingConfig):
     """Loss of the heads and score that chooses among them, by ``kind``: ``scan``, ``temi``, ``turtle``."""
     heads: int = Field(default=1, ge=1)
     """Heads that train side by side; the one with the best score is kept."""
-    neighbors: int | None = Field(default=None, ge=1)
-    """Number of mined neighbours to draw from; None: all."""
+    neighbors: int | None = Field(default=None, ge=0)
+    """Number of mined neighbours to draw from; None: all. 0: pairs are two views of one image, whatever
+    ``include_self`` says."""
     include_self: bool = True
     """Let an image be drawn as its own neighbour, as the reference does."""
+    true_neighbors: bool = False
+    """Oracle for ablations: draw only among the mined neighbours of the image's own class, by its label; an image that
+    has none is paired with itself. It tells how much wrong neighbours cost. This is the only setting with which labels
+    affect training, and ``summary.json`` says so."""
     update: Literal["full", "heads", "features"] = "full"
     """``full``: train the whole network. ``heads``: train the heads on a frozen backbone, on views of the images.
     ``features``: group the features of the frozen backbone in several ways (``ways``), of which the best by a score
@@ -194,6 +199,10 @@ class ClusteringConfig(TrainingConfig):
     def _check(self) -> Self:
         if self.cached_views is not None and self.update != "heads":
             raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
+        if self.true_neighbors and self.update == "features":
+            raise ValueError("true_neighbors is for training on pairs; update=features has none")
+        if self.true_neighbors and self.neighbors == 0:
+            raise ValueError("true_neighbors chooses among mined neighbours, and neighbors=0 takes none")
         if self.objective.needs_start and self.initialize == "random":
             raise ValueError(
                 "objective.prior=estimated takes the sizes of the clusters from those that the heads start from, "

@@ -33,6 +33,40 @@ KMEANS_IMAGES = 20_000
 """Number of images, drawn at random, on which k-means runs for the start of the heads."""
 
 
+class Partners:
+    """The images that each image may be paired with.
+
+    Args:
+        neighbors: (N, k) int64 mined neighbours to draw from, k may be 0.
+        include_self: an image may be paired with itself, that is, with another view of it.
+        labels: (N,) int64 classes for the oracle, which keeps the neighbours of an image's own class alone. Labels
+            affect training nowhere else. None: keep all neighbours.
+
+    Attributes:
+        index: (N, max(counts)) int64; the first ``counts[i]`` of row i are the partners of image i.
+        counts: (N,) int64, at least 1: an image that would have no partner is its own.
+        alone: number of images that have no neighbour left, to be paired with themselves.
+    """
+
+    def __init__(self, neighbors: Tensor, include_self: bool, labels: Tensor | None = None) -> None:
+        own = torch.arange(len(neighbors))[:, None]
+        self.alone = 0
+        if labels is None:
+            without_self = neighbors.shape[1] > 0 and not include_self
+            self.index = neighbors if without_self else torch.cat([own, neighbors], dim=1)
+            self.counts = torch.full((len(neighbors),), self.index.shape[1])
+            return
+        classes = labels.cpu()
+        kept = (classes[neighbors] == classes[:, None]) & (neighbors != own)
+        none = ~kept.any(dim=1, keepdim=True)
+        self.alone = int(none.sum())
+        kept = torch.cat([none | include_self, kept], dim=1)
+        self.counts = kept.sum(dim=1)
+        # The kept ones first, in their order.
+        order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
+        self.index = torch.cat([own, neighbors], dim=1).gather(1, order)[:, : int(self.counts.max())]
+
+
 class Clustering(Stage[tuple[Tensor, Tensor]]):
     """Trains any number of heads with the configured objective (SCAN: arXiv 2005.12320, section 2.2)."""
 
@@ -50,9 +84,8 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.objective: Objective = self.config.objective.build()
         self.frozen = self.config.update == "heads"
         neighbors = mined_neighbors(context)
-        self._neighbors = neighbors["train"][:, : self.config.neighbors]
-        if self.config.include_self:
-            self._neighbors = torch.cat([torch.arange(self.n_images)[:, None], self._neighbors], dim=1)
+        labels = self.source.labels if self.config.true_neighbors else None
+        self.partners = Partners(neighbors["train"][:, : self.config.neighbors], self.config.include_self, labels)
         self._selection_neighbors = neighbors[context.reported][:, : context.config.mining.test_k]
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
@@ -103,9 +136,8 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return each anchor and one of its neighbours, drawn per epoch: rendered, or features of cached views."""
-        choices = self._neighbors.shape[1]
-        draw = integers(self._views.key, epoch, indices, NEIGHBOR_DRAW, choices)
-        chosen = self._neighbors[indices, draw]
+        draw = integers(self._views.key, epoch, indices, NEIGHBOR_DRAW, self.partners.counts[indices])
+        chosen = self.partners.index[indices, draw]
         if self._cached is not None:
             views = (integers(self._views.key, epoch, indices, d, len(self._cached)) for d in CACHED_DRAWS)
             anchors, neighbors = (self._cached[v, rows] for v, rows in zip(views, (indices, chosen), strict=True))
@@ -175,10 +207,15 @@ def run_clustering(context: Context, handover: Handover) -> None:
     if config.update == "full":
         handover.drop([FEATURES])  # only a frozen backbone needs them again
     stage = Clustering(context, model, handover)
+    if config.true_neighbors:
+        alone = f"{stage.partners.alone:,} of {stage.n_images:,} images have none"
+        context.tracker.say(f"{NAME}: oracle: labels choose the neighbours that train; {alone}")
     training = train(stage, context)
     best = stage.best
     model.load_state_dict(best["model"])
     results: dict[str, Any] = {"head": best["head"], "epoch": best["epoch"], "selection_loss": best["loss"]}
+    if config.true_neighbors:
+        results["label_oracle"] = {"true_neighbors": True, "images_without": stage.partners.alone}
     single = model.head(best["head"])
     for split in context.clustered:
         logits = logits_of(context, single, split, handover)[0].cpu()

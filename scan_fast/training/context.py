@@ -231,6 +231,8 @@ def check_sizes(context: Context) -> None:
     wanted = config.clustering.neighbors
     if wanted is not None and wanted > config.mining.k:
         raise ConfigError(f"clustering.neighbors={wanted} is more than the mining.k={config.mining.k} neighbours mined")
+    if config.clustering.true_neighbors and context.splits.train.labels is None:
+        raise ConfigError("clustering.true_neighbors=true draws neighbours by their labels, and these images have none")
     if test is not None and len(test) < 2:
         raise ConfigError(
             f"{len(test)} held-out image is too few to select a head by; raise data.test_fraction, set it to 0, "

@@ -46,7 +46,7 @@ from .runs.keys import all_keys
 from .runs.records import Summary
 from .runs.tracker import Tracker
 from .runs.variants import MEASURES, VariantTable
-from .sharing import SHARED, Planned, run_all, seconds_of_one
+from .sharing import SHARED, STEPS, Planned, run_all, seconds_of_one
 from .sweep import collect, statistics_of
 from .training.context import data_settings, open_context, weights_input
 
@@ -299,6 +299,7 @@ def run_ablation(
     parent: Path,
     *,
     share_pretext: bool = False,
+    shared: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run each variant with each seed in ``parent/VARIANT/seedN``; write ``ablation.json`` and ``ablation.csv``.
@@ -313,6 +314,8 @@ def run_ablation(
         seeds: the seeds.
         parent: holds the run folders.
         share_pretext: share the pretext stage and mining of the configuration's own seed among all seeds, too.
+        shared: the folder of what is shared, in place of ``parent/shared``. Ablations and sweeps that name the same
+            folder do the pretext stage and mining once.
         quiet: print errors only.
 
     Returns:
@@ -338,7 +341,13 @@ def run_ablation(
         for seed in seeds
         for name, variant in variants.items()
     }
-    outcome = run_all(list(plans.values()), parent, quiet=quiet)
+    outcome = run_all(
+        list(plans.values()),
+        shared or parent / SHARED,
+        share=tuple(STEPS),
+        always=shared is not None,
+        quiet=quiet,
+    )
     summaries = dict(zip(plans, outcome.summaries, strict=True))
     seconds: dict[str, Any] = {"total": outcome.seconds}
     if outcome.shared_seconds:

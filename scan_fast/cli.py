@@ -215,6 +215,13 @@ def build_parser() -> Parser:
         sub.add_argument("--seeds", default="0-2", help="such as 0-9 or 0,3,7 (default: %(default)s)")
         sub.add_argument("--share-pretext", action="store_true", help=share)
         sub.add_argument("--out", type=Path, metavar="DIR", help=kept)
+        sub.add_argument(
+            "--shared",
+            type=Path,
+            metavar="DIR",
+            help="holds the stages that are shared (default: shared, in --out); sweeps and ablations with one DIR do "
+            "them once for all",
+        )
         sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
         sub.add_argument("--quiet", action="store_true", help="print the final table only")
 

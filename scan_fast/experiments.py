@@ -23,7 +23,14 @@ def sweep(options: argparse.Namespace) -> int:
     config = load_config(find_config(options.target), options.overrides)
     parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
     quiet = options.quiet or options.json
-    results = sweep(config, seeds, parent.expanduser(), quiet=quiet, share_pretext=options.share_pretext)
+    results = sweep(
+        config,
+        seeds,
+        parent.expanduser(),
+        quiet=quiet,
+        share_pretext=options.share_pretext,
+        shared=options.shared,
+    )
     if options.json:
         print(json.dumps(results, indent=2))
         return 0
@@ -68,6 +75,7 @@ def ablate(options: argparse.Namespace) -> int:
         seeds,
         parent.expanduser(),
         share_pretext=options.share_pretext,
+        shared=options.shared,
         quiet=options.quiet or options.json,
     )
     if options.json:

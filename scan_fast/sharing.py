@@ -1,8 +1,9 @@
 """Stages that several runs share: they are done once, and each of the runs takes what they have written.
 
 Runs share a stage if their configurations agree in everything that it depends on (:func:`dependencies`). A shared stage
-is done in a run folder of its own, whose name holds a digest of these settings. So it is the same whichever of the runs
-are asked for, and it is resumed like any other run. The runs that take it hold hard links of its artifacts.
+has its own run folder, whose name holds a digest of these settings. So it is the same whichever of the runs are asked
+for, and it is resumed like any other run. The runs that take it hold hard links of its artifacts. Several
+sweeps and ablations may have one folder of shared stages.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "mining": ("mining",),
     "clustering": ("number", "clustering"),
 }
-"""What runs may share, in order: by name, the stages of each step."""
+"""The steps that runs may share, in order: by name, the stages of each."""
 OF_PRETEXT = ("pretext", "mining")
 """The steps that runs of different seeds may share."""
 TAKEN = "taken"
@@ -77,7 +79,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What several runs have left.
+    """The results of several runs.
 
     Attributes:
         summaries: of the runs, in their order.
@@ -165,13 +167,14 @@ def seconds_of_one(summary: Summary) -> float:
     return summary.seconds + sum(entry[TAKEN]["seconds"] for entry in summary.stages.values() if TAKEN in entry)
 
 
-def run_all(plans: Sequence[Planned], parent: Path, *, share: Sequence[str] = tuple(STEPS), quiet: bool) -> Outcome:
-    """Do runs that are not finished; what several of them share is done once, in ``parent/shared``.
+def run_all(plans: Sequence[Planned], shared: Path, *, share: Sequence[str], always: bool, quiet: bool) -> Outcome:
+    """Do runs that are not finished; what several of them share is done once.
 
     Args:
         plans: the runs.
-        parent: the folder of the shared stages' folder.
-        share: the steps that runs of the same seed share; runs with a ``pretext_seed`` share its steps in any case.
+        shared: the folder of the shared stages' folders.
+        share: the steps that runs of the same seed share. Runs with a ``pretext_seed`` share its steps in any case.
+        always: share the pretext stage and mining even if one run needs them, for plans that come later.
         quiet: print errors only.
 
     Raises:
@@ -179,13 +182,13 @@ def run_all(plans: Sequence[Planned], parent: Path, *, share: Sequence[str] = tu
     """
     for plan in plans:
         check(plan)
-    shared = _Shared(plans, parent / SHARED, share, quiet)
+    stages = _Shared(plans, shared, share, always, quiet)
     summaries = []
     for plan in plans:
-        with _opened(plan.folder, plan.config, plan.label, quiet, shared.provider(plan)) as context:
+        with _opened(plan.folder, plan.config, plan.label, quiet, stages.provider(plan)) as context:
             run_stages(context, stages_of(context))
             summaries.append(context.run.summary())
-    return Outcome(summaries, shared.seconds)
+    return Outcome(summaries, stages.seconds)
 
 
 def check(plan: Planned) -> None:
@@ -206,53 +209,37 @@ def check(plan: Planned) -> None:
 class _Shared:
     """The folders of shared stages: which there are, and who takes from which."""
 
-    def __init__(self, plans: Sequence[Planned], folder: Path, share: Sequence[str], quiet: bool) -> None:
+    def __init__(self, plans: Sequence[Planned], folder: Path, share: Sequence[str], always: bool, quiet: bool) -> None:
         self.seconds: dict[str, float] = {}
         self._folder = folder
         self._quiet = quiet
         self._share = share
-        self._takers: dict[tuple[str, str], list[Path]] = {}
-        for plan in plans:
-            for step in STEPS:
-                self._takers.setdefault((step, plan.key(step)), []).append(plan.folder)
-
-    def _steps(self, plan: Planned) -> list[str]:
-        """Return the steps that a run takes."""
-        return [
-            step
-            for step in STEPS
-            if plan.is_pinned(step) or (step in self._share and len(self._takers[step, plan.key(step)]) > 1)
-        ]
+        self._always = OF_PRETEXT if always else ()
+        self._takers = Counter((step, plan.key(step)) for plan in plans for step in STEPS)
 
     def provider(self, plan: Planned) -> tuple[RunFolder, list[str]] | None:
         """Return the run folder that has finished what a run takes, and these steps; do them if they are not done."""
-        steps = self._steps(plan)
+        steps = [
+            step
+            for step in STEPS
+            if plan.is_pinned(step)
+            or (step in self._share and (step in self._always or self._takers[step, plan.key(step)] > 1))
+        ]
         return (self._provide(plan, steps), steps) if steps else None
 
     def _provide(self, plan: Planned, steps: list[str]) -> RunFolder:
-        last = steps[-1]
-        config = plan.config_of(last)
-        run = RunFolder(self._folder / f"{last}-seed{config.seed}-{plan.key(last)}")
-        wanted = [stage for step in steps for stage in STEPS[step]]
+        """Return the run folder of the last of these steps, which takes the others from theirs."""
+        *former, step = steps
+        config = plan.config_of(step)
+        provider = (self._provide(plan, former), former) if former else None
+        run = RunFolder(self._folder / f"{step}-seed{config.seed}-{plan.key(step)}")
         if run.has(artifacts.CONFIG):
             # The settings of what comes later may be those of another run; those of the machine are ours.
             config = run.read(artifacts.CONFIG).model_copy(update={"runtime": config.runtime})
-        if not run.finished(last):
-            takers = self._takers[last, plan.key(last)]
-            former = [
-                step
-                for step in steps
-                if self._takers[step, plan.key(step)] != takers or plan.is_pinned(step) != plan.is_pinned(last)
-            ]
-            provider = (self._provide(plan, former), former) if former else None
-            label = f"shared, seed {config.seed}: "
-            with _opened(run.path, config, label, self._quiet, provider) as context:
-                run_stages(context, [stage for stage in stages_of(context) if stage in wanted], results=False)
+        if not run.finished(step):
+            with _opened(run.path, config, f"shared, seed {config.seed}: ", self._quiet, provider) as context:
+                run_stages(context, [stage for stage in stages_of(context) if stage in STEPS[step]], results=False)
         self.seconds[run.path.name] = run.summary().seconds
-        for entry in run.summary().stages.values():
-            if TAKEN in entry:
-                source = RunFolder(run.path / entry[TAKEN]["from"])
-                self.seconds[source.path.resolve().name] = source.summary().seconds
         return run
 
 

@@ -12,14 +12,20 @@ from .runs import artifacts
 from .runs.config import Config, differences
 from .runs.folder import RunFolder
 from .runs.records import Summary
-from .sharing import Planned, run_all
+from .sharing import OF_PRETEXT, SHARED, Planned, run_all
 
 METRICS = ("acc", "acc_many_to_one", "nmi", "ari", "ami", "acc_top5")
 """The metrics of a split that are collected; :func:`.evaluation.metrics.clustering_metrics` explains them."""
 
 
 def sweep(
-    config: Config, seeds: Sequence[int], parent: Path, *, quiet: bool = False, share_pretext: bool = False
+    config: Config,
+    seeds: Sequence[int],
+    parent: Path,
+    *,
+    quiet: bool = False,
+    share_pretext: bool = False,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Run ``config`` once per seed in ``parent/seed<N>`` and write ``parent/sweep.json``.
 
@@ -32,6 +38,8 @@ def sweep(
         quiet: print errors only.
         share_pretext: do the pretext stage and mining once, for the configuration's own seed, in ``parent/shared``. The
             result is the same whichever seeds are asked for. The authors of SCAN repeated their runs in this way.
+        shared: the folder of the pretext stages and mining, in place of ``parent/shared``. Sweeps and ablations that
+            name the same folder do them once.
 
     Returns:
         {"seeds": [...], "<stage> <metric>": {"mean", "std" (of a sample, 0 for one seed), "best", "best_seed",
@@ -46,7 +54,9 @@ def sweep(
     plans = [Planned(parent / f"seed{seed}", _seeded(config, seed), f"seed {seed}: ", pinned) for seed in seeds]
     for folder in sorted(parent.glob("seed*")):
         _check_other(RunFolder(folder), config, parent)
-    outcome = run_all(plans, parent, share=(), quiet=quiet)
+    always = shared is not None
+    share = OF_PRETEXT if always else ()
+    outcome = run_all(plans, shared or parent / SHARED, share=share, always=always, quiet=quiet)
     results: dict[str, Any] = {"seeds": list(seeds)}
     for name, values in collect(outcome.summaries).items():
         results[name] = statistics_of(values, seeds)
@@ -87,7 +97,8 @@ def collect(summaries: Sequence[Summary]) -> dict[str, list[float]]:
             gather(f"{stage} {of_split}{key}", [entry.get(split, {}) for entry in entries], key)
     for name in summaries[0].baselines or {}:
         found: list[Any] = [(summary.baselines or {}).get(name, {}) for summary in summaries]
-        gather(f"{name} {of_split}acc", found, "acc_mean")
+        for key in ("acc", "acc_many_to_one"):
+            gather(f"{name} {of_split}{key}", found, f"{key}_mean")
     return collected
 
 

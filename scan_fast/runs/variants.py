@@ -9,8 +9,8 @@ from typing import BinaryIO
 from .tables import as_text, csv_writer
 
 MEASURES = ("acc", "nmi", "ari", "purity", "seconds")
-"""What is compared: accuracy, normalised mutual information and adjusted Rand index of the last stage's groups, purity
-of the mined neighbours, and the time of a run."""
+"""The measures that are compared: accuracy, normalised mutual information and adjusted Rand index of the last stage's
+groups, purity of the mined neighbours, and the time of a run."""
 COLUMNS = (
     "variant",
     "seeds",

@@ -83,7 +83,7 @@ def test_the_table_is_that_of_the_runs(classes: Path, tmp_path: Path, monkeypatc
         assert all("taken" in each["clustering"] and "taken" not in each["selflabel"] for each in stages)
     own = [summary(out / name / f"seed{seed}")["seconds"] for name in ("0.8", "0.99") for seed in (0, 1)]
     shared = [summary(folder)["seconds"] for folder in (out / "shared").iterdir()]
-    assert len(shared) == 2
+    assert len(shared) == 6
     assert found["seconds"]["total"] == pytest.approx(sum(own) + sum(shared), abs=2e-3)
     table = artifacts.read(artifacts.ABLATION_TABLE, out / "ablation.csv")
     assert [row["acc_mean"] for row in table.rows] == [e["acc"]["mean"] for e in found["variants"].values()]
@@ -104,9 +104,26 @@ def test_seeds_share_the_pretext_stage_if_they_are_to(tmp_path: Path) -> None:
     assert found["variants"]["without"]["stage"] == "clustering"
     assert found["share_pretext"] is True
     stages = {name.rpartition("-")[0] for name in found["seconds"]["shared"]}
-    assert stages == {"mining-seed0", "clustering-seed0", "clustering-seed2"}
+    assert stages == {"pretext-seed0", "mining-seed0", "clustering-seed0", "clustering-seed2"}
     shown = json.loads(run_here("ablate", *words, "--out", tmp_path / "out", "--json").out)
     assert shown == found
+
+
+def test_ablations_and_sweeps_with_one_folder_learn_once(tmp_path: Path) -> None:
+    words = ("digits", *TINY, "--quiet", "--seeds", "0", "--shared", tmp_path / "all")
+    assert run_here("ablate", "threshold", *words, "--variants", "0.8", "--out", tmp_path / "a").code == 0
+    first = contents(tmp_path / "all")
+    assert {name.partition("-seed0")[0] for name in first} == {"pretext", "mining"}
+    assert run_here("ablate", "overclustering", *words, "--out", tmp_path / "b").code == 0
+    assert run_here("sweep", *words, "--out", tmp_path / "c").code == 0
+    assert run_here("ablate", "selflabel", *words, "mining.k=4", "--out", tmp_path / "d").code == 0
+    found = contents(tmp_path / "all")
+    assert {name: found[name] for name in first} == first
+    added = {name.partition("/")[0].partition("-seed0")[0] for name in found if name not in first}
+    assert added == {"mining", "clustering"}  # of four neighbours; and clustering, with and without self-labelling
+    runs = [tmp_path / name for name in ("a/0.8/seed0", "b/2x/seed0", "c/seed0", "d/with/seed0")]
+    assert len({os.stat(run / "checkpoints/pretext-final.pt").st_ino for run in runs}) == 1
+    assert len({os.stat(run / "neighbors.npz").st_ino for run in runs[:3]}) == 1
 
 
 def test_more_clusters_than_classes_take_their_most_frequent_class(classes: Path, tmp_path: Path) -> None:

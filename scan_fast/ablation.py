@@ -37,6 +37,7 @@ from .runs.config import (
     build_config,
     change_config,
     differences,
+    flatten,
     load_config,
     merge,
     parse_override,
@@ -319,11 +320,11 @@ def run_ablation(
         quiet: print errors only.
 
     Returns:
-        The content of ablation.json: "variants" has by name the "changes", the "stage" that the figures are of, and for
-        each of :data:`.runs.variants.MEASURES` that is known mean, std, best, best_seed and values. ``acc`` is of the
-        best one-to-one matching, or of each cluster's most frequent class if there are more clusters than classes
-        ("acc_is"). A variant's ``seconds`` are those of one run, with the stages that it shares; "seconds" of all runs
-        count these once.
+        The content of ablation.json: "variants" has by name the "changes" by dotted key, the "stage" that the figures
+        are of, and for each of :data:`.runs.variants.MEASURES` that is known mean, std, best, best_seed and values.
+        ``acc`` is of the best one-to-one matching, or of each cluster's most frequent class if there are more clusters
+        than classes ("acc_is"). A variant's ``seconds`` are those of one run, with the stages that it shares; "seconds"
+        of all runs count these once.
 
     Raises:
         ScanFastError: before anything is trained, if a variant cannot run or a folder holds another experiment.
@@ -362,10 +363,10 @@ def run_ablation(
         "share_pretext": share_pretext,
         "variants": {
             name: {
-                "changes": differences(config, variant),
+                "changes": dict(flatten(ablation.variants[name])),
                 **_measured([summaries[name, seed] for seed in seeds], seeds),
             }
-            for name, variant in variants.items()
+            for name in variants
         },
         "seconds": seconds,
     }

@@ -106,8 +106,8 @@ def dependencies(config: Config, step: str) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json", exclude=MACHINE)
     steps = list(STEPS)
-    sections = ["precision", "data", "model", *steps[: steps.index(step) + 1]]
-    facts = dict(flatten({section: values[section] for section in sections}))
+    apart = ("name", "preset", "seed", "evaluation", *steps[steps.index(step) + 1 :], "selflabel")
+    facts = dict(flatten({section: value for section, value in values.items() if section not in apart}))
     # The space of the kNN check, the size of the plain view, and the batches of passes over all images.
     facts["mining.features"] = config.mining.features
     facts["clustering.view.size"] = config.clustering.view.size

@@ -66,7 +66,7 @@ def test_the_table_is_that_of_the_runs(classes: Path, tmp_path: Path, monkeypatc
     for row in rows:
         name = row["variant"]
         entry = found["variants"][name]
-        assert entry["changes"] == [f"selflabel.threshold: 0.99 -> {name}"] * (name != "0.99")
+        assert entry["changes"] == {"selflabel.threshold": float(name)}
         assert (entry["stage"], entry["acc_is"], row["seeds"]) == ("selflabel", "acc", "2")
         stages = [summary(out / name / f"seed{seed}")["stages"] for seed in (0, 1)]
         for measure in ("acc", "nmi", "ari"):
@@ -134,7 +134,8 @@ def test_more_clusters_than_classes_take_their_most_frequent_class(classes: Path
     assert found["variants"]["2x"]["acc_is"] == "acc_many_to_one"
     assert float(rows[0]["acc_mean"]) == stages["1x"]["acc"]
     assert float(rows[1]["acc_mean"]) == stages["2x"]["acc_many_to_one"]
-    assert found["variants"]["2x"]["changes"] == ["clustering.n_clusters: None -> 6"]
+    assert found["variants"]["2x"]["changes"] == {"clustering.n_clusters": "2x"}
+    assert (out / "2x/seed0/config.yaml").read_text().count("n_clusters: 6") == 1
 
 
 def test_images_without_classes_are_compared_in_time(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ setup(
         "scan_fast": ["py.typed", "*.json", "*.pyi", "report/page/*"],
         "scan_fast.data.subsets": ["*.txt"],
         "scan_fast.ops": ["*.json"],
-        "scan_fast.configs": ["*.yaml"],
+        "scan_fast.configs": ["*.yaml", "ablations/*.yaml"],
     },
     ext_modules=[Extension("scan_fast._C", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "accuracy": "accuracy of a configuration over seeds",
     "partitions": "groups of frozen features against k-means and Ward's linkage",
     "trials": "quality and cost of changes to a configuration",
+    "ablations": "the ablations of the SCAN paper",
     "targets": "the promises of this project, measured",
     "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",
 }

@@ -23,13 +23,15 @@ def main() -> None:
     parser.add_argument("--config", default="digits", help="a configuration file, or the name of a shipped one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--share-pretext", action="store_true", help="one representation for all seeds")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     config = load_config(find_config(options.config), options.overrides, {"runtime.device": options.device})
     with tempfile.TemporaryDirectory() as temporary:
-        results = sweep(config, options.seeds, options.out or Path(temporary))
+        parent = options.out or Path(temporary)
+        results = sweep(config, options.seeds, parent, share_pretext=options.share_pretext)
     for name, entry in results.items():
         if name != "seeds":
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")

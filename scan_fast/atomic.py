@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,30 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically: a hard link, or a copy if the file system has none.
+
+    Files that are only ever replaced as a whole (:func:`atomic_file`) stay apart: a change of one leaves the other.
+
+    Args:
+        source: the file.
+        target: the new name; missing folders are created, and a file of this name is replaced.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
+    try:
+        os.link(source, temporary)
+    except OSError:  # another file system, or one without links
+        with source.open("rb") as content, atomic_file(target) as file:
+            shutil.copyfileobj(content, file)
+        return
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # renaming does nothing if both are names of one file
 
 
 def is_leftover(path: Path) -> bool:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__, commands, queries
+from . import __version__, commands, experiments, queries
 from .completion import SHELLS
 from .errors import ScanFastError
 from .parsing import EXIT_USAGE, Parser, split_overrides
@@ -208,13 +208,40 @@ def build_parser() -> Parser:
     how.add_argument("--link", action="store_true", help="symbolic links, or hard links, or else copies (the default)")
     how.add_argument("--copy", action="store_true", help="copies")
 
-    sub = command("sweep", commands.sweep, "repeat a run with several seeds: mean and standard deviation")
-    sub.epilog = OVERRIDES
+    def repeated(sub: Parser, kept: str, share: str) -> None:
+        """Add the words of a command that repeats runs with several seeds."""
+        sub.epilog = OVERRIDES
+        sub.set_defaults(overrides=[])
+        sub.add_argument("--seeds", default="0-2", help="such as 0-9 or 0,3,7 (default: %(default)s)")
+        sub.add_argument("--share-pretext", action="store_true", help=share)
+        sub.add_argument("--out", type=Path, metavar="DIR", help=kept)
+        sub.add_argument(
+            "--shared",
+            type=Path,
+            metavar="DIR",
+            help="holds the stages that are shared (default: shared, in --out); sweeps and ablations with one DIR do "
+            "them once for all",
+        )
+        sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+        sub.add_argument("--quiet", action="store_true", help="print the final table only")
+
+    share = "learn the representation and mine neighbours once, with the configuration's own seed, for all seeds"
+    sub = command("sweep", experiments.sweep, "repeat a run with several seeds: mean, standard deviation and best")
     sub.add_argument("target", metavar="CONFIG", help=f"{CONFIGURATION} lists them")
-    sub.set_defaults(overrides=[])
-    sub.add_argument("--seeds", default="0-2", help="such as 0-9 or 0,3,7 (default: %(default)s)")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="holds one run folder per seed (default: runs/NAME-sweep)")
-    sub.add_argument("--quiet", action="store_true", help="print the final table only")
+    repeated(sub, "holds one run folder per seed (default: runs/NAME-sweep)", share)
+
+    sub = command("ablate", experiments.ablate, "compare variants of a configuration, such as those of the SCAN paper")
+    sub.add_argument("name", nargs="?", metavar="NAME", help="an ablation: a name that --list shows, or a YAML file")
+    sub.add_argument(
+        "target", nargs="?", default="digits", metavar="CONFIG", help=f"{CONFIGURATION} lists them (default: digits)"
+    )
+    sub.add_argument("--list", action="store_true", help="list the ablations, with what the paper found")
+    sub.add_argument("--variants", metavar="NAMES", help="some of the variants only, such as 0.9,0.99")
+    repeated(
+        sub,
+        "holds the run folders, VARIANT/seedN (default: runs/CONFIG-NAME)",
+        f"{share}; without it, variants share with each other what they agree in, seed by seed",
+    )
 
     sub = command("bench", commands.bench, "measure kernels, views or whole runs against their peers (benchmarks.NAME)")
     table = commands.benchmarks()

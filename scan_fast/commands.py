@@ -415,42 +415,6 @@ def folders(options: argparse.Namespace) -> int:
     return 0
 
 
-def sweep(options: argparse.Namespace) -> int:
-    """Run one configuration with several seeds."""
-    from .runs.config import find_config, load_config
-    from .runs.folder import RunFolder
-    from .runs.tracker import Tracker
-    from .sweep import sweep
-
-    seeds = _seeds(options.seeds)
-    config = load_config(find_config(options.target), options.overrides)
-    parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
-    results = sweep(config, seeds, parent, quiet=options.quiet)
-    Tracker(RunFolder(parent)).table(
-        f"{config.name}, seeds {options.seeds}",
-        ["", "mean", "std", *(f"seed {seed}" for seed in seeds)],
-        [
-            [name, f"{entry['mean']:.4f}", f"{entry['std']:.4f}", *(f"{value:.4f}" for value in entry["values"])]
-            for name, entry in results.items()
-            if name != "seeds"
-        ],
-    )
-    return 0
-
-
-def _seeds(text: str) -> list[int]:
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            seeds.extend(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
-        raise UsageError(f"--seeds must look like 0-9 or 0,3,7, got {text!r}") from None
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds must name at least one seed, each once, got {text!r}")
-    return seeds
-
-
 SOURCE = Path(__file__).resolve().parents[1]
 """The source repository, if the package is imported from one."""
 

@@ -21,9 +21,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("training", "predictor", "report"),
     ("stages", "export", "info"),
+    ("sharing",),
     ("sweep", "estimator", "planning", "finishing"),
+    ("ablation",),
     ("queries",),
-    ("commands",),
+    ("commands", "experiments"),
     ("cli",),
     ("__main__",),
 )

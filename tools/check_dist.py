@@ -28,6 +28,7 @@ IN_SDIST = (
     "pyproject.toml",
     "LICENSE",
     "README.md",
+    "configs/ablations/threshold.yaml",
     "configs/digits.yaml",
     "csrc/bindings.cpp",
     "csrc/nt_xent/nt_xent_sm90.cu",
@@ -36,6 +37,7 @@ IN_SDIST = (
     "scan_fast/report/page/page.html",
 )
 IN_WHEEL = (
+    "scan_fast/configs/ablations/threshold.yaml",
     "scan_fast/configs/digits.yaml",
     "scan_fast/gpu_status.json",
     "scan_fast/py.typed",

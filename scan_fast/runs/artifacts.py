@@ -38,6 +38,7 @@ from .records import (
     load_metrics,
 )
 from .tables import Assignments, Confusion, Skipped
+from .variants import VariantTable
 
 T = TypeVar("T")
 
@@ -225,7 +226,11 @@ NAMES = Artifact("names.json", GroupNames.dump, GroupNames.load, repair="remove 
 
 
 SWEEP = Artifact("sweep.json", dump_json, load_json)
-"""In the folder that holds the runs of a sweep: mean and deviation of their results."""
+"""In the folder that holds the runs of a sweep: mean, deviation and best of their results."""
+ABLATION = Artifact("ablation.json", dump_json, load_json)
+"""In the folder that holds the runs of an ablation: the results of every variant."""
+ABLATION_TABLE = Artifact("ablation.csv", VariantTable.dump, VariantTable.load)
+"""The same as a table, one row for each variant."""
 
 AT_START: tuple[Artifact[Any], ...] = (PRECISION, BACKBONE, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""

@@ -431,13 +431,16 @@ def merge(base: Any, change: Any) -> Any:
     return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
 
 
+MACHINE: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
+"""The settings that do not belong to an experiment, in the form that ``model_dump(exclude=...)`` takes."""
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``key: old -> new`` for every difference that would make ``new`` another experiment.
 
     Machine settings may change: ``runtime.*``, the placement of the images and the number of decoding threads.
     """
-    free: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
-    before, after = (dict(_flatten(c.model_dump(mode="json", exclude=free))) for c in (old, new))
+    before, after = (dict(flatten(c.model_dump(mode="json", exclude=MACHINE))) for c in (old, new))
     return [
         f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
         for key in {**before, **after}
@@ -445,10 +448,11 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested dictionaries with their values."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
 

@@ -107,13 +107,19 @@ def forget(context: Context, first: str) -> None:
     context.run.forget(names[names.index(first) :])
 
 
-def run_stages(context: Context, names: Sequence[str]) -> None:
-    """Do the named stages that are not finished, and then what a run leaves behind."""
+def run_stages(context: Context, names: Sequence[str], *, results: bool = True) -> None:
+    """Do the named stages that are not finished, and then what a run leaves behind.
+
+    Args:
+        context: the run.
+        names: the stages, in order.
+        results: write the results and the report after the last stage.
+    """
     with kept_memory():
-        _run_stages(context, names)
+        _run_stages(context, names, results)
 
 
-def _run_stages(context: Context, names: Sequence[str]) -> None:
+def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
     run, tracker = context.run, context.tracker
     tracker.say(f"backbone: {note_backbone(context)}")
     skipped = write_skipped(context)
@@ -135,7 +141,7 @@ def _run_stages(context: Context, names: Sequence[str]) -> None:
         tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
     last = stages_of(context)[-1]
     complete = all(run.has(artifact) for artifact in (artifacts.ASSIGNMENTS, artifacts.MODEL, artifacts.REPORT))
-    if run.finished(last) and (did_something or not complete):
+    if results and run.finished(last) and (did_something or not complete):
         finish(context, handover)
 
 

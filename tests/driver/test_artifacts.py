@@ -45,6 +45,8 @@ def test_every_file_of_a_finished_run_is_an_artifact(finished_run: Path) -> None
         artifacts.SUMMARY,
         artifacts.METRICS,
         artifacts.SWEEP,
+        artifacts.ABLATION,
+        artifacts.ABLATION_TABLE,
     )
     others = (*others, artifacts.NAMES, *artifacts.BESIDE_REPORT)
     grouped = [*others, *artifacts.AT_START, *artifacts.OF_STAGES, *artifacts.AT_END]

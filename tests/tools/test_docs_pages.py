@@ -100,6 +100,33 @@ def test_the_table_of_partitions_has_every_method(tmp_path: Path) -> None:
     assert "a processor, 2 threads, torch 2.14, commit `0123456789ab`. `benchmarks/results/p.json`" in page
 
 
+def test_the_table_of_an_ablation_has_every_variant(tmp_path: Path) -> None:
+    figures = {"mean": 0.875, "std": 0.0125, "best": 0.9, "best_seed": 3, "values": [0.9, 0.85]}
+    entry = {"acc": figures, "nmi": figures, "seconds": {"mean": 12.4, "std": 1.0, "values": [11.4, 13.4]}}
+    result = {
+        "environment": {"device": "a processor", "threads": 2, "torch": "2.14", "commit": "0123456789abcdef"},
+        "config": "digits",
+        "set": ["mining.k=9"],
+        "seeds": [3, 4],
+        "share_pretext": True,
+        "variants": {"0": {"seconds": entry["seconds"]}, "5": entry},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    page = pages.fill("<!-- ablation: a.json -->\nold\n<!-- end -->", tmp_path)
+    assert "| variant | ACC | best | NMI | seconds |\n|---|---:|---:|---:|---:|\n" in page
+    assert "| 5 | 87.5 ± 1.2 | 90.0 (seed 3) | 87.5 ± 1.2 | 12 |" in page
+    assert "| 0 |  |  |  | 12 |" in page
+    assert "seeds 3, 4: mean ± standard deviation, one representation for all. a processor, 2 threads" in page
+    assert "configuration `digits` with `mining.k=9`. `benchmarks/results/a.json`" in page
+    assert "old" not in page and pages.fill(page, tmp_path) == page
+
+
+def test_a_table_that_is_not_measured_yet_says_so(tmp_path: Path) -> None:
+    page = pages.fill("<!-- ablation: none.json -->\n<!-- end -->", tmp_path)
+    assert "Not measured yet (`none.json`)." in page
+    assert pages.fill(page, tmp_path) == page
+
+
 def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
     for name in record.NAMES:
         assert importlib.util.find_spec(f"benchmarks.{name}") is not None

@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md and its plots from benchmarks/results/: ``python -m tools.docs.benchmarks``.
 
-A result made with ``--quick`` is refused: it is a rehearsal. The tables of measurements in docs/recipes.md and
-docs/own-images.md are written too; the rest of these pages is written by hand.
+A result made with ``--quick`` is refused: it is a rehearsal. The tables of measurements in docs/recipes.md,
+docs/own-images.md and docs/reproducing.md are written too; the rest of these pages is written by hand.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import partitions, trials
+from benchmarks import ablations, partitions, trials
 from benchmarks.family import human_seconds
 from scan_fast.ops.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md")
+FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md", ROOT / "docs" / "reproducing.md")
 ORDER = ("targets", "accuracy", "end_to_end", *FAMILIES, "views")
 INTRODUCTION = """# Benchmarks
 
@@ -247,10 +247,12 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials or partitions.
+    The word before the file is the benchmark: trials, partitions or ablation. A file that is not there yet is named.
     """
 
     def block(found: re.Match[str]) -> str:
+        if not (results_folder / found[2]).is_file():
+            return f"<!-- {found[1]}: {found[2]} -->\n\nNot measured yet (`{found[2]}`).\n\n<!-- end -->"
         result = json.loads((results_folder / found[2]).read_text())
         table = _FILLED[found[1]](result)
         return f"<!-- {found[1]}: {found[2]} -->\n\n{table} `benchmarks/results/{found[2]}`\n\n<!-- end -->"
@@ -259,16 +261,30 @@ def fill(text: str, results_folder: Path) -> str:
 
 
 def _trials(result: dict[str, Any]) -> str:
+    return f"{trials.table(result)}\nPercent; CPU seconds of a stage. {_configured(result)}"
+
+
+def _configured(result: dict[str, Any]) -> str:
     values = " ".join(result["set"])
-    origin = f"{_origin(result)}; configuration `{result['config']}`{f' with `{values}`' if values else ''}."
-    return f"{trials.table(result)}\nPercent; CPU seconds of a stage. {origin}"
+    return f"{_origin(result)}; configuration `{result['config']}`{f' with `{values}`' if values else ''}."
+
+
+def _ablation(result: dict[str, Any]) -> str:
+    seeds = result["seeds"]
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+    one = ", one representation for all" if result["share_pretext"] else ""
+    return f"{ablations.table(result)}\nPercent; seconds of one run; {which}{one}. {_configured(result)}"
 
 
 def _partitions(result: dict[str, Any]) -> str:
     return f"{partitions.table(result)}\n{_origin(result)}."
 
 
-_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {"trials": _trials, "partitions": _partitions}
+_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "trials": _trials,
+    "partitions": _partitions,
+    "ablation": _ablation,
+}
 
 
 def main() -> None:

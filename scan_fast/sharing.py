@@ -1,0 +1,258 @@
+"""Stages that several runs share: they are done once, and each of the runs takes what they have written.
+
+Runs share a stage if their configurations agree in everything that it depends on (:func:`dependencies`). A shared stage
+has its own run folder, whose name holds a digest of these settings. So it is the same whichever of the runs are asked
+for, and it is resumed like any other run. The runs that take it hold hard links of its artifacts. Several
+sweeps and ablations may have one folder of shared stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import link_or_copy
+from .errors import RunError
+from .runs import artifacts
+from .runs.config import MACHINE, Config, flatten
+from .runs.folder import RunFolder
+from .runs.records import Summary
+from .runs.tracker import Tracker
+from .stages.pipeline import STAGES, run_stages, stages_of
+from .training.context import Context, open_context
+
+SHARED = "shared"
+"""The folder of shared stages, beside the folders of the runs."""
+STEPS: dict[str, tuple[str, ...]] = {
+    "pretext": ("pretext",),
+    "mining": ("mining",),
+    "clustering": ("number", "clustering"),
+}
+"""The steps that runs may share, in order: by name, the stages of each."""
+OF_PRETEXT = ("pretext", "mining")
+"""The steps that runs of different seeds may share."""
+TAKEN = "taken"
+"""Key of a taken stage's entry in summary.json: from which folder, of which seed, and the seconds spent there."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One of several runs that may share stages.
+
+    Attributes:
+        folder: its run folder.
+        config: its configuration, with its seed.
+        label: names it in front of each line on the screen.
+        pretext_seed: the seed of the pretext stage and mining, which are then shared with runs of other seeds; None for
+            its own seed.
+    """
+
+    folder: Path
+    config: Config
+    label: str
+    pretext_seed: int | None = None
+
+    def seed_of(self, step: str) -> int:
+        """Return the seed of a step."""
+        return self.config.seed if self.pretext_seed is None or step not in OF_PRETEXT else self.pretext_seed
+
+    def config_of(self, step: str) -> Config:
+        """Return the configuration, with the seed of a step."""
+        return self.config.model_copy(update={"seed": self.seed_of(step)})
+
+    def key(self, step: str) -> str:
+        """Return a digest of everything that the artifacts of a step depend on, seeds included."""
+        facts = dependencies(self.config, step) | {"seeds": [self.seed_of(each) for each in (OF_PRETEXT[0], step)]}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def is_pinned(self, step: str) -> bool:
+        """Return whether a step is of a seed that other runs share."""
+        return self.pretext_seed is not None and step in OF_PRETEXT
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of several runs.
+
+    Attributes:
+        summaries: of the runs, in their order.
+        shared_seconds: by folder, the time of the stages that were shared.
+    """
+
+    summaries: list[Summary]
+    shared_seconds: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The time of all stages; shared ones count once."""
+        return round(sum(each.seconds for each in self.summaries) + sum(self.shared_seconds.values()), 3)
+
+
+def dependencies(config: Config, step: str) -> dict[str, Any]:
+    """Return by dotted key the settings that the artifacts of a step depend on, and those of the steps before it.
+
+    The seed is left out, and so is what belongs to the machine.
+
+    Args:
+        config: the configuration.
+        step: one of :data:`STEPS`.
+    """
+    values = config.model_dump(mode="json", exclude=MACHINE)
+    steps = list(STEPS)
+    apart = ("name", "preset", "seed", "evaluation", *steps[steps.index(step) + 1 :], "selflabel")
+    facts = dict(flatten({section: value for section, value in values.items() if section not in apart}))
+    # The space of the kNN check, the size of the plain view, and the batches of passes over all images.
+    facts["mining.features"] = config.mining.features
+    facts["clustering.view.size"] = config.clustering.view.size
+    facts["evaluation.batch_size"] = config.evaluation.batch_size
+    facts["clustering.update=features"] = not config.clustering.trains
+    if config.precision == "auto":  # what a trial decides depends on whether anything is trained
+        facts["a stage that trains"] = config.trains
+    return facts
+
+
+def take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]) -> None:
+    """Take the finished artifacts of another run for steps that are not finished, and note it in summary.json.
+
+    Args:
+        run: the run that takes, entered.
+        source: the run that has finished these steps.
+        config: the configuration of the run that takes.
+        steps: the first of :data:`STEPS`, as many as are to be taken.
+
+    Raises:
+        RunError: if the configurations differ in what the steps depend on, or a step of the source is not finished.
+    """
+    ours, theirs = (dependencies(each, steps[-1]) for each in (config, source.read(artifacts.CONFIG)))
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    different = [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys]
+    if different:
+        raise RunError(
+            f"{run.path} cannot take {' and '.join(steps)} of {source.path}: they depend on what differs "
+            f"({'; '.join(different)})"
+        )
+    entries = source.summary().stages
+    for artifact in artifacts.AT_START:
+        if source.has(artifact) and not run.has_results():
+            link_or_copy(source.path_of(artifact), run.path_of(artifact))
+    for stage in (stage for step in steps for stage in STEPS[step] if stage in entries or stage == step):
+        if run.finished(stage):
+            continue
+        for artifact in STAGES[stage].outputs:
+            source.require(artifact)
+            link_or_copy(source.path_of(artifact), run.path_of(artifact))
+        run.drop_metrics(stage, 0)
+        for entry in source.metrics():
+            if entry.stage == stage:
+                run.append_metrics(entry)
+        results = {key: value for key, value in entries[stage].items() if key != "seconds"}
+        former = results.get(TAKEN)
+        results[TAKEN] = {
+            "from": os.path.relpath(source.path / former["from"] if former else source.path, run.path),
+            "seed": former["seed"] if former else source.read(artifacts.CONFIG).seed,
+            "seconds": former["seconds"] if former else entries[stage]["seconds"],
+        }
+        run.finish_stage(stage, 0.0, results, config.seed)
+
+
+def seconds_of_one(summary: Summary) -> float:
+    """Return the time that a run's stages took together, those included that it has taken from elsewhere."""
+    return summary.seconds + sum(entry[TAKEN]["seconds"] for entry in summary.stages.values() if TAKEN in entry)
+
+
+def run_all(plans: Sequence[Planned], shared: Path, *, share: Sequence[str], always: bool, quiet: bool) -> Outcome:
+    """Do runs that are not finished; what several of them share is done once.
+
+    Args:
+        plans: the runs.
+        shared: the folder of the shared stages' folders.
+        share: the steps that runs of the same seed share. Runs with a ``pretext_seed`` share its steps in any case.
+        always: share the pretext stage and mining even if one run needs them, for plans that come later.
+        quiet: print errors only.
+
+    Raises:
+        RunError: before anything is done, if a folder holds another experiment or its pretext stage is of another seed.
+    """
+    for plan in plans:
+        check(plan)
+    stages = _Shared(plans, shared, share, always, quiet)
+    summaries = []
+    for plan in plans:
+        with _opened(plan.folder, plan.config, plan.label, quiet, stages.provider(plan)) as context:
+            run_stages(context, stages_of(context))
+            summaries.append(context.run.summary())
+    return Outcome(summaries, stages.seconds)
+
+
+def check(plan: Planned) -> None:
+    """Refuse a folder of another experiment, or one whose pretext stage or mining is of another seed than planned."""
+    stages = RunFolder.open(plan.folder, plan.config).summary().stages
+    for step in OF_PRETEXT:
+        if step not in stages:
+            continue
+        found, wanted = stages[step].get(TAKEN, {}).get("seed", plan.config.seed), plan.seed_of(step)
+        if found != wanted:
+            option = "give --share-pretext" if plan.pretext_seed is None else "leave out --share-pretext"
+            raise RunError(
+                f"{plan.folder} has the {step} stage of seed {found}, not of seed {wanted}: {option}, or choose "
+                "another folder with --out"
+            )
+
+
+class _Shared:
+    """The folders of shared stages: which there are, and who takes from which."""
+
+    def __init__(self, plans: Sequence[Planned], folder: Path, share: Sequence[str], always: bool, quiet: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._folder = folder
+        self._quiet = quiet
+        self._share = share
+        self._always = OF_PRETEXT if always else ()
+        self._takers = Counter((step, plan.key(step)) for plan in plans for step in STEPS)
+
+    def provider(self, plan: Planned) -> tuple[RunFolder, list[str]] | None:
+        """Return the run folder that has finished what a run takes, and these steps; do them if they are not done."""
+        steps = [
+            step
+            for step in STEPS
+            if plan.is_pinned(step)
+            or (step in self._share and (step in self._always or self._takers[step, plan.key(step)] > 1))
+        ]
+        return (self._provide(plan, steps), steps) if steps else None
+
+    def _provide(self, plan: Planned, steps: list[str]) -> RunFolder:
+        """Return the run folder of the last of these steps, which takes the others from theirs."""
+        *former, step = steps
+        config = plan.config_of(step)
+        provider = (self._provide(plan, former), former) if former else None
+        run = RunFolder(self._folder / f"{step}-seed{config.seed}-{plan.key(step)}")
+        if run.has(artifacts.CONFIG):
+            # The settings of what comes later may be those of another run; those of the machine are ours.
+            config = run.read(artifacts.CONFIG).model_copy(update={"runtime": config.runtime})
+        if not run.finished(step):
+            with _opened(run.path, config, f"shared, seed {config.seed}: ", self._quiet, provider) as context:
+                run_stages(context, [stage for stage in stages_of(context) if stage in STEPS[step]], results=False)
+        self.seconds[run.path.name] = run.summary().seconds
+        return run
+
+
+@contextmanager
+def _opened(
+    folder: Path, config: Config, label: str, quiet: bool, provider: tuple[RunFolder, list[str]] | None
+) -> Iterator[Context]:
+    """Enter a run folder, take what is shared, and open the context."""
+    run = RunFolder.open(folder, config)
+    with run:
+        tracker = Tracker(run, quiet=quiet, prefix=label)
+        if provider is not None:
+            source, steps = provider
+            take(run, source, config, steps)
+            tracker.say(f"{' and '.join(steps)}: taken from {source.path}")
+        yield open_context(config, run, tracker)

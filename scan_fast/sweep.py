@@ -50,10 +50,13 @@ def _collect(summaries: list[Summary]) -> dict[str, list[float]]:
         for key in ("knn_acc", "purity"):
             if key in entry:
                 collected[f"{stage} {key}"] = [each[key] for each in entries]
-        for key in ("acc", "nmi", "ari"):
+        for key in ("acc_many_to_one", "acc", "nmi", "ari"):
             if key in entry.get(split, {}):
                 collected[f"{stage} {of_split}{key}"] = [each[split][key] for each in entries]
-    for name in summaries[0].baselines or {}:
-        accuracies = [summary.baselines[name]["acc_mean"] for summary in summaries if summary.baselines is not None]
-        collected[f"{name} {of_split}acc"] = accuracies
+    for name, baseline in (summaries[0].baselines or {}).items():
+        for key in ("acc_many_to_one", "acc"):
+            if f"{key}_mean" in baseline:
+                collected[f"{name} {of_split}{key}"] = [
+                    summary.baselines[name][f"{key}_mean"] for summary in summaries if summary.baselines is not None
+                ]
     return collected | {"seconds": [summary.seconds for summary in summaries]}

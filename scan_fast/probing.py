@@ -118,6 +118,10 @@ class Images:
                     f"{name}: there are no classes to learn and to measure; label the images by sub-folders"
                 )
         if test is None:
+            if len(train) < 2:
+                raise DataError(
+                    f"{names[0]}: {len(train)} image is too few to hold some out; add images, or give --test"
+                )
             kept, apart = held_out(train, HELD_OUT)
             assert apart is not None
             return cls(kept, apart, True)
@@ -277,7 +281,9 @@ def command(options: argparse.Namespace) -> int:
             print(text)
 
     if images.held_out:
-        say(f"{len(images.test)} of {len(images.train) + len(images.test)} images are held out, by a hash of the names")
+        seen = ". The run has seen them, without their labels" if options.data is None else ""
+        total = len(images.train) + len(images.test)
+        say(f"{len(images.test)} of {total} images are held out, by a hash of the names{seen}")
     found = probe(networks, images, percents, draws=options.draws, seed=options.seed, say=say)
     if options.json:
         print(json.dumps(asdict(found), indent=2))

@@ -1,4 +1,4 @@
-"""How far the clusters of images agree with their classes, whichever model found them: numbers, tables, prototypes."""
+"""Comparison of the clusters of images with their classes, for any model: numbers, tables and prototypes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Probe:
-    """What :func:`probe` found.
+    """Result of :func:`probe`.
 
     Attributes:
         train, test: the number of training images and of test images.

@@ -56,7 +56,7 @@ class Match:
 
     @property
     def method(self) -> str:
-        """How clusters were matched, in words."""
+        """The way in which clusters were matched, in words."""
         return MANY_TO_ONE if self.many_to_one else ONE_TO_ONE
 
     def names(self, class_names: Sequence[str]) -> list[str]:

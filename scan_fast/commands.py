@@ -208,11 +208,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure every finished stage of a run, or the finished model on other images."""
     if options.data is not None:
         return queries.evaluate_on(options)
-    from .evaluating import Assessment, check_prototypes, save_prototypes
-    from .runs.artifacts import ASSIGNMENTS, CONFIG
+    from .evaluating import check_prototypes, evaluate_run
+    from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
-    from .stages.pipeline import evaluate, print_summary
     from .training.context import open_context
 
     check_prototypes(options.prototypes)
@@ -224,34 +223,7 @@ def evaluate(options: argparse.Namespace) -> int:
     with run:
         tracker = Tracker(run, quiet=options.json)
         context = open_context(run.read(CONFIG), run, tracker)
-        results = evaluate(context, features=options.prototypes is not None)
-        content = results.summary.to_dict()
-        if not options.json:
-            print_summary(context, tracker)
-        if results.outputs is None:
-            if options.prototypes is not None:
-                raise RunError(f"{run.path} has no groups yet; finish it first: scan-fast run {run.path}")
-        else:
-            source, probabilities = context.clustered[context.reported], results.outputs.logits.softmax(dim=1)
-            found = Assessment.of(probabilities, source)
-            content["final"] = {"stage": results.stage, "split": context.reported, **found.to_dict()}
-            if not options.json:
-                images = "images" if context.splits.test is None else "test images"
-                found.show(f"{results.stage}, {images}")
-            if options.prototypes is not None and results.outputs.features is not None:
-                names = run.group_names(run.read(ASSIGNMENTS)) if run.has(ASSIGNMENTS) else {}
-                table = save_prototypes(
-                    options.prototypes,
-                    source,
-                    probabilities,
-                    results.outputs.features,
-                    found,
-                    split=context.reported,
-                    names=names,
-                )
-                tracker.say(f"prototypes: {options.prototypes}, {table}")
-        if options.json:
-            print(json.dumps(content, indent=2))
+        evaluate_run(context, as_json=options.json, prototypes=options.prototypes)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from .data.sources import Source
-from .errors import UsageError
+from .errors import RunError, UsageError
 from .evaluation.matching import Match
 from .evaluation.metrics import clustering_metrics, confusion, metric_titles
 from .report.prototypes import find_prototypes, write_prototypes
+from .runs.artifacts import ASSIGNMENTS
 from .runs.tables import Confusion
 from .runs.tracker import print_table
+from .stages.pipeline import evaluate, print_summary
+from .training.context import Context
 
 MOST_CLASSES = 20
 """Largest number of classes whose confusion table is printed."""
@@ -109,6 +113,41 @@ class Assessment:
             for number, (name, counts) in enumerate(zip(table.row_names, table.counts.tolist(), strict=True))
         ]
         print_table("images by class (rows) and class of their cluster (columns)", columns, rows)
+
+
+def evaluate_run(context: Context, *, as_json: bool, prototypes: Path | None = None) -> None:
+    """Measure a run again, and print its stages and its final groups.
+
+    Args:
+        context: the run.
+        as_json: print JSON instead of tables.
+        prototypes: write one image for each cluster of the final stage to this PNG, and a table beside it.
+
+    Raises:
+        RunError: if prototypes are asked for and no stage with groups is finished.
+    """
+    run, tracker = context.run, context.tracker
+    results = evaluate(context, features=prototypes is not None)
+    content = results.summary.to_dict()
+    if not as_json:
+        print_summary(context, tracker)
+    if results.outputs is None:
+        if prototypes is not None:
+            raise RunError(f"{run.path} has no groups yet; finish it first: scan-fast run {run.path}")
+    else:
+        source, probabilities = context.clustered[context.reported], results.outputs.logits.softmax(dim=1)
+        found = Assessment.of(probabilities, source)
+        content["final"] = {"stage": results.stage, "split": context.reported, **found.to_dict()}
+        if not as_json:
+            found.show(f"{results.stage}, {'images' if context.splits.test is None else 'test images'}")
+        features = results.outputs.features
+        if prototypes is not None and features is not None:
+            names = run.group_names(run.read(ASSIGNMENTS)) if run.has(ASSIGNMENTS) else {}
+            split = context.reported
+            table = save_prototypes(prototypes, source, probabilities, features, found, split=split, names=names)
+            tracker.say(f"prototypes: {prototypes}, {table}")
+    if as_json:
+        print(json.dumps(content, indent=2))
 
 
 def check_prototypes(file: Path | None) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import TINY, TINY_FOLDER, assignments, metrics, picture, run_here, summary
+import torch
+from driving import TINY, TINY_FOLDER, assignments, metrics, picture, run_here, summary, tiny_config
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from scan_fast.data.datasets import open_splits
+from scan_fast.evaluation.prototypes import central_prototypes
 from scan_fast.predictor import Predictor
 from scan_fast.runs import artifacts
 from scan_fast.runs.folder import RunFolder
@@ -152,6 +155,21 @@ def test_prototypes_of_a_run_without_labels_or_a_test_split(images: Path, tmp_pa
     assert list(rows[0]) == ["cluster", "path", "split", "row", "confidence", "distance"]
     assert {row["split"] for row in rows} == {"train"}
     assert "classes of the clusters" not in result.out and "ACC" not in result.out
+
+
+def test_prototypes_of_grouped_features_are_in_the_space_of_the_groups(tmp_path: Path) -> None:
+    words = ("clustering.update=features", "mining.features=backbone", "selflabel=null")
+    assert run_here("run", "digits", *TINY, *words, "--out", "out", "--quiet").code == 0
+    assert run_here("evaluate", "out", "--prototypes", "shown.png").code == 0
+    source = open_splits(tiny_config().data).test
+    assert source is not None
+    probabilities, features = Predictor.load("out").outputs(source)
+    assert features.norm(dim=1).allclose(torch.ones(len(source)))
+    rows, distances = central_prototypes(features, probabilities)
+    found = {int(row["cluster"]): row for row in table(Path("shown.csv"))}
+    assert sorted(found) == np.flatnonzero(rows >= 0).tolist()
+    for cluster, row in found.items():
+        assert float(row["distance"]) == pytest.approx(distances[cluster], abs=1e-4)
 
 
 # -- other images ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,11 @@ the columns:
   unlike           1 if that is lower than of 99 in 100 training images: the image may belong to no group
 A model.pt that was written before there were similarity and unlike has no such columns."""
 
+PROBED = """\
+A classifier is multinomial logistic regression on standardised features. Of each class the same share of the labels is
+drawn, at least one. The weight decay is chosen by a part of the drawn labels. Nothing is fine-tuned, and the run is not
+changed. Images are held out by a hash of their names if there are no test images."""
+
 EXPORTED = """\
 The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
 describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
@@ -160,8 +165,32 @@ def build_parser() -> Parser:
         help="measure the finished model on these images: a folder with a sub-folder per class, or PREFIX:ARGUMENT "
         "with labels; without --data, every stage is measured again on the run's own images, and k-means beside it",
     )
-    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON, and all that tables leave out")
+    sub.add_argument(
+        "--prototypes",
+        type=Path,
+        metavar="FILE.png",
+        help="write one typical image of each cluster to a picture, and to a table, FILE.csv; classes are not needed",
+    )
     sub.add_argument("--device", help="with --data: auto (the default), cpu, cuda or cuda:N")
+
+    sub = command("probe", commands.probe, "measure frozen features by linear classifiers that learn from few labels")
+    sub.epilog = PROBED
+    sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder; with --data also its model.pt")
+    sub.add_argument("--data", metavar="IMAGES", help="labelled images to learn from (default: those of the run)")
+    sub.add_argument("--test", metavar="IMAGES", help="with --data: the images to measure on (default: a fifth of it)")
+    sub.add_argument(
+        "--labels",
+        default="1,10,100",
+        metavar="PERCENT",
+        help="shares of the labels to learn from, in percent (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--draws", type=int, default=3, metavar="N", help="how often fewer than all are drawn (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    device(sub)
 
     sub = command("compare", queries.compare, "show several runs in one table, and how far their groups agree")
     sub.add_argument("targets", nargs="+", metavar="RUN", help="run folders")

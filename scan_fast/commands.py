@@ -208,12 +208,13 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure every finished stage of a run, or the finished model on other images."""
     if options.data is not None:
         return queries.evaluate_on(options)
+    from .evaluating import check_prototypes, evaluate_run
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
-    from .stages.pipeline import evaluate, print_summary
     from .training.context import open_context
 
+    check_prototypes(options.prototypes)
     if options.device is not None:
         raise UsageError("--device goes with --data; a run is measured on its runtime.device")
     if options.target.is_file():
@@ -222,12 +223,15 @@ def evaluate(options: argparse.Namespace) -> int:
     with run:
         tracker = Tracker(run, quiet=options.json)
         context = open_context(run.read(CONFIG), run, tracker)
-        results = evaluate(context)
-        if options.json:
-            print(json.dumps(results.to_dict(), indent=2))
-        else:
-            print_summary(context, tracker)
+        evaluate_run(context, as_json=options.json, prototypes=options.prototypes)
     return 0
+
+
+def probe(options: argparse.Namespace) -> int:
+    """Measure linear classifiers that learn from few labels, on the frozen features of a run."""
+    from .probing import command
+
+    return command(options)
 
 
 def config(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
 
@@ -13,25 +13,27 @@ if TYPE_CHECKING:
     from .data.sources import Source
     from .predictor import Predictor
 
-MOST_CLASSES = 20
-"""Largest number of classes whose confusion table is printed."""
-
 
 def evaluate_on(options: argparse.Namespace) -> int:
     """Compare the clusters of labelled images with their classes."""
     from .data.kinds import is_prefixed
     from .devices import choose_device
+    from .evaluating import check_prototypes
     from .predictor import Predictor
 
+    check_prototypes(options.prototypes)
     predictor = Predictor.load(options.target, choose_device(options.device or "auto", "--device"))
     if not is_prefixed(options.data):
         check_data_folder(options.data)
-        _check_no_splits(Path(options.data).expanduser())
+        check_no_splits(options.data)
     source = predictor.source(options.data, setting="--data")
-    return show_evaluation(predictor, source, f"{options.target} on {options.data}", as_json=options.json)
+    title = f"{options.target} on {options.data}"
+    return show_evaluation(predictor, source, title, as_json=options.json, prototypes=options.prototypes)
 
 
-def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json: bool) -> int:
+def show_evaluation(
+    predictor: Predictor, source: Source, title: str, *, as_json: bool, prototypes: Path | None = None
+) -> int:
     """Print how far the clusters of a source's images agree with their classes.
 
     Args:
@@ -39,59 +41,45 @@ def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json
         source: the images.
         title: says which model and images these are.
         as_json: print JSON instead of tables.
+        prototypes: write one image for each cluster to this PNG, and a table beside it. Images need no classes then.
 
     Returns:
         The exit code.
 
     Raises:
-        DataError: if the images have no classes.
+        DataError: if the images have no classes and no prototypes are asked for.
+        UsageError: if ``prototypes`` is no PNG.
     """
     from .errors import DataError
-    from .evaluation.metrics import clustering_metrics, confusion, match_clusters
-    from .runs.tables import Confusion
-    from .runs.tracker import print_table
+    from .evaluating import Assessment, check_prototypes, save_prototypes
 
-    if source.labels is None or source.class_names is None:
+    check_prototypes(prototypes)
+    if prototypes is None and (source.labels is None or source.class_names is None):
         raise DataError(f"{title}: there are no classes to compare with; give a folder with a sub-folder for each")
-    probabilities = predictor.probabilities(source)
-    confidence, clusters = probabilities.max(dim=1)
-    assigned, labels = clusters.numpy(), source.labels.numpy()
-    n_clusters, n_classes = predictor.n_clusters, len(source.class_names)
-    match = match_clusters(assigned, labels, n_clusters, n_classes, many_to_one=n_clusters > n_classes)
-    table = Confusion.of(confusion(assigned, labels, n_clusters, n_classes, match), source.class_names)
-    metrics = clustering_metrics(assigned, labels, n_clusters, n_classes, probabilities.numpy())
-    facts: dict[str, Any] = {
-        "images": len(source),
-        "classes": n_classes,
-        "clusters": n_clusters,
-        "clusters_used": int(clusters.unique().numel()),
-        "confidence": float(confidence.mean()),
-        **metrics,
-    }
+    probabilities, features = predictor.outputs(source)
+    found = Assessment.of(probabilities, source)
     if as_json:
-        matrix = {"true": table.row_names, "assigned": table.column_names, "counts": table.counts.tolist()}
-        print(json.dumps({**facts, "confusion": matrix}, indent=2))
-        return 0
-    shown = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
-    print_table(title, ["", ""], [[name, value] for name, value in shown.items()])
-    if n_classes <= MOST_CLASSES:
-        # Numbers instead of names above the columns, so that they fit on a screen.
-        columns = ["", *(str(number) if number < n_classes else "none" for number in range(len(table.column_names)))]
-        rows = [
-            [f"{number} {name}", *map(str, counts)]
-            for number, (name, counts) in enumerate(zip(table.row_names, table.counts.tolist(), strict=True))
-        ]
-        print_table("images by class (rows) and class of their cluster (columns)", columns, rows)
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        found.show(title)
+    if prototypes is not None:
+        table = save_prototypes(prototypes, source, probabilities, features, found)
+        if not as_json:
+            print(f"prototypes: {prototypes}, {table}")
     return 0
 
 
-def _check_no_splits(folder: Path) -> None:
+def check_no_splits(data: str, option: str = "--data") -> None:
     """Refuse a folder whose sub-folders are splits, which would count as classes."""
     from .data.folders import TEST_NAMES, TRAIN_NAMES
+    from .data.kinds import is_prefixed
 
+    if is_prefixed(data):
+        return
+    folder = Path(data).expanduser()
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if found and all(name.lower() in (*TRAIN_NAMES, *TEST_NAMES) for name in found):
-        raise UsageError(f"--data: {folder} holds {', '.join(found)}; give one of them, such as {folder / found[-1]}")
+        raise UsageError(f"{option}: {folder} holds {', '.join(found)}; give one of them, such as {folder / found[-1]}")
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -160,14 +148,14 @@ def completion(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_data_folder(data: str) -> None:
-    """Refuse a --data that is no folder of images and no PREFIX:ARGUMENT."""
+def check_data_folder(data: str, option: str = "--data") -> None:
+    """Refuse the value of an option, --data, that is no folder of images and no PREFIX:ARGUMENT."""
     from .data.kinds import is_prefixed
 
     if is_prefixed(data):
         return
     path = Path(data).expanduser()
     if path.is_file():
-        raise UsageError(f"--data: {data} is a file; give the folder that holds the images")
+        raise UsageError(f"{option}: {data} is a file; give the folder that holds the images")
     if not path.is_dir():
-        raise UsageError(f"--data: there is no folder {data}")
+        raise UsageError(f"{option}: there is no folder {data}")

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 
 from .arrays import as_ids, as_matrix
+
+_TITLES = {
+    "acc_many_to_one": "ACC many-to-one",
+    "acc": "ACC",
+    "acc_top5": "ACC top-5",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "ami": "AMI",
+}
+"""The metrics in the order of tables."""
+
+
+def metric_titles(found: Iterable[str]) -> dict[str, str]:
+    """Return the titles of the metrics that are there, in the order of tables.
+
+    With more clusters than classes, the accuracy by majority vote comes first, as in the SCAN paper's table of
+    over-clustering, and the other accuracy is called one-to-one.
+
+    Args:
+        found: keys of what :func:`clustering_metrics` returns; others are left out.
+    """
+    keys = set(found)
+    titles = {key: title for key, title in _TITLES.items() if key in keys}
+    if "acc_many_to_one" in titles and "acc" in titles:
+        titles["acc"] = "ACC one-to-one"
+    return titles
 
 
 def clustering_metrics(
@@ -138,6 +166,29 @@ def neighbor_purity(indices: ArrayLike, labels: ArrayLike, candidate_labels: Arr
     if not valid.any():
         raise ValueError("labels and indices leave no pair of labelled images to compare")
     return float((found == own[:, None])[valid].mean())
+
+
+def purity_at(indices: ArrayLike, labels: ArrayLike, ks: Sequence[int] = (1, 5, 20)) -> dict[int, float]:
+    """Return the share of the k nearest neighbours that have their query's class, for several k.
+
+    Args:
+        indices: (N, K) the neighbours of each query among the N, most similar first, without the query itself; -1 (no
+            neighbour) is left out.
+        labels: (N,) the classes; images of -1 (no label) are left out.
+        ks: numbers of neighbours, at least 1 each; those above K are left out of the result.
+
+    Returns:
+        By k, the :func:`neighbor_purity` of the first k columns.
+
+    Raises:
+        ValueError: as :func:`neighbor_purity`, or for a k below 1.
+    """
+    if any(k < 1 for k in ks):
+        raise ValueError(f"ks must be at least 1, got {min(ks)}")
+    neighbors = np.asarray(indices)
+    if neighbors.ndim != 2:
+        raise ValueError(f"indices must be whole numbers (N, K), got {neighbors.dtype} {neighbors.shape}")
+    return {k: neighbor_purity(neighbors[:, :k], labels) for k in ks if k <= neighbors.shape[1]}
 
 
 def _labelled(

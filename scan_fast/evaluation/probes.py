@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -166,32 +167,93 @@ def linear_probe(
     Raises:
         ValueError: for wrong shapes or values, or if there are no labels.
     """
-    if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
     train, train_labels = _labelled(train, train_labels, "train", "train_labels")
     test, test_labels = _labelled(test, test_labels, "test", "test_labels")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"test must have train's {train.shape[1]} features, got {test.shape[1]}")
-    x, y = train.double(), test.double()
-    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-    # A constant feature carries no information, and dividing by its rounding error would amplify noise.
-    scale = torch.where(deviation > 1e-9 * (mean.abs() + 1), deviation, torch.inf)
-    x, y = (x - mean) / scale, (y - mean) / scale
-    n_classes = int(train_labels.max()) + 1
-    weight = x.new_zeros((n_classes, x.shape[1]), requires_grad=True)
-    bias = x.new_zeros(n_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+    classifier = LinearClassifier.fit(train, train_labels, weight_decay=weight_decay, max_iterations=max_iterations)
+    return float((classifier(test).argmax(dim=1) == test_labels).double().mean())
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), train_labels) + 0.5 * weight_decay * weight.square().sum()
-        loss.backward()
-        return loss
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        predicted = F.linear(y, weight, bias).argmax(dim=1)
-    return float((predicted == test_labels).double().mean())
+@dataclass(frozen=True)
+class Standardization:
+    """Mean and standard deviation of each feature, (D,) float64; the deviation of a constant feature is infinite."""
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standardization:
+        """Measure (N, D) features."""
+        x = features.double()
+        mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+        # A constant feature carries no information, and dividing by its rounding error would amplify noise.
+        return cls(mean, torch.where(deviation > 1e-9 * (mean.abs() + 1), deviation, torch.inf))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return (N, D) float64 standardised features."""
+        return (features.double() - self.mean) / self.scale
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Multinomial logistic regression on standardised features.
+
+    Attributes:
+        standardization: of the features.
+        weight: (C, D) float64.
+        bias: (C,) float64.
+    """
+
+    standardization: Standardization
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        weight_decay: float,
+        n_classes: int | None = None,
+        standardization: Standardization | None = None,
+        max_iterations: int = 200,
+    ) -> LinearClassifier:
+        """Fit a classifier as :func:`linear_probe` does.
+
+        Args:
+            features: (N, D), N of at least 1.
+            labels: (N,) int64 on the same device, from 0.
+            weight_decay: factor of half the squared norm of the weights in the loss.
+            n_classes: C; None for as many as the labels show.
+            standardization: None for that of ``features``.
+            max_iterations: maximum number of L-BFGS steps.
+
+        Raises:
+            ValueError: for a negative or infinite ``weight_decay``.
+        """
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
+        standardization = standardization or Standardization.of(features)
+        x = standardization(features)
+        count = int(labels.max()) + 1 if n_classes is None else n_classes
+        weight = x.new_zeros((count, x.shape[1]), requires_grad=True)
+        bias = x.new_zeros(count, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(x, weight, bias), labels) + 0.5 * weight_decay * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return cls(standardization, weight.detach(), bias.detach())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the (N, C) float64 logits of (N, D) features."""
+        return F.linear(self.standardization(features), self.weight, self.bias)
 
 
 def _labelled(features: Any, labels: Any, name: str, labels_name: str) -> tuple[Tensor, Tensor]:

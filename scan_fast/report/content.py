@@ -91,6 +91,8 @@ def _unsplit(summary: Summary) -> Summary:
         name: {key: value for key, value in entry.items() if key != "train"} | entry.get("train", {})
         for name, entry in summary.stages.items()
     }
+    if "purity_at" in stages.get("mining", {}):
+        stages["mining"]["purity_at"] = stages["mining"]["purity_at"].get("train", {})
     return replace(summary, stages=stages)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from .text import duration, number, percent
 
 CHARTS_PER_STAGE = 12
 _METRIC_NAMES = {
-    "acc": "accuracy",
     "acc_many_to_one": "accuracy, many to one",
+    "acc": "accuracy",
     "acc_top5": "top-5 accuracy",
     "nmi": "NMI",
     "ari": "ARI",
     "ami": "AMI",
 }
 _FRACTIONS = ("acc", "nmi", "ari", "ami", "purity", "top5", "one", "confidence")
+_PURITY = re.compile(r"^purity_at( \w+)? (\d+)$")
 _OF_THE_OVERVIEW = ("choice", "suggested_k")
 """Results of a stage that the overview shows."""
 
@@ -34,20 +36,40 @@ def results(summary: Summary) -> tuple[str, list[tuple[str, str]]] | None:
         scores = [(name, value) for name, value in leaves if name.rsplit(" ", 1)[-1] == "acc"]
         if scores:
             split = scores[-1][0].removesuffix("acc")
-            wanted = [(n.removeprefix(split), v) for n, v in leaves if n.startswith(split)]
+            wanted = {n.removeprefix(split): v for n, v in leaves if n.startswith(split)}
             heading = f"{stage}, {split.strip()}" if split else stage
-            return heading, [(_METRIC_NAMES[n], percent(v)) for n, v in wanted if n in _METRIC_NAMES]
+            shown = [(name, percent(wanted[key])) for key, name in _names(wanted).items()]
+            return heading, [*shown, *_purity(summary, split.strip())]
     return None
+
+
+def _names(found: Iterable[str]) -> dict[str, str]:
+    """Return the names of the metrics that are there; with more clusters than classes the majority vote comes first."""
+    keys = set(found)
+    names = {key: name for key, name in _METRIC_NAMES.items() if key in keys}
+    if "acc_many_to_one" in names and "acc" in names:
+        names["acc"] = "accuracy, one to one"
+    return names
+
+
+def _purity(summary: Summary, split: str) -> list[tuple[str, str]]:
+    """Return how many of the nearest neighbours have their image's class, for each number of neighbours in one card."""
+    found = summary.stages.get("mining", {}).get("purity_at", {})
+    by_k = found.get(split, {}) if split else found
+    if not by_k:
+        return []
+    return [(f"neighbours of the same class, {', '.join(by_k)} nearest", ", ".join(map(percent, by_k.values())))]
 
 
 def baselines(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return name and scores (mean and deviation over seeds) of each method that the run was compared with."""
     rows = []
     for name, values in (summary.baselines or {}).items():
+        means = {key.removesuffix("_mean"): mean for key, mean in values.items() if key.endswith("_mean")}
+        names = _names(means) | {key: key for key in means if key not in _METRIC_NAMES}
         cells = [
-            (_METRIC_NAMES.get(metric, metric), f"{percent(mean)} ± {percent(values.get(f'{metric}_std', 0.0))}")
-            for key, mean in values.items()
-            if (metric := key.removesuffix("_mean")) != key
+            (name, f"{percent(means[metric])} ± {percent(values.get(f'{metric}_std', 0.0))}")
+            for metric, name in names.items()
         ]
         rows.append((name.replace("_", " "), cells))
     return rows
@@ -58,7 +80,7 @@ def stages(summary: Summary) -> list[tuple[str, str, list[tuple[str, str]]]]:
     rows = []
     for stage, values in summary.stages.items():
         cells = [
-            (name, percent(value) if _is_fraction(name, value) else number(value))
+            (_PURITY.sub(r"purity at \2\1", name), percent(value) if _is_fraction(name, value) else number(value))
             for name, value in _flatten({key: v for key, v in values.items() if key not in _OF_THE_OVERVIEW})
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "seconds"
         ]

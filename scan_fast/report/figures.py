@@ -22,8 +22,8 @@ def confusion_png(table: Confusion) -> bytes:
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     size = 9 if n_columns <= 30 else 6
-    axes.set_xticks(range(n_columns), [_plain(name) for name in table.column_names], rotation=90, fontsize=size)
-    axes.set_yticks(range(n_rows), [_plain(name) for name in table.row_names], fontsize=size)
+    axes.set_xticks(range(n_columns), [plain(name) for name in table.column_names], rotation=90, fontsize=size)
+    axes.set_yticks(range(n_rows), [plain(name) for name in table.row_names], fontsize=size)
     axes.set_xlabel("class of the cluster")
     axes.set_ylabel("true class")
     if n_columns <= 30:
@@ -36,7 +36,8 @@ def confusion_png(table: Confusion) -> bytes:
     return buffer.getvalue()
 
 
-def _plain(name: str) -> str:
+def plain(name: str, longest: int = 24) -> str:
+    """Return a name as matplotlib should write it: cut to ``longest`` letters, and no mathematics."""
     # matplotlib would take a pair of dollar signs for mathematics.
-    short = name if len(name) <= 24 else name[:23] + "…"
+    short = name if len(name) <= longest else name[: longest - 1] + "…"
     return short.replace("$", r"\$")

@@ -11,9 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score
 
+from ..evaluation.metrics import metric_titles
 from .artifacts import ASSIGNMENTS, MODEL
 from .folder import RunFolder
 
+_METRICS = ("confidence", "acc_many_to_one", "acc", "nmi", "ari", "ami")
 BASELINES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features"}
 
 
@@ -27,7 +29,8 @@ class Result:
         clusters: K, the number of clusters asked for.
         used: the number of clusters that test images are in.
         confidence: mean probability of the test images' clusters.
-        acc, nmi, ari, ami: agreement with the classes of the test images.
+        acc_many_to_one: accuracy if each cluster takes its most frequent class; of more clusters than classes only.
+        acc, nmi, ari, ami: agreement with the classes of the test images; the accuracy is of a one-to-one matching.
         seconds: time of the stage.
     """
 
@@ -36,6 +39,7 @@ class Result:
     clusters: int | None = None
     used: int | None = None
     confidence: float | None = None
+    acc_many_to_one: float | None = None
     acc: float | None = None
     nmi: float | None = None
     ari: float | None = None
@@ -84,14 +88,16 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the columns and rows of the results, for the screen."""
-        columns = ["run", "result", "K", "used", "conf.", "ACC", "NMI", "ARI", "AMI", "seconds"]
+        # Runs with more clusters than classes have both accuracies, the other runs one.
+        both = any(result.acc_many_to_one is not None for result in self.results)
+        titles = {"result": "result", "clusters": "K", "used": "used", "confidence": "conf."}
+        titles |= metric_titles((*(["acc_many_to_one"] if both else []), "acc", "nmi", "ari", "ami"))
         rows = []
         for number, result in enumerate(self.results):
-            _, *cells, _ = asdict(result).values()
             repeated = number > 0 and self.results[number - 1].run == result.run
             seconds = "" if result.seconds is None else f"{result.seconds:.1f}"
-            rows.append(["" if repeated else result.run, *map(_cell, cells), seconds])
-        return columns, rows
+            rows.append(["" if repeated else result.run, *(_cell(getattr(result, key)) for key in titles), seconds])
+        return ["run", *titles.values(), "seconds"], rows
 
     def agreement_table(self) -> tuple[list[str], list[list[str]]]:
         """Return the columns and rows of the agreements, for the screen."""
@@ -136,7 +142,7 @@ def _results(name: str, run: RunFolder) -> Iterator[Result]:
 
 def _metrics(found: Mapping[str, float]) -> dict[str, Any]:
     used = found.get("clusters_used")
-    known = {key: found[key] for key in ("confidence", "acc", "nmi", "ari", "ami") if key in found}
+    known = {key: found[key] for key in _METRICS if key in found}
     return {"used": None if used is None else round(used), **known}
 
 

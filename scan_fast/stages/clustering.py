@@ -174,7 +174,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
             self._best = {"model": state, "head": head, "loss": score, "epoch": epoch}
         metrics = {"selection_loss": score, "head": float(head)}
         assessed = assess(self.context, logits[head].cpu(), reported)
-        return metrics | {key: assessed[key] for key in ("acc", "nmi") if key in assessed}
+        return metrics | {key: assessed[key] for key in ("acc_many_to_one", "acc", "nmi") if key in assessed}
 
     @property
     def best(self) -> dict[str, Any]:

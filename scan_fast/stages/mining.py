@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..errors import MissingPackageError, RunError
-from ..evaluation.metrics import neighbor_purity
+from ..evaluation.metrics import neighbor_purity, purity_at
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
 from ..runs.records import Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import unit_embedding
 from .handover import Handover
-from .inputs import pretext_model
+from .inputs import mined_neighbors, pretext_model
 from .stored import features_key
 
 NAME = "mining"
+
+PURITY_AT = (1, 5, 20)
+"""Numbers of neighbours whose purity is reported, as by the SCAN paper's code, however many are kept."""
 
 
 def run_mining(context: Context, handover: Handover) -> None:
@@ -29,7 +34,7 @@ def run_mining(context: Context, handover: Handover) -> None:
     model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
     found = Neighbors({}, {})
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {}
     for split, source in context.clustered.items():
         k = min(config.k if split == "train" else config.test_k, len(source) - 1)
         embedding = unit_embedding(context, model, split, handover)
@@ -41,19 +46,58 @@ def run_mining(context: Context, handover: Handover) -> None:
             )
         kind = "images" if context.splits.test is None else f"{split} images"
         context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
-        similarity, index = search(embedding, k, config.backend)
+        wanted = k if source.labels is None else _searched(k, len(source))
+        similarity, index = search(embedding, wanted, config.backend)
         embeddings[split] = embedding.cpu().numpy()
-        found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()
+        found.index[split], found.similarity[split] = index[:, :k].cpu().numpy(), similarity[:, :k].cpu().numpy()
         if source.labels is not None:
-            results["purity" if split == "train" else "test_purity"] = neighbor_purity(
-                found.index[split], source.labels
-            )
+            note_purity(results, split, found.index[split], index.cpu().numpy(), source.labels)
     context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, features_key(context)))
     context.run.write(artifacts.NEIGHBORS, found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
-    context.tracker.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
+    context.tracker.record(NAME, 1, 1, {key: value for key, value in results.items() if isinstance(value, float)})
     context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def _searched(kept: int, n_images: int) -> int:
+    return min(max(kept, *PURITY_AT), n_images - 1)
+
+
+def note_purity(results: dict[str, Any], split: str, kept: ArrayLike, searched: ArrayLike, labels: Tensor) -> None:
+    """Enter the purity of a split's neighbours into the results of mining.
+
+    Args:
+        results: gets ``purity`` (``test_purity`` of the test images) of the neighbours that are kept, and in
+            ``purity_at`` by split and k (as text, for JSON) that of the k nearest.
+        split: "train" or "test".
+        kept: (N, k) the neighbours that the later stages use, without the image itself.
+        searched: (N, K) more of them, most similar first.
+        labels: (N,) int64 classes, -1 for none.
+    """
+    results["purity" if split == "train" else "test_purity"] = neighbor_purity(kept, labels)
+    by_k = {str(k): value for k, value in purity_at(searched, labels, PURITY_AT).items()}
+    results["purity_at"] = {**results.get("purity_at", {}), split: by_k}
+
+
+def measure_purity(context: Context, results: dict[str, Any]) -> None:
+    """Measure the purity of the mined neighbours of a finished run again; see :func:`note_purity`."""
+    mined = mined_neighbors(context)
+    rows = context.run.read(artifacts.EMBEDDINGS).rows
+    for split, source in context.clustered.items():
+        if source.labels is not None:
+            embedding = torch.from_numpy(rows[split]).to(context.device)
+            wanted = _searched(mined[split].shape[1], len(source))
+            _, index = search(embedding, wanted, context.config.mining.backend)
+            note_purity(results, split, mined[split], index.cpu().numpy(), source.labels)
+
+
+def say_purity(context: Context, results: dict[str, Any]) -> None:
+    """Print what :func:`note_purity` has entered in ``purity_at``, if anything."""
+    for split, by_k in results.get("purity_at", {}).items():
+        images = "images" if context.splits.test is None else f"{split} images"
+        listed = ", ".join(f"{value:.4f} at k = {k}" for k, value in by_k.items())
+        context.tracker.say(f"{NAME}: purity of the nearest neighbours of {images}: {listed}")
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

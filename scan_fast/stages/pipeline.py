@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.metrics import neighbor_purity
+from ..evaluation.metrics import metric_titles
 from ..models.heads import ClusterModel
 from ..report import write_report
 from ..runs import artifacts
@@ -15,13 +15,12 @@ from ..runs.records import Summary
 from ..runs.tracker import Tracker
 from ..training.backbone import note_backbone
 from ..training.context import Context
-from ..training.inference import forward_all
 from ..training.process import kept_memory
 from . import clustering, mining, number, pretext, selflabel
-from .assessment import assess
+from .assessment import Outputs, assess, outputs
 from .embedding import knn_check
 from .handover import CLUSTERING_LOGITS, EMBEDDINGS, FEATURES, SELFLABEL_LOGITS, UNIT_FEATURES, Handover
-from .inputs import cluster_model, mined_neighbors, pretext_model, selflabelled_model
+from .inputs import cluster_model, pretext_model, selflabelled_model
 from .results import baselines, write_results, write_skipped
 
 
@@ -85,6 +84,9 @@ PIPELINE = (
 )
 """All stages in order."""
 
+COLUMNS = ("acc_many_to_one", "acc", "nmi", "ari")
+"""Metrics in the table that ends a run."""
+
 STAGES = {stage.name: stage for stage in PIPELINE}
 
 FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
@@ -137,8 +139,10 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
         did_something = True
         entry = run.summary().stages[name]
         shown = {**entry, **entry.get(context.reported, {})}
-        notes = [f"{key} {shown[key]:.4f}" for key in ("knn_acc", "purity", "acc", "nmi", "ari") if key in shown]
+        keys = ("knn_acc", "purity", "acc_many_to_one", "acc", "nmi", "ari")
+        notes = [f"{key} {shown[key]:.4f}" for key in keys if key in shown]
         tracker.say(f"{name}: done in {entry['seconds']:.1f} s  {'  '.join(notes)}")
+        mining.say_purity(context, entry)
     last = stages_of(context)[-1]
     complete = all(run.has(artifact) for artifact in (artifacts.ASSIGNMENTS, artifacts.MODEL, artifacts.REPORT))
     if results and run.finished(last) and (did_something or not complete):
@@ -176,29 +180,51 @@ def finish(context: Context, handover: Handover) -> None:
     make_report(context)
 
 
-def evaluate(context: Context) -> Summary:
-    """Measure every finished stage again from its weights, and the baselines; update and return the summary."""
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run, measured again.
+
+    Attributes:
+        summary: the updated summary.
+        stage: the last stage that has cluster heads; None if none is finished.
+        outputs: the result of its model for the reported split; None likewise.
+    """
+
+    summary: Summary
+    stage: str | None
+    outputs: Outputs | None
+
+
+def evaluate(context: Context, *, features: bool = False) -> Evaluation:
+    """Measure every finished stage again from its weights, and the baselines; update the summary.
+
+    Args:
+        context: the run.
+        features: also return the features of the reported split.
+    """
     summary = context.run.summary()
     stages = summary.stages
     if pretext.NAME in stages:
         stages[pretext.NAME] |= knn_check(context, pretext_model(context))
     if mining.NAME in stages:
-        for split, source in context.clustered.items():
-            if source.labels is not None:
-                purity = neighbor_purity(mined_neighbors(context)[split], source.labels)
-                stages[mining.NAME]["purity" if split == "train" else "test_purity"] = purity
+        mining.measure_purity(context, stages[mining.NAME])
+        mining.say_purity(context, stages[mining.NAME])
     models: dict[str, Callable[[Context], ClusterModel]] = {
         clustering.NAME: lambda context: cluster_model(context)[0],
         selflabel.NAME: selflabelled_model,
     }
+    last: str | None = None
+    found: Outputs | None = None
     for name, load in models.items():
         if name in stages:
-            model = load(context)
+            model, last = load(context), name
             for split, source in context.clustered.items():
-                stages[name][split] = assess(context, forward_all(context, model, model, source)[0].cpu(), split)
+                of_split = outputs(context, model, source, features=features and split == context.reported)
+                stages[name][split] = assess(context, of_split.logits, split)
+                found = of_split if split == context.reported else found
     summary.baselines = baselines(context)
     context.run.write(artifacts.SUMMARY, summary)
-    return summary
+    return Evaluation(summary, last, found)
 
 
 def make_report(context: Context) -> None:
@@ -212,7 +238,9 @@ def print_summary(context: Context, tracker: Tracker) -> None:
     """Print the table that ends a run, and the path of its folder."""
     summary = context.run.summary()
     labelled = context.n_classes is not None and context.clustered[context.reported].labels is not None
-    columns = ("acc", "nmi", "ari") if labelled else ()
+    measured = {key for entry in summary.stages.values() for key in entry.get(context.reported, {})}
+    titles = {key: title for key, title in metric_titles(measured or COLUMNS[1:]).items() if key in COLUMNS}
+    columns = titles if labelled else {}
     rows = []
     for name, title in (("kmeans_pixels", "k-means on pixels"), ("kmeans_features", "k-means on features")):
         baseline = (summary.baselines or {}).get(name)
@@ -230,7 +258,7 @@ def print_summary(context: Context, tracker: Tracker) -> None:
         rows.append([name, *shown, extra, f"{entry['seconds']:.1f}"])
     rows.append(["all stages", *("" for _ in columns), "", f"{summary.seconds:.1f}"])
     images = "images" if context.splits.test is None else "test images"
-    heading = ["stage", *(key.upper() for key in columns), "", "seconds"]
+    heading = ["stage", *columns.values(), "", "seconds"]
     tracker.table(f"{context.config.name} ({images})", heading, rows)
     tracker.say(f"run folder: {context.run.path}")
     if context.run.has(artifacts.REPORT):

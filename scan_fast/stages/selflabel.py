@@ -90,7 +90,8 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         if last:
             self._handover.put(SELFLABEL_LOGITS, reported, logits)
         metrics = assess(self.context, logits, reported)
-        return {key: metrics[key] for key in ("acc", "nmi", "clusters_used") if key in metrics}
+        keys = ("acc_many_to_one", "acc", "nmi", "clusters_used")
+        return {key: metrics[key] for key in keys if key in metrics}
 
     def state(self) -> dict[str, Any]:
         """Return the average's weights."""

@@ -16,8 +16,7 @@ from interruptions import Interrupted
 from scan_fast.ablation import Ablation, configure, find_ablation, shipped_ablations, variants_of
 from scan_fast.errors import ConfigError
 from scan_fast.runs import artifacts
-from scan_fast.runs.config import ClusteringConfig, Config, find_config, load_config
-from scan_fast.runs.keys import all_keys
+from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.stages import clustering
 
 SHORT = (
@@ -256,29 +255,9 @@ def test_base_comes_before_the_words_of_the_command_line() -> None:
     assert config.clustering.include_self
 
 
-KEYS = {key.name for key in all_keys()}
-
-
-def without_zero() -> bool:
-    try:
-        ClusteringConfig(neighbors=0)
-    except ValueError:
-        return True
-    return False
-
-
-NOT_YET = {
-    "pretext": "moco" not in next(key.type for key in all_keys() if key.name == "pretext.method.kind"),
-    "neighbors": without_zero(),
-    "oracle": "clustering.true_neighbors" not in KEYS,
-}
-
-
 @pytest.mark.parametrize("words", [("cifar10", "preset=paper"), ("stl10", "preset=paper"), ("digits",), ("folder",)])
 @pytest.mark.parametrize("name", sorted(shipped_ablations()))
 def test_shipped_ablations_fit(name: str, words: tuple[str, ...]) -> None:
-    if NOT_YET.get(name):
-        pytest.skip("the settings are not there yet")
     ablation = find_ablation(name)
     config = configure(ablation, find_config(words[0]), [*words[1:], "clustering.n_clusters=10"])
     found = variants_of(ablation, config)

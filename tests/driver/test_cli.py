@@ -82,6 +82,11 @@ def test_evaluate_measures_again_and_changes_no_weight(finished: Path, finished_
     assert found["stages"] == numbers["stages"]
     assert set(found["baselines"]) == {"kmeans_pixels", "kmeans_features"}
     assert 0.5 < found["baselines"]["kmeans_pixels"]["acc_mean"] < 0.95
+    final = found.pop("final")
+    assert (final["stage"], final["split"], final["images"]) == ("selflabel", "test", 449)
+    assert {key: final[key] for key in ("acc", "nmi", "ami", "acc_top5")} == {
+        key: numbers["stages"]["selflabel"]["test"][key] for key in ("acc", "nmi", "ami", "acc_top5")
+    }
     assert summary(finished) == found
     after = {name: content for name, (_, content) in contents(finished).items() if name != "summary.json"}
     assert after == before

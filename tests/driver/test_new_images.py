@@ -162,7 +162,7 @@ def test_evaluate_measures_a_model_on_any_labelled_folder(finished_run: Path, la
     assert counts.sum(axis=1).tolist() == [8, 8, 8]
     assert np.trace(counts[:, :3]) / 24 == pytest.approx(majority)
     text = run_here("evaluate", finished_run, "--data", labelled).out
-    for word in ("acc_many_to_one", f"{found['ami']:.3f}", "slanted", "clusters_used"):
+    for word in ("ACC many-to-one", "ACC one-to-one", f"{found['ami']:.3f}", "slanted", "clusters used"):
         assert word in text
 
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
+from sklearn.neighbors import NearestNeighbors
 
 from scan_fast.evaluation.metrics import (
     clustering_metrics,
     confusion,
     match_clusters,
+    metric_titles,
     neighbor_purity,
+    purity_at,
 )
 
 
@@ -155,3 +159,35 @@ def test_purity_by_hand() -> None:
         neighbor_purity([[1]], labels)
     with pytest.raises(ValueError, match="no pair of labelled"):
         neighbor_purity([[-1]], [0])
+
+
+def test_purity_at_k_equals_scikit_learns_neighbours() -> None:
+    data, labels = load_digits(return_X_y=True)
+    data, labels = data[:300], labels[:300]
+    _, found = NearestNeighbors(n_neighbors=21, metric="cosine").fit(data).kneighbors(data)
+    # The image itself is left out by its index, wherever it stands.
+    others = np.array([[j for j in row if j != i][:20] for i, row in enumerate(found)])
+    expected = {k: np.mean([labels[j] == labels[i] for i in range(300) for j in others[i, :k]]) for k in (1, 5, 20)}
+    assert purity_at(others, labels) == pytest.approx(expected)
+    assert expected[1] > expected[5] > expected[20]  # so that a wrong order of k would show
+
+
+def test_purity_at_leaves_out_what_does_not_fit() -> None:
+    indices = np.array([[1, 2, 3], [0, 2, -1], [3, 0, 1], [2, 1, 0]])
+    labels = np.array([0, 0, 1, -1])
+    assert purity_at(indices, labels) == {1: 1.0}  # row 2's first neighbour has no label
+    assert purity_at(indices, labels, (2, 3, 4)) == pytest.approx({2: 2 / 5, 3: 2 / 6})
+    with pytest.raises(ValueError, match="ks must be at least 1, got 0"):
+        purity_at(indices, labels, (0, 1))
+    with pytest.raises(ValueError, match=r"indices must be whole numbers \(N, K\)"):
+        purity_at([1, 2], [0, 1])
+
+
+def test_titles_put_the_majority_vote_first() -> None:
+    assert metric_titles(["nmi", "confidence", "acc"]) == {"acc": "ACC", "nmi": "NMI"}
+    both = metric_titles(["acc", "ami", "acc_many_to_one"])
+    assert list(both.items()) == [
+        ("acc_many_to_one", "ACC many-to-one"),
+        ("acc", "ACC one-to-one"),
+        ("ami", "AMI"),
+    ]

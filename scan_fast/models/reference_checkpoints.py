@@ -7,7 +7,8 @@ an allow-list for the NumPy scalars in which the original project stores the ind
 kind        file                                                                names
 ==========  ==================================================================  ====================
 pretext     a state dict, or ``{"model", "optimizer", "epoch"}``                backbone.*, contrastive_head.*
-scan        ``{"model", "head"}``, or a checkpoint with ``best_loss_head``      backbone.*, cluster_head.{h}.*
+scan        ``{"model", "head"}``, or a checkpoint with ``best_loss_head``;     backbone.*, cluster_head.{h}.*
+            or several heads of which the file names none as the best
 selflabel   a state dict with one head, or a checkpoint without a best head     backbone.*, cluster_head.0.*
 moco        ``{"state_dict"}``                                                  module.encoder_q.*
 ==========  ==================================================================  ====================
@@ -47,7 +48,8 @@ class OriginalWeights:
         kind: what the file holds.
         state_dict: tensors on the CPU by name: ``backbone.*`` with ``contrastive_head.*`` (pretext, moco) or
             ``cluster_head.{h}.*`` (scan, selflabel).
-        head: the best head of a ``scan`` file, 0 for ``selflabel``, None without cluster heads.
+        head: the best head of a ``scan`` file, None if it has several and does not say; 0 for ``selflabel``; None
+            without cluster heads.
     """
 
     kind: Kind
@@ -68,6 +70,56 @@ class OriginalWeights:
     def n_clusters(self) -> int | None:
         """The clusters of each head, or None for pretext weights."""
         return self.state_dict["cluster_head.0.weight"].shape[0] if self.n_heads else None
+
+    @property
+    def n_features(self) -> int:
+        """The size of the backbone's features."""
+        name = "layer4.0.conv3.weight" if self.architecture == "resnet50" else "layer4.0.conv2.weight"
+        entry = self.state_dict.get(f"backbone.{name}")
+        return 0 if entry is None else entry.shape[0]
+
+    @property
+    def projector(self) -> dict[str, Any]:
+        """The settings of ``model`` that describe the projector; {} with cluster heads."""
+        if self.n_heads:
+            return {}
+        last = self.state_dict.get("contrastive_head.2.weight")
+        if last is None:
+            last = self.state_dict.get("contrastive_head.weight")
+            return {} if last is None else {"projector": "linear", "projection_dim": last.shape[0], "hidden_dim": None}
+        hidden = None if last.shape[1] == self.n_features else last.shape[1]
+        return {"projector": "mlp", "projection_dim": last.shape[0], "hidden_dim": hidden}
+
+    def best_head(self, head: int | None = None) -> int:
+        """Return the index of the head to use: the given one, or else the file's best.
+
+        Raises:
+            WeightsError: if there are no heads, there is no such head, or the file does not say which is the best.
+        """
+        if not self.n_heads:
+            raise WeightsError(f"it is a {self.kind} file, which has no cluster heads")
+        chosen = self.head if head is None else head
+        if chosen is None:
+            raise WeightsError(
+                f"it has {self.n_heads} cluster heads and does not say which is the best: name one with --head H, "
+                f"H from 0 to {self.n_heads - 1} (`scan-fast evaluate` compares them)"
+            )
+        if not 0 <= chosen < self.n_heads:
+            raise WeightsError(f"it has the cluster heads 0 to {self.n_heads - 1}, there is no head {chosen}")
+        return chosen
+
+    def with_head(self, head: int | None = None) -> dict[str, Tensor]:
+        """Return the backbone and one head, as head 0.
+
+        Args:
+            head: as in :meth:`best_head`.
+
+        Raises:
+            WeightsError: as :meth:`best_head`.
+        """
+        own = f"cluster_head.{self.best_head(head)}."
+        kept = {name: value for name, value in self.state_dict.items() if name.startswith(("backbone.", own))}
+        return {name.replace(own, "cluster_head.0.", 1): value for name, value in kept.items()}
 
 
 def read_original(path: str | Path) -> OriginalWeights:
@@ -98,7 +150,7 @@ def read_original(path: str | Path) -> OriginalWeights:
     kind: Kind = _kind(path, state_dict, head)
     if kind == "pretext":
         return OriginalWeights(kind, state_dict, None)
-    return OriginalWeights(kind, state_dict, head or 0)
+    return OriginalWeights(kind, state_dict, 0 if kind == "selflabel" else head)
 
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
@@ -151,10 +203,13 @@ def _kind(path: Path, state_dict: Mapping[str, Tensor], head: int | None) -> Kin
         raise WeightsError(f"{path} holds both a contrastive head and cluster heads")
     if heads != set(range(len(heads))):
         raise WeightsError(f"{path} has the cluster heads {sorted(heads)}, which do not count from 0")
+    parts = [f"cluster_head.{h}.{part}" for h in sorted(heads) for part in ("weight", "bias")]
+    if missing := [name for name in parts if name not in state_dict]:
+        raise WeightsError(f"{path} lacks {_some(missing)}")
+    if wrong := [name for name in parts if state_dict[name].shape[:1] != state_dict["cluster_head.0.bias"].shape]:
+        raise WeightsError(f"{path} has heads with different numbers of clusters: {_some(wrong)}")
     if head is None:
-        if len(heads) > 1:
-            raise WeightsError(f"{path} has {len(heads)} cluster heads but does not say which is the best")
-        return "selflabel"
+        return "scan" if len(heads) > 1 else "selflabel"
     if head not in heads:
         raise WeightsError(f"{path} names the best head {head}, but has {len(heads)} heads")
     return "scan"

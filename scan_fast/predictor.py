@@ -58,6 +58,7 @@ class ImageNetwork:
     Attributes:
         model: the network, in evaluation mode.
         device: its device.
+        form: how images are brought to it.
     """
 
     model: nn.Module
@@ -65,14 +66,14 @@ class ImageNetwork:
     def __init__(self, model: nn.Module, form: ImageFormat, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()
-        self._form = form
+        self.form = form
         self._renderer = renderer_for("auto", form.mean, form.std, self.device)
         self._view = PlainView(kind="plain", size=form.view_size)
 
     @property
     def size(self) -> int:
         """The side in pixels to which images are brought before anything else."""
-        return self._form.size
+        return self.form.size
 
     def source(self, images: Any, on_error: Literal["raise", "skip"] = "raise", setting: str = "images") -> Source:
         """Open images as :func:`.data.datasets.source_from` does, in the way of those that the model was trained on.
@@ -87,7 +88,7 @@ class ImageNetwork:
         Raises:
             DataError: for images that cannot be read.
         """
-        form = self._form
+        form = self.form
         config = DataConfig(
             image_size=form.size,
             interpolation=form.interpolation,
@@ -99,7 +100,7 @@ class ImageNetwork:
         return source_from(images, config, setting)
 
     def _forward(self, function: Callable[[Tensor], Tensor], source: Source, batch_size: int) -> Tensor:
-        views = ViewMaker(source, self._renderer, 0, "evaluation", self._form.crop)
+        views = ViewMaker(source, self._renderer, 0, "evaluation", self.form.crop)
         return forward_views(self.model, function, views, self._view, batch_size).cpu()
 
 

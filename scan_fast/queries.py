@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ def evaluate_on(options: argparse.Namespace) -> int:
     return show_evaluation(predictor, source, f"{options.target} on {options.data}", as_json=options.json)
 
 
-def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json: bool) -> int:
+def show_evaluation(
+    predictor: Predictor, source: Source, title: str, *, as_json: bool, further: Mapping[str, Any] | None = None
+) -> int:
     """Print how far the clusters of a source's images agree with their classes.
 
     Args:
@@ -39,6 +42,7 @@ def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json
         source: the images.
         title: says which model and images these are.
         as_json: print JSON instead of tables.
+        further: what else the JSON is to say.
 
     Returns:
         The exit code.
@@ -70,7 +74,7 @@ def show_evaluation(predictor: Predictor, source: Source, title: str, *, as_json
     }
     if as_json:
         matrix = {"true": table.row_names, "assigned": table.column_names, "counts": table.counts.tolist()}
-        print(json.dumps({**facts, "confusion": matrix}, indent=2))
+        print(json.dumps({**facts, "confusion": matrix, **(further or {})}, indent=2))
         return 0
     shown = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
     print_table(title, ["", ""], [[name, value] for name, value in shown.items()])

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WeightsError
+from .backbones import ModelConfig, scaled_channels
 from .weight_files import read_checkpoint
+from .weights import load_strict
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
 
@@ -136,6 +138,8 @@ def read_original(path: str | Path) -> OriginalWeights:
     content = read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__} where a dict of weights is expected")
+    if {"format", "n_clusters", "view_size"} <= set(content):
+        raise WeightsError(f"{path} is a model of scan-fast, which knows its images: it needs no configuration")
     if "state_dict" in content:
         return OriginalWeights("moco", _from_moco(path, _tensors(path, content["state_dict"])), None)
     head: int | None = None
@@ -151,6 +155,76 @@ def read_original(path: str | Path) -> OriginalWeights:
     if kind == "pretext":
         return OriginalWeights(kind, state_dict, None)
     return OriginalWeights(kind, state_dict, 0 if kind == "selflabel" else head)
+
+
+def load_original(
+    module: nn.Module, original: OriginalWeights, state_dict: Mapping[str, Tensor], path: Path, model: ModelConfig
+) -> None:
+    """Fill a model with weights of a file; a file of another network is refused in words.
+
+    Args:
+        module: the model; it is left untouched if an error is raised.
+        original: the content of the file.
+        state_dict: the part of it that the model takes; every name and shape must agree.
+        path: the file, for errors.
+        model: the settings that the model was built from.
+
+    Raises:
+        WeightsError: if the weights do not fit.
+    """
+    try:
+        load_strict(module, state_dict, what=str(path))
+    except WeightsError as error:
+        reason = _misfit(original, model)
+        if reason:
+            raise WeightsError(f"{path} holds {reason}") from error
+        raise
+
+
+def _misfit(original: OriginalWeights, model: ModelConfig) -> str:
+    """Return in which way a file is of another network than the configuration's; "" if only names of tensors tell."""
+    found = {"resnet18": "a ResNet-18", "resnet50": "a ResNet-50"}[original.architecture]
+    fitting = {"resnet18": ("resnet18_cifar", "resnet18_stl"), "resnet50": ("resnet50",)}[original.architecture]
+    if model.backbone not in fitting:
+        return f"{found}, which is model.backbone={' or '.join(fitting)}; the configuration has {model.backbone}"
+    stem = original.state_dict.get("backbone.conv1.weight")
+    wanted = scaled_channels(64, model.width)
+    if original.architecture == "resnet18" and stem is not None and stem.shape[0] != wanted:
+        width = stem.shape[0] / 64
+        return (
+            f"{found} with {stem.shape[0]} channels at first, the configuration has {wanted}; set model.width={width:g}"
+        )
+    wrong = {key: value for key, value in original.projector.items() if getattr(model, key) != value}
+    if wrong:
+        now = ", ".join(f"model.{key}={getattr(model, key)}" for key in wrong)
+        return f"another projector than {now}: set {' '.join(f'model.{key}={value}' for key, value in wrong.items())}"
+    return ""
+
+
+def check_clusters(original: OriginalWeights, path: Path, n_clusters: int, head: int | None) -> int:
+    """Refuse a file without the cluster head to go on with.
+
+    Args:
+        original: the content of the file.
+        path: the file, for errors.
+        n_clusters: the clusters that the head must have.
+        head: the index of the head; None: the file's best one.
+
+    Returns:
+        The index of the head.
+
+    Raises:
+        WeightsError: if there is no such head, or it has another number of clusters.
+    """
+    try:
+        chosen = original.best_head(head)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if original.n_clusters != n_clusters:
+        raise WeightsError(
+            f"{path} has {original.n_clusters} clusters, the configuration has clustering.n_clusters={n_clusters}"
+        )
+    return chosen
 
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackageError, RunError
+from ..data.neighbor_files import read_neighbors
+from ..errors import ConfigError, DataError, MissingPackageError, RunError
 from ..evaluation.metrics import neighbor_purity
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
@@ -40,8 +42,13 @@ def run_mining(context: Context, handover: Handover) -> None:
                 f"it with scan-fast pretext {context.run.path} --again"
             )
         kind = "images" if context.splits.test is None else f"{split} images"
-        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
-        similarity, index = search(embedding, k, config.backend)
+        file = _file_of(context, split)
+        if file is None:
+            context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
+            similarity, index = search(embedding, k, config.backend)
+        else:
+            context.tracker.say(f"{NAME}: the {k} nearest of each of {len(source):,} {kind} are those of {file}")
+            similarity, index = given_neighbors(file, embedding, k, kind, "k" if split == "train" else "test_k")
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index.cpu().numpy(), similarity.cpu().numpy()
         if source.labels is not None:
@@ -54,6 +61,45 @@ def run_mining(context: Context, handover: Handover) -> None:
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
     context.tracker.record(NAME, 1, 1, {key: float(str(value)) for key, value in results.items()})
     context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def _file_of(context: Context, split: str) -> Path | None:
+    """Return the file of a split's neighbours, None if they are searched.
+
+    Raises:
+        ConfigError: for a second file if there is no test split.
+    """
+    files = context.config.mining.files or ()
+    if len(files) > len(context.clustered):
+        raise ConfigError(f"mining.files names {files[1]} for test images, but all images are training images")
+    at = list(context.clustered).index(split)
+    return files[at] if at < len(files) else None
+
+
+@torch.no_grad()
+def given_neighbors(file: Path, embedding: Tensor, k: int, images: str, setting: str) -> tuple[Tensor, Tensor]:
+    """Return similarity and index, (N, k) each, of the neighbours in a file of the reference project.
+
+    Args:
+        file: see :func:`scan_fast.data.neighbor_files.read_neighbors`.
+        embedding: (N, D) unit rows, which the similarities are of.
+        k: the first neighbours to take.
+        images: what the images are, for errors.
+        setting: the key of section ``mining`` that gives k.
+
+    Raises:
+        DataError: if the file cannot be used for these images, or has fewer neighbours.
+    """
+    found = read_neighbors(file, len(embedding), images)
+    if found.shape[1] < k:
+        n = found.shape[1]
+        raise DataError(f"{file} has {n} neighbours of each image, mining.{setting} is {k}; set mining.{setting}={n}")
+    index = torch.from_numpy(found[:, :k]).to(embedding.device)
+    similarity = torch.empty(index.shape, device=embedding.device)
+    for rows in torch.arange(len(index), device=embedding.device).split(4096):
+        others = embedding[index[rows].clamp_min(0)]
+        similarity[rows] = torch.einsum("nd,nkd->nk", embedding[rows], others)
+    return similarity.masked_fill(index < 0, -torch.inf), index
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

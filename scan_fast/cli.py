@@ -50,6 +50,9 @@ the columns:
   unlike           1 if that is lower than of 99 in 100 training images: the image may belong to no group
 A model.pt that was written before there were similarity and unlike has no such columns."""
 
+OF_REFERENCE = """\
+With --config, section.key=value words change the configuration; `scan-fast config --keys` explains every key."""
+
 MEASURED = """\
 a weight file of the SCAN project (pretext, SCAN, self-label) or of MoCo v2, on the images of a configuration:
   scan-fast evaluate scan_cifar-10.pth.tar --config cifar10 data.root=DIR
@@ -65,7 +68,8 @@ from a weight file of the SCAN project or of MoCo v2:
 EXPORTED = """\
 The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
 describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
-torch.export.load(FILE, extra_files={"scan_fast.json": ""})."""
+torch.export.load(FILE, extra_files={"scan_fast.json": ""}). --format reference writes weights under the names of the
+SCAN project: model.pth.tar."""
 
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
@@ -149,15 +153,11 @@ def build_parser() -> Parser:
         sub.set_defaults(stages=names)
         configured(sub, f"{CONFIGURATION} lists them; or an existing run folder")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
-        sub.set_defaults(start=None, head=None, neighbors=None)
+        sub.set_defaults(start=None, neighbors=None)
         if name != "pretext":
             sub.epilog += STARTED
             sub.add_argument(
                 "--from", dest="start", type=Path, metavar="FILE", help="go on after a weight file of the SCAN project"
-            )
-        if name in ("run", "selflabel"):
-            sub.add_argument(
-                "--head", type=_head, metavar="H", help="with --from: the cluster head of the file, from 0"
             )
         if name in ("run", "mine", "cluster"):
             sub.add_argument(
@@ -193,12 +193,12 @@ def build_parser() -> Parser:
     sub.add_argument("--quiet", action="store_true", help="print the result only")
 
     sub = command("predict", commands.predict, "assign new images to the groups of a finished run (CSV)")
-    sub.epilog = PREDICTED
+    sub.epilog = f"{PREDICTED}\n{OF_REFERENCE}"
     with_model(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
 
     sub = command("evaluate", commands.evaluate, "compare groups with classes: of a run's own images, or of others")
-    sub.epilog = MEASURED
+    sub.epilog = f"{MEASURED}\n{OF_REFERENCE}"
     sub.add_argument(
         "target",
         type=Path,
@@ -240,6 +240,7 @@ def build_parser() -> Parser:
     )
 
     sub = command("embed", commands.embed, "write the feature vectors of images (.npz with features and paths)")
+    sub.epilog = OF_REFERENCE
     with_model(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
 
@@ -258,7 +259,7 @@ def build_parser() -> Parser:
         help="with --format reference: the stage whose result is written (default: the last one)",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-    sub.epilog = EXPORTED
+    sub.epilog = f"{EXPORTED}\n{OF_REFERENCE}"
 
     sub = command("report", commands.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")

@@ -111,7 +111,8 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     found = find_config(target)
     if "clustering.weights" in changes:
         # What the configuration says itself must agree with the file.
-        own = load_config(found, options.overrides, {k: v for k, v in changes.items() if k == "preset"})
+        words = [word for word in options.overrides if not word.startswith("clustering.weights_head=")]
+        own = load_config(found, words, {k: v for k, v in changes.items() if k == "preset"})
         n_clusters = changes["clustering.n_clusters"]
         stated = own.clustering.n_clusters if options.clusters is None else options.clusters
         if isinstance(stated, int) and stated != n_clusters:
@@ -127,17 +128,16 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def _given_files(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that --from, --head and --neighbors stand for."""
+    """Return the settings that --from and --neighbors stand for."""
     from .models.reference_checkpoints import read_original
     from .reference import settings_from
+    from .runs.config import parse_override
 
     changes: dict[str, Any] = {}
     if getattr(options, "neighbors", None) is not None:
         changes["mining.files"] = [str(file.expanduser().absolute()) for file in options.neighbors]
     file = getattr(options, "start", None)
     if file is None:
-        if getattr(options, "head", None) is not None:
-            raise UsageError("--head goes with --from, and names a cluster head of that file")
         return changes
     original = read_original(file.expanduser())
     needs_heads = "selflabel" in options.stages
@@ -147,16 +147,16 @@ def _given_files(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.stages and not needs_heads and original.n_heads:
         raise UsageError(f"--from: {file} has cluster heads; scan-fast selflabel goes on from it")
-    if original.n_heads:
-        try:
-            original.best_head(options.head)
-        except WeightsError as error:
-            raise WeightsError(f"--from: {file}: {error}") from error
-        if "mining.files" in changes:
-            raise UsageError(f"--neighbors: nothing is mined after {file}, which has cluster heads")
-    elif getattr(options, "head", None) is not None:
-        raise UsageError(f"--head: {file} is a {original.kind} file, which has no cluster heads")
-    changes |= settings_from(file, original, getattr(options, "head", None))
+    if original.n_heads and "mining.files" in changes:
+        raise UsageError(f"--neighbors: nothing is mined after {file}, which has cluster heads")
+    head = dict(map(parse_override, options.overrides)).get("clustering.weights_head")
+    if original.n_heads and original.head is None and head is None:
+        raise WeightsError(
+            f"--from: {file} has {original.n_heads} cluster heads and does not say which is the best: name one with "
+            f"clustering.weights_head=H, H from 0 to {original.n_heads - 1} (`scan-fast evaluate {file} --config` "
+            "compares them)"
+        )
+    changes |= settings_from(file, original)
     if options.data is not None and original.architecture == "resnet50":
         changes["model.backbone"] = "resnet50"
     return changes

@@ -27,7 +27,7 @@ from .views.renderers import renderer_for
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are brought to a network.
+    """Size, filter and normalisation of the images of a network.
 
     Attributes:
         size: side in pixels to which images are brought before anything else.

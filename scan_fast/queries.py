@@ -27,7 +27,7 @@ def evaluate_on(options: argparse.Namespace) -> int:
     predictor = Predictor.load(options.target, choose_device(options.device or "auto", "--device"))
     if not is_prefixed(options.data):
         check_data_folder(options.data)
-        _check_no_splits(Path(options.data).expanduser())
+        check_no_splits(Path(options.data).expanduser())
     source = predictor.source(options.data, setting="--data")
     return show_evaluation(predictor, source, f"{options.target} on {options.data}", as_json=options.json)
 
@@ -89,7 +89,7 @@ def show_evaluation(
     return 0
 
 
-def _check_no_splits(folder: Path) -> None:
+def check_no_splits(folder: Path) -> None:
     """Refuse a folder whose sub-folders are splits, which would count as classes."""
     from .data.folders import TEST_NAMES, TRAIN_NAMES
 

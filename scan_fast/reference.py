@@ -117,11 +117,7 @@ class ReferenceFile:
         return normalized(open_splits(data_settings(self.config, expected)), self.config, expected)
 
     def model_config(self, size: int) -> ModelConfig:
-        """Return the settings of the network for images that are stored with a side of ``size`` pixels.
-
-        Raises:
-            WeightsError: if ``model.backbone=auto`` stands for no network of the reference.
-        """
+        """Return the settings of the network for images that are stored with a side of ``size`` pixels."""
         model = self.config.model.from_scratch()
         if model.backbone == "auto" and self.weights.architecture == "resnet50":
             return model.model_copy(update={"backbone": "resnet50"})

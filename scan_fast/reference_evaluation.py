@@ -56,7 +56,7 @@ def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device:
         images = f"the {'images' if splits.test is None else 'test images'} of {file.config.name}"
     else:
         predictor = file.predictor(0 if several else shown, device)
-        queries.check_data_folder(options.data)
+        _check_data(options.data)
         source, images = predictor.source(options.data, setting="--data"), str(options.data)
     _check_classes(source, images)
     neighbors = _given_neighbors(options, [source], [images])
@@ -128,7 +128,7 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
             sources["val"] = splits.test
     else:
         network = file.embedder(device)
-        queries.check_data_folder(options.data)
+        _check_data(options.data)
         sources["images"] = network.source(options.data, setting="--data")
     images = file.config.name if options.data is None else str(options.data)
     for source in sources.values():
@@ -171,7 +171,8 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
         return 0
     print(file.describe(network.form))
     space = "the projector's output" if features == "projection" else "the backbone's features"
-    rows = [[f"kNN accuracy, {monitor.monitor_k} neighbours", f"{accuracy:.4f}"]]
+    voting = min(monitor.monitor_k, len(bank) - (queried is None))
+    rows = [[f"kNN accuracy, {voting} neighbours", f"{accuracy:.4f}"]]
     for name, values in purity.items():
         of = f"{name}, {len(sources[name]):,} images"
         rows += [[f"purity of the {k} nearest ({of})", f"{value:.4f}"] for k, value in values.items()]
@@ -179,9 +180,17 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
     return 0
 
 
+def _check_data(data: str) -> None:
+    from .data.kinds import is_prefixed
+
+    if not is_prefixed(data):
+        queries.check_data_folder(data)
+        queries.check_no_splits(Path(data).expanduser())
+
+
 def _check_classes(source: Source, images: str) -> None:
     if source.labels is None or source.class_names is None:
-        raise DataError(f"{images} has no classes to compare with; give a folder with a sub-folder for each")
+        raise DataError(f"{images}: there are no classes to compare with; give a folder with a sub-folder for each")
 
 
 def _given_neighbors(options: argparse.Namespace, sources: Sequence[Source], names: Sequence[str]) -> list[Tensor]:

@@ -91,15 +91,20 @@ class Clusters(nn.Module):
 
 
 def settled(model: nn.Module, images: np.ndarray, mean: Tensor = MEAN, std: Tensor = STD) -> Any:
-    """Give a network batch statistics that are not the first ones, and put it into evaluation mode."""
+    """Give a network batch statistics of images, and heads that tell these apart; return it in evaluation mode."""
+    x = normalised(images, mean, std)
     model.train()
     with torch.no_grad():
-        for _ in range(3):
-            model(normalised(images, mean, std))
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.mul_(3)  # heads that differ between images
-    return model.eval()
+        for _ in range(30):
+            model.backbone(x)  # type: ignore[operator]
+        model.eval()
+        features = model.backbone(x)  # type: ignore[operator]
+        for head in getattr(model, "cluster_head", []):
+            head.weight.normal_()
+            logits = features @ head.weight.T
+            head.weight.div_(logits.std(dim=0)[:, None] / 2)
+            head.bias.copy_(-(features @ head.weight.T).mean(dim=0))
+    return model
 
 
 def normalised(images: np.ndarray, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:

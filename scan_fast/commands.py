@@ -192,6 +192,10 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
 
     if options.stages or options.again:
         raise UsageError("--minutes goes with a whole run from its beginning")
+    if config.clustering.weights is not None:
+        raise UsageError(
+            "--minutes shortens a run from its beginning; after cluster heads of a file set selflabel.epochs"
+        )
     run = RunFolder(folder)
     if run.has(CONFIG):
         return run.read(CONFIG)

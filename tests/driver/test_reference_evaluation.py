@@ -267,6 +267,27 @@ def test_predict_embed_and_export_take_the_file(data: Images, clusters: Any, tmp
     torch.testing.assert_close(program(torch.from_numpy(data.test[:6])), probabilities, rtol=1e-5, atol=1e-5)
 
 
+def test_an_stl_file_has_a_max_pooling_and_imagenets_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+    images, _ = pictures(8, 96, seed=3)
+    model = settled(Clusters(Net18(WIDTH, max_pool=True), 8 * WIDTH, 10), images, mean, std)
+    path = write(tmp_path / "stl.pth.tar", model.state_dict(), legacy=True)
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    result = run_here("predict", path, "--config", "stl10", *SMALL, "--data", folder)
+    assert result.code == 0, result.err
+    assert "assumes resnet18_stl (one max-pooling) and images of 96 x 96 pixels with mean 0.485" in result.err
+    with torch.no_grad():
+        probabilities = model(normalised(images, mean, std))[0].softmax(dim=1)
+    rows = [line.split(",") for line in result.out.splitlines()[1:]]
+    assert [int(row[1]) for row in rows] == probabilities.argmax(dim=1).tolist()
+    assert [float(row[2]) for row in rows] == pytest.approx(probabilities.max(dim=1).values.tolist(), abs=1e-5)
+
+
 def test_heads_without_a_best_one_need_a_head(clusters: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "zoo.pth.tar", clusters.state_dict())
     fill(tmp_path / "new", 3)

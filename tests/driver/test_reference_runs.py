@@ -149,6 +149,9 @@ def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path
     assert "the cluster heads 0 to 0, there is no head 3" in refusal(
         "selflabel", "--from", scan, "clustering.n_clusters=14", "clustering.weights_head=3"
     )
+    assert "after cluster heads of a file set selflabel.epochs" in refusal(
+        "run", "--from", scan, "clustering.n_clusters=14", "--minutes", 3
+    )
     assert "nothing is mined after" in refusal(
         "run", "--from", scan, "--neighbors", "x.npy", "clustering.n_clusters=14"
     )

@@ -373,8 +373,6 @@ def _no_reference(options: argparse.Namespace) -> Iterator[None]:
     """Refuse words that go with --config, and say so if the target turns out to be a file that needs it."""
     from .models.reference_checkpoints import read_original
 
-    if options.overrides:
-        raise UsageError(f"{options.overrides[0]} goes with --config; a run and its model.pt know their settings")
     for name in ("head", "neighbors"):
         if getattr(options, name, None) is not None:
             raise UsageError(f"--{name} goes with --config, for a weight file of the SCAN project")

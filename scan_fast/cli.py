@@ -17,6 +17,8 @@ from .parsing import EXIT_USAGE, Parser, split_overrides
 IMAGES = "a folder of images, or PREFIX:ARGUMENT as in data.source, such as webdataset:SHARDS"
 CONFIGURATION = "a configuration: a YAML file, or the name of a shipped one such as digits; `scan-fast config --list`"
 
+REFERENCE = "a finished run folder or its model.pt; with --config, a weight file of the SCAN project or of MoCo v2"
+
 EXIT_DEFECT, EXIT_INTERRUPTED = 1, 130
 
 DEFECT = (
@@ -52,11 +54,26 @@ PROBED = """\
 A classifier is multinomial logistic regression on standardised features. Of each class the same share of the labels is
 drawn, at least one. The weight decay is chosen by a part of the drawn labels. Nothing is fine-tuned, and the run is not
 changed. Images are held out by a hash of their names if there are no test images."""
+OF_REFERENCE = """\
+With --config, section.key=value words change the configuration; `scan-fast config --keys` explains every key."""
+
+MEASURED = """\
+a weight file of the SCAN project (pretext, SCAN, self-label) or of MoCo v2, on the images of a configuration:
+  scan-fast evaluate scan_cifar-10.pth.tar --config cifar10 data.root=DIR
+It has no settings of its own; --config says what its network sees. SCAN and self-label files are compared with the
+classes; of pretext files, kNN accuracy and the purity of the nearest neighbours are measured."""
+
+STARTED = """\
+
+from a weight file of the SCAN project or of MoCo v2:
+  scan-fast cluster cifar10 --from simclr_cifar-10.pth.tar     stage two on the representation of the file
+  scan-fast selflabel cifar10 --from scan_cifar-10.pth.tar     stage three on its clusters"""
 
 EXPORTED = """\
 The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
 describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
-torch.export.load(FILE, extra_files={"scan_fast.json": ""})."""
+torch.export.load(FILE, extra_files={"scan_fast.json": ""}). --format reference writes weights under the names of the
+SCAN project: model.pth.tar."""
 
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
@@ -94,7 +111,8 @@ def build_parser() -> Parser:
 
     def with_model(sub: Parser) -> None:
         """Add the words of a command that applies a finished model to images."""
-        sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder or its model.pt")
+        sub.add_argument("target", type=Path, metavar="RUN", help=REFERENCE)
+        of_reference(sub)
         sub.add_argument(
             "--data",
             required=True,
@@ -109,6 +127,17 @@ def build_parser() -> Parser:
             help="at an image that cannot be read: stop with its name, or leave it out (default: %(default)s)",
         )
         device(sub)
+
+    def of_reference(sub: Parser) -> None:
+        """Add the words of a command that takes a file of the reference."""
+        sub.set_defaults(overrides=[])
+        sub.add_argument(
+            "--config",
+            metavar="CONFIG",
+            help="what a weight file of the SCAN project sees: a YAML file or, such as cifar10, "
+            "the name of a shipped configuration, with preset=paper; section.key=value words change it",
+        )
+        sub.add_argument("--head", type=_head, metavar="H", help="with --config: the cluster head to use, from 0")
 
     def device(sub: Parser) -> None:
         sub.add_argument(
@@ -128,6 +157,21 @@ def build_parser() -> Parser:
         sub.set_defaults(stages=names)
         configured(sub, f"{CONFIGURATION} lists them; or an existing run folder")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
+        sub.set_defaults(start=None, neighbors=None)
+        if name != "pretext":
+            sub.epilog += STARTED
+            sub.add_argument(
+                "--from", dest="start", type=Path, metavar="FILE", help="go on after a weight file of the SCAN project"
+            )
+        if name in ("run", "mine", "cluster"):
+            sub.add_argument(
+                "--neighbors",
+                type=Path,
+                nargs="+",
+                metavar="FILE",
+                help="take neighbours of the training images, and "
+                "then of the test images, from topk-*-neighbors.npy (mining.files)",
+            )
         again = "repeat this stage and those after it" if names else "repeat all stages"
         sub.add_argument("--again", action="store_true", help=f"{again}, although they are finished")
         sub.add_argument("--quiet", action="store_true", help="print errors only")
@@ -153,12 +197,26 @@ def build_parser() -> Parser:
     sub.add_argument("--quiet", action="store_true", help="print the result only")
 
     sub = command("predict", commands.predict, "assign new images to the groups of a finished run (CSV)")
-    sub.epilog = PREDICTED
+    sub.epilog = f"{PREDICTED}\n{OF_REFERENCE}"
     with_model(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
 
     sub = command("evaluate", commands.evaluate, "compare groups with classes: of a run's own images, or of others")
-    sub.add_argument("target", type=Path, metavar="RUN", help="a run folder; with --data also its model.pt")
+    sub.epilog = f"{MEASURED}\n{OF_REFERENCE}"
+    sub.add_argument(
+        "target",
+        type=Path,
+        metavar="RUN",
+        help="a run folder; with --data also its model.pt; with --config a weight file of the SCAN project or MoCo v2",
+    )
+    of_reference(sub)
+    sub.add_argument(
+        "--neighbors",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="with --config: take the nearest neighbours from topk-*-neighbors.npy instead of searching them",
+    )
     sub.add_argument(
         "--data",
         metavar="IMAGES",
@@ -172,7 +230,7 @@ def build_parser() -> Parser:
         metavar="FILE.png",
         help="write one typical image of each cluster to a picture, and to a table, FILE.csv; classes are not needed",
     )
-    sub.add_argument("--device", help="with --data: auto (the default), cpu, cuda or cuda:N")
+    sub.add_argument("--device", help="with --data or --config: auto (the default), cpu, cuda or cuda:N")
 
     sub = command("probe", commands.probe, "measure frozen features by linear classifiers that learn from few labels")
     sub.epilog = PROBED
@@ -210,14 +268,26 @@ def build_parser() -> Parser:
     )
 
     sub = command("embed", commands.embed, "write the feature vectors of images (.npz with features and paths)")
+    sub.epilog = OF_REFERENCE
     with_model(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
 
     sub = command("export", commands.export, "write a model that runs without this package")
-    sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder or its model.pt")
-    sub.add_argument("--format", choices=("pt2", "onnx"), default="pt2", help="torch.export or ONNX (default: pt2)")
+    sub.add_argument("target", type=Path, metavar="RUN", help=REFERENCE)
+    of_reference(sub)
+    sub.add_argument(
+        "--format",
+        choices=("pt2", "onnx", "reference"),
+        default="pt2",
+        help="torch.export, ONNX, or the SCAN project's weight file (default: pt2)",
+    )
+    sub.add_argument(
+        "--stage",
+        choices=("pretext", "clustering", "selflabel"),
+        help="with --format reference: the stage whose result is written (default: the last one)",
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-    sub.epilog = EXPORTED
+    sub.epilog = f"{EXPORTED}\n{OF_REFERENCE}"
 
     sub = command("report", commands.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
@@ -302,6 +372,13 @@ def _clusters(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, or auto, got {text!r}") from None
+
+
+def _head(text: str) -> int:
+    """Read the value of --head."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def _minutes(text: str) -> float:

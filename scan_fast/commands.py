@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import queries
-from .errors import ConfigError, RunError, UsageError
+from . import queries, reference_evaluation
+from .errors import ConfigError, RunError, UsageError, WeightsError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from .data.sources import Source
     from .predictor import Predictor
+    from .reference import Embedder
     from .runs.config import Config
     from .runs.folder import RunFolder
 
@@ -28,7 +31,7 @@ def train(options: argparse.Namespace) -> int:
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
-    from .stages.pipeline import forget, print_summary, run_stages, stages_of
+    from .stages.pipeline import forget, preceding, print_summary, run_stages, stages_of
     from .training.context import open_context
     from .training.images import check_images
 
@@ -55,10 +58,12 @@ def train(options: argparse.Namespace) -> int:
         context = open_context(config, run, tracker, other_images=afresh)
         names = list(options.stages) or stages_of(context)
         if names[0] not in stages_of(context):
-            raise UsageError(f"this configuration has no {names[0]} stage (selflabel: null)")
+            why = "selflabel: null" if config.clustering.weights is None else "clustering.weights takes its place"
+            raise UsageError(f"this configuration has no {names[0]} stage ({why})")
         if options.again:
             forget(context, names[0])
             run.write(CONFIG, config)
+        names = [*preceding(context, names), *names]
         if afresh:
             check_images(run, context.clustered.values())
         groups = "a suggested number of" if context.suggests_number else context.n_clusters
@@ -89,10 +94,12 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
         queries.check_data_folder(options.data)
-        changes |= settings_for(options.data) | _start(options)
+        started = getattr(options, "start", None) is not None
+        changes |= settings_for(options.data) | ({"preset": "fast"} if started else _start(options))
         target = "folder"
     if target is None:
         raise ConfigError("say what to run: a configuration such as digits, or --data FOLDER")
+    changes |= _given_files(options)
     path = Path(target).expanduser()
     if options.data is None and path.is_dir():
         if not RunFolder(path).has(CONFIG):
@@ -101,8 +108,58 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             )
         changed = [*changes.items(), *map(parse_override, options.overrides)]
         return change_config(RunFolder.existing(path).read(CONFIG), changed), path
-    config = load_config(find_config(target), options.overrides, changes)
-    return config, Path("runs") / _run_name(config)
+    found = find_config(target)
+    if "clustering.weights" in changes:
+        # What the configuration says itself must agree with the file.
+        words = [word for word in options.overrides if not word.startswith("clustering.weights_head=")]
+        own = load_config(found, words, {k: v for k, v in changes.items() if k == "preset"})
+        n_clusters = changes["clustering.n_clusters"]
+        stated = own.clustering.n_clusters if options.clusters is None else options.clusters
+        if isinstance(stated, int) and stated != n_clusters:
+            raise WeightsError(
+                f"{options.start} has {n_clusters} clusters, the configuration has clustering.n_clusters={stated}; "
+                f"clustering.n_clusters={n_clusters} takes the file's"
+            )
+    config = load_config(found, options.overrides, changes)
+    name = _run_name(config)
+    if getattr(options, "start", None) is not None:
+        name += f"-from-{options.start.name.partition('.')[0]}"
+    return config, Path("runs") / name
+
+
+def _given_files(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that --from and --neighbors stand for."""
+    from .models.reference_checkpoints import read_original
+    from .reference import settings_from
+    from .runs.config import parse_override
+
+    changes: dict[str, Any] = {}
+    if getattr(options, "neighbors", None) is not None:
+        changes["mining.files"] = [str(file.expanduser().absolute()) for file in options.neighbors]
+    file = getattr(options, "start", None)
+    if file is None:
+        return changes
+    original = read_original(file.expanduser())
+    needs_heads = "selflabel" in options.stages
+    if needs_heads and not original.n_heads:
+        raise UsageError(
+            f"--from: {file} is a {original.kind} file, which has no cluster heads; scan-fast cluster goes on from it"
+        )
+    if options.stages and not needs_heads and original.n_heads:
+        raise UsageError(f"--from: {file} has cluster heads; scan-fast selflabel goes on from it")
+    if original.n_heads and "mining.files" in changes:
+        raise UsageError(f"--neighbors: nothing is mined after {file}, which has cluster heads")
+    head = dict(map(parse_override, options.overrides)).get("clustering.weights_head")
+    if original.n_heads and original.head is None and head is None:
+        raise WeightsError(
+            f"--from: {file} has {original.n_heads} cluster heads and does not say which is the best: name one with "
+            f"clustering.weights_head=H, H from 0 to {original.n_heads - 1} (`scan-fast evaluate {file} --config` "
+            "compares them)"
+        )
+    changes |= settings_from(file, original)
+    if options.data is not None and original.architecture == "resnet50":
+        changes["model.backbone"] = "resnet50"
+    return changes
 
 
 def _start(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +192,10 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
 
     if options.stages or options.again:
         raise UsageError("--minutes goes with a whole run from its beginning")
+    if config.clustering.weights is not None:
+        raise UsageError(
+            "--minutes shortens a run from its beginning; after cluster heads of a file set selflabel.epochs"
+        )
     run = RunFolder(folder)
     if run.has(CONFIG):
         return run.read(CONFIG)
@@ -206,8 +267,13 @@ def _check_again(old: Config, new: Config, stages: Sequence[str]) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure every finished stage of a run, or the finished model on other images."""
-    if options.data is not None:
-        return queries.evaluate_on(options)
+    if options.config is not None:
+        return reference_evaluation.evaluate_reference(options)
+    with _no_reference(options):
+        if options.data is not None:
+            return queries.evaluate_on(options)
+        if options.target.is_file():
+            raise UsageError(f"{options.target} is a file: a model is measured on the images that --data names")
     from .evaluating import check_prototypes, evaluate_run
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
@@ -217,8 +283,6 @@ def evaluate(options: argparse.Namespace) -> int:
     check_prototypes(options.prototypes)
     if options.device is not None:
         raise UsageError("--device goes with --data; a run is measured on its runtime.device")
-    if options.target.is_file():
-        raise UsageError(f"{options.target} is a file: a model is measured on the images that --data names")
     run = RunFolder.existing(options.target)
     with run:
         tracker = Tracker(run, quiet=options.json)
@@ -255,11 +319,13 @@ def predict(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from .atomic import atomic_file
+    from .predictor import Predictor
     from .runs.artifacts import ASSIGNMENTS
     from .runs.folder import RunFolder
     from .runs.tables import Placements
 
-    predictor, source = _predictor_and_source(options)
+    predictor, source = _network_and_source(options)
+    assert isinstance(predictor, Predictor)
     probabilities, features = predictor.outputs(source)
     similarity: NDArray[np.float32] | None = None
     unlike: NDArray[np.bool_] | None = None
@@ -284,24 +350,60 @@ def embed(options: argparse.Namespace) -> int:
 
     from .atomic import atomic_file
 
-    predictor, source = _predictor_and_source(options)
-    features = predictor.features(source).numpy()
+    network, source = _network_and_source(options)
+    features = network.features(source).numpy()
     with atomic_file(options.out) as file:
         np.savez(file, features=features, paths=np.array(source.paths))
     return 0
 
 
-def _predictor_and_source(options: argparse.Namespace) -> tuple[Predictor, Source]:
-    from .devices import choose_device
+def _network(options: argparse.Namespace, device: torch.device) -> Predictor | Embedder:
+    """Return the model of a run folder, a model.pt or, with --config, a file of the reference."""
     from .predictor import Predictor
+    from .reference import open_reference
+
+    if options.config is None:
+        with _no_reference(options):
+            return Predictor.load(options.target, device)
+    file = open_reference(options.target, options.config, options.overrides, options.head)
+    embeds = options.command == "embed" and file.is_pretext and options.head is None
+    network = file.embedder(device) if embeds else file.predictor(options.head, device)
+    print(file.describe(network.form), file=sys.stderr)
+    return network
+
+
+@contextmanager
+def _no_reference(options: argparse.Namespace) -> Iterator[None]:
+    """Refuse words that go with --config, and say so if the target turns out to be a file that needs it."""
+    from .models.reference_checkpoints import read_original
+
+    for name in ("head", "neighbors"):
+        if getattr(options, name, None) is not None:
+            raise UsageError(f"--{name} goes with --config, for a weight file of the SCAN project")
+    try:
+        yield
+    except (WeightsError, UsageError):
+        if not options.target.is_file():
+            raise
+        with suppress(WeightsError):
+            kind = read_original(options.target).kind
+            raise UsageError(
+                f"{options.target} is a {kind} file of the SCAN project: say with --config what its network sees, such "
+                "as --config cifar10"
+            ) from None
+        raise
+
+
+def _network_and_source(options: argparse.Namespace) -> tuple[Predictor | Embedder, Source]:
+    from .devices import choose_device
 
     images = _images(options.data)
-    predictor = Predictor.load(options.target, choose_device(options.device, "--device"))
-    source = predictor.source(images, options.on_error, "--data")
+    network = _network(options, choose_device(options.device, "--device"))
+    source = network.source(images, options.on_error, "--data")
     if source.skipped:
         path, reason = source.skipped[0]
         print(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", file=sys.stderr)
-    return predictor, source
+    return network, source
 
 
 def _images(words: Sequence[str]) -> str | list[str]:
@@ -324,10 +426,23 @@ def _images(words: Sequence[str]) -> str | list[str]:
 
 def export(options: argparse.Namespace) -> int:
     """Write a model that runs without this package."""
+    import torch
+
     from .export import export
     from .predictor import Predictor
+    from .reference_export import export_reference
 
-    export(Predictor.load(options.target), options.out, options.format)
+    if options.format == "reference":
+        if options.config is not None:
+            raise UsageError(f"--format reference writes a run's model; {options.target} is in this format already")
+        with _no_reference(options):
+            export_reference(options.target, options.out, options.stage)
+        return 0
+    if options.stage is not None:
+        raise UsageError("--stage goes with --format reference")
+    predictor = _network(options, torch.device("cpu"))
+    assert isinstance(predictor, Predictor)
+    export(predictor, options.out, options.format)
     return 0
 
 

@@ -58,7 +58,7 @@ def finish_early(run: RunFolder, *, quiet: bool = False) -> RunFolder:
         state = run.read(checkpoint("pretext"))
         results["pretext"] = StageResult(state.model)
         done["pretext"] = {"seconds": state.seconds, "epochs": state.epoch}
-    else:
+    elif "clustering" not in done or config.clustering.weights is None:
         raise RunError(f"{run.path} has not learned anything yet; run it until its first checkpoint")
     return _group(run, change_config(config, changes.items()), done, results, quiet=quiet)
 

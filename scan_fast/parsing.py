@@ -94,6 +94,8 @@ class Parser(argparse.ArgumentParser):
             _check_options(chosen, words[at + 1 :])
 
     def _refuse(self, word: str) -> NoReturn:
+        if OVERRIDE.match(word) and self.takes_overrides:
+            self.error(f"{word} goes with --config")
         if OVERRIDE.match(word):
             self.error(f"{self.prog.rpartition(' ')[2]} takes no configuration values, got {word}")
         if self.takes_overrides and _KEY.match(word):
@@ -122,11 +124,14 @@ def split_overrides(arguments: Sequence[str], parser: Parser) -> tuple[list[str]
         parser: the parser of all commands.
 
     Returns:
-        The other words, and the ``section.key=value`` words. A command that takes none keeps all of its words.
+        The other words, and the ``section.key=value`` words. A command that takes none keeps all of its words, and so
+        does one with the option ``--config`` if that is not given.
     """
     chosen = parser.chosen(arguments)
     if chosen is None or not chosen.takes_overrides:
         return list(arguments), []
+    if "--config" in chosen.options and not any(word.partition("=")[0] == "--config" for word in arguments):
+        return list(arguments), []  # without a configuration, a=b.png is a file
     takes_value = {name for name, action in chosen.options.items() if action.nargs != 0}
     rest: list[str] = []
     overrides: list[str] = []

@@ -164,7 +164,9 @@ def _passes(config: Config, side: int, finished: Iterable[str] = ()) -> dict[str
     views = pretext.method.passes(side) if trains else 0.0
     checks = pretext.epochs / pretext.monitor_every if trains and pretext.monitor_every else 0.0
     passes["pretext"] = (1.0 + checks, views * pretext.epochs)
-    if clustering.update == "full":
+    if clustering.weights is not None:
+        passes = {"clustering": (1.0, 0.0)}
+    elif clustering.update == "full":
         passes["clustering"] = (clustering.epochs / clustering.evaluate_every, 2.0 * clustering.epochs)
     elif clustering.update == "heads":
         passes["clustering"] = (float(clustering.cached_views or 2 * clustering.epochs), 0.0)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data.datasets import DataConfig, source_from
+from .data.datasets import DataConfig, Triple, source_from
+from .data.resize import Interpolation
 from .data.sources import Source
 from .errors import WeightsError
 from .evaluation.typicality import Typicality
+from .models.heads import ClusterModel
 from .models.saved import SavedModel
 from .runs import artifacts
 from .views.inference import forward_views
@@ -22,7 +25,86 @@ from .views.parameters import PlainView
 from .views.renderers import renderer_for
 
 
-class Predictor:
+@dataclass(frozen=True)
+class ImageFormat:
+    """Size, filter and normalisation of the images of a network.
+
+    Attributes:
+        size: side in pixels to which images are brought before anything else.
+        view_size: side in pixels of the network's input.
+        crop: "image" or "file", see ``data.crop``.
+        decode: "exact" or "scaled", see ``data.decode``.
+        mean, std: by channel, of pixel values in [0, 1].
+        interpolation: the filter that brings images to ``size``.
+    """
+
+    size: int
+    view_size: int
+    crop: Literal["image", "file"]
+    decode: Literal["exact", "scaled"]
+    mean: Triple
+    std: Triple
+    interpolation: Interpolation
+
+
+class ImageNetwork:
+    """A trained network with the renderer of its images.
+
+    Args:
+        model: the network, on any device; it is moved.
+        form: how images are brought to it.
+        device: the device of the network.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        device: its device.
+        form: how images are brought to it.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, form: ImageFormat, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.form = form
+        self._renderer = renderer_for("auto", form.mean, form.std, self.device)
+        self._view = PlainView(kind="plain", size=form.view_size)
+
+    @property
+    def size(self) -> int:
+        """The side in pixels to which images are brought before anything else."""
+        return self.form.size
+
+    def source(self, images: Any, on_error: Literal["raise", "skip"] = "raise", setting: str = "images") -> Source:
+        """Open images as :func:`.data.datasets.source_from` does, in the way of those that the model was trained on.
+
+        Files are decoded at each use, for each is read once.
+
+        Args:
+            images: as in :func:`.data.datasets.source_from`.
+            on_error: "skip" leaves unreadable images out and lists them in the source's ``skipped``.
+            setting: what named the images, for errors.
+
+        Raises:
+            DataError: for images that cannot be read.
+        """
+        form = self.form
+        config = DataConfig(
+            image_size=form.size,
+            interpolation=form.interpolation,
+            resident="files",
+            crop=form.crop,
+            decode=form.decode,
+            on_error=on_error,
+        )
+        return source_from(images, config, setting)
+
+    def _forward(self, function: Callable[[Tensor], Tensor], source: Source, batch_size: int) -> Tensor:
+        views = ViewMaker(source, self._renderer, 0, "evaluation", self.form.crop)
+        return forward_views(self.model, function, views, self._view, batch_size).cpu()
+
+
+class Predictor(ImageNetwork):
     """A trained cluster model with the renderer of its images.
 
     Args:
@@ -39,12 +121,12 @@ class Predictor:
         WeightsError: if the weights do not fit the settings of the network.
     """
 
+    model: ClusterModel
+
     def __init__(self, saved: SavedModel, device: torch.device | str = "cpu") -> None:
         self.saved = saved
-        self.device = torch.device(device)
-        self.model = saved.build().to(self.device).to(memory_format=torch.channels_last).eval()
-        self._renderer = renderer_for("auto", saved.mean, saved.std, self.device)
-        self._view = PlainView(kind="plain", size=saved.view_size)
+        form = ImageFormat(**{field.name: getattr(saved, field.name) for field in fields(ImageFormat)})
+        super().__init__(saved.build(), form, device)
         self.typicality: Typicality | None = None
         if saved.centers is not None and saved.least_similarity is not None:
             self.typicality = Typicality(saved.centers, saved.least_similarity)
@@ -53,11 +135,6 @@ class Predictor:
     def n_clusters(self) -> int:
         """The number of clusters."""
         return self.saved.n_clusters
-
-    @property
-    def size(self) -> int:
-        """The side in pixels to which images are brought before anything else."""
-        return self.saved.size
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The saved model holds plain values and tensors on the CPU; the network and the renderer are made of it.
@@ -88,30 +165,6 @@ class Predictor:
         """
         artifacts.write(artifacts.MODEL, self.saved, Path(path))
 
-    def source(self, images: Any, on_error: Literal["raise", "skip"] = "raise", setting: str = "images") -> Source:
-        """Open images as :func:`.data.datasets.source_from` does, in the way of those that the model was trained on.
-
-        Files are decoded at each use, for each is read once.
-
-        Args:
-            images: as in :func:`.data.datasets.source_from`.
-            on_error: "skip" leaves unreadable images out and lists them in the source's ``skipped``.
-            setting: what named the images, for errors.
-
-        Raises:
-            DataError: for images that cannot be read.
-        """
-        saved = self.saved
-        config = DataConfig(
-            image_size=self.size,
-            interpolation=saved.interpolation,
-            resident="files",
-            crop=saved.crop,
-            decode=saved.decode,
-            on_error=on_error,
-        )
-        return source_from(images, config, setting)
-
     def probabilities(self, source: Source, batch_size: int = 512) -> Tensor:
         """Return (N, K) float32 probabilities of the source's images, on the CPU."""
         return self.outputs(source, batch_size)[0]
@@ -136,10 +189,6 @@ class Predictor:
             (self.n_clusters, self.model.out_features), dim=1
         )
         return logits.softmax(dim=1), features
-
-    def _forward(self, function: Callable[[Tensor], Tensor], source: Source, batch_size: int) -> Tensor:
-        views = ViewMaker(source, self._renderer, 0, "evaluation", self.saved.crop)
-        return forward_views(self.model, function, views, self._view, batch_size).cpu()
 
 
 def _unpickled(saved: SavedModel, device: str) -> Predictor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 
@@ -32,7 +33,13 @@ def evaluate_on(options: argparse.Namespace) -> int:
 
 
 def show_evaluation(
-    predictor: Predictor, source: Source, title: str, *, as_json: bool, prototypes: Path | None = None
+    predictor: Predictor,
+    source: Source,
+    title: str,
+    *,
+    as_json: bool,
+    prototypes: Path | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> int:
     """Print how far the clusters of a source's images agree with their classes.
 
@@ -42,6 +49,7 @@ def show_evaluation(
         title: says which model and images these are.
         as_json: print JSON instead of tables.
         prototypes: write one image for each cluster to this PNG, and a table beside it. Images need no classes then.
+        further: what else the JSON is to say.
 
     Returns:
         The exit code.
@@ -59,7 +67,7 @@ def show_evaluation(
     probabilities, features = predictor.outputs(source)
     found = Assessment.of(probabilities, source)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps({**found.to_dict(), **(further or {})}, indent=2))
     else:
         found.show(title)
     if prototypes is not None:

@@ -38,6 +38,10 @@ def metric_titles(found: Iterable[str]) -> dict[str, str]:
     return titles
 
 
+PURITY_AT = (1, 5, 20)
+"""Numbers of nearest neighbours whose purity is reported, as by the reference."""
+
+
 def clustering_metrics(
     clusters: ArrayLike,
     labels: ArrayLike,
@@ -168,7 +172,7 @@ def neighbor_purity(indices: ArrayLike, labels: ArrayLike, candidate_labels: Arr
     return float((found == own[:, None])[valid].mean())
 
 
-def purity_at(indices: ArrayLike, labels: ArrayLike, ks: Sequence[int] = (1, 5, 20)) -> dict[int, float]:
+def purity_at(indices: ArrayLike, labels: ArrayLike, ks: Sequence[int] = PURITY_AT) -> dict[int, float]:
     """Return the share of the k nearest neighbours that have their query's class, for several k.
 
     Args:

@@ -9,8 +9,7 @@ from ..errors import WeightsError
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
 from ..models.pretrained import IMAGENET_MEAN, IMAGENET_STD, InputFormat
-from ..models.reference_checkpoints import read_original
-from ..models.weights import load_strict
+from ..models.reference_checkpoints import load_original, read_original
 from .base import MethodSettings
 
 
@@ -46,4 +45,4 @@ class WeightsSettings(MethodSettings):
             raise WeightsError(
                 f"pretext.method.file={self.file} holds a {original.kind} model; stage one needs a pretext model"
             )
-        load_strict(model, original.state_dict, what=str(self.file))
+        load_original(model, original, original.state_dict, self.file, model.config)

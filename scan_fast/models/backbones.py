@@ -228,10 +228,10 @@ def build_backbone(config: ModelConfig) -> nn.Module:
 
 def _build(config: ModelConfig, network: str, published: Path | None) -> nn.Module:
     if network in ("resnet18_cifar", "resnet18_stl"):
-        channels = [_scaled(base, config.width) for base in (64, 128, 256, 512)]
+        channels = [scaled_channels(base, config.width) for base in (64, 128, 256, 512)]
         return SmallResNet(channels, (2, 2, 2, 2), max_pool=network == "resnet18_stl")
     if network == "resnet_digits":
-        return SmallResNet([_scaled(base, config.width) for base in (32, 64)], (1, 2))
+        return SmallResNet([scaled_channels(base, config.width) for base in (32, 64)], (1, 2))
     if network == DESCRIPTOR:
         return Descriptor()
     if network == "resnet50":
@@ -275,7 +275,8 @@ def multiply_adds(config: ModelConfig, size: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _scaled(channels: int, width: float) -> int:
+def scaled_channels(channels: int, width: float) -> int:
+    """Return a number of channels times ``model.width``, as a multiple of 8."""
     # Multiples of eight keep the matrix units of a GPU busy in 16-bit precision.
     return max(8, round(channels * width / 8) * 8)
 

@@ -16,10 +16,14 @@ class PretextModel(nn.Module):
 
     The parameters are named ``backbone.*`` and ``contrastive_head.*`` (``0`` and ``2`` for the MLP's two layers), as in
     the original project.
+
+    Attributes:
+        config: the settings that it was built from.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.backbone = build_backbone(config)
         self.out_features = cast(int, self.backbone.out_features)
         self.contrastive_head: nn.Module

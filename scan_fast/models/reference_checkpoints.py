@@ -7,7 +7,8 @@ an allow-list for the NumPy scalars in which the original project stores the ind
 kind        file                                                                names
 ==========  ==================================================================  ====================
 pretext     a state dict, or ``{"model", "optimizer", "epoch"}``                backbone.*, contrastive_head.*
-scan        ``{"model", "head"}``, or a checkpoint with ``best_loss_head``      backbone.*, cluster_head.{h}.*
+scan        ``{"model", "head"}``, or a checkpoint with ``best_loss_head``;     backbone.*, cluster_head.{h}.*
+            or several heads of which the file names none as the best
 selflabel   a state dict with one head, or a checkpoint without a best head     backbone.*, cluster_head.0.*
 moco        ``{"state_dict"}``                                                  module.encoder_q.*
 ==========  ==================================================================  ====================
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WeightsError
+from .backbones import ModelConfig, scaled_channels
 from .weight_files import read_checkpoint
+from .weights import load_strict
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
 
@@ -47,7 +50,8 @@ class OriginalWeights:
         kind: what the file holds.
         state_dict: tensors on the CPU by name: ``backbone.*`` with ``contrastive_head.*`` (pretext, moco) or
             ``cluster_head.{h}.*`` (scan, selflabel).
-        head: the best head of a ``scan`` file, 0 for ``selflabel``, None without cluster heads.
+        head: the best head of a ``scan`` file, None if it has several and does not say; 0 for ``selflabel``; None
+            without cluster heads.
     """
 
     kind: Kind
@@ -69,6 +73,56 @@ class OriginalWeights:
         """The clusters of each head, or None for pretext weights."""
         return self.state_dict["cluster_head.0.weight"].shape[0] if self.n_heads else None
 
+    @property
+    def n_features(self) -> int:
+        """The size of the backbone's features."""
+        name = "layer4.0.conv3.weight" if self.architecture == "resnet50" else "layer4.0.conv2.weight"
+        entry = self.state_dict.get(f"backbone.{name}")
+        return 0 if entry is None else entry.shape[0]
+
+    @property
+    def projector(self) -> dict[str, Any]:
+        """The settings of ``model`` that describe the projector; {} with cluster heads."""
+        if self.n_heads:
+            return {}
+        last = self.state_dict.get("contrastive_head.2.weight")
+        if last is None:
+            last = self.state_dict.get("contrastive_head.weight")
+            return {} if last is None else {"projector": "linear", "projection_dim": last.shape[0], "hidden_dim": None}
+        hidden = None if last.shape[1] == self.n_features else last.shape[1]
+        return {"projector": "mlp", "projection_dim": last.shape[0], "hidden_dim": hidden}
+
+    def best_head(self, head: int | None = None) -> int:
+        """Return the index of the head to use: the given one, or else the file's best.
+
+        Raises:
+            WeightsError: if there are no heads, there is no such head, or the file does not say which is the best.
+        """
+        if not self.n_heads:
+            raise WeightsError(f"it is a {self.kind} file, which has no cluster heads")
+        chosen = self.head if head is None else head
+        if chosen is None:
+            raise WeightsError(
+                f"it has {self.n_heads} cluster heads and does not say which is the best: name one with --head H, "
+                f"H from 0 to {self.n_heads - 1} (`scan-fast evaluate` compares them)"
+            )
+        if not 0 <= chosen < self.n_heads:
+            raise WeightsError(f"it has the cluster heads 0 to {self.n_heads - 1}, there is no head {chosen}")
+        return chosen
+
+    def with_head(self, head: int | None = None) -> dict[str, Tensor]:
+        """Return the backbone and one head, as head 0.
+
+        Args:
+            head: as in :meth:`best_head`.
+
+        Raises:
+            WeightsError: as :meth:`best_head`.
+        """
+        own = f"cluster_head.{self.best_head(head)}."
+        kept = {name: value for name, value in self.state_dict.items() if name.startswith(("backbone.", own))}
+        return {name.replace(own, "cluster_head.0.", 1): value for name, value in kept.items()}
+
 
 def read_original(path: str | Path) -> OriginalWeights:
     """Read a weight file of the original project, or the official MoCo v2 checkpoint.
@@ -84,6 +138,8 @@ def read_original(path: str | Path) -> OriginalWeights:
     content = read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__} where a dict of weights is expected")
+    if {"format", "n_clusters", "view_size"} <= set(content):
+        raise WeightsError(f"{path} is a model of scan-fast, which knows its images: it needs no configuration")
     if "state_dict" in content:
         return OriginalWeights("moco", _from_moco(path, _tensors(path, content["state_dict"])), None)
     head: int | None = None
@@ -98,7 +154,77 @@ def read_original(path: str | Path) -> OriginalWeights:
     kind: Kind = _kind(path, state_dict, head)
     if kind == "pretext":
         return OriginalWeights(kind, state_dict, None)
-    return OriginalWeights(kind, state_dict, head or 0)
+    return OriginalWeights(kind, state_dict, 0 if kind == "selflabel" else head)
+
+
+def load_original(
+    module: nn.Module, original: OriginalWeights, state_dict: Mapping[str, Tensor], path: Path, model: ModelConfig
+) -> None:
+    """Fill a model with weights of a file; a file of another network is refused in words.
+
+    Args:
+        module: the model; it is left untouched if an error is raised.
+        original: the content of the file.
+        state_dict: the part of it that the model takes; every name and shape must agree.
+        path: the file, for errors.
+        model: the settings that the model was built from.
+
+    Raises:
+        WeightsError: if the weights do not fit.
+    """
+    try:
+        load_strict(module, state_dict, what=str(path))
+    except WeightsError as error:
+        reason = _misfit(original, model)
+        if reason:
+            raise WeightsError(f"{path} holds {reason}") from error
+        raise
+
+
+def _misfit(original: OriginalWeights, model: ModelConfig) -> str:
+    """Return in which way a file is of another network than the configuration's; "" if only names of tensors tell."""
+    found = {"resnet18": "a ResNet-18", "resnet50": "a ResNet-50"}[original.architecture]
+    fitting = {"resnet18": ("resnet18_cifar", "resnet18_stl"), "resnet50": ("resnet50",)}[original.architecture]
+    if model.backbone not in fitting:
+        return f"{found}, which is model.backbone={' or '.join(fitting)}; the configuration has {model.backbone}"
+    stem = original.state_dict.get("backbone.conv1.weight")
+    wanted = scaled_channels(64, model.width)
+    if original.architecture == "resnet18" and stem is not None and stem.shape[0] != wanted:
+        width = stem.shape[0] / 64
+        return (
+            f"{found} with {stem.shape[0]} channels at first, the configuration has {wanted}; set model.width={width:g}"
+        )
+    wrong = {key: value for key, value in original.projector.items() if getattr(model, key) != value}
+    if wrong:
+        now = ", ".join(f"model.{key}={getattr(model, key)}" for key in wrong)
+        return f"another projector than {now}: set {' '.join(f'model.{key}={value}' for key, value in wrong.items())}"
+    return ""
+
+
+def check_clusters(original: OriginalWeights, path: Path, n_clusters: int, head: int | None) -> int:
+    """Refuse a file without the cluster head to go on with.
+
+    Args:
+        original: the content of the file.
+        path: the file, for errors.
+        n_clusters: the clusters that the head must have.
+        head: the index of the head; None: the file's best one.
+
+    Returns:
+        The index of the head.
+
+    Raises:
+        WeightsError: if there is no such head, or it has another number of clusters.
+    """
+    try:
+        chosen = original.best_head(head)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if original.n_clusters != n_clusters:
+        raise WeightsError(
+            f"{path} has {original.n_clusters} clusters, the configuration has clustering.n_clusters={n_clusters}"
+        )
+    return chosen
 
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
@@ -151,10 +277,13 @@ def _kind(path: Path, state_dict: Mapping[str, Tensor], head: int | None) -> Kin
         raise WeightsError(f"{path} holds both a contrastive head and cluster heads")
     if heads != set(range(len(heads))):
         raise WeightsError(f"{path} has the cluster heads {sorted(heads)}, which do not count from 0")
+    parts = [f"cluster_head.{h}.{part}" for h in sorted(heads) for part in ("weight", "bias")]
+    if missing := [name for name in parts if name not in state_dict]:
+        raise WeightsError(f"{path} lacks {_some(missing)}")
+    if wrong := [name for name in parts if state_dict[name].shape[:1] != state_dict["cluster_head.0.bias"].shape]:
+        raise WeightsError(f"{path} has heads with different numbers of clusters: {_some(wrong)}")
     if head is None:
-        if len(heads) > 1:
-            raise WeightsError(f"{path} has {len(heads)} cluster heads but does not say which is the best")
-        return "selflabel"
+        return "scan" if len(heads) > 1 else "selflabel"
     if head not in heads:
         raise WeightsError(f"{path} names the best head {head}, but has {len(heads)} heads")
     return "scan"

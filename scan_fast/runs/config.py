@@ -113,12 +113,26 @@ class MiningConfig(Settings):
             ``k`` if there are none.
         features: space of the search: the projector's output or the backbone's features.
         backend: implementation of the search. All are exact; ``faiss`` needs the package faiss.
+        files: take the neighbours from files of the reference project instead of searching: those of the training
+            images, and after it those of the test images (``topk-train-neighbors.npy``, ``topk-val-neighbors.npy``).
+            They must have at least ``k`` and ``test_k`` neighbours; a split without a file is searched.
     """
 
     k: int = Field(default=20, ge=1)
     test_k: int = Field(default=5, ge=1)
     features: Literal["projection", "backbone"] = "projection"
     backend: Literal["auto", "native", "reference", "faiss"] = "auto"
+    files: tuple[Path, ...] | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _one_or_two(cls, files: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+        if files is not None and len(files) not in (1, 2):
+            raise ValueError(
+                f"give the file of the training images, and perhaps that of the test images, got {len(files)}"
+            )
+        # A run continues from any folder.
+        return None if files is None else tuple(file.expanduser().absolute() for file in files)
 
 
 class ClusteringConfig(TrainingConfig):
@@ -159,6 +173,17 @@ class ClusteringConfig(TrainingConfig):
     """View of anchors and neighbours in training."""
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs between evaluations, among which the best epoch is selected."""
+    weights: Path | None = None
+    """Take backbone and head from this file of the reference project (a SCAN or self-label model or checkpoint) instead
+    of training them. The stages before are not needed then."""
+    weights_head: int | None = Field(default=None, ge=0)
+    """With ``weights``: the file's head to take; None: the one that it names as the best."""
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute(cls, weights: Path | None) -> Path | None:
+        # A run continues from any folder.
+        return None if weights is None else weights.expanduser().absolute()
 
     @field_validator("n_clusters", mode="before")
     @classmethod
@@ -187,6 +212,11 @@ class ClusteringConfig(TrainingConfig):
         """True if heads are trained on views of the images."""
         return self.update != "features"
 
+    @property
+    def saved_heads(self) -> int:
+        """The number of heads in the result of the stage."""
+        return self.heads if self.trains and self.weights is None else 1
+
     @field_validator("ways")
     @classmethod
     def _known_ways(cls, ways: tuple[str, ...]) -> tuple[str, ...]:
@@ -197,6 +227,12 @@ class ClusteringConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.weights is not None and not isinstance(self.n_clusters, int):
+            raise ValueError(f"weights={self.weights} needs n_clusters, the number of clusters of each of its heads")
+        if self.weights is not None and self.update == "features":
+            raise ValueError(f"weights={self.weights} takes the place of grouping: set update=full, or leave it out")
+        if self.weights is None and self.weights_head is not None:
+            raise ValueError(f"weights_head={self.weights_head} needs weights, the file that has the head")
         if self.cached_views is not None and self.update != "heads":
             raise ValueError("cached_views is for update=heads only: a backbone that learns has new features each step")
         if self.true_neighbors and self.update == "features":
@@ -303,6 +339,15 @@ class Config(Settings):
                 "backbone"
             )
         self.pretext.method.check(self.model, self.mining.features)
+        if self.clustering.weights is not None and self.model.has_weights:
+            raise ValueError(
+                f"clustering.weights={self.clustering.weights} holds the whole network: leave model.weights and "
+                "model.pretrained out"
+            )
+        if self.clustering.weights is not None and self.model.cluster_head != "linear":
+            raise ValueError(f"clustering.weights needs model.cluster_head=linear, got {self.model.cluster_head}")
+        if self.mining.files is not None and not self.clustering.trains:
+            raise ValueError("clustering.update=features searches its own neighbours: leave mining.files out")
         if self.clustering.update == "features" and self.mining.features != "backbone":
             raise ValueError("clustering.update=features groups the backbone's features: set mining.features=backbone")
         if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
@@ -314,6 +359,8 @@ class Config(Settings):
     @property
     def trains(self) -> bool:
         """True if a stage trains the network or computes gradients through it."""
+        if self.clustering.weights is not None:
+            return self.selflabel is not None
         return self.pretext.method.trains or self.clustering.update == "full" or self.selflabel is not None
 
     def to_yaml(self) -> str:
@@ -341,6 +388,16 @@ def find_config(name: str) -> Path:
 def shipped_configs() -> dict[str, Path]:
     """Return the files of the shipped configurations by name."""
     return {file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+
+
+def presets_of(path: Path) -> list[str]:
+    """Return the names of the presets of a configuration file, with those of its base.
+
+    Raises:
+        ConfigError: if the file is no configuration.
+    """
+    presets = _read(path).get("presets") or {}
+    return list(map(str, presets)) if isinstance(presets, dict) else []
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:

@@ -20,6 +20,7 @@ from ..training.loop import Stage, train
 from ..views.inference import forward_views
 from .assessment import assess
 from .embedding import backbone_features
+from .given import run_given_heads
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
 from .inputs import mined_neighbors, pretext_model
 from .partitioning import run_partitioning
@@ -196,6 +197,9 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
 def run_clustering(context: Context, handover: Handover) -> None:
     """Train the heads (and the backbone, unless it is frozen) and keep the best head by its score."""
     config = context.config.clustering
+    if config.weights is not None:
+        run_given_heads(context, NAME, config.weights, config.weights_head, handover)
+        return
     if not config.trains:
         run_partitioning(context, NAME, handover)
         return

@@ -58,8 +58,8 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     run = context.run
     run.require(CLUSTER_MODEL)
     best = run.read(CLUSTER_MODEL)
-    config = context.config.clustering
-    model = ClusterModel(context.without_pretrained, context.n_clusters, config.heads if config.trains else 1)
+    heads = context.config.clustering.saved_heads
+    model = ClusterModel(context.without_pretrained, context.n_clusters, heads)
     load_strict(model, best.model, what=str(run.path_of(CLUSTER_MODEL)))
     return context.place(model.head(best.record["head"])), best.record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..errors import MissingPackageError, RunError
-from ..evaluation.metrics import neighbor_purity, purity_at
+from ..data.neighbor_files import read_neighbors
+from ..errors import ConfigError, DataError, MissingPackageError, RunError
+from ..evaluation.metrics import PURITY_AT, neighbor_purity, purity_at
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
 from ..runs.records import Embeddings, Neighbors
@@ -22,9 +24,6 @@ from .inputs import mined_neighbors, pretext_model
 from .stored import features_key
 
 NAME = "mining"
-
-PURITY_AT = (1, 5, 20)
-"""Numbers of neighbours whose purity is reported, as by the SCAN paper's code, however many are kept."""
 
 
 def run_mining(context: Context, handover: Handover) -> None:
@@ -45,9 +44,14 @@ def run_mining(context: Context, handover: Handover) -> None:
                 f"it with scan-fast pretext {context.run.path} --again"
             )
         kind = "images" if context.splits.test is None else f"{split} images"
-        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
-        wanted = k if source.labels is None else _searched(k, len(source))
-        similarity, index = search(embedding, wanted, config.backend)
+        file = _file_of(context, split)
+        if file is None:
+            context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
+            wanted = k if source.labels is None else _searched(k, len(source))
+            similarity, index = search(embedding, wanted, config.backend)
+        else:
+            context.tracker.say(f"{NAME}: the {k} nearest of each of {len(source):,} {kind} are those of {file}")
+            similarity, index = given_neighbors(file, embedding, k, kind, "k" if split == "train" else "test_k")
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index[:, :k].cpu().numpy(), similarity[:, :k].cpu().numpy()
         if source.labels is not None:
@@ -76,7 +80,7 @@ def note_purity(results: dict[str, Any], split: str, kept: ArrayLike, searched: 
         labels: (N,) int64 classes, -1 for none.
     """
     results["purity" if split == "train" else "test_purity"] = neighbor_purity(kept, labels)
-    by_k = {str(k): value for k, value in purity_at(searched, labels, PURITY_AT).items()}
+    by_k = {str(k): value for k, value in purity_at(searched, labels).items()}
     results["purity_at"] = {**results.get("purity_at", {}), split: by_k}
 
 
@@ -86,9 +90,11 @@ def measure_purity(context: Context, results: dict[str, Any]) -> None:
     rows = context.run.read(artifacts.EMBEDDINGS).rows
     for split, source in context.clustered.items():
         if source.labels is not None:
-            embedding = torch.from_numpy(rows[split]).to(context.device)
-            wanted = _searched(mined[split].shape[1], len(source))
-            _, index = search(embedding, wanted, context.config.mining.backend)
+            index = mined[split]
+            if _file_of(context, split) is None:
+                embedding = torch.from_numpy(rows[split]).to(context.device)
+                wanted = _searched(index.shape[1], len(source))
+                _, index = search(embedding, wanted, context.config.mining.backend)
             note_purity(results, split, mined[split], index.cpu().numpy(), source.labels)
 
 
@@ -98,6 +104,45 @@ def say_purity(context: Context, results: dict[str, Any]) -> None:
         images = "images" if context.splits.test is None else f"{split} images"
         listed = ", ".join(f"{value:.4f} at k = {k}" for k, value in by_k.items())
         context.tracker.say(f"{NAME}: purity of the nearest neighbours of {images}: {listed}")
+
+
+def _file_of(context: Context, split: str) -> Path | None:
+    """Return the file of a split's neighbours, None if they are searched.
+
+    Raises:
+        ConfigError: for a second file if there is no test split.
+    """
+    files = context.config.mining.files or ()
+    if len(files) > len(context.clustered):
+        raise ConfigError(f"mining.files names {files[1]} for test images, but all images are training images")
+    at = list(context.clustered).index(split)
+    return files[at] if at < len(files) else None
+
+
+@torch.no_grad()
+def given_neighbors(file: Path, embedding: Tensor, k: int, images: str, setting: str) -> tuple[Tensor, Tensor]:
+    """Return similarity and index, (N, k) each, of the neighbours in a file of the reference project.
+
+    Args:
+        file: see :func:`scan_fast.data.neighbor_files.read_neighbors`.
+        embedding: (N, D) unit rows, which the similarities are of.
+        k: the first neighbours to take.
+        images: what the images are, for errors.
+        setting: the key of section ``mining`` that gives k.
+
+    Raises:
+        DataError: if the file cannot be used for these images, or has fewer neighbours.
+    """
+    found = read_neighbors(file, len(embedding), images)
+    if found.shape[1] < k:
+        n = found.shape[1]
+        raise DataError(f"{file} has {n} neighbours of each image, mining.{setting} is {k}; set mining.{setting}={n}")
+    index = torch.from_numpy(found[:, :k]).to(embedding.device)
+    similarity = torch.empty(index.shape, device=embedding.device)
+    for rows in torch.arange(len(index), device=embedding.device).split(4096):
+        others = embedding[index[rows].clamp_min(0)]
+        similarity[rows] = torch.einsum("nd,nkd->nk", embedding[rows], others)
+    return similarity.masked_fill(index < 0, -torch.inf), index
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

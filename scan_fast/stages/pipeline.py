@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.metrics import metric_titles
+from ..methods import WeightsSettings
 from ..models.heads import ClusterModel
 from ..report import write_report
 from ..runs import artifacts
@@ -96,11 +97,28 @@ FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
     left_out = set()
+    if context.config.clustering.weights is not None:
+        left_out |= {pretext.NAME, mining.NAME, number.NAME}
     if context.config.selflabel is None:
         left_out.add(selflabel.NAME)
     if not context.suggests_number:
         left_out.add(number.NAME)
     return [name for name in STAGES if name not in left_out]
+
+
+def preceding(context: Context, names: Sequence[str]) -> list[str]:
+    """Return the stages before the named ones that take files instead of training, and what only they hold up.
+
+    With weights of a file (``pretext.method=weights``, ``clustering.weights``) a single stage needs no other command
+    before it.
+    """
+    config, order = context.config, stages_of(context)
+    before = order[: order.index(names[0])]
+    if config.clustering.weights is None:
+        if not isinstance(config.pretext.method, WeightsSettings):
+            return []
+        before = [name for name in before if name in (pretext.NAME, mining.NAME, number.NAME)]
+    return [name for name in before if not context.run.finished(name)]
 
 
 def forget(context: Context, first: str) -> None:
@@ -155,8 +173,10 @@ def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> Non
     Raises:
         RunError: if an input is missing; the message names the command that writes it.
     """
+    present = stages_of(context)
     for artifact in stage.inputs:
-        context.run.require(artifact)
+        if artifact.stage in present:
+            context.run.require(artifact)
     handover.drop(stage.hands_on)  # values of a former model
     handover.declare((*stage.takes, *stage.hands_on))
     stage.run(context, handover)

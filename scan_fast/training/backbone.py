@@ -11,9 +11,6 @@ from ..runs import artifacts
 from ..runs.records import BackboneRecord
 from .context import Context, data_settings
 
-PRETEXT = "pretext"
-"""The stage that takes the weights."""
-
 
 def note_backbone(context: Context) -> BackboneRecord:
     """Write backbone.json when a run begins, and check later that its weights are the same.
@@ -26,7 +23,8 @@ def note_backbone(context: Context) -> BackboneRecord:
     """
     run = context.run
     found = _record(context)
-    begun = run.finished(PRETEXT) or run.has(artifacts.checkpoint(PRETEXT))
+    taken_by = "pretext" if context.config.clustering.weights is None else "clustering"
+    begun = run.finished(taken_by) or run.has(artifacts.checkpoint(taken_by))
     if begun and run.has(artifacts.BACKBONE):
         noted = run.read(artifacts.BACKBONE)
         if noted.digest and found.digest and noted.digest != found.digest:
@@ -46,8 +44,10 @@ def _record(context: Context) -> BackboneRecord:
     model, side = context.model_config, context.plain_view.side
     origin, digest = weights_origin(model), weights_digest(model)
     method = context.config.pretext.method
-    if isinstance(method, WeightsSettings):
+    file = context.config.clustering.weights
+    if file is None and isinstance(method, WeightsSettings):
         file = method.file.expanduser()
+    if file is not None:
         origin, digest = str(file), file_digest(file) if file.is_file() else None
     return BackboneRecord(
         backbone=model.backbone,

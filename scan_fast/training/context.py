@@ -260,6 +260,8 @@ def weights_input(config: Config) -> InputFormat | None:
         ConfigError: if the library has no pretrained weights of that name.
         WeightsError: if the file of ``pretext.method=weights`` cannot be read.
     """
+    if config.clustering.weights is not None:
+        return None  # such files are of a data set, whose images they take as they are
     return pretrained_input(config.model) or config.pretext.method.input_format()
 
 

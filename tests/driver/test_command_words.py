@@ -100,7 +100,7 @@ def test_bash_completes_commands_options_choices_configurations_and_keys(tmp_pat
     assert complete("ru") == ["run"]
     assert set(complete("")) == set(build_parser().subparsers)
     assert complete("run", "--cl") == ["--clusters"]
-    assert complete("export", "x", "--format", "") == ["pt2", "onnx"]
+    assert complete("export", "x", "--format", "") == ["pt2", "onnx", "reference"]
     assert complete("run", "digi") == ["digits", "digital"]
     assert complete("run", "--out", "digi") == ["digital"]
     assert complete("completion", "f") == ["fish"]
@@ -158,7 +158,7 @@ def test_keys_with_types_defaults_and_meaning() -> None:
     assert [line.split()[0] for line in found] == [
         f"{stage}.optimizer.lr" for stage in ("pretext", "clustering", "selflabel")
     ]
-    assert len(run_here("config", "--keys", "mining.*").out.splitlines()) == 2 * 4
+    assert len(run_here("config", "--keys", "mining.*").out.splitlines()) == 2 * 5
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,11 @@ def check_scan_fast(words: list[str]) -> None:
         assert not stop.code, f"scan-fast refuses {shlex.join(words)}"
         return
     target = getattr(options, "target", None)
+    if "config" in options:  # the target is a run or a file
+        target = options.config
+        if target is None:
+            assert not overrides, f"{overrides} goes with --config"
+            return
     if "overrides" in options and (target is None or not str(target).startswith("runs/")):
         data = getattr(options, "data", None)
         load_config(find_config("folder" if data is not None or target in (None, "RUN") else str(target)), overrides)

@@ -102,6 +102,18 @@ def test_selflabel(save: Any) -> None:
         assert_same(weights.state_dict, model.state_dict())
 
 
+def test_several_heads_without_a_best_one(save: Any) -> None:
+    model = ClusterModel(SMALL, 5, n_heads=3)
+    weights = read_original(save(model.state_dict()))
+    assert (weights.kind, weights.head, weights.n_heads, weights.n_clusters) == ("scan", None, 3, 5)
+    with pytest.raises(WeightsError, match="does not say which is the best: name one with --head H, H from 0 to 2"):
+        weights.best_head()
+    with pytest.raises(WeightsError, match="heads 0 to 2, there is no head 3"):
+        weights.best_head(3)
+    assert torch.equal(weights.with_head(2)["cluster_head.0.weight"], model.state_dict()["cluster_head.2.weight"])
+    load_strict(ClusterModel(SMALL, 5), weights.with_head(2), what="the head")
+
+
 def test_scalars_of_numpy_before_version_2(tmp_path: Path) -> None:
     """NumPy 2 moved the constructor of scalars; published files name the old place."""
     path = tmp_path / "model.pth.tar"
@@ -185,7 +197,11 @@ def cluster_state(**changes: Any) -> dict[str, Any]:
     [
         (cluster_state(**{"backbone.layer5.0.conv1.weight": torch.zeros(1)}), "names that neither .*layer5"),
         (cluster_state(**{"cluster_head.2.bias": torch.zeros(1)}), r"heads \[0, 2\]"),
-        (cluster_state(**{"cluster_head.1.bias": torch.zeros(1)}), "does not say which is the best"),
+        (cluster_state(**{"cluster_head.1.bias": torch.zeros(3)}), "lacks 'cluster_head.1.weight'"),
+        (
+            cluster_state(**{"cluster_head.1.bias": torch.zeros(4), "cluster_head.1.weight": torch.zeros(4, 64)}),
+            "different numbers of clusters: 'cluster_head.1.bias'",
+        ),
         (cluster_state(**{"contrastive_head.bias": torch.zeros(1)}), "both a contrastive head and cluster heads"),
         (cluster_state(epoch=3), "entries that are no tensors: 'epoch'"),
         ({"model": cluster_state(), "head": 1}, "best head 1, but has 1 heads"),

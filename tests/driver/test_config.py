@@ -190,6 +190,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_paper_preset_holds_the_originals_values(name: str) -> None:
     config = shipped(name, "preset=paper")
+    assert config.precision == "float32"
     wrong = {k: (value(config, k), v) for k, v in ORIGINAL[name].items() if value(config, k) != v}
     assert not wrong
 

@@ -1,10 +1,10 @@
-"""The table in docs/recipes.md of all that the preset ``fast`` changes, from the shipped configurations."""
+"""The tables of presets in docs/recipes.md: all that ``fast`` changes, and the training steps of the stages."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from scan_fast.data.loader import steps_per_epoch
 from scan_fast.runs.config import Config, differences, load_config, shipped_configs
 
 from .docstrings import ROOT
@@ -14,7 +14,17 @@ ORDER = ("cifar10", "cifar20", "stl10", "imagenet50", "imagenet100", "imagenet20
 FROM = {"digits": "reference"}
 """The preset that ``fast`` is compared with, if it is not ``paper``."""
 _AS_YAML = {"None": "null", "True": "true", "False": "false"}
-START, END = "<!-- presets -->", "<!-- end -->"
+IMAGES = {
+    "cifar10": 50_000,
+    "cifar20": 50_000,
+    "stl10": 5_000,
+    "imagenet50": 64_274,
+    "imagenet100": 128_545,
+    "imagenet200": 256_558,
+    "imagenet": 1_281_167,
+    "digits": 1_348,
+}
+"""Training images of stages two and three; those of a folder are the user's."""
 
 
 def changes(name: str) -> dict[str, tuple[str, str]]:
@@ -51,7 +61,27 @@ def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
+def steps() -> str:
+    """Return the table of training steps of stages two and three."""
+    lines = ["| configuration | images | stage two, `paper` | `fast` | stage three, `paper` | `fast` |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name, n in IMAGES.items():
+        path = shipped_configs()[name]
+        presets = [load_config(path, [f"preset={preset}"]) for preset in (FROM.get(name, "paper"), "fast")]
+        sections = [each for pair in zip(*((c.clustering, c.selflabel) for c in presets), strict=True) for each in pair]
+        counts = ["" if s is None else f"{s.epochs * steps_per_epoch(n, s.batch_size):,}" for s in sections]
+        lines.append(f"| {name} | {n:,} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"presets": table, "steps": steps}
+
+
 def page() -> str:
-    """Return docs/recipes.md with the table of today."""
+    """Return docs/recipes.md with the tables of today, each between ``<!-- NAME -->`` and ``<!-- end -->``."""
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    return re.sub(f"{START}.*?{END}", lambda _: f"{START}\n\n{table()}\n\n{END}", text, count=1, flags=re.DOTALL)
+    for name, make in TABLES.items():
+        before, rest = text.split(f"<!-- {name} -->", 1)
+        _, after = rest.split("<!-- end -->", 1)
+        text = f"{before}<!-- {name} -->\n\n{make()}\n\n<!-- end -->{after}"
+    return text

@@ -59,7 +59,7 @@ def compare(folder: Path) -> dict[str, dict[str, Any]]:
     for split, (_, _, labels) in exact.items():
         near, losses, confidences = [], [], []
         for embedding, logits, _ in (exact[split], rounded[split]):
-            near.append(topk_neighbors(embedding, k=NEIGHBORS)[0])
+            near.append(topk_neighbors(embedding, k=NEIGHBORS)[1])
             losses.append(selection_loss(logits.log_softmax(dim=-1), near[-1][:, :PAIRS])[0])
             confidences.append(logits.softmax(dim=-1).amax(dim=-1))
         head = int(losses[0].argmin())

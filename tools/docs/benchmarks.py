@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import partitions, trials
+from benchmarks import crops, dtypes, partitions, trials
 from benchmarks.family import human_seconds
 from scan_fast.ops.families import FAMILIES
 
@@ -247,7 +247,7 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials or partitions.
+    The word before the file is the benchmark: trials, partitions, crops or dtypes.
     """
 
     def block(found: re.Match[str]) -> str:
@@ -268,7 +268,20 @@ def _partitions(result: dict[str, Any]) -> str:
     return f"{partitions.table(result)}\n{_origin(result)}."
 
 
-_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {"trials": _trials, "partitions": _partitions}
+def _crops(result: dict[str, Any]) -> str:
+    return f"{crops.table(result)}\n{_origin(result)}."
+
+
+def _dtypes(result: dict[str, Any]) -> str:
+    return f"{dtypes.table(result)}\nPercent. {_origin(result)}."
+
+
+_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "trials": _trials,
+    "partitions": _partitions,
+    "crops": _crops,
+    "dtypes": _dtypes,
+}
 
 
 def main() -> None:

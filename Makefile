@@ -48,7 +48,7 @@ tidy: $(DEV)              ## clang-tidy over the C++ sources, with the compile c
 	printf '%s\n' $(filter %.cpp,$(filter-out csrc/tests/% csrc/testing/%,$(NATIVE))) \
 		| xargs -P "$$(nproc)" -n 1 $(BIN)/clang-tidy --quiet -p build/release
 
-reference: $(DEV)         ## docs/api.md and docs/configuration.md, from docstrings and models
+reference: $(DEV)         ## docs/api.md, docs/configuration.md, table of presets
 	$(BIN)/python -m tools.docs.reference
 
 bench: $(DEV)             ## a few minutes: every stage against plain PyTorch, on the CPU

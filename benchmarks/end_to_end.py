@@ -278,10 +278,11 @@ def _worst(entry: dict[str, Any]) -> float:
 
 
 def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
-    """Return the configuration of both sides: the paper's preset, without evaluation and checkpoints in between."""
+    """Return the configuration of both sides: the preset ``paper`` in the automatic dtype, without evaluation."""
     file = find_config(name)
     changes = {
         "preset": "paper",
+        "precision": "auto",  # that of the preset is float32
         "runtime.device": device,
         "runtime.checkpoint_seconds": 1e9,
         "evaluation.baselines": False,

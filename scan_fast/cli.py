@@ -38,7 +38,7 @@ to begin:
 
 OVERRIDES = """\
 section.key=value words change the configuration, and may stand anywhere:
-  scan-fast run digits preset=paper pretext.epochs=50
+  scan-fast run cifar10 preset=paper pretext.epochs=50
 `scan-fast config --keys` explains every key."""
 
 PREDICTED = """\

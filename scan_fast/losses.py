@@ -116,7 +116,7 @@ def scan_loss(
     ``total = consistency - entropy_weight * entropy``. The consistency is the mean of ``-log <p_anchor, p_neighbor>``
     over the batch. The entropy is that of the batch's mean anchor prediction; it is at most ``log C``, and the total is
     usually negative. The consistency is computed in log space, so there is a gradient if confident predictions
-    disagree; the reference implementation clamps the logarithm and has none then.
+    disagree. That of the reference implementation, a binary cross-entropy, vanishes for similarities below 1e-12.
 
     Args:
         anchors: (B, C) logits of the anchors, or (H, B, C) for H heads.

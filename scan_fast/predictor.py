@@ -40,7 +40,7 @@ class ImageFormat:
 
     size: int
     view_size: int
-    crop: Literal["image", "file"]
+    crop: Crop
     decode: Literal["exact", "scaled"]
     mean: Triple
     std: Triple

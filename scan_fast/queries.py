@@ -131,7 +131,8 @@ def _about_config(path: Path) -> tuple[str, str]:
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# "))
-    return ", ".join(yaml.safe_load(text).get("presets", {})) or "of its base", " ".join(lines).partition(". ")[0]
+    presets = [name for name, change in yaml.safe_load(text).get("presets", {}).items() if isinstance(change, dict)]
+    return ", ".join(presets) or "of its base", " ".join(lines).partition(". ")[0]
 
 
 def list_keys(pattern: str) -> str:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..schema import Settings
 from .kinds import Triple, find_kind
-from .placement import Resident, image_bytes, kept_on_host
+from .placement import Crop, Resident, image_bytes, kept_on_host
 from .resize import Interpolation
 
 
@@ -46,7 +46,9 @@ class DataConfig(Settings):
             a quarter of its free memory. Results are the same.
         crop: pixels that the boxes of views are cut from. "image": the square image of image_size pixels. "file": the
             same region of the encoded image at full resolution, so that small boxes of large photographs stay sharp and
-            nothing is resized twice; images are then decoded at each use. Sources without encoded images use "image".
+            nothing is resized twice. "whole": the whole image, resized so that its shorter side has image_size pixels,
+            as torchvision's Resize does; random crops then fall anywhere in an oblong image, and plain views are its
+            centre. With "file" and "whole" images are decoded at each use. Sources without encoded images use "image".
         decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as
             long as every region cut from it stays at least twice as large as its result, which takes a fraction of the
             time for large photographs and changes pixel values slightly.
@@ -69,7 +71,7 @@ class DataConfig(Settings):
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     resident: Resident = "auto"
-    crop: Literal["image", "file"] = "image"
+    crop: Crop = "image"
     decode: Literal["exact", "scaled"] = "exact"
     workers: int | None = Field(default=None, ge=1)
     renderer: Literal["auto", "torch", "dali", "fused"] = "auto"
@@ -82,8 +84,10 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _files_are_read(self) -> Self:
-        if self.crop == "file" and self.resident in ("host", "device"):
-            raise ValueError(f"crop=file decodes at each use: set resident to auto or files, not {self.resident}")
+        if self.crop != "image" and self.resident in ("host", "device"):
+            raise ValueError(
+                f"crop={self.crop} decodes at each use: set resident to auto or files, not {self.resident}"
+            )
         return self
 
     @property

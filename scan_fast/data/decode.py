@@ -172,6 +172,20 @@ def square(image: Tensor, size: int, interpolation: Interpolation = "bilinear") 
     return cut(image, box, size, interpolation)[0]
 
 
+def resize_whole(image: Tensor, height: int, width: int, interpolation: Interpolation = "bilinear") -> Tensor:
+    """Resize an (H, W, 3) uint8 image with antialias to (height, width, 3), with PIL's pixel values.
+
+    An image that lies on its side compared with the wanted size is turned: a PNG may tell only after its pixels that it
+    is not upright.
+    """
+    if (image.shape[0] - image.shape[1]) * (height - width) < 0:
+        image = image.transpose(0, 1).contiguous()
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image.numpy()).resize((width, height), _FILTERS[interpolation])
+    return torch.from_numpy(np.array(resized))
+
+
 def decode(
     encoded: Encoded | Path, header: Header | None = None, *, smallest: int | None = None
 ) -> tuple[Header, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, MissingPackageError
-from .decode import Box, Header, cut, decode, decode_small, read_header, square, to_array
+from .decode import Box, Header, cut, decode, decode_small, read_header, resize_whole, square, to_array
 from .decode_cache import DecodeCache
 from .encoded import Encoded, EncodedImages, fingerprint
 from .resize import Interpolation
@@ -110,25 +110,77 @@ class ImageFiles:
         Raises:
             DataError: if an image can no longer be read.
         """
+
+        def parts(index: int, wanted: list[list[int]]) -> Iterator[Tensor]:
+            image = self._decode(index, frame, wanted, sides)
+            for box, side in zip(wanted, sides, strict=True):
+                pixels = in_pixels(box, frame, *image.shape[:2])
+                yield cut(image, torch.tensor([pixels]), side, self.interpolation)[0]
+
+        return self._fill(indices, boxes, sides, parts)
+
+    def whole_sizes(self, indices: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
+        """Return the (n,) int64 heights and widths of whole images whose shorter side is resized to `shorter` pixels.
+
+        The longer side is rounded down, as torchvision's Resize does.
+        """
+        heights, widths = self.heights[indices].long(), self.widths[indices].long()
+        smaller = torch.minimum(heights, widths)
+        return shorter * heights // smaller, shorter * widths // smaller
+
+    def cut_whole(self, indices: Tensor, shorter: int, boxes: Sequence[Tensor], sides: Sequence[int]) -> list[Tensor]:
+        """Resize whole images, each decoded once, then cut boxes out of them and resize these, with antialias.
+
+        Args:
+            indices: (n,) int64.
+            shorter: length in pixels to which the shorter side of an image is resized.
+            boxes: for each view, (n, 4) int64 top, left, height, width in pixels of the resized images, whose sizes
+                :meth:`whole_sizes` tells.
+            sides: for each view, the side of its result in pixels.
+
+        Returns:
+            For each view, (n, side, side, 3) uint8.
+
+        Raises:
+            DataError: if an image can no longer be read.
+        """
+        heights, widths = (lengths.tolist() for lengths in self.whole_sizes(indices, shorter))
+        sizes = dict(zip(indices.tolist(), zip(heights, widths, strict=True), strict=True))
+
+        def parts(index: int, wanted: list[list[int]]) -> Iterator[Tensor]:
+            smallest = 2 * shorter if self.scaled else None
+            image = decode(self._unchanged(index), self.header(index), smallest=smallest)[1]
+            height, width = sizes[index]
+            image = resize_whole(image, height, width, self.interpolation)
+            for box, side in zip(wanted, sides, strict=True):
+                yield cut(image, torch.tensor([box]), side, self.interpolation)[0]
+
+        return self._fill(indices, boxes, sides, parts)
+
+    def _fill(
+        self,
+        indices: Tensor,
+        boxes: Sequence[Tensor],
+        sides: Sequence[int],
+        parts: Callable[[int, list[list[int]]], Iterable[Tensor]],
+    ) -> list[Tensor]:
+        """Compute the views of each image in the pool; `parts` maps an image's number and boxes to its views."""
         out = [torch.empty((len(indices), side, side, 3), dtype=torch.uint8) for side in sides]
         numbers = indices.tolist()
         corners = [several.tolist() for several in boxes]
 
         def fill(rows: range) -> None:
             for row in rows:
-                wanted = [several[row] for several in corners]
                 try:
-                    image = self._decode(numbers[row], frame, wanted, sides)
-                    for part, box, side in zip(out, wanted, sides, strict=True):
-                        pixels = in_pixels(box, frame, *image.shape[:2])
-                        part[row] = cut(image, torch.tensor([pixels]), side, self.interpolation)[0]
+                    for target, part in zip(out, parts(numbers[row], [view[row] for view in corners]), strict=True):
+                        target[row] = part
                 except Exception as error:
                     raise self._unreadable(numbers[row], error) from error
 
         # Several images per task, as a small one takes no longer than the overhead of a task.
         step = max(1, len(numbers) // (8 * self.workers))
-        parts = [range(start, min(start + step, len(numbers))) for start in range(0, len(numbers), step)]
-        for future in [self.pool.submit(fill, rows) for rows in parts]:
+        tasks = [range(start, min(start + step, len(numbers))) for start in range(0, len(numbers), step)]
+        for future in [self.pool.submit(fill, rows) for rows in tasks]:
             future.result()
         return out
 

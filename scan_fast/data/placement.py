@@ -15,6 +15,9 @@ from .sources import Source, SubsetSource
 #: Values of ``data.resident``.
 Resident = Literal["auto", "host", "device", "files"]
 
+#: Values of ``data.crop``.
+Crop = Literal["image", "file", "whole"]
+
 #: Largest shares of the free memory that resident images may take.
 HOST_SHARE = 1 / 2
 DEVICE_SHARE = 1 / 4

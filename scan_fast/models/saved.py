@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ..data.placement import Crop
 from ..data.resize import Interpolation
 from .backbones import ModelConfig
 from .heads import ClusterModel
@@ -29,7 +30,7 @@ class SavedModel:
         n_clusters: the number of clusters.
         size: the side in pixels to which images are brought before anything else.
         view_size: the side in pixels of the network's input.
-        crop: "image" or "file", see ``data.crop``.
+        crop: "image", "file" or "whole", see ``data.crop``.
         decode: "exact" or "scaled", see ``data.decode``.
         mean: by channel, of pixel values in [0, 1].
         std: likewise.
@@ -44,7 +45,7 @@ class SavedModel:
     n_clusters: int
     size: int
     view_size: int
-    crop: Literal["image", "file"]
+    crop: Crop
     decode: Literal["exact", "scaled"]
     mean: Triple
     std: Triple

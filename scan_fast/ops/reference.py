@@ -46,7 +46,8 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> tupl
     """Compute the SCAN loss (arXiv 2005.12320, equation 2) of H heads, in log space.
 
     ``-log <softmax(a), softmax(n)> = lse(a) + lse(n) - lse(a + n)`` equals the original formula except for confident
-    rows that disagree. There the clamped logarithm of the original has no gradient, and this form has one.
+    rows that disagree. The original takes a binary cross-entropy of the similarity s, whose backward pass in PyTorch
+    divides by max(s (1 - s), 1e-12): the gradient vanishes with s below 1e-12. This form keeps it.
 
     Args:
         anchors: (H, B, C) logits.

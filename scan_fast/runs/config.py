@@ -9,6 +9,7 @@ A configuration file holds the values shared by all its presets and, under ``pre
       paper: {pretext: {epochs: 500}}
       fast: {pretext: {epochs: 200}}
 
+A text in place of a preset's sections says why there is no such preset, and which to take.
 ``base: other.yaml`` takes over the values and presets of another file in the same folder. A section that is chosen by
 ``kind`` can be given as the bare name: ``pretext.method=none``.
 """
@@ -406,12 +407,15 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
     assigned = dict(changes or {})
     assigned.update(parse_override(text) for text in overrides)
     presets = values.pop("presets", None) or {}
-    if not isinstance(presets, dict) or not all(isinstance(change, dict) for change in presets.values()):
+    if not isinstance(presets, dict) or not all(isinstance(change, (dict, str)) for change in presets.values()):
         raise ConfigError(f"{path}: presets must hold sections under a name for each preset, got {presets!r}")
+    absent = {name: presets.pop(name) for name in list(presets) if isinstance(presets[name], str)}
     preset = assigned.get("preset", values.get("preset"))
     if presets:
         if preset not in list(presets):
-            raise ConfigError(f"preset {preset!r} is not in {path.name}; it has {', '.join(map(str, presets))}")
+            known = f"it has {', '.join(map(str, presets))}"
+            reason = absent[preset] if preset in list(absent) else known
+            raise ConfigError(f"preset {preset!r} is not in {path.name}; {reason}")
         values = merge(values, presets[preset])
         values["preset"] = preset
     elif "preset" in assigned and assigned["preset"] != values.get("preset"):

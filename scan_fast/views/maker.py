@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..data.files import ImageFiles
+from ..data.placement import Crop
 from ..data.sources import Source
 from ..random import Key, stream_key
-from .parameters import Params, View
+from .parameters import Length, Params, View
 
 #: Maps (n, H, W, 3) uint8 images, a view specification and parameters to the normalised view (n, 3, size, size).
 Renderer = Callable[[Tensor, View, Params], Tensor]
@@ -37,16 +38,15 @@ class ViewMaker:
         renderer: computes the pixels; all renderers take the same parameters.
         seed: seed of the run.
         stage: name of the stage; each stage draws different parameters.
-        crop: "file" crops each view's box out of the file, if there are files; "image" crops the source's images.
+        crop: region and pixels that boxes are cut from, see ``data.crop``. Sources without files are "image".
     """
 
-    def __init__(
-        self, source: Source, renderer: Renderer, seed: int, stage: str, crop: Literal["image", "file"] = "image"
-    ) -> None:
+    def __init__(self, source: Source, renderer: Renderer, seed: int, stage: str, crop: Crop = "image") -> None:
         self.source = source
         self.renderer = renderer
         self.key: Key = stream_key(seed, stage)
-        self.files = source.files if crop == "file" else None
+        self.files = source.files if crop != "image" else None
+        self.whole = crop == "whole"
         # Several threads may read; renderers are not thread-safe.
         self._rendering = threading.Lock()
 
@@ -75,13 +75,18 @@ class ViewMaker:
         numbers = images if samples is None else samples
         size = self.source.size
         views = [(view.resolved(size), number) for view, number in views]
-        params = [view.sample(self.key, epoch, numbers, number, size, size) for view, number in views]
+        lengths: tuple[Length, Length] = (size, size)
+        if self.whole and self.files is not None:
+            lengths = self.files.whole_sizes(images, size)
+        params = [view.sample(self.key, epoch, numbers, number, *lengths) for view, number in views]
         if self.files is None:
             pixels = [self.source.read(images)] * len(views)
         else:
             boxes = [torch.stack([drawn[name] for name in _BOX], dim=1) for drawn in params]
             sides = [view.side for view, _ in views]
-            if isinstance(self.renderer, DecodingRenderer):
+            if self.whole:
+                pixels = self.files.cut_whole(images, size, boxes, sides)
+            elif isinstance(self.renderer, DecodingRenderer):
                 pixels = self.renderer.cut(self.files, images, size, boxes, sides)
             else:
                 pixels = self.files.cut(images, size, boxes, sides)

@@ -43,6 +43,9 @@ Range = tuple[float, float]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 
+#: Pixels: of all images, or (n,) int64 of each.
+Length = int | Tensor
+
 CROP_TRIES = 10
 
 #: Operations of the strong view with the range of their magnitude, as in the SCAN reference code. Enhancement factors
@@ -108,15 +111,27 @@ def _integers(uniform: Tensor, high: Tensor | int) -> Tensor:
     return torch.minimum((uniform.double() * high).to(torch.int64), high - 1)
 
 
-def _centre_box(n: int, side: int, height: int, width: int) -> Params:
+def _columns(n: int, height: Length, width: Length) -> tuple[Tensor, Tensor]:
+    """Return heights and widths as (n,) int64."""
+    return torch.as_tensor(height).expand(n), torch.as_tensor(width).expand(n)
+
+
+def _centre_box(n: int, side: int, height: Length, width: Length) -> Params:
     """Return the centred crop of `side` pixels, or the largest centred square if the image is smaller."""
-    edge = min(side, height, width)
+    height, width = _columns(n, height, width)
+    edge = torch.minimum(height, width).clamp(max=side)
     return {
-        "top": torch.full((n,), (height - edge) // 2),
-        "left": torch.full((n,), (width - edge) // 2),
-        "height": torch.full((n,), edge),
-        "width": torch.full((n,), edge),
+        "top": _half(height - edge),
+        "left": _half(width - edge),
+        "height": edge.clone(),
+        "width": edge.clone(),
     }
+
+
+def _half(room: Tensor) -> Tensor:
+    """Return half of each number, halves to the even neighbour, as torchvision's CenterCrop places its crop."""
+    down = room // 2
+    return down + (room % 2) * (down % 2)
 
 
 def _cutout_box(uniform: Tensor, length: int, side: int) -> Tensor:
@@ -164,10 +179,11 @@ class SimCLRView(_View):
         _check_range("ratio", self.ratio, 0.0)
         return self
 
-    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
+    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: Length, width: Length) -> Params:
         """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         u = uniforms(key, epoch, samples, view, 2 * CROP_TRIES + 10)
         tries, u = u[:, : 2 * CROP_TRIES], u[:, 2 * CROP_TRIES :]
+        height, width = _columns(len(samples), height, width)
         crop_height, crop_width = _crop_sizes(tries, self.scale, self.ratio, height, width)
         found = crop_height > 0
         fallback = _fallback_size(self.ratio, height, width)
@@ -190,12 +206,13 @@ class SimCLRView(_View):
         }
 
 
-def _crop_sizes(uniform: Tensor, scale: Range, ratio: Range, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _crop_sizes(uniform: Tensor, scale: Range, ratio: Range, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Return (n,) heights and widths of the first of ten tries that fits the image; 0 if none does.
 
     Like torchvision's RandomResizedCrop: the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`.
     """
     u = uniform.double().view(-1, CROP_TRIES, 2)
+    height, width = height.unsqueeze(1), width.unsqueeze(1)
     area = height * width * (scale[0] + u[..., 0] * (scale[1] - scale[0]))
     aspect = torch.exp(math.log(ratio[0]) + u[..., 1] * (math.log(ratio[1]) - math.log(ratio[0])))
     w = torch.sqrt(area * aspect).round().to(torch.int64)
@@ -206,13 +223,14 @@ def _crop_sizes(uniform: Tensor, scale: Range, ratio: Range, height: int, width:
     return h.gather(1, first).squeeze(1) * found, w.gather(1, first).squeeze(1) * found
 
 
-def _fallback_size(ratio: Range, height: int, width: int) -> tuple[int, int]:
+def _fallback_size(ratio: Range, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Return the size of the central crop if no try fits: the whole image, with its aspect clamped to `ratio`."""
-    if width / height < min(ratio):
-        return round(width / min(ratio)), width
-    if width / height > max(ratio):
-        return height, round(height * max(ratio))
-    return height, width
+    aspect = width.double() / height
+    tall, wide = aspect < min(ratio), aspect > max(ratio)
+    return (
+        torch.where(tall, (width.double() / min(ratio)).round().to(torch.int64), height),
+        torch.where(wide, (height.double() * max(ratio)).round().to(torch.int64), width),
+    )
 
 
 class StrongView(_View):
@@ -229,7 +247,7 @@ class StrongView(_View):
     cutout: int = Field(default=16, ge=0)
     flip: Probability = 0.5
 
-    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
+    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: Length, width: Length) -> Params:
         """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         k = self.operations
         u = uniforms(key, epoch, samples, view, 6 + 3 * k)
@@ -263,7 +281,7 @@ class PlainView(_View):
 
     kind: Literal["plain"] = "plain"
 
-    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
+    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: Length, width: Length) -> Params:
         """Return the centre box. Nothing is random."""
         n = len(samples)
         return {**_centre_box(n, self.side, height, width), "flip": torch.zeros(n, dtype=torch.bool)}
@@ -295,7 +313,7 @@ class AffineView(_View):
         _check_range("scale", self.scale, 0.0)
         return self
 
-    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: int, width: int) -> Params:
+    def sample(self, key: Key, epoch: int, samples: Tensor, view: int, height: Length, width: Length) -> Params:
         """Draw parameters for images of (height, width) pixels; the module's table lists the keys."""
         n = len(samples)
         u = uniforms(key, epoch, samples, view, 10)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import scan_fast
-from scan_fast.runs.config import Config
-from tools.docs import api, configuration, docstrings, reference
+from scan_fast.runs.config import Config, find_config, load_config, shipped_configs
+from tools.docs import api, configuration, docstrings, presets, reference
 
 
 def test_the_committed_pages_are_current(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +30,23 @@ def test_a_stale_page_is_found_and_written(
     assert reference.main([]) == 0
     assert reference.main(["--check"]) == 0
     assert (tmp_path / "docs" / "configuration.md").read_text() == configuration.page()
+
+
+def test_the_table_of_presets_names_every_difference() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in presets.table().splitlines()[2:]]
+    assert set(presets.ORDER) == set(shipped_configs())
+    for name in presets.ORDER:
+        first = presets.FROM.get(name, "paper")
+        before, after = (load_config(find_config(name), [f"preset={preset}"]) for preset in (first, "fast"))
+        listed = [(key.strip("`"), old, new) for key, old, new, names in rows if name in names.split(", ")]
+        assert listed
+        # The listed values are those of the presets, and with them in place of its own, the one becomes the other.
+        words = [f"{key}={new}" for key, _, new in listed]
+        changed = load_config(find_config(name), [f"preset={first}", *words])
+        assert changed.model_copy(update={"preset": "fast"}) == after
+        words = [f"{key}={old}" for key, old, _ in listed]
+        changed = load_config(find_config(name), ["preset=fast", *words])
+        assert changed.model_copy(update={"preset": first}) == before
 
 
 def test_every_public_name_is_described() -> None:

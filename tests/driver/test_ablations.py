@@ -250,8 +250,8 @@ def test_a_value_may_come_from_another_place() -> None:
 def test_base_comes_before_the_words_of_the_command_line() -> None:
     ablation = Ablation("own", "own", "", {"mining": {"k": 50}}, {"it": {}})
     assert configure(ablation, find_config("digits"), []).mining.k == 50
-    config = configure(ablation, find_config("digits"), ["mining.k=30", "preset=paper"])
-    assert (config.mining.k, config.preset) == (30, "paper")
+    config = configure(ablation, find_config("digits"), ["mining.k=30", "preset=reference"])
+    assert (config.mining.k, config.preset) == (30, "reference")
     assert config.clustering.include_self
 
 

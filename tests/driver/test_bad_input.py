@@ -201,7 +201,7 @@ def test_no_list_of_skipped_images_where_all_can_be_read(images: Path) -> None:
     [
         (["digits", "pretext.epoch=3"], "did you mean pretext.epochs?"),
         (["digits", "pretext.epochs=many"], "pretext.epochs: input should be a valid integer"),
-        (["digits", "preset=quick"], "preset 'quick' is not in digits.yaml; it has paper, fast"),
+        (["digits", "preset=quick"], "preset 'quick' is not in digits.yaml; it has reference, fast"),
         (["nothing.yaml"], "there is no configuration 'nothing.yaml'"),
         (["broken.yaml"], "broken.yaml is not valid YAML"),
         (["list.yaml"], "list.yaml must hold sections"),

@@ -123,7 +123,7 @@ def test_scripts_have_every_command_option_and_key(shell: str) -> None:
 
 
 def test_config_prints_what_a_run_would_use(finished_run: Path, images: Path) -> None:
-    result = run_here("config", "digits", "pretext.epochs=7", "preset=paper")
+    result = run_here("config", "digits", "pretext.epochs=7", "preset=reference")
     assert (result.code, result.err) == (0, "")
     Path("mine.yaml").write_text(result.out)
     assert "epochs: 7\n" in result.out

@@ -82,9 +82,12 @@ def test_a_photograph_that_vanishes_in_training_is_named(photographs: Path, tmp_
     assert "007.png" in run_here(*words).refusal()
 
 
-def test_views_cut_out_of_the_files_train_every_stage(photographs: Path, resident: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("crop", ["file", "whole"])
+def test_views_cut_out_of_the_files_train_every_stage(
+    crop: str, photographs: Path, resident: Path, tmp_path: Path
+) -> None:
     """And the predictor looks at new images in the same way."""
-    words = ["run", "--data", photographs, *WORDS, "data.crop=file"]
+    words = ["run", "--data", photographs, *WORDS, f"data.crop={crop}"]
     result = run_here(*words, "--out", tmp_path / "run")
     assert result.code == 0, result.err
     found = results(tmp_path / "run")
@@ -95,4 +98,4 @@ def test_views_cut_out_of_the_files_train_every_stage(photographs: Path, residen
     for row in csv.DictReader(io.StringIO(predicted)):
         assert abs(float(row["confidence"]) - float(rows[row["path"]])) < 1e-5
     message = run_here(*words, "data.resident=host", "--out", tmp_path / "other").refusal()
-    assert "crop=file decodes at each use" in message
+    assert f"crop={crop} decodes at each use" in message

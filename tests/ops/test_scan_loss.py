@@ -154,6 +154,24 @@ def test_confident_rows_that_disagree_keep_their_gradient(size: float, classes: 
     assert (a.grad[1:, 1] < -0.1).all()  # upward for the neighbour's class
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("exponent", [-2, -8, -11, -13, -16, -20, -38])
+def test_a_binary_cross_entropy_loses_the_gradient_of_confident_rows_that_disagree(exponent: int, impl: Impl) -> None:
+    """Its backward pass divides by max(s (1 - s), 1e-12), not by s (1 - s), so the gradient falls with s below that."""
+    size = -exponent * math.log(10) + math.log(2)
+    a, n = torch.tensor([[size, 0.0]], requires_grad=True), torch.tensor([[0.0, size]])
+    own = torch.autograd.grad(scan_loss(a, n, 0.0, impl=impl)[1], a)[0]
+    similarity = (a.softmax(dim=1) * n.softmax(dim=1)).sum()
+    s = similarity.item()
+    assert math.log10(s) == pytest.approx(exponent, abs=0.03)
+    loss = torch.nn.functional.binary_cross_entropy(similarity, torch.ones(()))
+    assert loss.item() == pytest.approx(-math.log(s), rel=1e-5)  # the loss itself is right
+    theirs = torch.autograd.grad(loss, a)[0]
+    kept = min(1.0, s * (1 - s) / 1e-12)
+    assert torch.allclose(theirs, own * kept, rtol=1e-2, atol=0)
+    assert own.abs().min() > 0.45
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [6, 50, 1100, 4200])

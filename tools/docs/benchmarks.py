@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, partitions, trials
+from benchmarks import ablations, crops, dtypes, partitions, trials
 from benchmarks.family import human_seconds
 from scan_fast.ops.families import FAMILIES
 
@@ -247,7 +247,8 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials, partitions or ablation. A file that is not there yet is named.
+    The word before the file is the benchmark: trials, partitions, ablation, crops or dtypes. A file that is not there
+    yet is named.
     """
 
     def block(found: re.Match[str]) -> str:
@@ -280,10 +281,20 @@ def _partitions(result: dict[str, Any]) -> str:
     return f"{partitions.table(result)}\n{_origin(result)}."
 
 
+def _crops(result: dict[str, Any]) -> str:
+    return f"{crops.table(result)}\n{_origin(result)}."
+
+
+def _dtypes(result: dict[str, Any]) -> str:
+    return f"{dtypes.table(result)}\nPercent. {_origin(result)}."
+
+
 _FILLED: dict[str, Callable[[dict[str, Any]], str]] = {
     "trials": _trials,
     "partitions": _partitions,
     "ablation": _ablation,
+    "crops": _crops,
+    "dtypes": _dtypes,
 }
 
 

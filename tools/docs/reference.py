@@ -1,4 +1,6 @@
-"""Writes docs/api.md and docs/configuration.md from docstrings and models: ``python -m tools.docs.reference``."""
+"""Writes docs/api.md, docs/configuration.md and the table of presets in docs/recipes.md, from docstrings, models and
+configurations: ``python -m tools.docs.reference``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,13 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from . import api, configuration
+from . import api, configuration, presets
 from .docstrings import ROOT
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/api.md": api.page,
     "docs/configuration.md": configuration.page,
+    "docs/recipes.md": presets.page,
 }
 
 

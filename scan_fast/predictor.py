@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data.datasets import DataConfig, Triple, source_from
+from .data.placement import Crop
 from .data.resize import Interpolation
 from .data.sources import Source
 from .errors import WeightsError

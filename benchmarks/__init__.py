@@ -16,6 +16,8 @@ BENCHMARKS = {
     "partitions": "groups of frozen features against k-means and Ward's linkage",
     "trials": "quality and cost of changes to a configuration",
     "ablations": "the ablations of the SCAN paper",
+    "crops": "crops of ImageNet's images against torchvision's",
+    "dtypes": "mining and the choice of a head in float32 and in bfloat16",
     "targets": "the promises of this project, measured",
     "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",
 }

@@ -202,7 +202,7 @@ def test_auto_uses_the_kernel_if_possible(monkeypatch: pytest.MonkeyPatch) -> No
     assert not auto(x[:, :, ::2])
     assert not auto(x.double())
     assert not auto(x.half(), residual)  # PyTorch adds them in float32, and so does the fallback
-    monkeypatch.setattr(dispatch, "use_native", lambda *_: False)
+    monkeypatch.setattr(dispatch, "use_native", lambda *_, **__: False)
     assert not auto(x)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.datasets import DataConfig
@@ -33,6 +33,7 @@ from ..objectives import ObjectiveConfig, ObjectiveSettings, SCANSettings, TURTL
 from ..partitions import REFINEMENTS, WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
+from .problems import explain
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
@@ -449,7 +450,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError("; ".join(explain(problem, Config) for problem in error.errors())) from None
 
 
 def change_config(config: Config, changes: Iterable[tuple[str, Any]]) -> Config:
@@ -516,60 +517,3 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
-
-
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(_without_kinds(location))
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
-        section = ".".join(_without_kinds(location[:-1]))
-        if near:
-            hint = f"did you mean {'.'.join([*_without_kinds(location[:-1]), near[0]])}?"
-        else:
-            hint = f"{section or 'the top level'} has {', '.join(known)}"
-        return f"unknown key {key}: {hint}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    if problem["type"] == "value_error":  # raised by our own validators, which say what was given
-        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    given = problem.get("input")
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
-
-
-def _without_kinds(location: list[str]) -> list[str]:
-    """Drop the union tags that pydantic inserts into locations (``pretext.method.simclr`` -> ``pretext.method``)."""
-    kept: list[str] = []
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        tagged = [model for model in models if "kind" in model.model_fields and _kind(model) == part]
-        if tagged and not any(part in model.model_fields for model in models):
-            models = tagged
-        else:
-            kept.append(part)
-            models = [inside for model in models for inside in _models_at(model, part)]
-    return kept
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        inner = [inside for model in models for inside in _models_at(model, part)]
-        # A part that is no field is the tag of a union, which picks one of the models at hand.
-        models = inner or [model for model in models if "kind" in model.model_fields and _kind(model) == part]
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_at(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    return _models_of(model.model_fields[field].annotation) if field in model.model_fields else []
-
-
-def _kind(model: type[BaseModel]) -> str:
-    return str(model.model_fields["kind"].default)
-
-
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
-    if parts := getattr(annotation, "__args__", ()):  # first, because Python 3.10 takes tuple[int] for a type
-        return [model for part in parts for model in _models_of(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -216,7 +216,9 @@ def export(options: argparse.Namespace) -> int:
         if options.config is not None:
             raise UsageError(f"--format reference writes a run's model; {options.target} is in this format already")
         with _no_reference(options):
-            export_reference(options.target, options.out, options.stage)
+            written = export_reference(options.target, options.out, options.stage)
+        if options.stage == "mining":  # their names are not the user's
+            print("\n".join(map(str, written)))
         return 0
     if options.stage is not None:
         raise UsageError("--stage goes with --format reference")

@@ -72,8 +72,12 @@ from a weight file of the SCAN project or of MoCo v2:
 EXPORTED = """\
 The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
 describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
-torch.export.load(FILE, extra_files={"scan_fast.json": ""}). --format reference writes weights under the names of the
-SCAN project: model.pth.tar."""
+torch.export.load(FILE, extra_files={"scan_fast.json": ""}).
+
+--format reference writes weights under the names of the SCAN project, model.pth.tar. With --stage mining it writes the
+nearest neighbours that a run has mined, as that project's topk-train-neighbors.npy and, of test images,
+topk-val-neighbors.npy: int64 (N, k + 1), the image itself first:
+  scan-fast export RUN --format reference --stage mining --out DIR"""
 
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
@@ -283,10 +287,12 @@ def build_parser() -> Parser:
     )
     sub.add_argument(
         "--stage",
-        choices=("pretext", "clustering", "selflabel"),
-        help="with --format reference: the stage whose result is written (default: the last one)",
+        choices=("pretext", "mining", "clustering", "selflabel"),
+        help="with --format reference: the stage whose result is written (default: the last one with a network)",
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the file to write; with --stage mining a folder"
+    )
     sub.epilog = f"{EXPORTED}\n{OF_REFERENCE}"
 
     sub = command("report", applying.report, "write report.html of a finished run again")

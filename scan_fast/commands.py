@@ -51,8 +51,7 @@ def train(options: argparse.Namespace) -> int:
         afresh = options.again and tuple(options.stages) in ((), ("pretext",))
         context = open_context(config, run, tracker, other_images=afresh)
         names = list(options.stages) or stages_of(context)
-        if names[0] not in stages_of(context):
-            why = "selflabel: null" if config.clustering.weights is None else "clustering.weights takes its place"
+        if (why := config.why_without(names[0])) is not None:
             raise UsageError(f"this configuration has no {names[0]} stage ({why})")
         if options.again:
             forget(context, names[0])

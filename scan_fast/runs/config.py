@@ -365,6 +365,12 @@ class Config(Settings):
             return self.selflabel is not None
         return self.pretext.method.trains or self.clustering.update == "full" or self.selflabel is not None
 
+    def why_without(self, stage: str) -> str | None:
+        """Return the setting because of which a run has no such stage, in words; None if the settings allow it."""
+        if stage in ("pretext", "mining", "number") and self.clustering.weights is not None:
+            return f"clustering.weights={self.clustering.weights} takes its place"
+        return "selflabel: null" if stage == "selflabel" and self.selflabel is None else None
+
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

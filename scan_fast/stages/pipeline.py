@@ -96,14 +96,8 @@ FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
-    left_out = set()
-    if context.config.clustering.weights is not None:
-        left_out |= {pretext.NAME, mining.NAME, number.NAME}
-    if context.config.selflabel is None:
-        left_out.add(selflabel.NAME)
-    if not context.suggests_number:
-        left_out.add(number.NAME)
-    return [name for name in STAGES if name not in left_out]
+    left_out = set() if context.suggests_number else {number.NAME}
+    return [name for name in STAGES if name not in left_out and context.config.why_without(name) is None]
 
 
 def preceding(context: Context, names: Sequence[str]) -> list[str]:

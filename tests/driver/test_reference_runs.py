@@ -17,7 +17,7 @@ from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefi
 from scan_fast.errors import WeightsError
 from scan_fast.models import ClusterModel, ModelConfig, PretextModel, read_original
 from scan_fast.models.reference_writer import dump_original
-from scan_fast.runs.artifacts import EMBEDDINGS, NEIGHBORS
+from scan_fast.runs.artifacts import CONFIG, EMBEDDINGS, NEIGHBORS
 from scan_fast.runs.folder import RunFolder
 
 WIDTH = 8
@@ -113,6 +113,13 @@ def test_self_labelling_starts_from_a_scan_file(images: dict[str, Any], tmp_path
     assert (out / "report.html").is_file()
     assert yaml.safe_load((out / "config.yaml").read_text())["clustering"]["weights"] == str(file)
     assert run_here("evaluate", out).code == 0
+    export = ("export", out, "--format", "reference", "--out", tmp_path / "x", "--stage")
+    for stage in ("pretext", "mining"):
+        told = (
+            f"has no {stage} stage (clustering.weights={file} takes its place); --stage clustering or selflabel can be"
+        )
+        assert told in run_here(*export, stage).refusal()
+    assert run_here(*export, "clustering").code == 2  # a network that the project does not have
     # Repeated and continued without the words, and the file is not needed after its stage.
     file.unlink()
     result = run_here("selflabel", out, "--again", "--quiet")
@@ -165,7 +172,10 @@ def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path
     text = refusal("cluster", "--from", pretext, "model.width=0.25", "--out", tmp_path / "c")
     assert "8 channels at first, the configuration has 16; set model.width=0.125" in text
     text = refusal("mine", "clustering.weights=x.pth.tar", "--out", tmp_path / "d")
-    assert "this configuration has no mining stage (clustering.weights takes its place)" in text
+    assert "this configuration has no mining stage (clustering.weights=" in text
+    assert "x.pth.tar takes its place)" in text
+    text = refusal("selflabel", "clustering.weights=x.pth.tar", "selflabel=null", "--out", tmp_path / "d")
+    assert "this configuration has no selflabel stage (selflabel: null)" in text
     text = refusal("run", "clustering.weights_head=1", "--out", tmp_path / "e")
     assert "weights_head=1 needs weights" in text
 
@@ -265,6 +275,35 @@ def test_a_runs_networks_become_files_of_the_project_and_come_back(tmp_path: Pat
         stored["selflabel"]["model"]["backbone.conv1.weight"],
     )
     assert "is of the stage selflabel; give the run folder" in run_here(*words, "--stage", "pretext").refusal()
+
+
+def test_mined_neighbours_become_files_of_the_project_and_come_back(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "neighbours"
+    words = ("export", finished_run, "--format", "reference", "--stage", "mining", "--out")
+    result = run_here(*words, out)
+    assert (result.code, result.err) == (0, "")
+    files = [out / "topk-train-neighbors.npy", out / "topk-val-neighbors.npy"]
+    assert result.out.splitlines() == list(map(str, files))
+    mined = RunFolder(finished_run).read(NEIGHBORS).index
+    for file, split in zip(files, ("train", "test"), strict=True):
+        content = np.load(file)
+        assert content.dtype == np.int64
+        assert content[:, 0].tolist() == list(range(len(mined[split])))
+        assert content[:, 1:].tolist() == mined[split].tolist()
+    # Another run takes them: the same neighbours without a search.
+    again = run_here("run", "digits", *TINY, "--neighbors", *files, "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert f"are those of {files[0]}" in again.out
+    taken = RunFolder(tmp_path / "again").read(NEIGHBORS).index
+    assert all(taken[split].tolist() == mined[split].tolist() for split in mined)
+    (tmp_path / "file").touch()
+    assert "file is a file; the files of neighbours go to a folder" in run_here(*words, tmp_path / "file").refusal()
+    folder = run_here("export", finished_run, "--format", "reference", "--out", out).refusal()
+    assert f"{out} is a folder; give the file to write" in folder
+    begun = RunFolder.open(tmp_path / "begun", RunFolder(finished_run).read(CONFIG))
+    with begun:
+        pass
+    assert "has no neighbors.npz; run `scan-fast mine" in run_here("export", begun.path, *words[2:], out).refusal()
 
 
 def test_networks_that_the_project_does_not_have_are_refused(finished_run: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
 
     from .planning import fit_minutes
     from .runs.artifacts import CONFIG
-    from .runs.config import build_config, differences
+    from .runs.config import build_config, differences, find_config, presets_of
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .training.context import open_context
@@ -192,9 +192,13 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
     run = RunFolder(folder)
     if run.has(CONFIG):
         return run.read(CONFIG)
+    known: list[str] = []  # a run folder has none
+    if options.data is not None or not Path(options.target).expanduser().is_dir():
+        presets = presets_of(find_config("folder" if options.data is not None else options.target))
+        known = [name for name, absent in presets.items() if absent is None]
     with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
         context = open_context(config, trial, Tracker(trial, quiet=True))
-        fitted = build_config(fit_minutes(context, options.minutes).model_dump(mode="json"))
+        fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))
     if not options.quiet and (changed := differences(config, fitted)):
         print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
     return fitted

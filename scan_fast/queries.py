@@ -42,16 +42,15 @@ def list_configs() -> str:
 
 def _about_config(path: Path) -> tuple[str, str]:
     """Return the presets of a shipped configuration and the first sentence of its comment."""
-    import yaml
+    from .runs.config import presets_of
 
-    text = path.read_text(encoding="utf-8")
     lines = []
-    for line in text.splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# "))
-    presets = [name for name, change in yaml.safe_load(text).get("presets", {}).items() if isinstance(change, dict)]
-    return ", ".join(presets) or "of its base", " ".join(lines).partition(". ")[0]
+    presets = [name for name, absent in presets_of(path).items() if absent is None]
+    return ", ".join(presets), " ".join(lines).partition(". ")[0]
 
 
 def list_keys(pattern: str) -> str:

@@ -18,7 +18,7 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(_without_kinds(location, root))
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], root)
+        known = sorted({name for model in _models(location[:-1], root) for name in model.model_fields})
         near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
         section = ".".join(_without_kinds(location[:-1], root))
         if near:
@@ -26,6 +26,9 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
         else:
             hint = f"{section or 'the top level'} has {', '.join(known)}"
         return f"unknown key {key}: {hint}"
+    if problem["type"] == "union_tag_not_found":
+        kinds = ", ".join(_kind(model) for model in _models(location, root) if "kind" in model.model_fields)
+        return f"{key}.kind is missing: give one of {kinds} beside {problem['input']!r}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":  # raised by our own validators, which say what was given
@@ -48,13 +51,14 @@ def _without_kinds(location: list[str], root: type[BaseModel]) -> list[str]:
     return kept
 
 
-def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+def _models(location: list[str], root: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return the models that the section at a location may be of."""
     models: list[type[BaseModel]] = [root]
     for part in location:
         inner = [inside for model in models for inside in _models_at(model, part)]
         # A part that is no field is the tag of a union, which picks one of the models at hand.
         models = inner or [model for model in models if "kind" in model.model_fields and _kind(model) == part]
-    return sorted({name for model in models for name in model.model_fields})
+    return models
 
 
 def _models_at(model: type[BaseModel], field: str) -> list[type[BaseModel]]:

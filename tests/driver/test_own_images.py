@@ -265,6 +265,14 @@ def test_too_few_minutes_are_refused(tmp_path: Path) -> None:
     words = ["run", "--data", tmp_path / "photos", "--clusters", 3, *TINY_FOLDER, "--out", tmp_path / "out"]
     message = run_here(*words, "--minutes", 1e-7).refusal()
     assert "is too short for 40 images: one pass of each stage takes about" in message
+    assert message.endswith("; give more minutes, or use pretrained features (preset=pretrained)")
+    # Digits have no such preset, and neither has a configuration without presets, or that of another run.
+    Path("own.yaml").write_text("{data: {source: digits}, pretext: {method: simclr}, clustering: {objective: scan}}")
+    Path("begun").mkdir()
+    Path("begun/config.yaml").write_text(Path("own.yaml").read_text())
+    for config in ("digits", "own.yaml", "begun"):
+        message = run_here("run", config, *TINY, "--out", tmp_path / "out", "--minutes", 1e-7).refusal()
+        assert message.endswith("; give more minutes"), message
     assert not (tmp_path / "out").exists()
 
 

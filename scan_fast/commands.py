@@ -17,6 +17,7 @@ from .errors import ConfigError, RunError, UsageError, WeightsError
 
 if TYPE_CHECKING:
     from .runs.config import Config
+    from .runs.folder import RunFolder
 
 
 def train(options: argparse.Namespace) -> int:
@@ -45,6 +46,8 @@ def train(options: argparse.Namespace) -> int:
         _check_again(run.read(CONFIG), config, options.stages)
     else:
         run = RunFolder.open(folder, config)
+    mines_again = options.again and tuple(options.stages) in ((), ("pretext",), ("mining",))
+    _check_neighbors(config, run, mines_again)
     with run:
         tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
         # Repeating all stages may be on other images: nothing that was learned of the former ones stays.
@@ -68,6 +71,14 @@ def train(options: argparse.Namespace) -> int:
         run_stages(context, names)
         print_summary(context, tracker)
     return 0
+
+
+def _check_neighbors(config: Config, run: RunFolder, mines_again: bool = False) -> None:
+    """Check the files of neighbours that a run is to take, before anything of it is written."""
+    from .stages.beforehand import check_beforehand
+
+    if config.mining.files is not None and (mines_again or not run.finished("mining")):
+        check_beforehand(config)
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
@@ -237,6 +248,7 @@ def suggest_k(options: argparse.Namespace) -> int:
     config, folder = _configuration(options)
     folder = options.out or folder
     run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
+    _check_neighbors(config, run)
     with run:
         tracker = Tracker(run, quiet=options.quiet)
         context = open_context(run.read(CONFIG), run, tracker)

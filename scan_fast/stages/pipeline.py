@@ -141,6 +141,8 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
         path, reason = skipped[0]
         listed = f"{len(skipped)} unreadable image{'s' if len(skipped) > 1 else ''} ({artifacts.SKIPPED.name})"
         tracker.say(f"left out {listed}, the first is {path}: {reason}")
+    if mining.NAME in names and not run.finished(mining.NAME):
+        mining.check_files(context)
     handover = Handover()
     did_something = False
     for name in names:

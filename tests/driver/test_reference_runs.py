@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from driving import TINY, assignments, fill, run_here, summary
+from driving import TINY, assignments, contents, fill, run_here, summary
 from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefixed, settled, write
 
+from scan_fast.data.datasets import open_splits
 from scan_fast.errors import WeightsError
 from scan_fast.models import ClusterModel, ModelConfig, PretextModel, read_original
 from scan_fast.models.reference_writer import dump_original
 from scan_fast.runs.artifacts import CONFIG, EMBEDDINGS, NEIGHBORS
+from scan_fast.runs.config import find_config, load_config
 from scan_fast.runs.folder import RunFolder
 
 WIDTH = 8
@@ -178,6 +180,58 @@ def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path
     assert "this configuration has no selflabel stage (selflabel: null)" in text
     text = refusal("run", "clustering.weights_head=1", "--out", tmp_path / "e")
     assert "weights_head=1 needs weights" in text
+
+
+def test_wrong_neighbours_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = load_config(find_config("digits"), TINY)
+    splits = open_splits(config.data)
+    assert splits.test is not None
+    n_train, n_test = len(splits.train), len(splits.test)
+    files = {"train": tmp_path / "train.npy", "test": tmp_path / "test.npy"}
+    few, other = tmp_path / "few.npy", tmp_path / "other.npy"
+    np.save(files["train"], rows_with_self(n_train, 6))
+    np.save(files["test"], rows_with_self(n_test, 5))
+    np.save(few, rows_with_self(n_train, 4))
+    np.save(other, rows_with_self(n_train - 1, 5))
+    out = tmp_path / "new" / "run"
+    words = ("digits", *TINY, "--out", out, "--quiet")
+    set_files = f"mining.files=[{other}]"
+    for told, refused in (
+        ("mining.k is 5; set mining.k=4", run_here("run", *words, "--neighbors", few)),
+        ("there is no file of neighbours", run_here("cluster", *words, "--neighbors", files["train"], "absent.npy")),
+        (f"is of {n_train - 1} images, there are {n_train} train", run_here("mine", *words, "--neighbors", other)),
+        (f"is of {n_train - 1} images", run_here("pretext", *words, set_files)),
+        (f"is of {n_train - 1} images", run_here("suggest-k", *words, set_files)),
+        (f"is of {n_train - 1} images", run_here("sweep", *words, set_files, "--seeds", "0,1")),
+    ):
+        assert told in refused.refusal()
+        assert not out.parent.exists()
+    # A begun run stays as it is, too.
+    assert run_here("pretext", *words, "selflabel=null").code == 0
+    before = contents(out)
+    assert "is of" in run_here("mine", out, "--neighbors", other, "--again").refusal()
+    assert contents(out) == before
+    result = run_here("run", *words, "selflabel=null", "--neighbors", *files.values())
+    assert "holds another experiment (mining.files: None -> " in result.refusal()
+    # The same folder takes the corrected command.
+    assert run_here("mine", out, "--neighbors", *files.values(), "--again", "--quiet").code == 0
+    assert RunFolder(out).read(NEIGHBORS).index["train"].tolist() == rows_with_self(n_train, 6)[:, 1:6].tolist()
+    # The files are not needed any more.
+    for file in files.values():
+        file.unlink()
+    result = run_here("run", out, "--quiet")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_run_with_given_neighbours_can_be_finished_early(tmp_path: Path) -> None:
+    file, out = tmp_path / "train.npy", tmp_path / "run"
+    splits = open_splits(load_config(find_config("digits"), TINY).data)
+    np.save(file, rows_with_self(len(splits.train), 5))
+    words = ("digits", *TINY, f"mining.files=[{file}]", "clustering.true_neighbors=true", "--out", out, "--quiet")
+    assert run_here("pretext", *words).code == 0
+    result = run_here("run", out, "--finish", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    assert len(assignments(tmp_path / "run-so-far")) > 0
 
 
 # -- files for the project ---------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..data.neighbor_files import read_neighbors
 from ..errors import ConfigError, DataError, MissingPackageError, RunError
 from ..evaluation.metrics import PURITY_AT, neighbor_purity, purity_at
+from ..models.weight_files import file_digest
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
-from ..runs.records import Embeddings, Neighbors
+from ..runs.records import FILES, Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import unit_embedding
 from .handover import Handover
@@ -51,6 +52,7 @@ def run_mining(context: Context, handover: Handover) -> None:
         else:
             context.tracker.say(f"{NAME}: the {k} nearest of each of {len(source):,} {kind} are those of {file}")
             index = read_given(context, split, file).to(embedding.device)
+            results.setdefault(FILES, {})[str(file)] = file_digest(file)
             similarity = similarities(embedding, index)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index[:, :k].cpu().numpy(), similarity[:, :k].cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from ..models.heads import ClusterModel
 from ..report import write_report
 from ..runs import artifacts
 from ..runs.artifacts import Artifact
-from ..runs.records import Summary
+from ..runs.records import TAKEN, Summary
 from ..runs.tracker import Tracker
 from ..training.backbone import note_backbone
 from ..training.context import Context
@@ -147,7 +148,7 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
     did_something = False
     for name in names:
         if run.finished(name):
-            tracker.say(f"{name}: finished before, in {run.summary().stages[name]['seconds']:.1f} s")
+            tracker.say(f"{name}: {_done_before(context, name)}")
             continue
         run_stage(context, STAGES[name], handover)
         did_something = True
@@ -161,6 +162,16 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
     complete = all(run.has(artifact) for artifact in (artifacts.ASSIGNMENTS, artifacts.MODEL, artifacts.REPORT))
     if results and run.finished(last) and (did_something or not complete):
         finish(context, handover)
+
+
+def _done_before(context: Context, name: str) -> str:
+    """Return in words when or by which other run a finished stage was done."""
+    entry = context.run.summary().stages[name]
+    taken = entry.get(TAKEN)
+    if taken is None:
+        return f"finished before, in {entry['seconds']:.1f} s"
+    folder = os.path.normpath(context.run.path / taken["from"])
+    return f"taken from {folder}, where it took {taken['seconds']:.1f} s with seed {taken['seed']}"
 
 
 def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> None:

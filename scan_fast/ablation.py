@@ -324,7 +324,7 @@ def run_ablation(
     plans = {
         (name, seed): Planned(
             parent / name / f"seed{seed}",
-            variant.model_copy(update={"seed": seed}),
+            variant.with_seed(seed),
             f"{name}, seed {seed}: ",
             pinned,
         )

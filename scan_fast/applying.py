@@ -251,13 +251,11 @@ def _images_of(run: RunFolder) -> tuple[str, dict[str, Source]]:
         DataError: if the images are no longer there.
     """
     from .data.datasets import open_splits
-    from .data.decode_cache import DecodeCache
-    from .runs.artifacts import ASSIGNMENTS, CONFIG, DECODE_CACHE
+    from .runs.artifacts import ASSIGNMENTS, CONFIG
 
     run.read(ASSIGNMENTS)
     config = run.read(CONFIG)
-    known = run.read(DECODE_CACHE) if run.has(DECODE_CACHE) else DecodeCache()
-    splits = open_splits(config.data.model_copy(update={"resident": "files"}), known)
+    splits = open_splits(config.data.model_copy(update={"resident": "files"}), run.decode_cache())
     both = {"train": splits.train, "test": splits.test}
     return config.name, {split: source for split, source in both.items() if source is not None}
 

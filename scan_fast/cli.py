@@ -26,7 +26,6 @@ DEFECT = (
     "command, the lines above and the output of `scan-fast info`"
 )
 
-
 EXAMPLES = """\
 to begin:
   scan-fast run digits                            all stages on a small data set, in half a minute
@@ -34,7 +33,6 @@ to begin:
   scan-fast predict RUN --data new_photos         assign new images to the groups
 
 `scan-fast COMMAND --help` explains a command."""
-
 
 OVERRIDES = """\
 section.key=value words change the configuration, and may stand anywhere:
@@ -54,6 +52,7 @@ PROBED = """\
 A classifier is multinomial logistic regression on standardised features. Of each class the same share of the labels is
 drawn, at least one. The weight decay is chosen by a part of the drawn labels. Nothing is fine-tuned, and the run is not
 changed. Images are held out by a hash of their names if there are no test images."""
+
 OF_REFERENCE = """\
 With --config, section.key=value words change the configuration; `scan-fast config --keys` explains every key."""
 

@@ -256,6 +256,9 @@ def suggest_k(options: argparse.Namespace) -> int:
         if not run.has(SUGGESTION):
             run_number(context)
         found = run.read(SUGGESTION)
+        command = f"scan-fast run {options.target}" if options.data is None else f"scan-fast run --data {options.data}"
+        if options.target is not None and Path(options.target).expanduser().is_dir():
+            command = f"scan-fast cluster {options.target} --again"
         rows = [
             [
                 str(point["k"]),
@@ -270,7 +273,7 @@ def suggest_k(options: argparse.Namespace) -> int:
             print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
         else:
             tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
-            print(f"suggested: {found.k} groups; scan-fast run --data FOLDER --clusters {found.k}")
+            print(f"suggested: {found.k} groups; {command} --clusters {found.k} makes them")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Assessment:
     def _show_match(self, match: Match, class_names: list[str]) -> None:
         columns = zip(match.names(class_names), match.images.tolist(), match.share.tolist(), strict=True)
         rows = [
-            [str(number), name or "none", str(images), "" if share != share else f"{share:.3f}"]
+            [str(number), name or "none", str(images), "" if math.isnan(share) else f"{share:.3f}"]
             for number, (name, images, share) in enumerate(columns)
         ]
         more = len(rows) - MOST_CLUSTERS

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from .data.datasets import open_splits
-from .data.decode_cache import DecodeCache
 from .data.kinds.kind import held_out
 from .data.sources import Source, SubsetSource
 from .errors import DataError, UsageError
@@ -142,9 +141,8 @@ def run_images(run: RunFolder, saved: SavedModel) -> Images:
         DataError: if the images are no longer there, or have no classes.
     """
     config = run.read(artifacts.CONFIG)
-    known = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
     as_trained = {"resident": "files", "image_size": saved.size, "interpolation": saved.interpolation}
-    splits = open_splits(config.data.model_copy(update=as_trained), known)
+    splits = open_splits(config.data.model_copy(update=as_trained), run.decode_cache())
     return Images.of(splits.train, splits.test, (str(run.path), f"test images of {run.path}"))
 
 
@@ -196,8 +194,8 @@ def probe(
     train, test = images.train, images.test
     assert train.labels is not None and test.labels is not None and train.class_names is not None
     n_classes = len(train.class_names)
-    for source, kind in ((train, "training"), (test, "test")):
-        if source.labels is None or not bool((source.labels >= 0).any()):
+    for labels, kind in ((train.labels, "training"), (test.labels, "test")):
+        if not bool((labels >= 0).any()):
             raise DataError(f"no {kind} image has a class")
     rows, knn, clustering = [], {}, {}
     for name, network in networks.items():

@@ -25,7 +25,7 @@ def compare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(comparison.to_dict(), indent=2))
         return 0
-    print_table("results on test images", *comparison.table())
+    print_table("results, on the test images of runs that have some", *comparison.table())
     if len(options.targets) > 1:
         print_table("agreement (AMI) on the images in both", *comparison.agreement_table())
     return 0

@@ -64,7 +64,7 @@ class Planned:
 
     def config_of(self, step: str) -> Config:
         """Return the configuration, with the seed of a step."""
-        return self.config.model_copy(update={"seed": self.seed_of(step)})
+        return self.config.with_seed(self.seed_of(step))
 
     def key(self, step: str) -> str:
         """Return a digest of everything that the artifacts of a step depend on, seeds included."""

@@ -53,7 +53,7 @@ def sweep(
         DataError: before anything is trained, if a file of ``mining.files`` cannot be used.
     """
     pinned = config.seed if share_pretext else None
-    plans = [Planned(parent / f"seed{seed}", _seeded(config, seed), f"seed {seed}: ", pinned) for seed in seeds]
+    plans = [Planned(parent / f"seed{seed}", config.with_seed(seed), f"seed {seed}: ", pinned) for seed in seeds]
     for folder in sorted(parent.glob("seed*")):
         _check_other(RunFolder(folder), config, parent)
     if config.mining.files is not None and not all(RunFolder(plan.folder).finished("mining") for plan in plans):
@@ -106,16 +106,12 @@ def collect(summaries: Sequence[Summary]) -> dict[str, list[float]]:
     return collected
 
 
-def _seeded(config: Config, seed: int) -> Config:
-    return config.model_copy(update={"seed": seed})
-
-
 def _check_other(run: RunFolder, config: Config, parent: Path) -> None:
     """Refuse a folder of a run with another configuration, whether or not its seed is asked for."""
     if not run.has(artifacts.CONFIG) or not run.has_results():
         return
     found = run.read(artifacts.CONFIG)
-    changed = differences(found, _seeded(config, found.seed))
+    changed = differences(found, config.with_seed(found.seed))
     if changed:
         raise RunError(
             f"{parent} holds a sweep of another configuration ({'; '.join(changed)}); undo the change, or choose "

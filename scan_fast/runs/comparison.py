@@ -1,4 +1,4 @@
-"""Several runs side by side: their results on test images, and how far their clusters agree."""
+"""Several runs side by side: their results, on test images if there are any, and how far their clusters agree."""
 
 from __future__ import annotations
 

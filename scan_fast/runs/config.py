@@ -346,6 +346,10 @@ class Config(Settings):
                 f"clustering.weights={self.clustering.weights} holds the whole network: leave model.weights and "
                 "model.pretrained out"
             )
+        if self.clustering.weights is not None and self.mining.files is not None:
+            raise ValueError(
+                f"nothing is mined after clustering.weights={self.clustering.weights}: leave mining.files out"
+            )
         if self.clustering.weights is not None and self.model.cluster_head != "linear":
             raise ValueError(f"clustering.weights needs model.cluster_head=linear, got {self.model.cluster_head}")
         if self.mining.files is not None and not self.clustering.trains:
@@ -370,6 +374,10 @@ class Config(Settings):
         if stage in ("pretext", "mining", "number") and self.clustering.weights is not None:
             return f"clustering.weights={self.clustering.weights} takes its place"
         return "selflabel: null" if stage == "selflabel" and self.selflabel is None else None
+
+    def with_seed(self, seed: int) -> Config:
+        """Return the configuration with another seed."""
+        return self.model_copy(update={"seed": seed})
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""

@@ -445,7 +445,7 @@ def test_a_preset_of_a_file_without_presets_is_refused(tmp_path: Path) -> None:
 
 def test_a_bare_kind_stands_for_its_section() -> None:
     config = load_config(find_config("digits"), ["pretext.method=weights", "pretext.method.file=some.pth"])
-    assert config.pretext.method.model_dump() == {"kind": "weights", "file": Path("some.pth")}
+    assert config.pretext.method.model_dump() == {"kind": "weights", "file": Path("some.pth").absolute()}
     # The kind that is there already keeps its settings.
     config = load_config(find_config("digits"), ["pretext.method=simclr", "pretext.method.anchors=first"])
     assert config.pretext.method.model_dump()["temperature"] == 0.15

@@ -149,12 +149,17 @@ def test_suggest_k_of_a_folder_and_of_a_run(colored: Path, weights: Path, tmp_pa
     words = frozen(colored, weights, tmp_path / "out")[1:]
     result = run_here("suggest-k", *words)
     assert result.code == 0, result.err
-    assert result.out.splitlines()[-1].startswith("suggested: 4 groups")
+    assert result.out.splitlines()[-1].startswith("suggested: 4 groups; scan-fast run --data ")
+    assert result.out.splitlines()[-1].endswith(" --clusters 4 makes them")
     assert run_here(*frozen(colored, weights, tmp_path / "three", "--clusters", 3)).code == 0
     found = json.loads(run_here("suggest-k", tmp_path / "three", "--json", "--quiet").out)
     assert found["k"] == 4
     assert {"k", "score", "stability", "way"} == set(found["curve"][0])
     assert len(set(groups(tmp_path / "three").values())) == 3
+    again = f"scan-fast cluster {tmp_path / 'three'} --again --clusters 4"
+    assert again in run_here("suggest-k", tmp_path / "three", "--quiet").out
+    assert run_here(*again.split()[1:], "--quiet").code == 0
+    assert len(set(groups(tmp_path / "three").values())) == 4
     assert "leave --clusters out" in run_here("suggest-k", *words, "--clusters", 3).refusal()
 
 

@@ -15,7 +15,7 @@ from driving import TINY, assignments, contents, fill, run_here, summary
 from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefixed, settled, write
 
 from scan_fast.data.datasets import open_splits
-from scan_fast.errors import WeightsError
+from scan_fast.errors import RunError, WeightsError
 from scan_fast.models import ClusterModel, ModelConfig, PretextModel, read_original
 from scan_fast.models.reference_writer import dump_original
 from scan_fast.runs.artifacts import CONFIG, EMBEDDINGS, NEIGHBORS
@@ -121,6 +121,8 @@ def test_self_labelling_starts_from_a_scan_file(images: dict[str, Any], tmp_path
             f"has no {stage} stage (clustering.weights={file} takes its place); --stage clustering or selflabel can be"
         )
         assert told in run_here(*export, stage).refusal()
+    with pytest.raises(RunError, match=r"neighbors\.npz and no mining stage \(clustering\.weights="):
+        RunFolder(out).require(NEIGHBORS)
     assert run_here(*export, "clustering").code == 2  # a network that the project does not have
     # Repeated and continued without the words, and the file is not needed after its stage.
     file.unlink()
@@ -178,6 +180,8 @@ def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path
     assert "x.pth.tar takes its place)" in text
     text = refusal("selflabel", "clustering.weights=x.pth.tar", "selflabel=null", "--out", tmp_path / "d")
     assert "this configuration has no selflabel stage (selflabel: null)" in text
+    text = refusal("selflabel", "--from", scan, "clustering.n_clusters=14", "mining.files=[x.npy]")
+    assert "nothing is mined after clustering.weights=" in text
     text = refusal("run", "clustering.weights_head=1", "--out", tmp_path / "e")
     assert "weights_head=1 needs weights" in text
 

@@ -41,7 +41,7 @@ def outputs(folder: Path, precision: str) -> dict[str, tuple[Tensor, Tensor, Ten
         config = run.read(artifacts.CONFIG).model_copy(update={"precision": precision})
         context = open_context(config, run, Tracker(run, quiet=True))
         pretext = pretext_model(context)
-        clusters = ClusterModel(context.without_pretrained, context.n_clusters, config.clustering.heads)
+        clusters = ClusterModel(context.without_pretrained, context.n_clusters, config.clustering.saved_heads)
         clusters.load_state_dict(run.read(artifacts.CLUSTER_MODEL).model)
         clusters = context.place(clusters)
         found = {}

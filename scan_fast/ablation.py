@@ -23,12 +23,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from .data.datasets import DataConfig, Splits, open_splits
+from .data.datasets import Splits, open_splits
 from .errors import ConfigError, ScanFastError, UsageError
 from .runs import artifacts
 from .runs.config import (
@@ -42,14 +41,12 @@ from .runs.config import (
     merge,
     parse_override,
 )
-from .runs.folder import RunFolder
 from .runs.keys import all_keys
 from .runs.records import Summary
-from .runs.tracker import Tracker
 from .runs.variants import MEASURES, VariantTable
 from .sharing import SHARED, STEPS, Planned, run_all, seconds_of_one
+from .stages.beforehand import check_beforehand, listed_data
 from .sweep import collect, statistics_of
-from .training.context import data_settings, open_context, weights_input
 
 _FIELDS = ("title", "found", "base", "variants")
 _NAME = re.compile(r"[\w+-][\w.+ -]*")
@@ -258,15 +255,10 @@ def _groups(config: Config) -> int:
     wanted = config.clustering.n_clusters
     if isinstance(wanted, int):
         return wanted
-    names = None if wanted == "auto" else open_splits(_listed(config)).train.class_names
+    names = None if wanted == "auto" else open_splits(listed_data(config)).train.class_names
     if names is None:
         raise ConfigError("the number of clusters must be known to take a multiple of it: give clustering.n_clusters=K")
     return len(names)
-
-
-def _listed(config: Config) -> DataConfig:
-    """Return the data section as a run would open it, but with the images in their files."""
-    return data_settings(config, weights_input(config)).model_copy(update={"resident": "files"})
 
 
 def check_variants(ablation: Ablation, variants: Mapping[str, Config]) -> None:
@@ -276,18 +268,15 @@ def check_variants(ablation: Ablation, variants: Mapping[str, Config]) -> None:
         ScanFastError: of the first variant that could not run; the message names it.
     """
     opened: dict[str, Splits] = {}
-    with TemporaryDirectory(prefix="scan-fast-") as temporary:
-        for number, (name, config) in enumerate(variants.items()):
-            try:
-                data = _listed(config)
-                key = data.model_dump_json()
-                if key not in opened:
-                    opened[key] = open_splits(data)
-                listed = config.model_copy(update={"data": data})
-                with RunFolder.open(Path(temporary) / str(number), listed) as trial:
-                    open_context(listed, trial, Tracker(trial, quiet=True), opened[key])
-            except ScanFastError as error:
-                raise type(error)(f"ablation {ablation.name}, variant {name}: {error}") from None
+    for name, config in variants.items():
+        try:
+            data = listed_data(config)
+            key = data.model_dump_json()
+            if key not in opened:
+                opened[key] = open_splits(data)
+            check_beforehand(config, opened[key])
+        except ScanFastError as error:
+            raise type(error)(f"ablation {ablation.name}, variant {name}: {error}") from None
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -335,7 +324,7 @@ def run_ablation(
     plans = {
         (name, seed): Planned(
             parent / name / f"seed{seed}",
-            variant.model_copy(update={"seed": seed}),
+            variant.with_seed(seed),
             f"{name}, seed {seed}: ",
             pinned,
         )

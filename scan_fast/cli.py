@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__, commands, experiments, queries
+from . import __version__, applying, commands, experiments, queries
 from .completion import SHELLS
 from .errors import ScanFastError
 from .parsing import EXIT_USAGE, Parser, split_overrides
@@ -26,7 +26,6 @@ DEFECT = (
     "command, the lines above and the output of `scan-fast info`"
 )
 
-
 EXAMPLES = """\
 to begin:
   scan-fast run digits                            all stages on a small data set, in half a minute
@@ -34,7 +33,6 @@ to begin:
   scan-fast predict RUN --data new_photos         assign new images to the groups
 
 `scan-fast COMMAND --help` explains a command."""
-
 
 OVERRIDES = """\
 section.key=value words change the configuration, and may stand anywhere:
@@ -54,6 +52,7 @@ PROBED = """\
 A classifier is multinomial logistic regression on standardised features. Of each class the same share of the labels is
 drawn, at least one. The weight decay is chosen by a part of the drawn labels. Nothing is fine-tuned, and the run is not
 changed. Images are held out by a hash of their names if there are no test images."""
+
 OF_REFERENCE = """\
 With --config, section.key=value words change the configuration; `scan-fast config --keys` explains every key."""
 
@@ -72,8 +71,12 @@ from a weight file of the SCAN project or of MoCo v2:
 EXPORTED = """\
 The model maps images (batch, S, S, 3) uint8 to probabilities (batch, K) float32; normalization is part of it. It
 describes itself: size, normalization, backbone, number of groups. ONNX: metadata_props; pt2: scan_fast.json, by
-torch.export.load(FILE, extra_files={"scan_fast.json": ""}). --format reference writes weights under the names of the
-SCAN project: model.pth.tar."""
+torch.export.load(FILE, extra_files={"scan_fast.json": ""}).
+
+--format reference writes weights under the names of the SCAN project, model.pth.tar. With --stage mining it writes the
+nearest neighbours that a run has mined, as that project's topk-train-neighbors.npy and, of test images,
+topk-val-neighbors.npy: int64 (N, k + 1), the image itself first:
+  scan-fast export RUN --format reference --stage mining --out DIR"""
 
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
@@ -196,12 +199,12 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
     sub.add_argument("--quiet", action="store_true", help="print the result only")
 
-    sub = command("predict", commands.predict, "assign new images to the groups of a finished run (CSV)")
+    sub = command("predict", applying.predict, "assign new images to the groups of a finished run (CSV)")
     sub.epilog = f"{PREDICTED}\n{OF_REFERENCE}"
     with_model(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: standard output)")
 
-    sub = command("evaluate", commands.evaluate, "compare groups with classes: of a run's own images, or of others")
+    sub = command("evaluate", applying.evaluate, "compare groups with classes: of a run's own images, or of others")
     sub.epilog = f"{MEASURED}\n{OF_REFERENCE}"
     sub.add_argument(
         "target",
@@ -232,7 +235,7 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--device", help="with --data or --config: auto (the default), cpu, cuda or cuda:N")
 
-    sub = command("probe", commands.probe, "measure frozen features by linear classifiers that learn from few labels")
+    sub = command("probe", applying.probe, "measure frozen features by linear classifiers that learn from few labels")
     sub.epilog = PROBED
     sub.add_argument("target", type=Path, metavar="RUN", help="a finished run folder; with --data also its model.pt")
     sub.add_argument("--data", metavar="IMAGES", help="labelled images to learn from (default: those of the run)")
@@ -267,12 +270,12 @@ def build_parser() -> Parser:
         help="list every key with its type, default and meaning; those that contain PATTERN, or match it if it has a *",
     )
 
-    sub = command("embed", commands.embed, "write the feature vectors of images (.npz with features and paths)")
+    sub = command("embed", applying.embed, "write the feature vectors of images (.npz with features and paths)")
     sub.epilog = OF_REFERENCE
     with_model(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file")
 
-    sub = command("export", commands.export, "write a model that runs without this package")
+    sub = command("export", applying.export, "write a model that runs without this package")
     sub.add_argument("target", type=Path, metavar="RUN", help=REFERENCE)
     of_reference(sub)
     sub.add_argument(
@@ -283,24 +286,26 @@ def build_parser() -> Parser:
     )
     sub.add_argument(
         "--stage",
-        choices=("pretext", "clustering", "selflabel"),
-        help="with --format reference: the stage whose result is written (default: the last one)",
+        choices=("pretext", "mining", "clustering", "selflabel"),
+        help="with --format reference: the stage whose result is written (default: the last one with a network)",
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the file to write; with --stage mining a folder"
+    )
     sub.epilog = f"{EXPORTED}\n{OF_REFERENCE}"
 
-    sub = command("report", commands.report, "write report.html of a finished run again")
+    sub = command("report", applying.report, "write report.html of a finished run again")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("--thumbnails", type=int, metavar="N", help="how many images get one (evaluation.thumbnails)")
     sub.add_argument("--single-file", action="store_true", help="write report-single.html, one file that can be sent")
 
-    sub = command("name", commands.name, 'give groups names: scan-fast name RUN 3 "red shoes" 5 boots')
+    sub = command("name", applying.name, 'give groups names: scan-fast name RUN 3 "red shoes" 5 boots')
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("names", nargs="*", metavar="GROUP NAME", help="pairs of a group's number and its name")
     sub.add_argument("--list", action="store_true", help="print the names")
     sub.add_argument("--clear", action="store_true", help="remove the names of the groups given, or all names")
 
-    sub = command("folders", commands.folders, "one folder per group, with links to the images or copies of them")
+    sub = command("folders", applying.folders, "one folder per group, with links to the images or copies of them")
     sub.add_argument("target", type=Path, metavar="RUN", help="a run folder")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, outside that of the images")
     how = sub.add_mutually_exclusive_group()

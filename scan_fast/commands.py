@@ -1,26 +1,21 @@
-"""The commands of the command line. Each imports what it needs, so that ``--help`` and ``info`` start fast."""
+"""The commands that train, print a configuration, measure kernels, or say what was built.
+
+Each imports what it needs, so that ``--help`` and ``info`` start fast.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import queries, reference_evaluation
+from . import data_option, queries
 from .errors import ConfigError, RunError, UsageError, WeightsError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from numpy.typing import NDArray
-
-    from .data.sources import Source
-    from .predictor import Predictor
-    from .reference import Embedder
     from .runs.config import Config
     from .runs.folder import RunFolder
 
@@ -51,14 +46,15 @@ def train(options: argparse.Namespace) -> int:
         _check_again(run.read(CONFIG), config, options.stages)
     else:
         run = RunFolder.open(folder, config)
+    mines_again = options.again and tuple(options.stages) in ((), ("pretext",), ("mining",))
+    _check_neighbors(config, run, mines_again)
     with run:
         tracker = Tracker(run, quiet=options.quiet, tensorboard=config.runtime.tensorboard)
         # Repeating all stages may be on other images: nothing that was learned of the former ones stays.
         afresh = options.again and tuple(options.stages) in ((), ("pretext",))
         context = open_context(config, run, tracker, other_images=afresh)
         names = list(options.stages) or stages_of(context)
-        if names[0] not in stages_of(context):
-            why = "selflabel: null" if config.clustering.weights is None else "clustering.weights takes its place"
+        if (why := config.why_without(names[0])) is not None:
             raise UsageError(f"this configuration has no {names[0]} stage ({why})")
         if options.again:
             forget(context, names[0])
@@ -77,6 +73,14 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_neighbors(config: Config, run: RunFolder, mines_again: bool = False) -> None:
+    """Check the files of neighbours that a run is to take, before anything of it is written."""
+    from .stages.beforehand import check_beforehand
+
+    if config.mining.files is not None and (mines_again or not run.finished("mining")):
+        check_beforehand(config)
+
+
 def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     """Return the configuration and the run folder that the command line names."""
     from .data.datasets import settings_for
@@ -93,7 +97,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise ConfigError(
                 f"give either a configuration ({target}) or --data, not both; a folder goes with data.root="
             )
-        queries.check_data_folder(options.data)
+        data_option.check_folder(options.data)
         started = getattr(options, "start", None) is not None
         changes |= settings_for(options.data) | ({"preset": "fast"} if started else _start(options))
         target = "folder"
@@ -185,7 +189,7 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
 
     from .planning import fit_minutes
     from .runs.artifacts import CONFIG
-    from .runs.config import build_config, differences
+    from .runs.config import build_config, differences, find_config, presets_of
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .training.context import open_context
@@ -199,52 +203,16 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
     run = RunFolder(folder)
     if run.has(CONFIG):
         return run.read(CONFIG)
+    known: list[str] = []  # a run folder has none
+    if options.data is not None or not Path(options.target).expanduser().is_dir():
+        presets = presets_of(find_config("folder" if options.data is not None else options.target))
+        known = [name for name, absent in presets.items() if absent is None]
     with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
         context = open_context(config, trial, Tracker(trial, quiet=True))
-        fitted = build_config(fit_minutes(context, options.minutes).model_dump(mode="json"))
+        fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))
     if not options.quiet and (changed := differences(config, fitted)):
         print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
     return fitted
-
-
-def suggest_k(options: argparse.Namespace) -> int:
-    """Suggest a number of groups."""
-    from .runs.artifacts import CONFIG, EMBEDDINGS, SUGGESTION
-    from .runs.folder import RunFolder
-    from .runs.tracker import Tracker
-    from .stages.number import run_number
-    from .stages.pipeline import run_stages
-    from .training.context import open_context
-
-    if options.clusters is not None:
-        raise UsageError("suggest-k finds the number of groups itself; leave --clusters out")
-    options.clusters = "auto"
-    config, folder = _configuration(options)
-    folder = options.out or folder
-    run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
-    with run:
-        tracker = Tracker(run, quiet=options.quiet)
-        context = open_context(run.read(CONFIG), run, tracker)
-        run_stages(context, ["pretext", "mining"])
-        if not run.has(SUGGESTION):
-            run_number(context)
-        found = run.read(SUGGESTION)
-        rows = [
-            [
-                str(point["k"]),
-                f"{point['score']:.3f}",
-                f"{point['stability']:.3f}",
-                point["way"],
-                "<" * (point["k"] == found.k),
-            ]
-            for point in found.curve
-        ]
-        if options.json:
-            print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
-        else:
-            tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
-            print(f"suggested: {found.k} groups; scan-fast run --data FOLDER --clusters {found.k}")
-    return 0
 
 
 def _run_name(config: Config) -> str:
@@ -265,37 +233,48 @@ def _check_again(old: Config, new: Config, stages: Sequence[str]) -> None:
         raise RunError(f"--again repeats {', '.join(again)}, which {'; '.join(kept)} does not belong to")
 
 
-def evaluate(options: argparse.Namespace) -> int:
-    """Measure every finished stage of a run, or the finished model on other images."""
-    if options.config is not None:
-        return reference_evaluation.evaluate_reference(options)
-    with _no_reference(options):
-        if options.data is not None:
-            return queries.evaluate_on(options)
-        if options.target.is_file():
-            raise UsageError(f"{options.target} is a file: a model is measured on the images that --data names")
-    from .evaluating import check_prototypes, evaluate_run
-    from .runs.artifacts import CONFIG
+def suggest_k(options: argparse.Namespace) -> int:
+    """Suggest a number of groups."""
+    from .runs.artifacts import CONFIG, EMBEDDINGS, SUGGESTION
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
+    from .stages.number import run_number
+    from .stages.pipeline import run_stages
     from .training.context import open_context
 
-    check_prototypes(options.prototypes)
-    if options.device is not None:
-        raise UsageError("--device goes with --data; a run is measured on its runtime.device")
-    run = RunFolder.existing(options.target)
+    if options.clusters is not None:
+        raise UsageError("suggest-k finds the number of groups itself; leave --clusters out")
+    options.clusters = "auto"
+    config, folder = _configuration(options)
+    folder = options.out or folder
+    run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
+    _check_neighbors(config, run)
     with run:
-        tracker = Tracker(run, quiet=options.json)
+        tracker = Tracker(run, quiet=options.quiet)
         context = open_context(run.read(CONFIG), run, tracker)
-        evaluate_run(context, as_json=options.json, prototypes=options.prototypes)
+        run_stages(context, ["pretext", "mining"])
+        if not run.has(SUGGESTION):
+            run_number(context)
+        found = run.read(SUGGESTION)
+        command = f"scan-fast run {options.target}" if options.data is None else f"scan-fast run --data {options.data}"
+        if options.target is not None and Path(options.target).expanduser().is_dir():
+            command = f"scan-fast cluster {options.target} --again"
+        rows = [
+            [
+                str(point["k"]),
+                f"{point['score']:.3f}",
+                f"{point['stability']:.3f}",
+                point["way"],
+                "<" * (point["k"] == found.k),
+            ]
+            for point in found.curve
+        ]
+        if options.json:
+            print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
+        else:
+            tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
+            print(f"suggested: {found.k} groups; {command} --clusters {found.k} makes them")
     return 0
-
-
-def probe(options: argparse.Namespace) -> int:
-    """Measure linear classifiers that learn from few labels, on the frozen features of a run."""
-    from .probing import command
-
-    return command(options)
 
 
 def config(options: argparse.Namespace) -> int:
@@ -311,226 +290,6 @@ def config(options: argparse.Namespace) -> int:
     if options.target is None and options.data is None:
         options.target = "folder"
     print(_configuration(options)[0].to_yaml(), end="")
-    return 0
-
-
-def predict(options: argparse.Namespace) -> int:
-    """Write the clusters of new images."""
-    from dataclasses import replace
-
-    from .atomic import atomic_file
-    from .predictor import Predictor
-    from .runs.artifacts import ASSIGNMENTS
-    from .runs.folder import RunFolder
-    from .runs.tables import Placements
-
-    predictor, source = _network_and_source(options)
-    assert isinstance(predictor, Predictor)
-    probabilities, features = predictor.outputs(source)
-    similarity: NDArray[np.float32] | None = None
-    unlike: NDArray[np.bool_] | None = None
-    if predictor.typicality is not None:
-        found, nearest = predictor.typicality.nearest(features)
-        similarity, unlike = found.numpy(), predictor.typicality.unlike(found, nearest).numpy()
-    table = Placements.of_new(source.paths, probabilities, similarity, unlike)
-    run = RunFolder(options.target if options.target.is_dir() else options.target.parent)
-    if run.has(ASSIGNMENTS):
-        table = replace(table, names=run.group_names(run.read(ASSIGNMENTS)))
-    if options.out is None:
-        sys.stdout.write(table.to_csv())
-    else:
-        with atomic_file(options.out) as file:
-            table.dump(file)
-    return 0
-
-
-def embed(options: argparse.Namespace) -> int:
-    """Write the feature vectors of images."""
-    import numpy as np
-
-    from .atomic import atomic_file
-
-    network, source = _network_and_source(options)
-    features = network.features(source).numpy()
-    with atomic_file(options.out) as file:
-        np.savez(file, features=features, paths=np.array(source.paths))
-    return 0
-
-
-def _network(options: argparse.Namespace, device: torch.device) -> Predictor | Embedder:
-    """Return the model of a run folder, a model.pt or, with --config, a file of the reference."""
-    from .predictor import Predictor
-    from .reference import open_reference
-
-    if options.config is None:
-        with _no_reference(options):
-            return Predictor.load(options.target, device)
-    file = open_reference(options.target, options.config, options.overrides, options.head)
-    embeds = options.command == "embed" and file.is_pretext and options.head is None
-    network = file.embedder(device) if embeds else file.predictor(options.head, device)
-    print(file.describe(network.form), file=sys.stderr)
-    return network
-
-
-@contextmanager
-def _no_reference(options: argparse.Namespace) -> Iterator[None]:
-    """Refuse words that go with --config, and say so if the target turns out to be a file that needs it."""
-    from .models.reference_checkpoints import read_original
-
-    for name in ("head", "neighbors"):
-        if getattr(options, name, None) is not None:
-            raise UsageError(f"--{name} goes with --config, for a weight file of the SCAN project")
-    try:
-        yield
-    except (WeightsError, UsageError):
-        if not options.target.is_file():
-            raise
-        with suppress(WeightsError):
-            kind = read_original(options.target).kind
-            raise UsageError(
-                f"{options.target} is a {kind} file of the SCAN project: say with --config what its network sees, such "
-                "as --config cifar10"
-            ) from None
-        raise
-
-
-def _network_and_source(options: argparse.Namespace) -> tuple[Predictor | Embedder, Source]:
-    from .devices import choose_device
-
-    images = _images(options.data)
-    network = _network(options, choose_device(options.device, "--device"))
-    source = network.source(images, options.on_error, "--data")
-    if source.skipped:
-        path, reason = source.skipped[0]
-        print(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", file=sys.stderr)
-    return network, source
-
-
-def _images(words: Sequence[str]) -> str | list[str]:
-    """Return what --data names: a folder or PREFIX:ARGUMENT, or a list of files."""
-    from .data.kinds import is_prefixed
-
-    if len(words) == 1 and (is_prefixed(words[0]) or Path(words[0]).expanduser().is_dir()):
-        return words[0]
-    for word in words:
-        path = Path(word).expanduser()
-        if path.is_dir() or is_prefixed(word):
-            raise UsageError(f"--data: give one folder or source, or files only; got {word} among {len(words)}")
-        if not path.is_file():
-            raise UsageError(f"--data: there is no file or folder {word}")
-    repeated = {word for word in words if words.count(word) > 1}
-    if repeated:
-        raise UsageError(f"--data: each file must be given once, got {min(repeated)} again")
-    return list(words)
-
-
-def export(options: argparse.Namespace) -> int:
-    """Write a model that runs without this package."""
-    import torch
-
-    from .export import export
-    from .predictor import Predictor
-    from .reference_export import export_reference
-
-    if options.format == "reference":
-        if options.config is not None:
-            raise UsageError(f"--format reference writes a run's model; {options.target} is in this format already")
-        with _no_reference(options):
-            export_reference(options.target, options.out, options.stage)
-        return 0
-    if options.stage is not None:
-        raise UsageError("--stage goes with --format reference")
-    predictor = _network(options, torch.device("cpu"))
-    assert isinstance(predictor, Predictor)
-    export(predictor, options.out, options.format)
-    return 0
-
-
-def report(options: argparse.Namespace) -> int:
-    """Write report.html again."""
-    from .report import write_report
-    from .runs.folder import RunFolder
-    from .runs.tracker import Tracker
-
-    run = RunFolder.existing(options.target)
-    with run:
-        tracker = Tracker(run)
-        name, sources = _images_of(run)
-        page = write_report(run, sources, title=name, thumbnails=options.thumbnails, single_file=options.single_file)
-        tracker.say(str(page))
-    return 0
-
-
-def _images_of(run: RunFolder) -> tuple[str, dict[str, Source]]:
-    """Return the name of a run and its images by split, to look at; nothing is decoded that need not be.
-
-    Raises:
-        RunError: if the run has no assignments yet, or a file is damaged.
-        DataError: if the images are no longer there.
-    """
-    from .data.datasets import open_splits
-    from .data.decode_cache import DecodeCache
-    from .runs.artifacts import ASSIGNMENTS, CONFIG, DECODE_CACHE
-
-    run.read(ASSIGNMENTS)
-    config = run.read(CONFIG)
-    known = run.read(DECODE_CACHE) if run.has(DECODE_CACHE) else DecodeCache()
-    splits = open_splits(config.data.model_copy(update={"resident": "files"}), known)
-    both = {"train": splits.train, "test": splits.test}
-    return config.name, {split: source for split, source in both.items() if source is not None}
-
-
-def name(options: argparse.Namespace) -> int:
-    """Name groups, list the names or remove them, and write the tables and the report with them."""
-    from .errors import ScanFastError
-    from .report import write_report
-    from .runs.artifacts import ASSIGNMENTS, NAMES, REPORT
-    from .runs.folder import RunFolder
-    from .runs.names import GroupNames, parse_group, parse_names
-    from .runs.tracker import Tracker
-
-    if options.list and (options.clear or options.names):
-        raise UsageError("--list goes with nothing else")
-    run = RunFolder.existing(options.target)
-    with run:
-        tracker = Tracker(run)
-        table = run.read(ASSIGNMENTS)
-        n_groups = run.n_groups(table)
-        aside = run.set_names_aside(table)
-        if aside is not None:
-            tracker.say(f"the names were of another grouping; they are in {aside.name} now")
-        names = run.group_names(table)
-        if options.list or (not options.names and not options.clear):
-            for group, text in sorted(names.items()):
-                print(f"{group}\t{text}")
-            return 0
-        if options.clear:
-            cleared = {parse_group(word, n_groups) for word in options.names} or set(names)
-            names = {group: text for group, text in names.items() if group not in cleared}
-        else:
-            names |= parse_names(options.names, n_groups)
-        run.write(NAMES, GroupNames(table.digest, names))
-        run.write_assignments(table)
-        if run.has(REPORT):
-            try:
-                title, sources = _images_of(run)
-                write_report(run, sources, title=title)
-            except ScanFastError as error:
-                tracker.say(f"the names are kept, but the report cannot be written again: {error}")
-        tracker.say(f"{len(names)} of {n_groups} groups have a name")
-    return 0
-
-
-def folders(options: argparse.Namespace) -> int:
-    """Sort the images into one folder per group, as links or copies."""
-    from .report.folders import write_folders
-    from .runs.folder import RunFolder
-
-    run = RunFolder.existing(options.target)
-    _, sources = _images_of(run)
-    counts = write_folders(run, sources, options.out.expanduser(), "copy" if options.copy else "link")
-    for folder, count in counts.items():
-        print(f"{count:>8}  {options.out / folder}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .data.sources import Source
-from .errors import RunError, UsageError
+from .errors import DataError, RunError, UsageError
 from .evaluation.matching import Match
 from .evaluation.metrics import clustering_metrics, confusion, metric_titles
+from .predictor import Predictor
 from .report.prototypes import find_prototypes, write_prototypes
 from .runs.artifacts import ASSIGNMENTS
 from .runs.tables import Confusion
@@ -96,7 +98,7 @@ class Assessment:
     def _show_match(self, match: Match, class_names: list[str]) -> None:
         columns = zip(match.names(class_names), match.images.tolist(), match.share.tolist(), strict=True)
         rows = [
-            [str(number), name or "none", str(images), "" if share != share else f"{share:.3f}"]
+            [str(number), name or "none", str(images), "" if math.isnan(share) else f"{share:.3f}"]
             for number, (name, images, share) in enumerate(columns)
         ]
         more = len(rows) - MOST_CLUSTERS
@@ -148,6 +150,56 @@ def evaluate_run(context: Context, *, as_json: bool, prototypes: Path | None = N
             tracker.say(f"prototypes: {prototypes}, {table}")
     if as_json:
         print(json.dumps(content, indent=2))
+
+
+def show_evaluation(
+    predictor: Predictor,
+    source: Source,
+    title: str,
+    *,
+    as_json: bool,
+    prototypes: Path | None = None,
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Print how far the clusters of a source's images agree with their classes.
+
+    Args:
+        predictor: the model.
+        source: the images.
+        title: says which model and images these are.
+        as_json: print JSON instead of tables.
+        prototypes: write one image for each cluster to this PNG, and a table beside it. Images need no classes then.
+        further: what else the JSON is to say.
+
+    Raises:
+        DataError: if the images have no classes and no prototypes are asked for.
+    """
+    if prototypes is None:
+        check_classes(source, title)
+    probabilities, features = predictor.outputs(source)
+    found = Assessment.of(probabilities, source)
+    if as_json:
+        print(json.dumps({**found.to_dict(), **(further or {})}, indent=2))
+    else:
+        found.show(title)
+    if prototypes is not None:
+        table = save_prototypes(prototypes, source, probabilities, features, found)
+        if not as_json:
+            print(f"prototypes: {prototypes}, {table}")
+
+
+def check_classes(source: Source, images: str) -> None:
+    """Refuse images without classes.
+
+    Args:
+        source: the images.
+        images: what they are called in the message.
+
+    Raises:
+        DataError: if they have none.
+    """
+    if source.labels is None or source.class_names is None:
+        raise DataError(f"{images}: there are no classes to compare with; give a folder with a sub-folder for each")
 
 
 def check_prototypes(file: Path | None) -> None:

@@ -49,6 +49,8 @@ def finish_early(run: RunFolder, *, quiet: bool = False) -> RunFolder:
         results["clustering"] = StageResult(best["model"], record)
     else:
         changes |= {"clustering.update": "features", "clustering.cached_views": None, "mining.features": "backbone"}
+        # What goes with training on pairs only.
+        changes |= {"mining.files": None, "clustering.true_neighbors": False}
         done.pop("number", None)
         if config.mining.features != "backbone":
             done.pop("mining", None)

@@ -226,7 +226,7 @@ def _median(step: Callable[[], object], device: torch.device) -> float:
     return sorted(times[1:])[ROUNDS // 2]
 
 
-def fit_minutes(context: Context, minutes: float) -> Config:
+def fit_minutes(context: Context, minutes: float, presets: Iterable[str] = ()) -> Config:
     """Return the configuration with epochs, image size and width that fit into the given minutes.
 
     Full size and width are kept if so many epochs of the pretext stage fit; otherwise images become smaller, then the
@@ -235,6 +235,7 @@ def fit_minutes(context: Context, minutes: float) -> Config:
     Args:
         context: the run as configured; nothing of it is done yet.
         minutes: for the whole run, above 0.
+        presets: those that the configuration has, for the advice if the time is too short.
 
     Raises:
         ConfigError: if not one epoch of each stage fits.
@@ -250,10 +251,11 @@ def fit_minutes(context: Context, minutes: float) -> Config:
         if epochs["pretext"] >= min(FEWEST_EPOCHS, config.pretext.epochs) or (size, width) == options[-1]:
             break
     if min(epochs.values()) < 1:
+        frozen = ", or use pretrained features (preset=pretrained)" if "pretrained" in presets else ""
         least = minutes / max(min(epochs.values()), 1e-9)
         raise ConfigError(
             f"--minutes {minutes:g} is too short for {n} images: one pass of each stage takes about "
-            f"{duration(60 * least)}; give more minutes, or use pretrained features (preset=pretrained)"
+            f"{duration(60 * least)}; give more minutes{frozen}"
         )
     return _with_epochs(config, {name: int(value) for name, value in epochs.items()}, size, width, side)
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .data.datasets import open_splits
-from .data.decode_cache import DecodeCache
 from .data.kinds.kind import held_out
 from .data.sources import Source, SubsetSource
-from .devices import choose_device
 from .errors import DataError, UsageError
 from .evaluation.few_labels import few_label_probe
 from .evaluation.metrics import clustering_metrics, metric_titles
@@ -145,9 +141,8 @@ def run_images(run: RunFolder, saved: SavedModel) -> Images:
         DataError: if the images are no longer there, or have no classes.
     """
     config = run.read(artifacts.CONFIG)
-    known = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
     as_trained = {"resident": "files", "image_size": saved.size, "interpolation": saved.interpolation}
-    splits = open_splits(config.data.model_copy(update=as_trained), known)
+    splits = open_splits(config.data.model_copy(update=as_trained), run.decode_cache())
     return Images.of(splits.train, splits.test, (str(run.path), f"test images of {run.path}"))
 
 
@@ -199,8 +194,8 @@ def probe(
     train, test = images.train, images.test
     assert train.labels is not None and test.labels is not None and train.class_names is not None
     n_classes = len(train.class_names)
-    for source, kind in ((train, "training"), (test, "test")):
-        if source.labels is None or not bool((source.labels >= 0).any()):
+    for labels, kind in ((train.labels, "training"), (test.labels, "test")):
+        if not bool((labels >= 0).any()):
             raise DataError(f"no {kind} image has a class")
     rows, knn, clustering = [], {}, {}
     for name, network in networks.items():
@@ -251,45 +246,6 @@ def parse_percents(text: str) -> list[float]:
     if not found or any(not 0 < percent <= 100 for percent in found) or len(set(found)) < len(found):
         raise UsageError(f"--labels must be percentages above 0 and at most 100, such as 1,10,100; got {text!r}")
     return sorted(found)
-
-
-def command(options: argparse.Namespace) -> int:
-    """Print what a representation is worth with few labels."""
-    from .queries import check_data_folder, check_no_splits
-
-    percents = parse_percents(options.labels)
-    if options.draws < 1:
-        raise UsageError(f"--draws must be at least 1, got {options.draws}")
-    if options.data is None and options.test is not None:
-        raise UsageError("--test goes with --data, the images that the classifiers learn from")
-    if options.data is None and options.target.is_file():
-        raise UsageError(f"{options.target} is a file: give --data with labelled images, and --test if they are apart")
-    for option, given in (("--data", options.data), ("--test", options.test)):
-        if given is not None:
-            check_data_folder(given, option)
-            check_no_splits(given, option)
-    networks = predictors(options.target, choose_device(options.device, "--device"))
-    final = list(networks.values())[-1]
-    if options.data is None:
-        images = run_images(RunFolder.existing(options.target), final.saved)
-    else:
-        test = None if options.test is None else final.source(options.test, setting="--test")
-        images = Images.of(final.source(options.data, setting="--data"), test, (f"--data {options.data}", "--test"))
-
-    def say(text: str) -> None:
-        if not options.json:
-            print(text)
-
-    if images.held_out:
-        seen = ". The run has seen them, without their labels" if options.data is None else ""
-        total = len(images.train) + len(images.test)
-        say(f"{len(images.test)} of {total} images are held out, by a hash of the names{seen}")
-    found = probe(networks, images, percents, draws=options.draws, seed=options.seed, say=say)
-    if options.json:
-        print(json.dumps(asdict(found), indent=2))
-    else:
-        show(found, str(options.target))
-    return 0
 
 
 def show(found: Probe, title: str) -> None:

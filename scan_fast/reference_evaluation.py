@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import queries
-from .errors import DataError, UsageError
+from .data_option import check_labelled
+from .errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from .reference import ReferenceFile
 
 
-def evaluate_reference(options: argparse.Namespace) -> int:
+def evaluate_reference(options: argparse.Namespace) -> None:
     """Measure the network of a file on images with classes.
-
-    Returns:
-        The exit code.
 
     Raises:
         DataError: if the images cannot be read, or have no classes.
@@ -41,11 +38,13 @@ def evaluate_reference(options: argparse.Namespace) -> int:
             raise UsageError(f"--prototypes: {file.path} is a {file.weights.kind} file, which has no clusters")
         if options.head is not None:
             raise UsageError(f"--head: {file.path} is a {file.weights.kind} file, which has no cluster heads")
-        return _evaluate_pretext(file, options, device)
-    return _evaluate_clusters(file, options, device)
+        _evaluate_pretext(file, options, device)
+    else:
+        _evaluate_clusters(file, options, device)
 
 
-def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device: torch.device) -> int:
+def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device: torch.device) -> None:
+    from .evaluating import check_classes, show_evaluation
     from .runs.tracker import print_table
 
     weights, shown = file.weights, options.head
@@ -57,10 +56,10 @@ def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device:
         images = f"the {'images' if splits.test is None else 'test images'} of {file.config.name}"
     else:
         predictor = file.predictor(0 if several else shown, device)
-        _check_data(options.data)
+        check_labelled(options.data)
         source, images = predictor.source(options.data, setting="--data"), str(options.data)
     if options.prototypes is None:
-        _check_classes(source, images)
+        check_classes(source, images)
     neighbors = _given_neighbors(options, [source], [images])
     form = predictor.form
     features = predictor.features(source)
@@ -90,9 +89,7 @@ def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device:
             print(f"head {best} has the lowest selection loss, which uses no labels; what follows is of this head")
     chosen = file.with_features(predictor, best, source, features)
     title = f"{file.path}, head {best} of {weights.n_heads}, on {images}"
-    return queries.show_evaluation(
-        chosen, source, title, as_json=options.json, prototypes=options.prototypes, further=further
-    )
+    show_evaluation(chosen, source, title, as_json=options.json, prototypes=options.prototypes, further=further)
 
 
 def _head_rows(
@@ -118,7 +115,8 @@ def _head_rows(
     return rows
 
 
-def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: torch.device) -> int:
+def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: torch.device) -> None:
+    from .evaluating import check_classes
     from .evaluation.metrics import PURITY_AT, purity_at
     from .evaluation.probes import knn_accuracy
     from .neighbors import topk_neighbors
@@ -133,11 +131,11 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
             sources["val"] = splits.test
     else:
         network = file.embedder(device)
-        _check_data(options.data)
+        check_labelled(options.data)
         sources["images"] = network.source(options.data, setting="--data")
     images = file.config.name if options.data is None else str(options.data)
     for source in sources.values():
-        _check_classes(source, images)
+        check_classes(source, images)
     given = _given_neighbors(options, list(sources.values()), list(sources))
     vectors = {name: network.features(source) for name, source in sources.items()}
     first, *others = sources
@@ -171,7 +169,7 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
             "assumed": file.assumed(network.form),
         }
         print(json.dumps(facts, indent=2))
-        return 0
+        return
     print(file.describe(network.form))
     space = "the projector's output" if features == "projection" else "the backbone's features"
     voting = min(monitor.monitor_k, len(bank) - (queried is None))
@@ -180,20 +178,6 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
         of = f"{name}, {len(sources[name]):,} images"
         rows += [[f"purity of the {k} nearest ({of})", f"{value:.4f}"] for k, value in values.items()]
     print_table(f"{file.path} on {images}: {space}", ["", ""], rows)
-    return 0
-
-
-def _check_data(data: str) -> None:
-    from .data.kinds import is_prefixed
-
-    if not is_prefixed(data):
-        queries.check_data_folder(data)
-        queries.check_no_splits(data)
-
-
-def _check_classes(source: Source, images: str) -> None:
-    if source.labels is None or source.class_names is None:
-        raise DataError(f"{images}: there are no classes to compare with; give a folder with a sub-folder for each")
 
 
 def _given_neighbors(options: argparse.Namespace, sources: Sequence[Source], names: Sequence[str]) -> list[Tensor]:

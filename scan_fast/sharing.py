@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Any
 
 from .atomic import link_or_copy
 from .errors import RunError
+from .models.weight_files import file_digest
 from .runs import artifacts
 from .runs.config import MACHINE, Config, flatten
 from .runs.folder import RunFolder
-from .runs.records import Summary
+from .runs.records import FILES, TAKEN, Summary
 from .runs.tracker import Tracker
 from .stages.pipeline import STAGES, run_stages, stages_of
 from .training.context import Context, open_context
@@ -38,8 +39,6 @@ STEPS: dict[str, tuple[str, ...]] = {
 """The steps that runs may share, in order: by name, the stages of each."""
 OF_PRETEXT = ("pretext", "mining")
 """The steps that runs of different seeds may share."""
-TAKEN = "taken"
-"""Key of a taken stage's entry in summary.json: from which folder, of which seed, and the seconds spent there."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Planned:
 
     def config_of(self, step: str) -> Config:
         """Return the configuration, with the seed of a step."""
-        return self.config.model_copy(update={"seed": self.seed_of(step)})
+        return self.config.with_seed(self.seed_of(step))
 
     def key(self, step: str) -> str:
         """Return a digest of everything that the artifacts of a step depend on, seeds included."""
@@ -83,11 +82,23 @@ class Outcome:
 
     Attributes:
         summaries: of the runs, in their order.
-        shared_seconds: by folder, the time of the stages that were shared.
     """
 
     summaries: list[Summary]
-    shared_seconds: dict[str, float]
+
+    @property
+    def shared_seconds(self) -> dict[str, float]:
+        """By folder, the time of the stages that runs have taken."""
+        taken = {
+            (Path(entry[TAKEN]["from"]).name, stage): entry[TAKEN]["seconds"]
+            for summary in self.summaries
+            for stage, entry in summary.stages.items()
+            if TAKEN in entry
+        }
+        found: dict[str, float] = {}
+        for (folder, _), seconds in taken.items():
+            found[folder] = round(found.get(folder, 0.0) + seconds, 3)
+        return found
 
     @property
     def seconds(self) -> float:
@@ -95,19 +106,26 @@ class Outcome:
         return round(sum(each.seconds for each in self.summaries) + sum(self.shared_seconds.values()), 3)
 
 
-def dependencies(config: Config, step: str) -> dict[str, Any]:
+def dependencies(config: Config, step: str, noted: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return by dotted key the settings that the artifacts of a step depend on, and those of the steps before it.
 
-    The seed is left out, and so is what belongs to the machine.
+    Files that settings name, such as weights, count by their content too. The images do not: each run identifies its
+    own. The seed is left out, and so is what belongs to the machine.
 
     Args:
         config: the configuration.
         step: one of :data:`STEPS`.
+        noted: by path, digests of files that are to count in place of their content (:func:`noted_files`).
     """
     values = config.model_dump(mode="json", exclude=MACHINE)
     steps = list(STEPS)
     apart = ("name", "preset", "seed", "evaluation", *steps[steps.index(step) + 1 :], "selflabel")
     facts = dict(flatten({section: value for section, value in values.items() if section not in apart}))
+    for key, path in _files(config):
+        if key in facts:
+            facts[f"content of {path}"] = (noted or {}).get(str(path)) or (
+                file_digest(path) if path.is_file() else None
+            )
     # The space of the kNN check, the size of the plain view, and the batches of passes over all images.
     facts["mining.features"] = config.mining.features
     facts["clustering.view.size"] = config.clustering.view.size
@@ -116,6 +134,24 @@ def dependencies(config: Config, step: str) -> dict[str, Any]:
     if config.precision == "auto":  # what a trial decides depends on whether anything is trained
         facts["a stage that trains"] = config.trains
     return facts
+
+
+def _files(config: Config) -> Iterator[tuple[str, Path]]:
+    """Yield the files that settings name, images apart, each with its dotted key."""
+    for key, value in flatten(config.model_dump(exclude={"data"})):
+        yield from ((key, each) for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, Path))
+
+
+def noted_files(run: RunFolder) -> dict[str, str]:
+    """Return by path the digests of the files that a run has read for its finished stages, as it has noted them."""
+    found: dict[str, str] = {}
+    if run.has_results() and run.has(artifacts.BACKBONE):
+        start = run.read(artifacts.BACKBONE)
+        if start.weights is not None and start.digest is not None:
+            found[start.weights] = start.digest
+    for entry in run.summary().stages.values():
+        found |= entry.get(FILES, {})
+    return found
 
 
 def take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]) -> None:
@@ -128,9 +164,11 @@ def take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]
         steps: the first of :data:`STEPS`, as many as are to be taken.
 
     Raises:
-        RunError: if the configurations differ in what the steps depend on, or a step of the source is not finished.
+        RunError: if the configurations differ in what the steps depend on, or so does the content of a file that they
+            name, or a step of the source is not finished.
     """
-    ours, theirs = (dependencies(each, steps[-1]) for each in (config, source.read(artifacts.CONFIG)))
+    ours = dependencies(config, steps[-1])
+    theirs = dependencies(source.read(artifacts.CONFIG), steps[-1], noted_files(source))
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     different = [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys]
     if different:
@@ -188,12 +226,18 @@ def run_all(plans: Sequence[Planned], shared: Path, *, share: Sequence[str], alw
         with _opened(plan.folder, plan.config, plan.label, quiet, stages.provider(plan)) as context:
             run_stages(context, stages_of(context))
             summaries.append(context.run.summary())
-    return Outcome(summaries, stages.seconds)
+    return Outcome(summaries)
 
 
 def check(plan: Planned) -> None:
-    """Refuse a folder of another experiment, or one whose pretext stage or mining is of another seed than planned."""
-    stages = RunFolder.open(plan.folder, plan.config).summary().stages
+    """Refuse a folder of another experiment.
+
+    Raises:
+        RunError: if the configuration is another one, the pretext stage or mining is of another seed than planned, or a
+            file that a finished stage has read has changed since.
+    """
+    run = RunFolder.open(plan.folder, plan.config)
+    stages = run.summary().stages
     for step in OF_PRETEXT:
         if step not in stages:
             continue
@@ -204,13 +248,18 @@ def check(plan: Planned) -> None:
                 f"{plan.folder} has the {step} stage of seed {found}, not of seed {wanted}: {option}, or choose "
                 "another folder with --out"
             )
+    for path, digest in noted_files(run).items():
+        if Path(path).is_file() and file_digest(Path(path)) != digest:
+            raise RunError(
+                f"{plan.folder} was begun with another content of {path}: restore the file, or choose another folder "
+                "with --out"
+            )
 
 
 class _Shared:
     """The folders of shared stages: which there are, and who takes from which."""
 
     def __init__(self, plans: Sequence[Planned], folder: Path, share: Sequence[str], always: bool, quiet: bool) -> None:
-        self.seconds: dict[str, float] = {}
         self._folder = folder
         self._quiet = quiet
         self._share = share
@@ -218,14 +267,22 @@ class _Shared:
         self._takers = Counter((step, plan.key(step)) for plan in plans for step in STEPS)
 
     def provider(self, plan: Planned) -> tuple[RunFolder, list[str]] | None:
-        """Return the run folder that has finished what a run takes, and these steps; do them if they are not done."""
+        """Return the run folder that has finished what a run takes, and these steps; do them if they are not done.
+
+        None if the run shares nothing, or has all that it shares.
+        """
         steps = [
             step
             for step in STEPS
-            if plan.is_pinned(step)
-            or (step in self._share and (step in self._always or self._takers[step, plan.key(step)] > 1))
+            if plan.config.why_without(step) is None
+            and (
+                plan.is_pinned(step)
+                or (step in self._share and (step in self._always or self._takers[step, plan.key(step)] > 1))
+            )
         ]
-        return (self._provide(plan, steps), steps) if steps else None
+        if all(map(RunFolder(plan.folder).finished, steps)):
+            return None
+        return self._provide(plan, steps), steps
 
     def _provide(self, plan: Planned, steps: list[str]) -> RunFolder:
         """Return the run folder of the last of these steps, which takes the others from theirs."""
@@ -239,7 +296,6 @@ class _Shared:
         if not run.finished(step):
             with _opened(run.path, config, f"shared, seed {config.seed}: ", self._quiet, provider) as context:
                 run_stages(context, [stage for stage in stages_of(context) if stage in STEPS[step]], results=False)
-        self.seconds[run.path.name] = run.summary().seconds
         return run
 
 
@@ -254,5 +310,4 @@ def _opened(
         if provider is not None:
             source, steps = provider
             take(run, source, config, steps)
-            tracker.say(f"{' and '.join(steps)}: taken from {source.path}")
         yield open_context(config, run, tracker)

@@ -13,6 +13,7 @@ from .runs.config import Config, differences
 from .runs.folder import RunFolder
 from .runs.records import Summary
 from .sharing import OF_PRETEXT, SHARED, Planned, run_all
+from .stages.beforehand import check_beforehand
 
 METRICS = ("acc", "acc_many_to_one", "nmi", "ari", "ami", "acc_top5")
 """The metrics of a split that are collected; :func:`.evaluation.metrics.clustering_metrics` explains them."""
@@ -49,11 +50,14 @@ def sweep(
 
     Raises:
         RunError: if ``parent`` holds runs of another configuration, or runs that (do not) share a pretext stage.
+        DataError: before anything is trained, if a file of ``mining.files`` cannot be used.
     """
     pinned = config.seed if share_pretext else None
-    plans = [Planned(parent / f"seed{seed}", _seeded(config, seed), f"seed {seed}: ", pinned) for seed in seeds]
+    plans = [Planned(parent / f"seed{seed}", config.with_seed(seed), f"seed {seed}: ", pinned) for seed in seeds]
     for folder in sorted(parent.glob("seed*")):
         _check_other(RunFolder(folder), config, parent)
+    if config.mining.files is not None and not all(RunFolder(plan.folder).finished("mining") for plan in plans):
+        check_beforehand(config)
     always = shared is not None
     share = OF_PRETEXT if always else ()
     outcome = run_all(plans, shared or parent / SHARED, share=share, always=always, quiet=quiet)
@@ -102,16 +106,12 @@ def collect(summaries: Sequence[Summary]) -> dict[str, list[float]]:
     return collected
 
 
-def _seeded(config: Config, seed: int) -> Config:
-    return config.model_copy(update={"seed": seed})
-
-
 def _check_other(run: RunFolder, config: Config, parent: Path) -> None:
     """Refuse a folder of a run with another configuration, whether or not its seed is asked for."""
     if not run.has(artifacts.CONFIG) or not run.has_results():
         return
     found = run.read(artifacts.CONFIG)
-    changed = differences(found, _seeded(config, found.seed))
+    changed = differences(found, config.with_seed(found.seed))
     if changed:
         raise RunError(
             f"{parent} holds a sweep of another configuration ({'; '.join(changed)}); undo the change, or choose "

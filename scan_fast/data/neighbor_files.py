@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+
+NAMES = {"train": "topk-train-neighbors.npy", "test": "topk-val-neighbors.npy"}
+"""The names of the files by split; the SCAN project calls the test images "val"."""
 
 
 def read_neighbors(path: Path, n_images: int, images: str = "images") -> NDArray[np.int64]:
@@ -59,3 +63,15 @@ def read_neighbors(path: Path, n_images: int, images: str = "images") -> NDArray
     # A stable order keeps the others as they are and brings what is left out to the end.
     order = np.argsort(left_out, axis=1, kind="stable")[:, :-1]
     return np.where(np.take_along_axis(left_out, order, axis=1), -1, np.take_along_axis(found, order, axis=1))
+
+
+def dump_neighbors(index: NDArray[np.int64], file: BinaryIO) -> None:
+    """Write nearest neighbours as the SCAN project does, for :func:`read_neighbors` and for that project.
+
+    Args:
+        index: (N, k) int64 rows of the same images, without the image itself; -1 at the end of a row that has fewer.
+        file: gets int64 (N, k + 1), each image before its neighbours. In place of -1, which the project would take for
+            the last image, the image itself stands again.
+    """
+    own = np.arange(len(index), dtype=np.int64)[:, None]
+    np.save(file, np.concatenate([own, np.where(index < 0, own, index)], axis=1), allow_pickle=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import field_validator
+
 from ..errors import WeightsError
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
@@ -24,6 +26,12 @@ class WeightsSettings(MethodSettings):
     file: Path
     trains: ClassVar[bool] = False
 
+    @field_validator("file")
+    @classmethod
+    def _absolute(cls, file: Path) -> Path:
+        # A run continues from any folder.
+        return file.expanduser().absolute()
+
     def check(self, model: ModelConfig, features: str) -> None:
         """Refuse other weights, which this file would replace."""
         if model.weights is not None:
@@ -31,7 +39,7 @@ class WeightsSettings(MethodSettings):
 
     def input_format(self) -> InputFormat | None:
         """Return ImageNet's format for MoCo weights; the reference's weights go with their data set's."""
-        original = read_original(self.file.expanduser())
+        original = read_original(self.file)
         return InputFormat(IMAGENET_MEAN, IMAGENET_STD, 224, 256) if original.kind == "moco" else None
 
     def load(self, model: PretextModel) -> None:
@@ -40,7 +48,7 @@ class WeightsSettings(MethodSettings):
         Raises:
             WeightsError: if there is no such file, or it holds no pretext weights, or weights of another network.
         """
-        original = read_original(self.file.expanduser())
+        original = read_original(self.file)
         if original.kind not in ("pretext", "moco"):
             raise WeightsError(
                 f"pretext.method.file={self.file} holds a {original.kind} model; stage one needs a pretext model"

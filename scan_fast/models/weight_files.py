@@ -256,12 +256,13 @@ def file_digest(path: Path) -> str:
         OSError: if it cannot be read.
     """
     status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
+    return _digest(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
 @functools.lru_cache(maxsize=16)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    # Size and time of change are in the key, so that a file that was replaced is read again.
+def _digest(path: Path, state: tuple[int, ...]) -> str:
+    # The state is in the key, so that a file that was replaced or written to is read again. Its last part, the time of
+    # change of the entry, is the one that no program can set.
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -1,4 +1,4 @@
-"""Several runs side by side: their results on test images, and how far their clusters agree."""
+"""Several runs side by side: their results, on test images if there are any, and how far their clusters agree."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Result:
         confidence: mean probability of the test images' clusters.
         acc_many_to_one: accuracy if each cluster takes its most frequent class; of more clusters than classes only.
         acc, nmi, ari, ami: agreement with the classes of the test images; the accuracy is of a one-to-one matching.
+        knn_acc: accuracy of a vote of the nearest training images by their labels, of the pretext stage only.
         seconds: time of the stage.
     """
 
@@ -44,6 +45,7 @@ class Result:
     nmi: float | None = None
     ari: float | None = None
     ami: float | None = None
+    knn_acc: float | None = None
     seconds: float | None = None
 
 
@@ -92,6 +94,8 @@ class Comparison:
         both = any(result.acc_many_to_one is not None for result in self.results)
         titles = {"result": "result", "clusters": "K", "used": "used", "confidence": "conf."}
         titles |= metric_titles((*(["acc_many_to_one"] if both else []), "acc", "nmi", "ari", "ami"))
+        if any(result.knn_acc is not None for result in self.results):
+            titles["knn_acc"] = "kNN, by labels"
         rows = []
         for number, result in enumerate(self.results):
             repeated = number > 0 and self.results[number - 1].run == result.run
@@ -132,9 +136,7 @@ def _results(name: str, run: RunFolder) -> Iterator[Result]:
         if summary.reported in entry:
             yield Result(name, stage, n_clusters, seconds=seconds, **_metrics(entry[summary.reported]))
             continue
-        # The accuracy of the nearest neighbours' vote uses the labels of the training images.
-        accuracy = entry.get("knn_acc")
-        yield Result(name, stage if accuracy is None else f"{stage}, kNN with labels", acc=accuracy, seconds=seconds)
+        yield Result(name, stage, knn_acc=entry.get("knn_acc"), seconds=seconds)
     for baseline, metrics in (summary.baselines or {}).items():
         means = {key.removesuffix("_mean"): value for key, value in metrics.items() if key.endswith("_mean")}
         yield Result(name, BASELINES.get(baseline, baseline.replace("_", " ")), n_clusters, **_metrics(means))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.datasets import DataConfig
@@ -33,6 +33,7 @@ from ..objectives import ObjectiveConfig, ObjectiveSettings, SCANSettings, TURTL
 from ..partitions import REFINEMENTS, WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
+from .problems import explain
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
@@ -345,6 +346,10 @@ class Config(Settings):
                 f"clustering.weights={self.clustering.weights} holds the whole network: leave model.weights and "
                 "model.pretrained out"
             )
+        if self.clustering.weights is not None and self.mining.files is not None:
+            raise ValueError(
+                f"nothing is mined after clustering.weights={self.clustering.weights}: leave mining.files out"
+            )
         if self.clustering.weights is not None and self.model.cluster_head != "linear":
             raise ValueError(f"clustering.weights needs model.cluster_head=linear, got {self.model.cluster_head}")
         if self.mining.files is not None and not self.clustering.trains:
@@ -363,6 +368,16 @@ class Config(Settings):
         if self.clustering.weights is not None:
             return self.selflabel is not None
         return self.pretext.method.trains or self.clustering.update == "full" or self.selflabel is not None
+
+    def why_without(self, stage: str) -> str | None:
+        """Return the setting because of which a run has no such stage, in words; None if the settings allow it."""
+        if stage in ("pretext", "mining", "number") and self.clustering.weights is not None:
+            return f"clustering.weights={self.clustering.weights} takes its place"
+        return "selflabel: null" if stage == "selflabel" and self.selflabel is None else None
+
+    def with_seed(self, seed: int) -> Config:
+        """Return the configuration with another seed."""
+        return self.model_copy(update={"seed": seed})
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that :func:`load_config` reads back."""
@@ -391,14 +406,16 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 
 
-def presets_of(path: Path) -> list[str]:
-    """Return the names of the presets of a configuration file, with those of its base.
+def presets_of(path: Path) -> dict[str, str | None]:
+    """Return the presets of a configuration file and of its base: by name, why there is none; None if there is one.
 
     Raises:
         ConfigError: if the file is no configuration.
     """
     presets = _read(path).get("presets") or {}
-    return list(map(str, presets)) if isinstance(presets, dict) else []
+    if not isinstance(presets, dict):
+        return {}
+    return {str(name): change if isinstance(change, str) else None for name, change in presets.items()}
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
@@ -449,7 +466,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError("; ".join(explain(problem, Config) for problem in error.errors())) from None
 
 
 def change_config(config: Config, changes: Iterable[tuple[str, Any]]) -> Config:
@@ -516,60 +533,3 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
-
-
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(_without_kinds(location))
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5)
-        section = ".".join(_without_kinds(location[:-1]))
-        if near:
-            hint = f"did you mean {'.'.join([*_without_kinds(location[:-1]), near[0]])}?"
-        else:
-            hint = f"{section or 'the top level'} has {', '.join(known)}"
-        return f"unknown key {key}: {hint}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    if problem["type"] == "value_error":  # raised by our own validators, which say what was given
-        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    given = problem.get("input")
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
-
-
-def _without_kinds(location: list[str]) -> list[str]:
-    """Drop the union tags that pydantic inserts into locations (``pretext.method.simclr`` -> ``pretext.method``)."""
-    kept: list[str] = []
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        tagged = [model for model in models if "kind" in model.model_fields and _kind(model) == part]
-        if tagged and not any(part in model.model_fields for model in models):
-            models = tagged
-        else:
-            kept.append(part)
-            models = [inside for model in models for inside in _models_at(model, part)]
-    return kept
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        inner = [inside for model in models for inside in _models_at(model, part)]
-        # A part that is no field is the tag of a union, which picks one of the models at hand.
-        models = inner or [model for model in models if "kind" in model.model_fields and _kind(model) == part]
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_at(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    return _models_of(model.model_fields[field].annotation) if field in model.model_fields else []
-
-
-def _kind(model: type[BaseModel]) -> str:
-    return str(model.model_fields["kind"].default)
-
-
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
-    if parts := getattr(annotation, "__args__", ()):  # first, because Python 3.10 takes tuple[int] for a type
-        return [model for part in parts for model in _models_of(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from ..atomic import is_leftover, remove_leftovers
+from ..data.decode_cache import DecodeCache
 from ..errors import RunError
 from . import artifacts
 from .artifacts import BACKBONE, CONFIG, METRICS, SUGGESTION, SUMMARY, Artifact
@@ -144,6 +145,10 @@ class RunFolder:
             raise self._missing(artifact)
 
     def _missing(self, artifact: Artifact[Any]) -> RunError:
+        if artifact.stage is not None and self.has(CONFIG):
+            why = self.read(CONFIG).why_without(artifact.stage)
+            if why is not None:
+                return RunError(f"{self.path} has no {artifact.name} and no {artifact.stage} stage ({why})")
         return RunError(f"{self.path} has no {artifact.name}; run `scan-fast {artifact.command} {self.path}` first")
 
     def write(self, artifact: Artifact[T], content: T) -> Path:
@@ -155,6 +160,10 @@ class RunFolder:
         path = self.path_of(artifact)
         artifacts.write(artifact, content, path)
         return path
+
+    def decode_cache(self) -> DecodeCache:
+        """Return the headers of the files that were found good, none if decode-cache.json is missing."""
+        return self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
 
     def group_names(self, assignments: Assignments) -> dict[int, str]:
         """Return the names of the groups, none if there are none or they were given to another grouping.

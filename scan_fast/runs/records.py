@@ -14,6 +14,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+TAKEN = "taken"
+"""Key of a taken stage's entry in summary.json: from which folder, of which seed, and the seconds spent there."""
+FILES = "files"
+"""Key of a stage's entry in summary.json: by path, the digest of each file that the stage has read, beside weights."""
+
 
 @dataclass
 class Summary:

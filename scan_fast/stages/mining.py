@@ -14,9 +14,10 @@ from torch import Tensor
 from ..data.neighbor_files import read_neighbors
 from ..errors import ConfigError, DataError, MissingPackageError, RunError
 from ..evaluation.metrics import PURITY_AT, neighbor_purity, purity_at
+from ..models.weight_files import file_digest
 from ..neighbors import topk_neighbors
 from ..runs import artifacts
-from ..runs.records import Embeddings, Neighbors
+from ..runs.records import FILES, Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import unit_embedding
 from .handover import Handover
@@ -35,7 +36,7 @@ def run_mining(context: Context, handover: Handover) -> None:
     found = Neighbors({}, {})
     results: dict[str, Any] = {}
     for split, source in context.clustered.items():
-        k = min(config.k if split == "train" else config.test_k, len(source) - 1)
+        k = _kept(context, split)
         embedding = unit_embedding(context, model, split, handover)
         if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
             raise RunError(
@@ -43,15 +44,16 @@ def run_mining(context: Context, handover: Handover) -> None:
                 "group: the pretext stage has not learned to tell them apart; lower pretext.optimizer.lr, and repeat "
                 f"it with scan-fast pretext {context.run.path} --again"
             )
-        kind = "images" if context.splits.test is None else f"{split} images"
-        file = _file_of(context, split)
+        kind, file = _images(context, split), _file_of(context, split)
         if file is None:
             context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
             wanted = k if source.labels is None else _searched(k, len(source))
             similarity, index = search(embedding, wanted, config.backend)
         else:
             context.tracker.say(f"{NAME}: the {k} nearest of each of {len(source):,} {kind} are those of {file}")
-            similarity, index = given_neighbors(file, embedding, k, kind, "k" if split == "train" else "test_k")
+            index = read_given(context, split, file).to(embedding.device)
+            results.setdefault(FILES, {})[str(file)] = file_digest(file)
+            similarity = similarities(embedding, index)
         embeddings[split] = embedding.cpu().numpy()
         found.index[split], found.similarity[split] = index[:, :k].cpu().numpy(), similarity[:, :k].cpu().numpy()
         if source.labels is not None:
@@ -101,9 +103,8 @@ def measure_purity(context: Context, results: dict[str, Any]) -> None:
 def say_purity(context: Context, results: dict[str, Any]) -> None:
     """Print what :func:`note_purity` has entered in ``purity_at``, if anything."""
     for split, by_k in results.get("purity_at", {}).items():
-        images = "images" if context.splits.test is None else f"{split} images"
         listed = ", ".join(f"{value:.4f} at k = {k}" for k, value in by_k.items())
-        context.tracker.say(f"{NAME}: purity of the nearest neighbours of {images}: {listed}")
+        context.tracker.say(f"{NAME}: purity of the nearest neighbours of {_images(context, split)}: {listed}")
 
 
 def _file_of(context: Context, split: str) -> Path | None:
@@ -119,30 +120,62 @@ def _file_of(context: Context, split: str) -> Path | None:
     return files[at] if at < len(files) else None
 
 
-@torch.no_grad()
-def given_neighbors(file: Path, embedding: Tensor, k: int, images: str, setting: str) -> tuple[Tensor, Tensor]:
-    """Return similarity and index, (N, k) each, of the neighbours in a file of the reference project.
+def _kept(context: Context, split: str) -> int:
+    """Return the number of neighbours of each image that the later stages get."""
+    config = context.config.mining
+    return min(config.k if split == "train" else config.test_k, len(context.clustered[split]) - 1)
+
+
+def _images(context: Context, split: str) -> str:
+    return "images" if context.splits.test is None else f"{split} images"
+
+
+def check_files(context: Context) -> None:
+    """Read the files of ``mining.files``, to refuse a wrong one before anything is computed.
+
+    Raises:
+        ConfigError: for a second file if there is no test split.
+        DataError: as :func:`read_given`.
+    """
+    for split in context.clustered:
+        if (file := _file_of(context, split)) is not None:
+            read_given(context, split, file)
+
+
+def read_given(context: Context, split: str, file: Path) -> Tensor:
+    """Return the neighbours of a split in a file of the reference project, as many as ``mining`` asks for.
 
     Args:
+        context: the run.
+        split: "train" or "test".
         file: see :func:`scan_fast.data.neighbor_files.read_neighbors`.
-        embedding: (N, D) unit rows, which the similarities are of.
-        k: the first neighbours to take.
-        images: what the images are, for errors.
-        setting: the key of section ``mining`` that gives k.
+
+    Returns:
+        (N, k) int64 on the CPU; -1 for none.
 
     Raises:
         DataError: if the file cannot be used for these images, or has fewer neighbours.
     """
-    found = read_neighbors(file, len(embedding), images)
-    if found.shape[1] < k:
-        n = found.shape[1]
+    found = read_neighbors(file, len(context.clustered[split]), _images(context, split))
+    k, n, setting = _kept(context, split), found.shape[1], "k" if split == "train" else "test_k"
+    if n < k:
         raise DataError(f"{file} has {n} neighbours of each image, mining.{setting} is {k}; set mining.{setting}={n}")
-    index = torch.from_numpy(found[:, :k]).to(embedding.device)
+    return torch.from_numpy(found[:, :k])
+
+
+@torch.no_grad()
+def similarities(embedding: Tensor, index: Tensor) -> Tensor:
+    """Return the cosine similarity of each image to given others, (N, k) float32; -inf for none.
+
+    Args:
+        embedding: (N, D) float32 unit rows.
+        index: (N, k) int64 rows of ``embedding`` on the same device, -1 for none.
+    """
     similarity = torch.empty(index.shape, device=embedding.device)
     for rows in torch.arange(len(index), device=embedding.device).split(4096):
         others = embedding[index[rows].clamp_min(0)]
         similarity[rows] = torch.einsum("nd,nkd->nk", embedding[rows], others)
-    return similarity.masked_fill(index < 0, -torch.inf), index
+    return similarity.masked_fill(index < 0, -torch.inf)
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from ..models.heads import ClusterModel
 from ..report import write_report
 from ..runs import artifacts
 from ..runs.artifacts import Artifact
-from ..runs.records import Summary
+from ..runs.records import TAKEN, Summary
 from ..runs.tracker import Tracker
 from ..training.backbone import note_backbone
 from ..training.context import Context
@@ -96,14 +97,8 @@ FINISH_TAKES = (CLUSTERING_LOGITS, SELFLABEL_LOGITS, FEATURES)
 
 def stages_of(context: Context) -> list[str]:
     """Return the names of the stages that this configuration has."""
-    left_out = set()
-    if context.config.clustering.weights is not None:
-        left_out |= {pretext.NAME, mining.NAME, number.NAME}
-    if context.config.selflabel is None:
-        left_out.add(selflabel.NAME)
-    if not context.suggests_number:
-        left_out.add(number.NAME)
-    return [name for name in STAGES if name not in left_out]
+    left_out = set() if context.suggests_number else {number.NAME}
+    return [name for name in STAGES if name not in left_out and context.config.why_without(name) is None]
 
 
 def preceding(context: Context, names: Sequence[str]) -> list[str]:
@@ -147,11 +142,13 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
         path, reason = skipped[0]
         listed = f"{len(skipped)} unreadable image{'s' if len(skipped) > 1 else ''} ({artifacts.SKIPPED.name})"
         tracker.say(f"left out {listed}, the first is {path}: {reason}")
+    if mining.NAME in names and not run.finished(mining.NAME):
+        mining.check_files(context)
     handover = Handover()
     did_something = False
     for name in names:
         if run.finished(name):
-            tracker.say(f"{name}: finished before, in {run.summary().stages[name]['seconds']:.1f} s")
+            tracker.say(f"{name}: {_done_before(context, name)}")
             continue
         run_stage(context, STAGES[name], handover)
         did_something = True
@@ -165,6 +162,16 @@ def _run_stages(context: Context, names: Sequence[str], results: bool) -> None:
     complete = all(run.has(artifact) for artifact in (artifacts.ASSIGNMENTS, artifacts.MODEL, artifacts.REPORT))
     if results and run.finished(last) and (did_something or not complete):
         finish(context, handover)
+
+
+def _done_before(context: Context, name: str) -> str:
+    """Return in words when or by which other run a finished stage was done."""
+    entry = context.run.summary().stages[name]
+    taken = entry.get(TAKEN)
+    if taken is None:
+        return f"finished before, in {entry['seconds']:.1f} s"
+    folder = os.path.normpath(context.run.path / taken["from"])
+    return f"taken from {folder}, where it took {taken['seconds']:.1f} s with seed {taken['seed']}"
 
 
 def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> None:

@@ -46,7 +46,7 @@ def _record(context: Context) -> BackboneRecord:
     method = context.config.pretext.method
     file = context.config.clustering.weights
     if file is None and isinstance(method, WeightsSettings):
-        file = method.file.expanduser()
+        file = method.file
     if file is not None:
         origin, digest = str(file), file_digest(file) if file.is_file() else None
     return BackboneRecord(

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..data.datasets import DataConfig, Splits, open_splits
-from ..data.decode_cache import DecodeCache
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
@@ -192,7 +191,7 @@ def open_context(
     expected = weights_input(config)
     if splits is None:
         tracker.say(f"images: reading {config.data.root or config.data.source}")
-        decode_cache = run.read(artifacts.DECODE_CACHE) if run.has(artifacts.DECODE_CACHE) else DecodeCache()
+        decode_cache = run.decode_cache()
         splits = open_splits(data_settings(config, expected), decode_cache)
         if decode_cache.changed:
             run.write(artifacts.DECODE_CACHE, decode_cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scan_fast.data.neighbor_files import read_neighbors
+from scan_fast.data.neighbor_files import dump_neighbors, read_neighbors
 from scan_fast.errors import DataError
 
 
@@ -51,6 +52,20 @@ def test_a_file_without_the_images_themselves_keeps_all_columns(tmp_path: Path) 
 def test_files_of_other_images_are_refused(tmp_path: Path, rows: Any, n: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_neighbors(saved(tmp_path, rows), n, "training images")
+
+
+def test_written_neighbours_come_back(tmp_path: Path) -> None:
+    index = np.array([[2, 1, 3], [0, 3, -1], [-1, -1, -1], [1, 0, 2]])
+    file = io.BytesIO()
+    dump_neighbors(index, file)
+    file.seek(0)
+    content = np.load(file)
+    assert (content.dtype, content.flags.c_contiguous) == (np.int64, True)
+    # No -1, which the SCAN project would take for the last image.
+    assert content.tolist() == [[0, 2, 1, 3], [1, 0, 3, 1], [2, 2, 2, 2], [3, 1, 0, 2]]
+    path = tmp_path / "written.npy"
+    path.write_bytes(file.getvalue())
+    assert read_neighbors(path, 4).tolist() == index.tolist()
 
 
 class Malicious:

@@ -42,16 +42,19 @@ def make_run(path: Path, clusters: Sequence[int], first: int = 0, **test: float)
 def test_rows_are_stages_and_baselines(tmp_path: Path) -> None:
     found = compare({"a": make_run(tmp_path / "a", [0, 1, 2], acc=0.7, nmi=0.6, ari=0.5, ami=0.55)})
     rows = {row.result: row for row in found.results}
-    assert list(rows) == ["pretext, kNN with labels", "mining", "clustering", "k-means on features"]
-    assert rows["pretext, kNN with labels"].acc == 0.9
+    assert list(rows) == ["pretext", "mining", "clustering", "k-means on features"]
+    # The vote of neighbours by their labels is no accuracy of clusters.
+    assert (rows["pretext"].acc, rows["pretext"].knn_acc) == (None, 0.9)
     clustering = rows["clustering"]
     assert (clustering.clusters, clustering.used, clustering.confidence, clustering.seconds) == (3, 3, 0.75, 2.0)
     assert (clustering.acc, clustering.nmi, clustering.ari, clustering.ami) == (0.7, 0.6, 0.5, 0.55)
     assert (rows["k-means on features"].acc, rows["k-means on features"].used) == (0.5, None)
     columns, lines = found.table()
-    assert len(columns) == len(lines[0]) == 10
+    assert columns[5:] == ["ACC", "NMI", "ARI", "AMI", "kNN, by labels", "seconds"]
+    assert {len(line) for line in lines} == {len(columns)}
     assert [line[0] for line in lines] == ["a", "", "", ""]
-    assert lines[2][1:] == ["clustering", "3", "3", "0.750", "0.700", "0.600", "0.500", "0.550", "2.0"]
+    assert lines[2][1:] == ["clustering", "3", "3", "0.750", "0.700", "0.600", "0.500", "0.550", "", "2.0"]
+    assert lines[0][1:] == ["pretext", "", "", "", "", "", "", "", "0.900", "5.0"]
 
 
 def test_agreement_is_on_the_images_in_both(tmp_path: Path) -> None:

@@ -396,6 +396,15 @@ def test_refused_values_name_their_key(override: str, message: str) -> None:
     assert len(str(refusal.value)) < 400
 
 
+def test_a_section_without_its_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("data: {source: digits}")
+    with pytest.raises(ConfigError) as info:
+        load_config(path, ["pretext.method.temperature=0.2"])
+    kinds = "simclr, moco, sigreg, visreg, rotation, weights, none"
+    assert str(info.value) == f"pretext.method.kind is missing: give one of {kinds} beside {{'temperature': 0.2}}"
+
+
 def test_every_problem_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
         shipped("digits", "pretext.epochs=0", "mining.k=x", "clustering.hedas=2")
@@ -436,7 +445,7 @@ def test_a_preset_of_a_file_without_presets_is_refused(tmp_path: Path) -> None:
 
 def test_a_bare_kind_stands_for_its_section() -> None:
     config = load_config(find_config("digits"), ["pretext.method=weights", "pretext.method.file=some.pth"])
-    assert config.pretext.method.model_dump() == {"kind": "weights", "file": Path("some.pth")}
+    assert config.pretext.method.model_dump() == {"kind": "weights", "file": Path("some.pth").absolute()}
     # The kind that is there already keeps its settings.
     config = load_config(find_config("digits"), ["pretext.method=simclr", "pretext.method.anchors=first"])
     assert config.pretext.method.model_dump()["temperature"] == 0.15

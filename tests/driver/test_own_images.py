@@ -149,12 +149,17 @@ def test_suggest_k_of_a_folder_and_of_a_run(colored: Path, weights: Path, tmp_pa
     words = frozen(colored, weights, tmp_path / "out")[1:]
     result = run_here("suggest-k", *words)
     assert result.code == 0, result.err
-    assert result.out.splitlines()[-1].startswith("suggested: 4 groups")
+    assert result.out.splitlines()[-1].startswith("suggested: 4 groups; scan-fast run --data ")
+    assert result.out.splitlines()[-1].endswith(" --clusters 4 makes them")
     assert run_here(*frozen(colored, weights, tmp_path / "three", "--clusters", 3)).code == 0
     found = json.loads(run_here("suggest-k", tmp_path / "three", "--json", "--quiet").out)
     assert found["k"] == 4
     assert {"k", "score", "stability", "way"} == set(found["curve"][0])
     assert len(set(groups(tmp_path / "three").values())) == 3
+    again = f"scan-fast cluster {tmp_path / 'three'} --again --clusters 4"
+    assert again in run_here("suggest-k", tmp_path / "three", "--quiet").out
+    assert run_here(*again.split()[1:], "--quiet").code == 0
+    assert len(set(groups(tmp_path / "three").values())) == 4
     assert "leave --clusters out" in run_here("suggest-k", *words, "--clusters", 3).refusal()
 
 
@@ -265,6 +270,14 @@ def test_too_few_minutes_are_refused(tmp_path: Path) -> None:
     words = ["run", "--data", tmp_path / "photos", "--clusters", 3, *TINY_FOLDER, "--out", tmp_path / "out"]
     message = run_here(*words, "--minutes", 1e-7).refusal()
     assert "is too short for 40 images: one pass of each stage takes about" in message
+    assert message.endswith("; give more minutes, or use pretrained features (preset=pretrained)")
+    # Digits have no such preset, and neither has a configuration without presets, or that of another run.
+    Path("own.yaml").write_text("{data: {source: digits}, pretext: {method: simclr}, clustering: {objective: scan}}")
+    Path("begun").mkdir()
+    Path("begun/config.yaml").write_text(Path("own.yaml").read_text())
+    for config in ("digits", "own.yaml", "begun"):
+        message = run_here("run", config, *TINY, "--out", tmp_path / "out", "--minutes", 1e-7).refusal()
+        assert message.endswith("; give more minutes"), message
     assert not (tmp_path / "out").exists()
 
 

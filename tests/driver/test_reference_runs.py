@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from driving import TINY, assignments, fill, run_here, summary
+from driving import TINY, assignments, contents, fill, run_here, summary
 from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefixed, settled, write
 
-from scan_fast.errors import WeightsError
+from scan_fast.data.datasets import open_splits
+from scan_fast.errors import RunError, WeightsError
 from scan_fast.models import ClusterModel, ModelConfig, PretextModel, read_original
 from scan_fast.models.reference_writer import dump_original
-from scan_fast.runs.artifacts import EMBEDDINGS, NEIGHBORS
+from scan_fast.runs.artifacts import CONFIG, EMBEDDINGS, NEIGHBORS
+from scan_fast.runs.config import find_config, load_config
 from scan_fast.runs.folder import RunFolder
 
 WIDTH = 8
@@ -113,6 +115,15 @@ def test_self_labelling_starts_from_a_scan_file(images: dict[str, Any], tmp_path
     assert (out / "report.html").is_file()
     assert yaml.safe_load((out / "config.yaml").read_text())["clustering"]["weights"] == str(file)
     assert run_here("evaluate", out).code == 0
+    export = ("export", out, "--format", "reference", "--out", tmp_path / "x", "--stage")
+    for stage in ("pretext", "mining"):
+        told = (
+            f"has no {stage} stage (clustering.weights={file} takes its place); --stage clustering or selflabel can be"
+        )
+        assert told in run_here(*export, stage).refusal()
+    with pytest.raises(RunError, match=r"neighbors\.npz and no mining stage \(clustering\.weights="):
+        RunFolder(out).require(NEIGHBORS)
+    assert run_here(*export, "clustering").code == 2  # a network that the project does not have
     # Repeated and continued without the words, and the file is not needed after its stage.
     file.unlink()
     result = run_here("selflabel", out, "--again", "--quiet")
@@ -165,9 +176,66 @@ def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path
     text = refusal("cluster", "--from", pretext, "model.width=0.25", "--out", tmp_path / "c")
     assert "8 channels at first, the configuration has 16; set model.width=0.125" in text
     text = refusal("mine", "clustering.weights=x.pth.tar", "--out", tmp_path / "d")
-    assert "this configuration has no mining stage (clustering.weights takes its place)" in text
+    assert "this configuration has no mining stage (clustering.weights=" in text
+    assert "x.pth.tar takes its place)" in text
+    text = refusal("selflabel", "clustering.weights=x.pth.tar", "selflabel=null", "--out", tmp_path / "d")
+    assert "this configuration has no selflabel stage (selflabel: null)" in text
+    text = refusal("selflabel", "--from", scan, "clustering.n_clusters=14", "mining.files=[x.npy]")
+    assert "nothing is mined after clustering.weights=" in text
     text = refusal("run", "clustering.weights_head=1", "--out", tmp_path / "e")
     assert "weights_head=1 needs weights" in text
+
+
+def test_wrong_neighbours_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = load_config(find_config("digits"), TINY)
+    splits = open_splits(config.data)
+    assert splits.test is not None
+    n_train, n_test = len(splits.train), len(splits.test)
+    files = {"train": tmp_path / "train.npy", "test": tmp_path / "test.npy"}
+    few, other = tmp_path / "few.npy", tmp_path / "other.npy"
+    np.save(files["train"], rows_with_self(n_train, 6))
+    np.save(files["test"], rows_with_self(n_test, 5))
+    np.save(few, rows_with_self(n_train, 4))
+    np.save(other, rows_with_self(n_train - 1, 5))
+    out = tmp_path / "new" / "run"
+    words = ("digits", *TINY, "--out", out, "--quiet")
+    set_files = f"mining.files=[{other}]"
+    for told, refused in (
+        ("mining.k is 5; set mining.k=4", run_here("run", *words, "--neighbors", few)),
+        ("there is no file of neighbours", run_here("cluster", *words, "--neighbors", files["train"], "absent.npy")),
+        (f"is of {n_train - 1} images, there are {n_train} train", run_here("mine", *words, "--neighbors", other)),
+        (f"is of {n_train - 1} images", run_here("pretext", *words, set_files)),
+        (f"is of {n_train - 1} images", run_here("suggest-k", *words, set_files)),
+        (f"is of {n_train - 1} images", run_here("sweep", *words, set_files, "--seeds", "0,1")),
+    ):
+        assert told in refused.refusal()
+        assert not out.parent.exists()
+    # A begun run stays as it is, too.
+    assert run_here("pretext", *words, "selflabel=null").code == 0
+    before = contents(out)
+    assert "is of" in run_here("mine", out, "--neighbors", other, "--again").refusal()
+    assert contents(out) == before
+    result = run_here("run", *words, "selflabel=null", "--neighbors", *files.values())
+    assert "holds another experiment (mining.files: None -> " in result.refusal()
+    # The same folder takes the corrected command.
+    assert run_here("mine", out, "--neighbors", *files.values(), "--again", "--quiet").code == 0
+    assert RunFolder(out).read(NEIGHBORS).index["train"].tolist() == rows_with_self(n_train, 6)[:, 1:6].tolist()
+    # The files are not needed any more.
+    for file in files.values():
+        file.unlink()
+    result = run_here("run", out, "--quiet")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_run_with_given_neighbours_can_be_finished_early(tmp_path: Path) -> None:
+    file, out = tmp_path / "train.npy", tmp_path / "run"
+    splits = open_splits(load_config(find_config("digits"), TINY).data)
+    np.save(file, rows_with_self(len(splits.train), 5))
+    words = ("digits", *TINY, f"mining.files=[{file}]", "clustering.true_neighbors=true", "--out", out, "--quiet")
+    assert run_here("pretext", *words).code == 0
+    result = run_here("run", out, "--finish", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    assert len(assignments(tmp_path / "run-so-far")) > 0
 
 
 # -- files for the project ---------------------------------------------------------------------------------------------
@@ -265,6 +333,35 @@ def test_a_runs_networks_become_files_of_the_project_and_come_back(tmp_path: Pat
         stored["selflabel"]["model"]["backbone.conv1.weight"],
     )
     assert "is of the stage selflabel; give the run folder" in run_here(*words, "--stage", "pretext").refusal()
+
+
+def test_mined_neighbours_become_files_of_the_project_and_come_back(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "neighbours"
+    words = ("export", finished_run, "--format", "reference", "--stage", "mining", "--out")
+    result = run_here(*words, out)
+    assert (result.code, result.err) == (0, "")
+    files = [out / "topk-train-neighbors.npy", out / "topk-val-neighbors.npy"]
+    assert result.out.splitlines() == list(map(str, files))
+    mined = RunFolder(finished_run).read(NEIGHBORS).index
+    for file, split in zip(files, ("train", "test"), strict=True):
+        content = np.load(file)
+        assert content.dtype == np.int64
+        assert content[:, 0].tolist() == list(range(len(mined[split])))
+        assert content[:, 1:].tolist() == mined[split].tolist()
+    # Another run takes them: the same neighbours without a search.
+    again = run_here("run", "digits", *TINY, "--neighbors", *files, "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert f"are those of {files[0]}" in again.out
+    taken = RunFolder(tmp_path / "again").read(NEIGHBORS).index
+    assert all(taken[split].tolist() == mined[split].tolist() for split in mined)
+    (tmp_path / "file").touch()
+    assert "file is a file; the files of neighbours go to a folder" in run_here(*words, tmp_path / "file").refusal()
+    folder = run_here("export", finished_run, "--format", "reference", "--out", out).refusal()
+    assert f"{out} is a folder; give the file to write" in folder
+    begun = RunFolder.open(tmp_path / "begun", RunFolder(finished_run).read(CONFIG))
+    with begun:
+        pass
+    assert "has no neighbors.npz; run `scan-fast mine" in run_here("export", begun.path, *words[2:], out).refusal()
 
 
 def test_networks_that_the_project_does_not_have_are_refused(finished_run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from driving import TINY, Death, Process, contents, fill, picture, results, run_here, summary, weights
 from interruptions import Interrupted
+from reference_files import Clusters, Net18, write
 
+from scan_fast.data.datasets import open_splits
 from scan_fast.errors import RunError
+from scan_fast.runs.artifacts import CONFIG
 from scan_fast.runs.config import find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.sharing import STEPS, Planned, dependencies, run_all, take
@@ -277,6 +282,88 @@ def test_each_run_takes_what_others_need_too(tmp_path: Path) -> None:
     alone = run_here("run", "digits", *TINY, "mining.k=4", "--out", tmp_path / "alone", "--quiet")
     assert alone.code == 0
     assert without_notes(results(tmp_path / "d")) == results(tmp_path / "alone")
+
+
+def test_a_file_that_was_changed_in_place_is_noticed(tmp_path: Path) -> None:
+    n = len(open_splits(load_config(find_config("digits"), TINY).data).train)
+    file, weights_file = tmp_path / "train.npy", tmp_path / "scan.pth.tar"
+    rows = (np.arange(n)[:, None] + np.arange(6)) % n
+
+    def overwrite(content: bytes, path: Path) -> None:
+        """Change the content, but neither size nor time of modification."""
+        before = path.stat()
+        assert before.st_size == len(content)
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def npy(values: np.ndarray) -> bytes:
+        np.save(content := io.BytesIO(), values)
+        return content.getvalue()
+
+    file.write_bytes(npy(rows))
+    words = ("sweep", "digits", *TINY, f"mining.files=[{file}]", "selflabel=null", "--share-pretext", "--quiet")
+    shared = tmp_path / "shared"
+    assert run_here(*words, "--seeds", "0", "--out", "first", "--shared", shared).code == 0
+    (mined,) = shared.glob("mining-*")
+    config = RunFolder(Path("first/seed0")).read(CONFIG)
+    overwrite(npy((rows + np.array([0, 7, 7, 7, 7, 7])) % n), file)
+    with RunFolder.open(Path("taker"), config) as run, pytest.raises(RunError, match=r"content of .*train\.npy: "):
+        take(run, RunFolder(mined), config, ["pretext", "mining"])
+    before = contents(Path("first"))
+    told = run_here(*words, "--seeds", "0,1", "--out", "first", "--shared", shared).refusal()
+    assert f"first/seed0 was begun with another content of {file}: restore the file" in told
+    assert contents(Path("first")) == before
+    assert not Path("first/seed1").exists()
+    # Another folder gets the new neighbours; the representation does not depend on them.
+    assert run_here(*words, "--seeds", "1", "--out", "second", "--shared", shared).code == 0
+    assert len(list(shared.glob("mining-*"))) == 2
+    assert len(list(shared.glob("pretext-*"))) == 1
+    index = [np.load(Path(name) / "neighbors.npz")["train"][0].tolist() for name in ("first/seed0", "second/seed1")]
+    assert index == [[1, 2, 3, 4, 5], [8, 9, 10, 11, 12]]
+    # The file is not needed for runs that are finished.
+    file.unlink()
+    assert run_here(*words, "--seeds", "1", "--out", "second", "--shared", shared).code == 0
+
+    weights_file.write_bytes(b"first")
+    for word, known in (
+        (f"clustering.weights={weights_file}", ["clustering"]),
+        (f"pretext.method={{kind: weights, file: {weights_file}}}", list(STEPS)),
+    ):
+        started = load_config(find_config("digits"), ["clustering.n_clusters=10", word])
+        facts = {step: dependencies(started, step) for step in STEPS}
+        overwrite({b"first": b"other", b"other": b"third"}[weights_file.read_bytes()], weights_file)
+        assert [step for step in STEPS if dependencies(started, step) != facts[step]] == known
+
+
+def test_runs_that_start_from_cluster_heads_share_the_clustering_stage(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = write(tmp_path / "scan.pth.tar", Clusters(Net18(8), 64, 10).state_dict())
+    fixed = (
+        "model.backbone=resnet18_cifar",
+        "model.width=0.125",
+        f"clustering.weights={file}",
+        "clustering.n_clusters=10",
+    )
+    for share, made in ((("pretext", "mining"), []), (tuple(STEPS), ["clustering-seed0"])):
+        folder = tmp_path / share[-1]
+        plans = [
+            Planned(
+                folder / name, load_config(find_config("digits"), [*TINY, *fixed, f"selflabel.threshold={name}"]), ""
+            )
+            for name in ("0.1", "0.2")
+        ]
+        run_all(plans, folder / "shared", share=share, always=True, quiet=True)
+        assert [path.name.rpartition("-")[0] for path in folder.glob("shared/*")] == made
+        assert list(summary(folder / "0.1")["stages"]) == ["clustering", "selflabel"]
+
+
+def test_taken_stages_are_announced_with_their_origin(swept: Path) -> None:
+    (shared,) = (swept / "shared").glob("pretext-*")
+    seconds = summary(shared)["stages"]["pretext"]["seconds"]
+    shown = run_here("sweep", "digits", *TINY, "--share-pretext", "--seeds", "3", "--out", swept).out
+    assert f"seed 3: pretext: taken from {shared}, where it took {seconds:.1f} s with seed 0" in shown
+    assert "seed 3: selflabel: finished before, in " in shown
+    assert "finished before, in 0.0 s" not in shown
 
 
 def test_a_suggested_number_is_shared_with_the_groups(tmp_path: Path) -> None:

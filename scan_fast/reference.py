@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .data.datasets import STATISTICS, Splits, open_splits
-from .errors import UsageError, WeightsError
+from .errors import ConfigError, UsageError, WeightsError
 from .models.backbones import ModelConfig
 from .models.heads import ClusterModel, PretextModel
 from .models.reference_checkpoints import OriginalWeights, load_original, read_original
@@ -233,9 +233,19 @@ def reference_config(name: str, overrides: Iterable[str] = ()) -> Config:
     """
     path, words = find_config(name), list(overrides)
     given = {key for key, _ in map(parse_override, words)}
-    if "preset" not in given and PRESET in presets_of(path):
+    if "preset" not in given and _has_preset(path):
         words.insert(0, f"preset={PRESET}")
     return load_config(path, words)
+
+
+def _has_preset(path: Path) -> bool:
+    if PRESET not in presets_of(path):
+        return False
+    try:
+        load_config(path, [f"preset={PRESET}"])
+    except ConfigError:  # digits.yaml has a reason there why it has no such preset
+        return False
+    return True
 
 
 def settings_from(path: Path, weights: OriginalWeights, head: int | None = None) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
     images = file.config.name if options.data is None else str(options.data)
     for source in sources.values():
         check_classes(source, images)
-    given = _given_neighbors(options, list(sources.values()), list(sources))
+    named = [images] if options.data is not None else [f"{images} ({name})" for name in sources]
+    given = _given_neighbors(options, list(sources.values()), named)
     vectors = {name: network.features(source) for name, source in sources.items()}
     first, *others = sources
     bank, queried = sources[first], sources[others[0]] if others else None
@@ -192,6 +193,6 @@ def _given_neighbors(options: argparse.Namespace, sources: Sequence[Source], nam
             f"--neighbors: {len(files)} files were given, for {' and '.join(names)} at most {len(sources)}"
         )
     return [
-        torch.from_numpy(read_neighbors(file, len(source), f"images ({name})"))
+        torch.from_numpy(read_neighbors(file, len(source), f"images of {name}"))
         for file, source, name in zip(files, sources, names, strict=False)
     ]

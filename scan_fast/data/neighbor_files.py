@@ -41,7 +41,8 @@ def read_neighbors(path: Path, n_images: int, images: str = "images") -> NDArray
     except (ValueError, EOFError, OSError) as error:
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
             raise DataError(f"{path} was refused: it holds Python objects; neighbours are int64 (N, k + 1)") from error
-        raise DataError(f"{path} is not a readable .npy file: {str(error).splitlines()[0]}") from error
+        reason = "it is none" if "magic string" in str(error) else "it is cut off or damaged"
+        raise DataError(f"{path} is not a readable .npy file: {reason}") from error
     if found.dtype.kind not in "iu" or found.ndim != 2 or found.shape[1] < 2:
         raise DataError(f"{path} holds {found.dtype} {found.shape}; neighbours are int64 (N, k + 1)")
     if len(found) != n_images:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .backbones import ModelConfig, scaled_channels
-from .weight_files import read_checkpoint
+from .weight_files import read_checkpoint, unusable_entries
 from .weights import load_strict
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
@@ -99,7 +99,10 @@ class OriginalWeights:
             WeightsError: if there are no heads, there is no such head, or the file does not say which is the best.
         """
         if not self.n_heads:
-            raise WeightsError(f"it is a {self.kind} file, which has no cluster heads")
+            raise WeightsError(
+                f"it is a {self.kind} file, which has no cluster heads; `scan-fast embed` writes its features, "
+                "`scan-fast cluster --from` trains heads"
+            )
         chosen = self.head if head is None else head
         if chosen is None:
             raise WeightsError(
@@ -173,7 +176,7 @@ def load_original(
         WeightsError: if the weights do not fit.
     """
     try:
-        load_strict(module, state_dict, what=str(path))
+        load_strict(module, state_dict, what=f"the weights of {path}")
     except WeightsError as error:
         reason = _misfit(original, model)
         if reason:
@@ -229,10 +232,15 @@ def check_clusters(original: OriginalWeights, path: Path, n_clusters: int, head:
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
     if not isinstance(entries, Mapping) or not entries:
-        raise WeightsError(f"{path} holds no weights: expected names and tensors, got {type(entries).__name__}")
+        given = "none" if entries == {} else f"a {type(entries).__name__}"
+        raise WeightsError(f"{path} holds no weights: expected names and tensors, got {given}")
     wrong = [str(name) for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if wrong:
         raise WeightsError(f"{path} has entries that are no tensors: {_some(wrong)}")
+    counts = ("num_batches_tracked", "queue_ptr")
+    wrong = [name for name, value in entries.items() if not (value.is_floating_point() or name.endswith(counts))]
+    if wrong := sorted({*wrong, *unusable_entries(entries)}):
+        raise WeightsError(f"{path} has entries that are not plain real numbers: {_some(wrong)}")
     return {name: value.detach() for name, value in entries.items()}
 
 
@@ -282,10 +290,13 @@ def _kind(path: Path, state_dict: Mapping[str, Tensor], head: int | None) -> Kin
         raise WeightsError(f"{path} lacks {_some(missing)}")
     if wrong := [name for name in parts if state_dict[name].shape[:1] != state_dict["cluster_head.0.bias"].shape]:
         raise WeightsError(f"{path} has heads with different numbers of clusters: {_some(wrong)}")
+    if (n_clusters := len(state_dict["cluster_head.0.bias"])) < 2:
+        raise WeightsError(f"{path} has heads of {n_clusters} clusters; at least 2 are needed")
     if head is None:
         return "scan" if len(heads) > 1 else "selflabel"
     if head not in heads:
-        raise WeightsError(f"{path} names the best head {head}, but has {len(heads)} heads")
+        plural = "" if len(heads) == 1 else "s"
+        raise WeightsError(f"{path} names the best head {head}, but has {len(heads)} head{plural}, counted from 0")
     return "scan"
 
 

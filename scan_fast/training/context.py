@@ -222,7 +222,7 @@ def check_sizes(context: Context) -> None:
         )
     if not context.suggests_number:
         config.clustering.objective.check(context.n_clusters)
-    if config.clustering.trains and config.mining.k >= train:
+    if config.clustering.trains and config.why_without("mining") is None and config.mining.k >= train:
         raise ConfigError(
             f"mining.k={config.mining.k} must be below the number of {images}, {train}; "
             f"use mining.k={max(1, min(20, train - 1))} or add images"

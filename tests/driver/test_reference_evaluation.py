@@ -377,3 +377,41 @@ def test_truncated_files_and_other_targets(finished_run: Path, tmp_path: Path) -
     assert "is a folder; a configuration goes with a weight file" in refused
     refused = run_here("predict", tmp_path / "absent.pth.tar", "--config", "digits", *more).refusal()
     assert "there is no weight file" in refused
+
+
+def test_a_configuration_without_the_papers_preset_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.pth.tar", Clusters(Net18(WIDTH), 8 * WIDTH, 10).state_dict())
+    fill(tmp_path / "images" / "a", 3)
+    refused = run_here("evaluate", path, "--config", "digits", "--data", tmp_path / "images").refusal()
+    assert "holds a ResNet-18, which is model.backbone=resnet18_cifar or resnet18_stl" in refused
+    assert "the configuration has resnet_digits" in refused
+
+
+def test_neighbours_of_other_images_are_refused_by_the_name_of_these(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.pth.tar", Pretext(Net18(WIDTH), 8 * WIDTH).state_dict())
+    fill(tmp_path / "images" / "a", 3)
+    fill(tmp_path / "images" / "b", 3)
+    np.save(tmp_path / "n.npy", np.arange(8).reshape(4, 2))
+    words = ("--config", "cifar10", *SMALL, "--data", tmp_path / "images", "--neighbors")
+    refused = run_here("evaluate", path, *words, tmp_path / "n.npy").refusal()
+    assert f"n.npy is of 4 images, there are 6 images of {tmp_path / 'images'}" in refused
+    assert "is not a readable .npy file: it is none" in run_here("evaluate", path, *words, path).refusal()
+
+
+def test_embedded_vectors_are_not_normalised(tmp_path: Path) -> None:
+    model: Any = Pretext(Net18(WIDTH), 8 * WIDTH).eval()
+    with torch.no_grad():
+        model.contrastive_head[2].weight.mul_(5)
+        model.contrastive_head[2].bias.mul_(5)
+    path = write(tmp_path / "pretext.pth.tar", model.state_dict())
+    images = pictures(4)[0]
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
+    words = ("--config", "cifar10", *SMALL, "--data", tmp_path / "images", "--out", tmp_path / "f.npz")
+    assert run_here("embed", path, *words).code == 0
+    with torch.no_grad():
+        expected = model(normalised(images))
+    found = torch.from_numpy(np.load(tmp_path / "f.npz")["features"])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.norm(dim=1).min() > 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from driving import TINY, assignments, contents, fill, run_here, summary
+from PIL import Image
 from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefixed, settled, write
 
 from scan_fast.data.datasets import open_splits
@@ -143,6 +144,25 @@ def test_a_whole_run_goes_on_after_what_the_file_holds(images: dict[str, Any], t
     assert out.name == "cifar10-10-paper-seed0-from-zoo"
     assert list(summary(out)["stages"]) == ["clustering", "selflabel"]
     assert yaml.safe_load((out / "config.yaml").read_text())["clustering"]["weights_head"] == 1
+
+
+def test_normalisation_that_a_file_does_not_say_is_told(images: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(images["train"][:16]):
+        Image.fromarray(image).save(folder / f"{number:02d}.png")
+    model = settled(Clusters(Net18(WIDTH), 8 * WIDTH, 10), images["train"])
+    file = write(tmp_path / "scan.pth.tar", {"model": model.state_dict(), "head": 0})
+    settings = [word for word in RUN if word not in ("preset=paper", "data.download=false")]
+    words = ("selflabel", "--data", folder, "--from", file, *settings, "model.backbone=resnet18_cifar")
+    told = f"{file} does not say how its images were normalised: mean 0.485, 0.456, 0.406 and standard deviation 0.229"
+    result = run_here(*words, "--out", tmp_path / "assumed")
+    assert result.code == 0, result.err
+    assert told in result.out
+    own = ("data.mean=[0.49,0.48,0.44]", "data.std=[0.2,0.2,0.2]")
+    result = run_here(*words, *own, "--out", tmp_path / "told")
+    assert result.code == 0, result.err
+    assert "normalised" not in result.out
 
 
 def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path: Path) -> None:

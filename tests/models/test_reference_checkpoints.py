@@ -204,7 +204,7 @@ def cluster_state(**changes: Any) -> dict[str, Any]:
         ),
         (cluster_state(**{"contrastive_head.bias": torch.zeros(1)}), "both a contrastive head and cluster heads"),
         (cluster_state(epoch=3), "entries that are no tensors: 'epoch'"),
-        ({"model": cluster_state(), "head": 1}, "best head 1, but has 1 heads"),
+        ({"model": cluster_state(), "head": 1}, "best head 1, but has 1 head, counted from 0"),
         ({"model": cluster_state(), "head": -1}, "whole number, got -1"),
         ({"model": cluster_state(), "head": np.float64(0.5)}, "whole number"),
         ({"model": cluster_state(), "scheduler": {}}, "unknown entries 'scheduler'"),
@@ -213,7 +213,22 @@ def cluster_state(**changes: Any) -> dict[str, Any]:
         ({"contrastive_head.weight": torch.zeros(1)}, "holds no backbone"),
         ({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(1), "fc": torch.zeros(1)}}, "MoCo does not use"),
         ({"state_dict": {"module.queue": torch.zeros(1)}}, "no query encoder"),
-        ({"state_dict": {}}, "holds no weights"),
+        ({"state_dict": {}}, "holds no weights: expected names and tensors, got none"),
+        ({"model": None, "head": 0}, "holds no weights: expected names and tensors, got a NoneType"),
+        (
+            cluster_state(**{"cluster_head.0.weight": torch.zeros(1, 64), "cluster_head.0.bias": torch.zeros(1)}),
+            "heads of 1 clusters; at least 2",
+        ),
+        (
+            cluster_state(**{"cluster_head.0.bias": torch.zeros(3, dtype=torch.int32)}),
+            "not plain real numbers: 'cluster_head.0.bias'",
+        ),
+        (
+            cluster_state(**{"cluster_head.0.weight": torch.zeros(3, 64).to_sparse()}),
+            "not plain real numbers: 'cluster_head.0.weight'",
+        ),
+        (cluster_state(**{"backbone.conv1.weight": torch.zeros(8, 3, 3, 3, dtype=torch.cfloat)}), "not plain real"),
+        (cluster_state(**{"backbone.conv1.weight": torch.zeros(8, 3, 3, 3, device="meta")}), "not plain real"),
         ([torch.zeros(1)], "holds a list"),
     ],
 )

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
+import os
+import pickle
+import re
+import tarfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +24,7 @@ from scan_fast.errors import WeightsError
 from scan_fast.models.backbones import ModelConfig, build_backbone
 from scan_fast.models.heads import ClusterModel, PretextModel
 from scan_fast.models.pretrained import prepare_weights, weights_digest, weights_origin
-from scan_fast.models.weight_files import load_weight_file
+from scan_fast.models.weight_files import load_weight_file, read_checkpoint
 
 timm = pytest.importorskip("timm")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -256,6 +265,105 @@ def test_files_of_another_kind_are_refused(network: nn.Module, tmp_path: Path) -
     torch.save(network.state_dict(), tmp_path / "zip.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "zip.pth").read_bytes()[:-2000])
     assert "cut.pth is not a readable weight file" in refusal(tmp_path / "cut.pth")
+
+
+class Runs:
+    """An object that runs a command when it is unpickled."""
+
+    def __init__(self, function: Any, argument: str) -> None:
+        self.content = function, (argument,)
+
+    def __reduce__(self) -> Any:
+        return self.content
+
+
+def archive(path: Path, kind: str, content: bytes) -> Path:
+    """Write an archive with one file in it, or what PyTorch 0.1 wrote."""
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as zipped:
+            zipped.writestr("notes.txt", content)
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name in ("sys_info", "pickle", "storages", "tensors"):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_every_refusal_names_the_kind_of_file_and_never_advises_to_run_it(tmp_path: Path) -> None:
+    proof = tmp_path / "executed"
+    evil, evaluated = Runs(os.system, f"touch {proof}"), Runs(eval, f"open({str(proof)!r}, 'w')")
+    whole = io.BytesIO()
+    torch.save({"w": torch.zeros(9)}, whole)
+    cases: list[tuple[str, Path]] = [
+        ("it is a tar archive; extract", archive(tmp_path / "tar", "tar", pickle.dumps(evil, 2))),
+        ("a zip archive that torch.save did not write", archive(tmp_path / "zip", "zip", b"x")),
+    ]
+
+    def add(message: str, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        cases.append((message, tmp_path / name))
+
+    for number, (content, name) in enumerate(((evil, f"{os.system.__module__}.system"), (evaluated, "eval"))):
+        for legacy in (False, True):
+            saved = io.BytesIO()
+            torch.save({"a": torch.zeros(1), "b": [content]}, saved, _use_new_zipfile_serialization=not legacy)
+            add(rf"it holds more than tensors and plain values \({name}\)", f"e{number}{legacy}", saved.getvalue())
+        for protocol in range(6):
+            message = r"more than tensors and plain values \(" if protocol < 4 else "in another pickle protocol than 2"
+            add(message, f"p{number}{protocol}", pickle.dumps(content, protocol))
+    arrays = io.BytesIO()
+    np.save(arrays, np.array([evil], dtype=object), allow_pickle=True)
+    add(r"it is a NumPy array \(\.npy\)", "objects", arrays.getvalue())
+    arrays = io.BytesIO()
+    np.savez(arrays, a=np.zeros(3))
+    add(r"an archive of NumPy arrays \(\.npz\)", "arrays", arrays.getvalue())
+    add("it is empty", "nothing", b"")
+    add("it is a web page, which the server sent", "page", b"\n<!DOCTYPE html><html><title>Virus scan warning</title>")
+    add("it is compressed; unpack it", "packed", gzip.compress(whole.getvalue()))
+    add("it is cut off or damaged; download", "half", whole.getvalue()[:-40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script")
+    cases.append(("it is a TorchScript archive, which holds code", tmp_path / "script"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing beside the refusal
+        for message, path in cases:
+            text = refusal(path)
+            assert re.search(message, text), text
+            assert not re.search(r"weights_only|safe_globals|trust|\n", text), text
+    assert not proof.exists()
+
+
+def test_every_damaged_file_is_refused_in_words(tmp_path: Path) -> None:
+    """Torch raises struct.error, AssertionError and others for some of them."""
+    for legacy in (False, True):
+        saved = io.BytesIO()
+        state = {"w": torch.zeros(2), "b": np.float64(0)}
+        torch.save(state, saved, _use_new_zipfile_serialization=not legacy)
+        data, path = saved.getvalue(), tmp_path / "cut"
+        for end in range(0, len(data), 9):
+            path.write_bytes(data[:end])
+            with pytest.raises(WeightsError, match=r"is not a readable weight file: |was refused: "):
+                read_checkpoint(path)
+        if legacy:  # the numbers at the end show no damage
+            for place in range(0, len(data) - 40, 3):
+                path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+                try:
+                    read_checkpoint(path)
+                except WeightsError as error:
+                    assert re.search("is not a readable weight file|was refused", str(error))
+                    assert "safe_globals" not in str(error)
+
+
+def test_entries_that_are_not_plain_numbers_are_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(3, 2))
+    weight = network.state_dict()["0.weight"]
+    for changed in (weight.to_sparse(), weight.to(torch.complex64), weight.to("meta")):
+        torch.save({"0.weight": changed, "0.bias": torch.zeros(2)}, tmp_path / "w.pth")
+        with pytest.raises(WeightsError, match=r"1 entries that are not plain real numbers \(0\.weight\)"):
+            load_weight_file(network, tmp_path / "w.pth", "a linear layer")
 
 
 def test_a_refused_file_leaves_the_network_as_it_was(network: nn.Module, tmp_path: Path) -> None:

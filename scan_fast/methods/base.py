@@ -89,8 +89,12 @@ class MethodSettings(Settings):
         """Return the input format of the weights that the method brings, None if it brings none or they have none."""
         return None
 
-    def for_images(self, count: int) -> Self:
-        """Return the settings for a number of training images, such as with a size filled in that depends on it.
+    def for_run(self, images: int, steps: int) -> Self:
+        """Return the settings of a run, with those filled in that depend on its size.
+
+        Args:
+            images: number of training images.
+            steps: number of updates of the whole training.
 
         Raises:
             ConfigError: if the settings do not fit so many images.

@@ -20,6 +20,10 @@ from .base import MethodSettings, PretextMethod
 
 QUEUE_SIZE = 65_536
 """Rows of the queue in the paper, 5 % of ImageNet's images."""
+MOMENTUM, SHORT_MOMENTUM = 0.999, 0.99
+"""Decay of the key network in the paper, and for short trainings, in which it would hardly leave its start."""
+LONG_TRAINING = 100_000
+"""Steps from which on the paper's decay is taken if nobody has set one."""
 IMAGES_PER_ROW = 8
 """Images for each row of a queue that nobody has set a size for, if they are few."""
 FORWARD_SHARE = 1 / 3
@@ -38,15 +42,15 @@ class MoCoSettings(MethodSettings):
         temperature: of the NT-Xent loss, which takes no less than 1e-8.
         queue_size: keys of earlier batches, Q, at most as many as images: a longer queue would hold earlier keys of the
             image itself. None: 65,536, or an eighth of the images if that is fewer.
-        momentum: decay of the moving average that is the key network. 0.999 is for hundreds of thousands of steps, 0.99
-            for some thousand.
+        momentum: decay of the moving average that is the key network. None: 0.999, as in the paper, for at least
+            100,000 steps, and 0.99 for fewer, in which a slower average stays too close to the random start.
         view: the random view that both views are drawn from; an open size is the source's.
     """
 
     kind: Literal["moco"] = "moco"
     temperature: float = Field(default=0.2, ge=1e-8)
     queue_size: int | None = Field(default=None, ge=1)
-    momentum: float = Field(default=0.999, gt=0, lt=1)
+    momentum: float | None = Field(default=None, gt=0, lt=1)
     view: View = SimCLRView(kind="simclr", size=None)
 
     def side(self, size: int) -> int:
@@ -57,23 +61,23 @@ class MoCoSettings(MethodSettings):
         """Return the pixels of both views, of which one needs no gradient."""
         return 1 + FORWARD_SHARE
 
-    def for_images(self, count: int) -> Self:
-        """Fill in the size of the queue for a number of images.
+    def for_run(self, images: int, steps: int) -> Self:
+        """Fill in the size of the queue and the momentum.
 
         Raises:
             ConfigError: if there are fewer images than rows in the queue.
         """
-        if self.queue_size is None:
-            return self.model_copy(update={"queue_size": min(QUEUE_SIZE, max(1, count // IMAGES_PER_ROW))})
-        if self.queue_size > count:
+        if self.queue_size is not None and self.queue_size > images:
             raise ConfigError(
-                f"pretext.method.queue_size={self.queue_size} is more than the {count} images: an image would be "
-                f"compared with earlier keys of itself; give at most {count}"
+                f"pretext.method.queue_size={self.queue_size} is more than the {images} images: an image would be "
+                f"compared with earlier keys of itself; give at most {images}"
             )
-        return self
+        size = self.queue_size or min(QUEUE_SIZE, max(1, images // IMAGES_PER_ROW))
+        momentum = self.momentum or (SHORT_MOMENTUM if steps < LONG_TRAINING else MOMENTUM)
+        return self.model_copy(update={"queue_size": size, "momentum": momentum})
 
     def build(self, model: PretextModel, size: int) -> MoCo:
-        """Create the method."""
+        """Create the method. Settings that are still open have the paper's values."""
         return MoCo(self, model, size)
 
 
@@ -85,7 +89,7 @@ class MoCo(PretextMethod):
         *_, last = model.contrastive_head.modules()
         assert isinstance(last, nn.Linear)
         self.settings = settings
-        self.average = MovingAverage(model, settings.momentum)
+        self.average = MovingAverage(model, settings.momentum or MOMENTUM)
         # As in training, and as the queries': the average of batch statistics would lag behind the weights.
         self.average.model.train()
         device = last.weight.device

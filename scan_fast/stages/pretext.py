@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..data.loader import steps_per_epoch
 from ..data.sources import Source
 from ..methods import PretextMethod
 from ..models.heads import PretextModel
@@ -84,8 +85,9 @@ def run_pretext(context: Context, handover: Handover) -> None:
     settings = context.config.pretext.method
     with seeded(context.config.seed, NAME):
         model = context.place(PretextModel(context.model_config))
-        images = context.splits.pretext or context.splits.train
-        method = settings.for_images(len(images)).build(model, context.side) if settings.trains else None
+        images = len(context.splits.pretext or context.splits.train)
+        steps = context.config.pretext.epochs * steps_per_epoch(images, context.config.pretext.batch_size)
+        method = settings.for_run(images, steps).build(model, context.side) if settings.trains else None
     if method is not None:
         stage = Pretext(context, model, method, handover)
         training = train(stage, context)

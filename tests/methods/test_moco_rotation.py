@@ -117,13 +117,19 @@ def test_the_state_of_moco_holds_everything() -> None:
 
 
 def test_the_queue_fits_the_number_of_images() -> None:
-    assert MoCoSettings().for_images(1_000_000).queue_size == 65_536
-    assert MoCoSettings().for_images(1600).queue_size == 200
-    assert MoCoSettings().for_images(3).queue_size == 1
-    assert MoCoSettings(queue_size=100).for_images(100).queue_size == 100
+    assert MoCoSettings().for_run(1_000_000, 1).queue_size == 65_536
+    assert MoCoSettings().for_run(1600, 1).queue_size == 200
+    assert MoCoSettings().for_run(3, 1).queue_size == 1
+    assert MoCoSettings(queue_size=100).for_run(100, 1).queue_size == 100
     message = "pretext.method.queue_size=101 is more than the 100 images.* give at most 100"
     with pytest.raises(ConfigError, match=message):
-        MoCoSettings(queue_size=101).for_images(100)
+        MoCoSettings(queue_size=101).for_run(100, 1)
+
+
+def test_the_key_network_follows_faster_in_short_trainings() -> None:
+    assert MoCoSettings().for_run(1000, 99_999).momentum == 0.99
+    assert MoCoSettings().for_run(1000, 100_000).momentum == 0.999
+    assert MoCoSettings(momentum=0.5).for_run(1000, 100_000).momentum == 0.5
 
 
 def test_all_four_rotations_are_classified() -> None:
@@ -170,7 +176,7 @@ def test_both_resume_in_the_same_bits(kind: str, tmp_path: Path) -> None:
         def build(context: Context, model: PretextModel) -> PretextMethod:
             if kind == "rotation":
                 model.contrastive_head = torch.nn.Identity()  # it is not trained
-            method = context.config.pretext.method.for_images(context.splits.train.__len__())
+            method = context.config.pretext.method.for_run(len(context.splits.train), 100)
             return method.build(model, context.side)
 
         model, method = trained(folder, stages, build, *settings)

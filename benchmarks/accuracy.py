@@ -37,7 +37,8 @@ def main() -> None:
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
     if options.json:
         device = choose_device(options.device).type
-        content: dict[str, Any] = {"benchmark": "accuracy", "title": f"Accuracy of {config.name}", "device": device}
+        title = f"Accuracy of {config.name}, {config.preset}" if config.preset else f"Accuracy of {config.name}"
+        content: dict[str, Any] = {"benchmark": "accuracy", "title": title, "device": device}
         content |= {"environment": describe(device), "config": config.model_dump(mode="json"), "results": results}
         write_json(options.json, content)
 

@@ -103,11 +103,14 @@ def _targets(result: dict[str, Any]) -> str:
 def _accuracy(result: dict[str, Any]) -> str:
     results, config = result["results"], result["config"]
     seeds = ", ".join(map(str, results["seeds"]))
-    rows = [f"\nPreset `{config['preset']}`, seeds {seeds}: mean and standard deviation.\n\n| | |\n|---|---:|\n"]
+    several = len(results["seeds"]) > 1
+    of_seeds = f"seeds {seeds}: mean and standard deviation" if several else f"seed {seeds}"
+    rows = [f"\nPreset `{config['preset']}`, {of_seeds}.\n\n| | |\n|---|---:|\n"]
     for name, entry in results.items():
         if name != "seeds":
             digits = 1 if name == "seconds" else 4
-            rows.append(f"| {name} | {entry['mean']:.{digits}f} ± {entry['std']:.{digits}f} |\n")
+            spread = f" ± {entry['std']:.{digits}f}" if several else ""
+            rows.append(f"| {name} | {entry['mean']:.{digits}f}{spread} |\n")
     return "".join(rows)
 
 

@@ -205,8 +205,7 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
         return run.read(CONFIG)
     known: list[str] = []  # a run folder has none
     if options.data is not None or not Path(options.target).expanduser().is_dir():
-        presets = presets_of(find_config("folder" if options.data is not None else options.target))
-        known = [name for name, absent in presets.items() if absent is None]
+        known = presets_of(find_config("folder" if options.data is not None else options.target))
     with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
         context = open_context(config, trial, Tracker(trial, quiet=True))
         fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))

@@ -49,8 +49,7 @@ def _about_config(path: Path) -> tuple[str, str]:
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# "))
-    presets = [name for name, absent in presets_of(path).items() if absent is None]
-    return ", ".join(presets), " ".join(lines).partition(". ")[0]
+    return ", ".join(presets_of(path)), " ".join(lines).partition(". ")[0]
 
 
 def list_keys(pattern: str) -> str:

@@ -233,8 +233,7 @@ def reference_config(name: str, overrides: Iterable[str] = ()) -> Config:
     """
     path, words = find_config(name), list(overrides)
     given = {key for key, _ in map(parse_override, words)}
-    presets = presets_of(path)
-    if "preset" not in given and presets.get(PRESET, "there is none") is None:
+    if "preset" not in given and PRESET in presets_of(path):
         words.insert(0, f"preset={PRESET}")
     return load_config(path, words)
 

@@ -406,16 +406,16 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for folder in CONFIG_FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 
 
-def presets_of(path: Path) -> dict[str, str | None]:
-    """Return the presets of a configuration file and of its base: by name, why there is none; None if there is one.
+def presets_of(path: Path) -> list[str]:
+    """Return the names of the presets of a configuration file and of its base, without those it says it has not.
 
     Raises:
         ConfigError: if the file is no configuration.
     """
     presets = _read(path).get("presets") or {}
     if not isinstance(presets, dict):
-        return {}
-    return {str(name): change if isinstance(change, str) else None for name, change in presets.items()}
+        return []
+    return [str(name) for name, change in presets.items() if not isinstance(change, str)]
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Config:

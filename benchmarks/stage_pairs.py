@@ -28,7 +28,7 @@ from scan_fast.stages.handover import Handover
 from scan_fast.stages.inputs import mined_neighbors
 from scan_fast.training.context import Context, seeded
 from scan_fast.training.loop import Stage
-from scan_fast.training.step import build_optimizer, write_learning_rate
+from scan_fast.training.optimizers import build_optimizer, write_learning_rate
 
 from . import baseline, baseline_images
 from .views import pictures

@@ -34,8 +34,9 @@ from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext
 from scan_fast.training.compilation import compile_networks
 from scan_fast.training.context import Context, open_context, seeded
+from scan_fast.training.optimizers import build_optimizer, write_learning_rate
 from scan_fast.training.process import kept_memory
-from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer, write_learning_rate
+from scan_fast.training.step import WARM_UP_STEPS, TrainingStep
 
 from .ceilings import measure_ceilings
 from .environment import describe

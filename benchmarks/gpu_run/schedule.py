@@ -27,8 +27,9 @@ from scan_fast.stages.embedding import backbone_features, embed
 from scan_fast.stages.handover import Handover
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.loop import Stage
+from scan_fast.training.optimizers import build_optimizer, write_learning_rate
 from scan_fast.training.process import kept_memory
-from scan_fast.training.step import TrainingStep, build_optimizer, write_learning_rate
+from scan_fast.training.step import TrainingStep
 
 WARM_UP_STEPS = 4  # cuDNN chooses its kernels, a captured step records its graph
 # On trained features k-means needs more rounds than on those of the measurement.

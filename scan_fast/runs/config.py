@@ -42,15 +42,15 @@ class OptimizerConfig(Settings):
     """Optimizer of a stage.
 
     Attributes:
-        name: the optimizer.
-        lr: learning rate, which the schedule multiplies.
-        momentum: momentum of SGD; the others ignore it.
-        nesterov: Nesterov momentum, for SGD.
-        weight_decay: weight decay; decoupled from the gradient with ``adamw``.
+        name: the optimizer. ``muon`` makes the updates of hidden weights orthogonal, and is AdamW for the others.
+        lr: learning rate, which the schedule multiplies. One that suits Adam suits Muon.
+        momentum: momentum of SGD and Muon; Adam ignores it.
+        nesterov: Nesterov momentum, for SGD; Muon always has it.
+        weight_decay: weight decay; decoupled from the gradient with ``adamw`` and ``muon``.
         decay_all: also decay biases and normalization weights, as the reference does.
     """
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False

@@ -27,7 +27,8 @@ from ..runs.records import Checkpoint, map_tensors
 from ..runs.writer import BackgroundWriter
 from .compilation import compile_networks, timed_first_step
 from .context import Context
-from .step import TrainingStep, build_optimizer, fit_to_device, write_learning_rate
+from .optimizers import AnyOptimizer, build_optimizer, fit_to_device, write_learning_rate
+from .step import TrainingStep
 
 Batch = TypeVar("Batch")
 
@@ -234,9 +235,7 @@ def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: in
     return prefetch(prepare, orders) if stage.background else map(prepare, orders)
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, training: TrainingConfig, epoch: int, step: int, steps: int
-) -> None:
+def set_learning_rate(optimizer: AnyOptimizer, training: TrainingConfig, epoch: int, step: int, steps: int) -> None:
     """Set the learning rate for a step (from 0) of an epoch (from 0)."""
     position = epoch + (step / steps if training.schedule.every == "step" else 0.0)
     factor = learning_rate_factor(training.schedule, position, training.epochs)

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..runs.config import OptimizerConfig
+from .optimizers import AnyOptimizer
 
 WARM_UP_STEPS = 3
 """Number of steps before a capture, in which libraries choose their kernels and allocate their workspaces."""
@@ -36,7 +36,7 @@ class TrainingStep:
 
     Args:
         stage: computes the loss.
-        optimizer: from :func:`build_optimizer`.
+        optimizer: from :func:`.optimizers.build_optimizer`.
         autocast: creates the mixed-precision context of the forward pass.
         capture: replay a CUDA graph; for models on a GPU only.
         say: gets a message if a capture fails; the steps then run kernel by kernel.
@@ -48,7 +48,7 @@ class TrainingStep:
     def __init__(
         self,
         stage: Trained,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         autocast: Callable[[], AbstractContextManager[None]],
         *,
         capture: bool = False,
@@ -133,43 +133,3 @@ class TrainingStep:
         for buffer, tensor in zip(self._inputs, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         self._graph.replay()
-
-
-def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the fused optimiser. Without ``decay_all``, biases and normalisation weights do not decay.
-
-    On a GPU the learning rate is a device tensor (see :func:`write_learning_rate`), which a captured step needs.
-    """
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if not config.decay_all:
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    optimizer: torch.optim.Optimizer
-    if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
-    else:
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](groups, **common)
-    fit_to_device(optimizer)
-    return optimizer
-
-
-def fit_to_device(optimizer: torch.optim.Optimizer) -> None:
-    """Move learning rates to the device of the weights, after building or after loading another device's state."""
-    for group in optimizer.param_groups:
-        on_gpu = any(parameter.is_cuda for parameter in group["params"])
-        lr = float(group["lr"])
-        group["lr"] = torch.tensor(lr, device=group["params"][0].device) if on_gpu else lr
-        if "capturable" in group:
-            group["capturable"] = on_gpu
-
-
-def write_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups without a host synchronisation."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate

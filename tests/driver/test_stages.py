@@ -35,7 +35,7 @@ from scan_fast.stages.selflabel import SelfLabel
 from scan_fast.training.context import Context
 from scan_fast.training.inference import forward_all
 from scan_fast.training.loop import Stage, learning_rate_factor, set_learning_rate, train
-from scan_fast.training.step import build_optimizer
+from scan_fast.training.optimizers import build_optimizer
 
 
 def do(name: str, context: Context) -> None:

@@ -14,7 +14,8 @@ from scan_fast.data.sources import Source
 from scan_fast.runs.config import OptimizerConfig
 from scan_fast.stages.pipeline import run_stages, stages_of
 from scan_fast.training.context import Context
-from scan_fast.training.step import WARM_UP_STEPS, TrainingStep, build_optimizer, fit_to_device, write_learning_rate
+from scan_fast.training.optimizers import build_optimizer, fit_to_device, write_learning_rate
+from scan_fast.training.step import WARM_UP_STEPS, TrainingStep
 from scan_fast.views.maker import ViewMaker
 
 

@@ -42,10 +42,24 @@ def test_updates_have_singular_values_near_one(shape: tuple[int, int]) -> None:
     assert orthogonal(torch.zeros(shape)).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_the_iteration_on_the_gram_matrix_is_the_published_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    expected = matrix / torch.linalg.matrix_norm(matrix)
+    for _ in range(5):
+        gram = expected @ expected.mT
+        expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
+    torch.testing.assert_close(orthogonal(matrix), expected, atol=1e-5, rtol=0)  # 1e-7 keeps from a division by zero
+    torch.testing.assert_close(orthogonal(matrix.float()).double(), expected, atol=1e-4, rtol=0)
+    assert orthogonal(matrix, 0).norm() == pytest.approx(1)
+
+
 def test_scaling_a_gradient_changes_nothing() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(8, 24)
-    torch.testing.assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-4, rtol=1e-3)
 
 
 def test_steps_are_the_orthogonal_moving_average() -> None:
@@ -64,6 +78,18 @@ def test_steps_are_the_orthogonal_moving_average() -> None:
     torch.testing.assert_close(weight.detach(), expected)
     # As large as a step of Adam, about.
     assert 0.1 < float(step.square().mean().sqrt()) < 0.3
+
+
+def test_tall_and_channels_last_weights_are_updated() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(40, 12, 1, 1)
+    weights = [nn.Parameter(torch.zeros(40, 12)), nn.Parameter(torch.zeros(40, 12, 1, 1))]
+    weights[1].data = weights[1].data.contiguous(memory_format=torch.channels_last)
+    for weight in weights:
+        weight.grad = gradient.view(weight.shape)
+        Muon([weight], lr=0.1, momentum=0).step()
+        expected = -0.1 * RMS * 40**0.5 * orthogonal(gradient.flatten(1))
+        torch.testing.assert_close(weight.detach().flatten(1), expected)
 
 
 def test_a_weight_without_gradient_stays() -> None:

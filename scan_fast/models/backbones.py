@@ -32,7 +32,8 @@ from .timm_networks import takes_image_size, timm_backbone
 from .weight_files import load_weight_file
 
 DESCRIPTOR = "descriptor"
-OWN_BACKBONES = ("resnet18_cifar", "resnet18_stl", "resnet50", "resnet_digits", DESCRIPTOR)
+SMALL_RESNETS = ("resnet18_cifar", "resnet18_stl", "resnet18_pooled", "resnet10_pooled", "resnet_digits")
+OWN_BACKBONES = (*SMALL_RESNETS, "resnet50", DESCRIPTOR)
 AUTO = "auto"
 _PREFIXES = ("torchvision:", "timm:")
 
@@ -42,12 +43,15 @@ class ModelConfig(Settings):
 
     Attributes:
         backbone: ``auto`` (the driver chooses by image size), ``resnet18_cifar`` (32 px: 3x3 stem, no max-pooling),
-            ``resnet18_stl`` (96 px: the same with one max-pooling), ``resnet50``, ``resnet_digits`` (a small one for
-            8x8 images), ``descriptor`` (edges and colours, nothing to train), ``torchvision:NAME`` or ``timm:NAME``; or
-            a pretrained one by its short name:
+            ``resnet18_stl`` (96 px: the same with one max-pooling), ``resnet18_pooled`` and ``resnet10_pooled`` (for
+            processors: half the resolution after the stem, so a quarter of the work; two blocks for each resolution or
+            one), ``resnet50``, ``resnet_digits`` (a small one for 8x8 images), ``descriptor`` (edges and colours,
+            nothing to train), ``torchvision:NAME`` or ``timm:NAME``; or a pretrained one by its short name:
             ``dinov2-small``, ``dinov2-base``, ``convnext-tiny``, ``resnet50-imagenet``, ``resnet18-imagenet``,
             ``efficientnet-lite0``, ``mobilenetv4-small`` (see docs/pretrained.md).
-        width: multiplies the number of channels of ``resnet18_*`` and ``resnet_digits``.
+        width: multiplies the number of channels of ``resnet18_*``, ``resnet10_pooled`` and ``resnet_digits``.
+        stem: first weights of the first convolution of these networks: ``random``, or ``whitened``, filters that make
+            the patches of the training images white, for a pretext stage that trains from scratch.
         pretrained: start from the weights that torchvision or timm publish (``torchvision:``, ``timm:`` and short names
             only). A short name without ``weights`` implies it, unless it is set to false.
         weights: start from the weights in this file (.safetensors, or a state dict or checkpoint of torch.save). Every
@@ -64,6 +68,7 @@ class ModelConfig(Settings):
 
     backbone: str = "resnet18_cifar"
     width: float = Field(default=1.0, gt=0, le=16)
+    stem: Literal["random", "whitened"] = "random"
     pretrained: bool = False
     weights: Path | None = None
     image_size: int | None = Field(default=None, ge=1)
@@ -111,7 +116,10 @@ class ModelConfig(Settings):
         if self.weights is not None and not self.learns:
             raise ValueError(f"weights={self.weights}: backbone {name!r} has no weights")
         if self.width != 1.0 and (foreign or name in ("resnet50", DESCRIPTOR)):
-            raise ValueError(f"width is for resnet18_* and resnet_digits only; backbone is {name!r}")
+            raise ValueError(f"width is for resnet18_*, resnet10_pooled and resnet_digits only; backbone is {name!r}")
+        if self.stem != "random" and (name not in (*SMALL_RESNETS, AUTO) or self.has_weights):
+            given = f"backbone is {name!r}" + (" with given weights" if self.has_weights else "")
+            raise ValueError(f"stem={self.stem} is for {', '.join(SMALL_RESNETS)} from random weights only; {given}")
         if self.hidden_dim is not None and self.projector == "linear":
             raise ValueError(
                 f"hidden_dim is for projectors 'mlp' and 'mlp_bn' only, got {self.hidden_dim} with 'linear'"
@@ -177,15 +185,19 @@ class SmallResNet(nn.Module):
     Args:
         channels: the channels of each stage; every stage but the first halves the resolution.
         blocks: the blocks of each stage.
-        max_pool: halve the resolution after the stem, as for 96 px images. The padding of 1 makes 96 px end in 7x7.
+        max_pool: halve the resolution after the stem. ``padded`` is for 96 px images, whose padding of 1 makes them end
+            in 7x7. ``even`` has none, so that 32 px end in 2x2.
     """
 
-    def __init__(self, channels: Sequence[int], blocks: Sequence[int], *, max_pool: bool = False) -> None:
+    def __init__(
+        self, channels: Sequence[int], blocks: Sequence[int], *, max_pool: Literal["none", "padded", "even"] = "none"
+    ) -> None:
         super().__init__()
         self.out_features = channels[-1]
         self.conv1 = Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = BatchNormAct2d(channels[0])
-        self.maxpool = nn.MaxPool2d(2, stride=2, padding=1) if max_pool else nn.Identity()
+        padding = int(max_pool == "padded")
+        self.maxpool = nn.Identity() if max_pool == "none" else nn.MaxPool2d(2, stride=2, padding=padding)
         self._stages: list[str] = []
         in_channels = channels[0]
         for number, (width, depth) in enumerate(zip(channels, blocks, strict=True), start=1):
@@ -203,6 +215,15 @@ class SmallResNet(nn.Module):
         for name in self._stages:
             x = getattr(self, name)(x)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+_RESNETS: dict[str, tuple[tuple[int, ...], Literal["none", "padded", "even"]]] = {
+    "resnet18_cifar": ((2, 2, 2, 2), "none"),
+    "resnet18_stl": ((2, 2, 2, 2), "padded"),
+    "resnet18_pooled": ((2, 2, 2, 2), "even"),
+    "resnet10_pooled": ((1, 1, 1, 1), "even"),
+}
+"""Blocks for each resolution, and the max-pooling after the stem."""
 
 
 def build_backbone(config: ModelConfig) -> nn.Module:
@@ -227,9 +248,10 @@ def build_backbone(config: ModelConfig) -> nn.Module:
 
 
 def _build(config: ModelConfig, network: str, published: Path | None) -> nn.Module:
-    if network in ("resnet18_cifar", "resnet18_stl"):
+    if network in _RESNETS:
+        blocks, max_pool = _RESNETS[network]
         channels = [scaled_channels(base, config.width) for base in (64, 128, 256, 512)]
-        return SmallResNet(channels, (2, 2, 2, 2), max_pool=network == "resnet18_stl")
+        return SmallResNet(channels, blocks, max_pool=max_pool)
     if network == "resnet_digits":
         return SmallResNet([scaled_channels(base, config.width) for base in (32, 64)], (1, 2))
     if network == DESCRIPTOR:

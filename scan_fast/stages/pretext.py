@@ -6,16 +6,21 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.loader import steps_per_epoch
 from ..data.sources import Source
 from ..methods import PretextMethod
+from ..models.backbones import SmallResNet
 from ..models.heads import PretextModel
-from ..runs.artifacts import PRETEXT_MODEL
+from ..models.whitening import STEM_IMAGES, whiten_stem
+from ..random import permutation, stream_key
+from ..runs.artifacts import PRETEXT_MODEL, checkpoint
 from ..runs.records import StageResult
 from ..training.context import Context, seeded
 from ..training.loop import Stage, Training, train
+from ..views.parameters import PlainView
 from .embedding import knn_check
 from .handover import Handover
 
@@ -86,6 +91,8 @@ def run_pretext(context: Context, handover: Handover) -> None:
     with seeded(context.config.seed, NAME):
         model = context.place(PretextModel(context.model_config))
         images = len(context.splits.pretext or context.splits.train)
+        if settings.trains and not context.run.has(checkpoint(NAME)):
+            start_stem(context, model)
         steps = context.config.pretext.epochs * steps_per_epoch(images, context.config.pretext.batch_size)
         method = settings.for_run(images, steps).build(model, context.side) if settings.trains else None
     if method is not None:
@@ -99,3 +106,19 @@ def run_pretext(context: Context, handover: Handover) -> None:
         training = Training(seconds=time.perf_counter() - begin)
     context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
+
+
+def start_stem(context: Context, model: PretextModel) -> None:
+    """Let the first convolution start from the images, if ``model.stem`` says so."""
+    if context.model_config.stem != "whitened":
+        return
+    assert isinstance(model.backbone, SmallResNet)  # the configuration admits no other
+    source = context.splits.pretext or context.splits.train
+    key = stream_key(context.config.seed, f"{NAME}/stem")
+    rows = permutation(key, 0, len(source))[:STEM_IMAGES].sort().values
+    size = context.config.evaluation.batch_size
+    views = context.views_of(source, NAME)
+    side = context.config.pretext.method.side(context.side)
+    plain = context.view(PlainView(kind="plain", size=side))
+    images = torch.cat([views(plain, part, epoch=0, view_index=0) for part in rows.split(size)])
+    whiten_stem(model.backbone.conv1, images, key)

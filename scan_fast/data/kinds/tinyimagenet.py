@@ -46,7 +46,7 @@ def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     return open_contents(contents, config, size=config.image_size or SIZE, decode_cache=decode_cache)
 
 
-# -- where it is -------------------------------------------------------------------------------------------------------
+# -- its folder --------------------------------------------------------------------------------------------------------
 
 
 def _folder(config: DataConfig) -> Path:

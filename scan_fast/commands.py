@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> int:
     """Run all stages, or one."""
-    from .planning import estimate
+    from .planning import estimate, processor_advice
     from .runs.artifacts import CONFIG
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
@@ -68,6 +68,12 @@ def train(options: argparse.Namespace) -> int:
         expected = estimate(context, run.summary().stages) if not options.stages else None
         if expected is not None:
             tracker.say(f"time: {expected}; --minutes M fits it into M minutes, Ctrl-C and --finish end it early")
+            # Who has chosen a preset or minutes, or goes on with a run, has decided.
+            chosen = options.minutes is not None or any(word.startswith("preset=") for word in options.overrides)
+            if not chosen and not run.summary().stages:
+                advice = processor_advice(context, expected, _presets(options))
+                if advice is not None:
+                    tracker.say(advice)
         run_stages(context, names)
         print_summary(context, tracker)
     return 0
@@ -189,7 +195,7 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
 
     from .planning import fit_minutes
     from .runs.artifacts import CONFIG
-    from .runs.config import build_config, differences, find_config, presets_of
+    from .runs.config import build_config, differences
     from .runs.folder import RunFolder
     from .runs.tracker import Tracker
     from .training.context import open_context
@@ -203,15 +209,22 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
     run = RunFolder(folder)
     if run.has(CONFIG):
         return run.read(CONFIG)
-    known: list[str] = []  # a run folder has none
-    if options.data is not None or not Path(options.target).expanduser().is_dir():
-        known = presets_of(find_config("folder" if options.data is not None else options.target))
+    known = _presets(options)
     with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
         context = open_context(config, trial, Tracker(trial, quiet=True))
         fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))
     if not options.quiet and (changed := differences(config, fitted)):
         print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
     return fitted
+
+
+def _presets(options: argparse.Namespace) -> list[str]:
+    """Return the presets of the configuration that the command line names; a run folder has none."""
+    from .runs.config import find_config, presets_of
+
+    if options.data is None and Path(options.target).expanduser().is_dir():
+        return []
+    return presets_of(find_config("folder" if options.data is not None else options.target))
 
 
 def _run_name(config: Config) -> str:

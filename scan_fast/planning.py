@@ -139,6 +139,27 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+CPU_PRESET = "cpu"
+"""The preset of a configuration that is made for processors."""
+
+
+def processor_advice(context: Context, expected: Estimate, presets: Iterable[str]) -> str | None:
+    """Return the line that points out the preset for processors to a run that takes another one; None if not needed.
+
+    Args:
+        context: the run.
+        expected: its time.
+        presets: those that its configuration has.
+    """
+    preset = context.config.preset
+    if context.device.type != "cpu" or preset == CPU_PRESET or CPU_PRESET not in presets:
+        return None
+    return (
+        f"preset={CPU_PRESET} is made for processors: a smaller network and fewer epochs; preset={preset} takes about "
+        f"{duration(expected.total)} here"
+    )
+
+
 def estimate(context: Context, finished: Iterable[str] = ()) -> Estimate | None:
     """Estimate a run by timing a few steps of its network; None if it is short.
 
@@ -251,11 +272,14 @@ def fit_minutes(context: Context, minutes: float, presets: Iterable[str] = ()) -
         if epochs["pretext"] >= min(FEWEST_EPOCHS, config.pretext.epochs) or (size, width) == options[-1]:
             break
     if min(epochs.values()) < 1:
-        frozen = ", or use pretrained features (preset=pretrained)" if "pretrained" in presets else ""
+        known = set(presets)
+        other = ", or use pretrained features (preset=pretrained)" if "pretrained" in known else ""
+        if context.device.type == "cpu" and CPU_PRESET in known and config.preset != CPU_PRESET:
+            other = f", or take the smaller network of preset={CPU_PRESET}"
         least = minutes / max(min(epochs.values()), 1e-9)
         raise ConfigError(
             f"--minutes {minutes:g} is too short for {n} images: one pass of each stage takes about "
-            f"{duration(60 * least)}; give more minutes{frozen}"
+            f"{duration(60 * least)}; give more minutes{other}"
         )
     return _with_epochs(config, {name: int(value) for name, value in epochs.items()}, size, width, side)
 

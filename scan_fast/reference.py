@@ -28,7 +28,7 @@ from .training.context import data_settings, normalized, resolved_model, weights
 PRESET = "paper"
 """The preset that files of the reference belong to, if the configuration has it."""
 
-SIDES = {"digits": 8, "cifar10": 32, "cifar20": 32, "stl10": 96, "imagenet": 224}
+SIDES = {"digits": 8, "cifar10": 32, "cifar20": 32, "stl10": 96, "tinyimagenet": 64, "imagenet": 224}
 """Side in pixels of the images of each data set, if ``data.image_size`` is not set."""
 BACKBONE_SIDES = {"resnet18_cifar": 32, "resnet18_stl": 96, "resnet50": 256}
 """The same for other images, by what the network was made for."""

@@ -18,9 +18,9 @@ class DataConfig(Settings):
     """Images that a run works on.
 
     Attributes:
-        source: a data set (digits, cifar10, cifar20, stl10, imagenet), "folder" for your own images, or images in
-            containers: hf:DATASET[#CONFIGURATION][:SPLIT[:SPLIT]] (Hugging Face, from the Hub or a local folder),
-            webdataset:SHARDS (tar files) or parquet:GLOB. Shards and files may be a folder, or a pattern with
+        source: a data set (digits, cifar10, cifar20, stl10, tinyimagenet, imagenet), "folder" for your own images, or
+            images in containers: hf:DATASET[#CONFIGURATION][:SPLIT[:SPLIT]] (Hugging Face, from the Hub or a local
+            folder), webdataset:SHARDS (tar files) or parquet:GLOB. Shards and files may be a folder, or a pattern with
             {000..010} and wildcards.
         root: folder of the images; for data sets that are downloaded, the folder they are kept in (default
             ~/.cache/scan-fast/data; for hf, the library's own); for webdataset and parquet, the folder that relative

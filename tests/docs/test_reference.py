@@ -32,21 +32,38 @@ def test_a_stale_page_is_found_and_written(
     assert (tmp_path / "docs" / "configuration.md").read_text() == configuration.page()
 
 
-def test_the_table_of_presets_names_every_difference() -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in presets.table().splitlines()[2:]]
+@pytest.mark.parametrize("new", ["fast", "cpu"])
+def test_the_tables_of_presets_name_every_difference(new: str) -> None:
     assert set(presets.ORDER) == set(shipped_configs())
-    for name in presets.ORDER:
-        first = presets.FROM.get(name, "paper")
-        before, after = (load_config(find_config(name), [f"preset={preset}"]) for preset in (first, "fast"))
-        listed = [(key.strip("`"), old, new) for key, old, new, names in rows if name in names.split(", ")]
+    page = {"fast": presets.table, "cpu": presets.cpu_table}[new]()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[2:]]
+    names_of_rows = {name for row in rows for name in row[3].split(", ")}
+    assert names_of_rows == set(presets.with_preset(new))
+    for name in presets.with_preset(new):
+        first = presets.FROM.get(name, "paper") if new == "fast" else "fast"
+        before, after = (load_config(find_config(name), [f"preset={preset}"]) for preset in (first, new))
+        listed = [(key.strip("`"), old, changed) for key, old, changed, names in rows if name in names.split(", ")]
         assert listed
         # The listed values are those of the presets, and with them in place of its own, the one becomes the other.
-        words = [f"{key}={new}" for key, _, new in listed]
+        words = [f"{key}={value}" for key, _, value in listed]
         changed = load_config(find_config(name), [f"preset={first}", *words])
-        assert changed.model_copy(update={"preset": "fast"}) == after
+        assert changed.model_copy(update={"preset": new}) == after
         words = [f"{key}={old}" for key, old, _ in listed]
-        changed = load_config(find_config(name), ["preset=fast", *words])
+        changed = load_config(find_config(name), [f"preset={new}", *words])
         assert changed.model_copy(update={"preset": first}) == before
+
+
+def test_the_table_of_steps_counts_each_preset() -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in presets.steps().splitlines()]
+    assert {len(line) for line in lines} == {8}
+    rows = {line[0]: line[1:] for line in lines[2:]}
+    # 50,000 images in batches of 128 and of 1,000: 390 and 50 steps an epoch.
+    config = load_config(find_config("cifar10"), ["preset=paper"])
+    assert config.selflabel is not None and (config.clustering.batch_size, config.selflabel.batch_size) == (128, 1000)
+    assert rows["cifar10"][1] == f"{390 * config.clustering.epochs:,}"
+    assert rows["cifar10"][4] == f"{50 * config.selflabel.epochs:,}"
+    for name, cells in rows.items():
+        assert bool(cells[3]) == bool(cells[6]) == (name in presets.with_preset("cpu"))
 
 
 def test_every_public_name_is_described() -> None:

@@ -12,6 +12,7 @@ import yaml
 from scan_fast.data.datasets import STATISTICS
 from scan_fast.errors import ConfigError
 from scan_fast.methods import SimCLRSettings
+from scan_fast.models.backbones import multiply_adds
 from scan_fast.runs.config import (
     Config,
     ScheduleConfig,
@@ -20,13 +21,16 @@ from scan_fast.runs.config import (
     find_config,
     load_config,
     parse_override,
+    presets_of,
 )
 from scan_fast.training.loop import learning_rate_factor
 from scan_fast.views.parameters import STRONG_OPERATIONS
 
 SHIPPED = (
     "cifar10", "cifar20", "digits", "folder", "imagenet", "imagenet50", "imagenet100", "imagenet200", "stl10",
+    "tinyimagenet32",
 )  # fmt: skip
+PROCESSOR = ("cifar10", "cifar20", "stl10", "tinyimagenet32")
 
 
 def shipped(name: str, *overrides: str) -> Config:
@@ -168,7 +172,14 @@ ORIGINAL: dict[str, dict[str, Any]] = {
         **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 32, True), "model.backbone": "resnet18_stl",
         "clustering.n_clusters": 10, "clustering.epochs": 100, "clustering.batch_size": 128, "selflabel.epochs": 100,
     },
-    # The CIFAR-10 recipe with the 100 epochs of stage two that the paper states for all small sets.
+    # The CIFAR-10 recipe with the 100 epochs of stage two that the paper states for all small sets, and the original's
+    # batches for 200 classes.
+    "tinyimagenet32": {
+        **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
+        "model.backbone": "resnet18_cifar", "data.source": "tinyimagenet", "data.image_size": 32,
+        "clustering.n_clusters": 200, "clustering.epochs": 100, "clustering.batch_size": 1024, "selflabel.epochs": 200,
+    },
+    # The same recipe again.
     "folder": {
         **SIMCLR, **SMALL_SCAN, **SMALL_SELFLABEL, **views("strong", None, 16, True),
         "clustering.epochs": 100, "clustering.batch_size": 128, "selflabel.epochs": 200,
@@ -224,7 +235,7 @@ def test_fast_presets_train_heads_for_thousands_of_steps() -> None:
     """Fewer steps leave random heads of the digits far from k-means heads (docs/recipes.md)."""
     images = {
         "cifar10": 50_000, "cifar20": 50_000, "stl10": 5_000, "imagenet50": 64_274, "imagenet100": 128_545,
-        "imagenet200": 256_558, "imagenet": 1_281_167,
+        "imagenet200": 256_558, "imagenet": 1_281_167, "tinyimagenet32": 100_000,
     }  # fmt: skip
     for name, n in images.items():
         config = shipped(name, "preset=fast")
@@ -284,7 +295,7 @@ def test_warm_up_is_at_most_a_fifth_of_the_epochs() -> None:
     assert learning_rate_factor(long, 0, 1) < 1
     # No preset's warm-up is longer, so that presets keep their bits.
     for name in SHIPPED:
-        for preset in (papers(name), "fast"):
+        for preset in (papers(name), "fast", *(["cpu"] if name in PROCESSOR else [])):
             config = shipped(name, f"preset={preset}")
             for section in (config.pretext, config.clustering, config.selflabel):
                 assert section is None or 5 * section.schedule.warmup_epochs <= section.epochs, name
@@ -304,6 +315,39 @@ def test_shipped_configurations_load_in_both_presets_and_round_trip(name: str) -
     assert differences(paper, fast)
     for config in (paper, fast):
         assert build_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_data_sets_of_small_images_have_a_preset_for_processors(name: str) -> None:
+    assert ("cpu" in presets_of(find_config(name))) == (name in PROCESSOR)
+    if name not in PROCESSOR:
+        with pytest.raises(ConfigError, match=rf"^preset 'cpu' is not in {name}\.yaml; it has "):
+            shipped(name, "preset=cpu")
+        return
+    fast, cpu = shipped(name, "preset=fast"), shipped(name, "preset=cpu")
+    assert build_config(yaml.safe_load(cpu.to_yaml())) == cpu and cpu.preset == "cpu"
+    # Less work in every stage, on the same images and the same number of groups.
+    assert fast.selflabel is not None and cpu.selflabel is not None
+    for less, more in ((cpu.pretext, fast.pretext), (cpu.clustering, fast.clustering), (cpu.selflabel, fast.selflabel)):
+        assert less.epochs < more.epochs
+    side = 96 if name == "stl10" else 32
+    assert multiply_adds(cpu.model, side) < multiply_adds(fast.model, side) / 2
+    assert cpu.data == fast.data and cpu.clustering.n_clusters == fast.clustering.n_clusters
+
+
+def test_a_preset_may_set_the_network_the_images_and_the_precision(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "base: cifar10.yaml\nname: mine\npresets:\n  cpu:\n    precision: float32\n    data: {image_size: 24}\n"
+        "    model: {width: 0.5}\n    pretext: {method: {temperature: 0.3}}\n    selflabel: null\n"
+    )
+    (tmp_path / "cifar10.yaml").write_text(find_config("cifar10").read_text())
+    config, shipped_one = load_config(file, ["preset=cpu"]), shipped("cifar10", "preset=cpu")
+    assert (config.precision, config.data.image_size, config.model.width) == ("float32", 24, 0.5)
+    assert config.selflabel is None and config.model.backbone == shipped_one.model.backbone
+    assert config.pretext.method.model_dump()["temperature"] == 0.3
+    assert load_config(file).data.image_size is None
+    assert load_config(file, ["preset=cpu", "model.width=0.25"]).model.width == 0.25
 
 
 def test_a_shipped_configuration_is_found_by_name_and_by_its_usual_path(tmp_path: Path) -> None:

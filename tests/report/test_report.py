@@ -417,3 +417,13 @@ def test_numbers_and_durations() -> None:
     ]
     spans = [duration(s) for s in (0.42, 59.7, 61, 3725, 7200)]
     assert spans == ["0.4 s", "1 min 00 s", "1 min 01 s", "1 h 02 min", "2 h 00 min"]
+
+
+def test_a_large_confusion_matrix_takes_its_darkest_color_for_its_largest_share() -> None:
+    counts = np.full((40, 40), 22)
+    np.fill_diagonal(counts, 142)  # 142 of 1,000
+    table = Confusion.of(counts, [f"class {number}" for number in range(40)])
+    picture = np.asarray(Image.open(io.BytesIO(confusion_png(table))).convert("RGB")).reshape(-1, 3)
+    # The end of matplotlib's Blues; 40 squares of it are thousands of pixels.
+    darkest = np.abs(picture.astype(int) - (8, 48, 107)).max(axis=1) <= 2
+    assert darkest.sum() > 10_000

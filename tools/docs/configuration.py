@@ -40,7 +40,8 @@ A section that has kinds is given with its `kind`, or as the kind's bare name fo
 `pretext.method=none` is `pretext.method={kind: none}`. Another kind replaces the whole section.
 
 The defaults below are those of the models. The files in `configs/` set most keys, and `config.yaml` in a run folder
-holds all values of that run.
+holds all values of that run. A preset may set any key, the network included: `preset=paper`, `preset=fast` and, for
+processors, `preset=cpu` ([recipes.md](recipes.md)); `scan-fast config --list` names the presets of each file.
 """
 
 

@@ -1,16 +1,20 @@
-"""The tables of presets in docs/recipes.md: all that ``fast`` changes, and the training steps of the stages."""
+"""The tables of presets in docs/recipes.md: what ``fast`` and ``cpu`` change, and the training steps of the stages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from scan_fast.data.loader import steps_per_epoch
-from scan_fast.runs.config import Config, differences, load_config, shipped_configs
+from scan_fast.planning import CPU_PRESET
+from scan_fast.runs.config import Config, differences, load_config, presets_of, shipped_configs
 
 from .docstrings import ROOT
 
-ORDER = ("cifar10", "cifar20", "stl10", "imagenet50", "imagenet100", "imagenet200", "imagenet", "folder", "digits")
-"""The shipped configurations in the order of the table."""
+ORDER = (
+    "cifar10", "cifar20", "stl10", "tinyimagenet32", "imagenet50", "imagenet100", "imagenet200", "imagenet", "folder",
+    "digits",
+)  # fmt: skip
+"""The shipped configurations in the order of the tables."""
 FROM = {"digits": "reference"}
 """The preset that ``fast`` is compared with, if it is not ``paper``."""
 _AS_YAML = {"None": "null", "True": "true", "False": "false"}
@@ -18,6 +22,7 @@ IMAGES = {
     "cifar10": 50_000,
     "cifar20": 50_000,
     "stl10": 5_000,
+    "tinyimagenet32": 100_000,
     "imagenet50": 64_274,
     "imagenet100": 128_545,
     "imagenet200": 256_558,
@@ -27,10 +32,15 @@ IMAGES = {
 """Training images of stages two and three; those of a folder are the user's."""
 
 
-def changes(name: str) -> dict[str, tuple[str, str]]:
-    """Return the settings that ``fast`` changes of a shipped configuration, each with the values before and after."""
+def with_preset(preset: str) -> tuple[str, ...]:
+    """Return the shipped configurations that have a preset, in the order of the tables."""
+    return tuple(name for name in ORDER if preset in presets_of(shipped_configs()[name]))
+
+
+def changes(name: str, old_preset: str, new_preset: str) -> dict[str, tuple[str, str]]:
+    """Return the settings that one preset changes of another, each with the values before and after."""
     path = shipped_configs()[name]
-    before, after = (load_config(path, [f"preset={preset}"]) for preset in (FROM.get(name, "paper"), "fast"))
+    before, after = (load_config(path, [f"preset={preset}"]) for preset in (old_preset, new_preset))
     found = {}
     for line in differences(before, after):
         key, _, values = line.partition(": ")
@@ -41,14 +51,24 @@ def changes(name: str) -> dict[str, tuple[str, str]]:
 
 
 def table() -> str:
-    """Return the table: a row for each setting and pair of values, with the configurations that it holds for."""
+    """Return the table of what ``fast`` changes of ``paper``."""
+    return _table({name: changes(name, FROM.get(name, "paper"), "fast") for name in ORDER}, "paper", "fast")
+
+
+def cpu_table() -> str:
+    """Return the table of what ``cpu`` changes of ``fast``."""
+    return _table({name: changes(name, "fast", CPU_PRESET) for name in with_preset(CPU_PRESET)}, "fast", CPU_PRESET)
+
+
+def _table(found: dict[str, dict[str, tuple[str, str]]], old_preset: str, new_preset: str) -> str:
+    """Return a row for each setting and pair of values, with the configurations that it holds for."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for name in ORDER:
-        for key, (old, new) in changes(name).items():
+    for name, changed in found.items():
+        for key, (old, new) in changed.items():
             rows.setdefault((key, old, new), []).append(name)
     keys = _keys(Config().model_dump(mode="json"))
     order = {key: number for number, key in enumerate(keys)}
-    lines = ["| setting | `paper` | `fast` | configurations |", "|---|---|---|---|"]
+    lines = [f"| setting | `{old_preset}` | `{new_preset}` | configurations |", "|---|---|---|---|"]
     for (key, old, new), names in sorted(rows.items(), key=lambda row: order.get(row[0][0], len(order))):
         lines.append(f"| `{key}` | {old} | {new} | {', '.join(names)} |")
     return "\n".join(lines)
@@ -62,19 +82,23 @@ def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def steps() -> str:
-    """Return the table of training steps of stages two and three."""
-    lines = ["| configuration | images | stage two, `paper` | `fast` | stage three, `paper` | `fast` |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    """Return the table of training steps of stages two and three; a cell without such a preset or stage is empty."""
+    stages = " | ".join(f"stage {stage}, `paper` | `fast` | `{CPU_PRESET}`" for stage in ("two", "three"))
+    lines = [f"| configuration | images | {stages} |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, n in IMAGES.items():
         path = shipped_configs()[name]
-        presets = [load_config(path, [f"preset={preset}"]) for preset in (FROM.get(name, "paper"), "fast")]
-        sections = [each for pair in zip(*((c.clustering, c.selflabel) for c in presets), strict=True) for each in pair]
-        counts = ["" if s is None else f"{s.epochs * steps_per_epoch(n, s.batch_size):,}" for s in sections]
-        lines.append(f"| {name} | {n:,} | {' | '.join(counts)} |")
+        known = presets_of(path)
+        cells = []
+        for section in ("clustering", "selflabel"):
+            for preset in (FROM.get(name, "paper"), "fast", CPU_PRESET):
+                settings = getattr(load_config(path, [f"preset={preset}"]), section) if preset in known else None
+                count = settings and settings.epochs * steps_per_epoch(n, settings.batch_size)
+                cells.append("" if count is None else f"{count:,}")
+        lines.append(f"| {name} | {n:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-TABLES = {"presets": table, "steps": steps}
+TABLES = {"presets": table, "cpu": cpu_table, "steps": steps}
 
 
 def page() -> str:

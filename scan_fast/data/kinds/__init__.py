@@ -12,6 +12,7 @@ from .huggingface import HF
 from .kind import ContainerKind, SourceKind, Triple
 from .parquet import PARQUET
 from .stl10 import STL10
+from .tinyimagenet import TINYIMAGENET
 from .webdataset import WEBDATASET
 
 __all__ = ["SOURCES", "ContainerKind", "SourceKind", "Triple", "absolute_source", "find_kind", "is_prefixed"]
@@ -24,6 +25,7 @@ SOURCES: dict[str, SourceKind | ContainerKind] = {
         CIFAR10,
         CIFAR20,
         STL10,
+        TINYIMAGENET,
         FOLDER,
         IMAGENET,
         HF,

@@ -24,8 +24,8 @@ def _open_folder(config: DataConfig, decode_cache: DecodeCache | None) -> Opened
         raise DataError("data.root must name the folder of images when data.source is 'folder'")
     root = config.root.expanduser()
     check_folder(root)
-    train, test = split_folder(root, _classes(config), labelled=config.labels == "auto")
-    contents = folder_contents(train, root) if test is None else _splits(train, test, root)
+    train, test = split_folder(root, class_list(config), labelled=config.labels == "auto")
+    contents = folder_contents(train, root) if test is None else split_contents(train, test, root)
     return open_contents(contents, config, decode_cache=decode_cache)
 
 
@@ -39,10 +39,10 @@ def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Open
     test = find_split(root, ("val", "validation", "test", "ilsvrc2012_img_val"))
     if train is None or test is None:
         raise DataError(f"{root} must hold train/ and val/ with one sub-folder per class (WordNet id)")
-    classes = _classes(config)
+    classes = class_list(config)
     if classes is None:
         classes = list_folder(train).class_names
-    contents = _splits(list_folder(train, classes), list_folder(test, classes), root)
+    contents = split_contents(list_folder(train, classes), list_folder(test, classes), root)
     return open_contents(contents, config, size=config.image_size or 224, decode_cache=decode_cache)
 
 
@@ -55,7 +55,7 @@ def folder_contents(listing: Listing, root: Path) -> Contents:
     return Contents(files, listing.labels, listing.class_names, problems=problems)
 
 
-def _splits(train: Listing, test: Listing, root: Path) -> Contents:
+def split_contents(train: Listing, test: Listing, root: Path) -> Contents:
     """Return the images of a training and a test folder; they have labels if both do, of the same classes."""
     parts = [folder_contents(part, root) for part in (train, test)]
     names = [name for part in parts for name in part.images.names]
@@ -71,7 +71,7 @@ def _splits(train: Listing, test: Listing, root: Path) -> Contents:
     )
 
 
-def _classes(config: DataConfig) -> list[str] | None:
+def class_list(config: DataConfig) -> list[str] | None:
     """Return the names of the class folders, in the order of their labels; None if all folders count."""
     if config.classes_file is None:
         return None

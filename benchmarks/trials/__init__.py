@@ -21,7 +21,8 @@ Ranking: accuracy divided by time would favour doing nothing. A network with ran
 cost, so the ratio is largest for the shortest training, however bad its result. Trials are therefore ranked by their
 gain over the same network untrained, per CPU minute. A trial whose network is not trained has no rank. This measure
 still prefers short trainings, because the first epochs gain the most. So the table also marks the trials that no other
-one beats in accuracy and cost together (Pareto's front); for a given budget of time the best recipe is one of these. A
+one beats in accuracy and cost together (Pareto's front); for a given budget of time the best recipe is one of these. Of
+different networks these marks say more than the ranks, because a network that starts lower has more to gain. A
 difference is real if it exceeds the least significant one by Student's t at 5 %: t * s * sqrt(1/n + 1/m), with n and m
 seeds and the standard deviation s pooled over all trials; of costs, their logarithms are compared. With one seed per
 trial the spread is not known, and no difference is called real.

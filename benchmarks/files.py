@@ -1,4 +1,4 @@
-"""Writing of results. Standard library only."""
+"""Writing and reading of results. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,15 @@ from scan_fast.errors import RunError
 from scan_fast.runs.artifacts import REPORT, checkpoint
 from scan_fast.runs.config import Config, find_config, load_config, parse_override
 from scan_fast.runs.folder import RunFolder
-from scan_fast.runs.tracker import Ticker, Tracker
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pipeline import STAGES, finish, run_stage, stages_of
-from scan_fast.training.context import Context, open_context
+from scan_fast.training.context import open_context
 from scan_fast.training.process import kept_memory
 
 from .. import files
 from ..environment import describe
 from . import BEGIN, archive, schedule
-from .watch import Stopped, Watch
+from .watch import Stopped, Watch, WatchedTracker
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLE = "CIFAR-10 (JPEG)"
@@ -246,39 +244,6 @@ def progress_of(run: RunFolder, config: Config) -> str:
             state = run.read(checkpoint(name))
             text += f", {name} is in epoch {min(state.epoch + 1, epochs)} of {epochs}"
     return text
-
-
-class WatchedTicker(Ticker):
-    """Counts steps, and stops the run after one if it is time."""
-
-    def __init__(self, tracker: WatchedTracker, stage: str, total_steps: int, done_steps: int) -> None:
-        super().__init__(tracker, stage, total_steps, done_steps)
-        self._watched = tracker
-
-    def step(self, images: int) -> None:
-        super().step(images)
-        self._watched.watch.after_step(self._watched.context)
-
-
-class WatchedTracker(Tracker):
-    """Prints and logs what a run says, and stops it when its time is up."""
-
-    context: Context
-
-    def __init__(self, run: RunFolder, watch: Watch, say: Callable[[str], None]) -> None:
-        super().__init__(run, quiet=True)
-        self.watch, self._say = watch, say
-
-    def say(self, text: str) -> None:
-        self._say(text)
-
-    @contextmanager
-    def progress(self, stage: str, total_steps: int, done_steps: int) -> Iterator[Ticker]:
-        self.watch.training = True
-        try:
-            yield WatchedTicker(self, stage, total_steps, done_steps)
-        finally:
-            self.watch.training = False
 
 
 class Report:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.tracker import Ticker, Tracker
 from scan_fast.training.context import Context
 
 STOP_SHARE = 0.02
@@ -80,3 +82,36 @@ class Watch:
             self._saving = True
             runtime = context.config.runtime.model_copy(update={"checkpoint_seconds": 0.0})
             context.config = context.config.model_copy(update={"runtime": runtime})
+
+
+class WatchedTicker(Ticker):
+    """Counts steps, and stops the run after one if it is time."""
+
+    def __init__(self, tracker: WatchedTracker, stage: str, total_steps: int, done_steps: int) -> None:
+        super().__init__(tracker, stage, total_steps, done_steps)
+        self._watched = tracker
+
+    def step(self, images: int) -> None:
+        super().step(images)
+        self._watched.watch.after_step(self._watched.context)
+
+
+class WatchedTracker(Tracker):
+    """Prints and logs what a run says, and stops it when its time is up."""
+
+    context: Context
+
+    def __init__(self, run: RunFolder, watch: Watch, say: Callable[[str], None]) -> None:
+        super().__init__(run, quiet=True)
+        self.watch, self._say = watch, say
+
+    def say(self, text: str) -> None:
+        self._say(text)
+
+    @contextmanager
+    def progress(self, stage: str, total_steps: int, done_steps: int) -> Iterator[Ticker]:
+        self.watch.training = True
+        try:
+            yield WatchedTicker(self, stage, total_steps, done_steps)
+        finally:
+            self.watch.training = False

@@ -135,3 +135,38 @@ def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
         assert ("/images" in words) == (name == "end_to_end")
     assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
     assert {*record.NAMES} == {*pages.ORDER}
+
+
+def test_tables_of_plans_and_of_two_sizes_are_filled_in(tmp_path: Path) -> None:
+    environment = {"device": "a CPU", "threads": 1, "torch": "2.11.0", "commit": "abcdef0123456789"}
+    for name, epochs, gain in (("small", 10, 0.1), ("large", 40, 0.2)):
+        runs = {
+            trial: {str(seed): {"mining": {"purity": value + seed / 100, "cpu_seconds": 6.0}} for seed in (0, 1)}
+            for trial, value in (("base", 0.7), ("more", 0.7 + gain))
+        }
+        starts = {str(seed): {"mining": {"purity": 0.5}} for seed in (0, 1)}
+        result = {
+            "benchmark": "trials",
+            "config": "digits",
+            "set": [f"pretext.epochs={epochs}"],
+            "environment": environment,
+            "environments": [environment],
+            "untrained": {"k": starts},
+            "trials": {
+                trial: {"changes": [], "predicted": f"{trial}: so so", "untrained": "k", "seeds": seeds}
+                for trial, seeds in runs.items()
+            },
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    page = "<!-- plan: small.json -->\n<!-- end -->\n\n<!-- compare: small.json large.json -->\n<!-- end -->\n"
+    text = pages.fill(page, tmp_path)
+    assert "| base |  | base: so so |" in text and "a CPU, one thread, torch 2.11.0, commit `abcdef012345`" in text
+    assert "| more | 2 | 80.5 ± 0.7 | 6.0 ± 0.0 | 30.5 ± 0.7 | 305.0 ± 7.1 | 1 | yes |" in text
+    assert "| trial | purity, `pretext.epochs=10` | place | purity, `pretext.epochs=40` | place |" in text
+    assert "Rank correlation: Spearman 1.00, Kendall 1.00. The same order have 1 of 1 pairs." in text
+    assert text.endswith("Percent. `benchmarks/results/small.json` `benchmarks/results/large.json`\n\n<!-- end -->\n")
+    assert pages.fill(text, tmp_path) == text
+    missing = pages.fill("<!-- compare: small.json none.json -->\n<!-- end -->\n", tmp_path)
+    assert "Not measured yet (`none.json`)." in missing
+    (tmp_path / "small.json").write_text(json.dumps({**result, "environments": [environment, {}]}))
+    assert "Begun on 1 other machine or commit." in pages.fill("<!-- plan: small.json --><!-- end -->", tmp_path)

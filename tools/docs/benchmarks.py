@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, crops, dtypes, partitions, trials
+from benchmarks import ablations, crops, dtypes, partitions
 from benchmarks.family import human_seconds
+from benchmarks.trials import figures, tables
+from benchmarks.trials.command import titles
 from scan_fast.ops.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,22 +252,39 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials, partitions, ablation, crops or dtypes. A file that is not there
-    yet is named.
+    The word before the file is the benchmark: trials, partitions, ablation, crops or dtypes. ``plan`` shows trials with
+    predictions, ranks and outcomes, and ``compare`` the order of the trials in two files: ``<!-- compare: A B -->``. A
+    file that is not there yet is named.
     """
 
     def block(found: re.Match[str]) -> str:
-        if not (results_folder / found[2]).is_file():
-            return f"<!-- {found[1]}: {found[2]} -->\n\nNot measured yet (`{found[2]}`).\n\n<!-- end -->"
-        result = json.loads((results_folder / found[2]).read_text())
-        table = _FILLED[found[1]](result)
-        return f"<!-- {found[1]}: {found[2]} -->\n\n{table} `benchmarks/results/{found[2]}`\n\n<!-- end -->"
+        names = found[2].split()
+        missing = next((name for name in names if not (results_folder / name).is_file()), None)
+        if missing is not None:
+            content = f"Not measured yet (`{missing}`)."
+        else:
+            results = [json.loads((results_folder / name).read_text()) for name in names]
+            content = " ".join([_FILLED[found[1]](*results), *(f"`benchmarks/results/{name}`" for name in names)])
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{content}\n\n<!-- end -->"
 
-    return re.sub(rf"<!-- ({'|'.join(_FILLED)}): (\S+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(_FILLED)}): (\S+(?: \S+)?) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def _trials(result: dict[str, Any]) -> str:
-    return f"{trials.table(result)}\nPercent; CPU seconds of a stage. {_configured(result)}"
+    return f"{tables.table(result)}\nPercent; CPU seconds of a stage. {_configured(result)}"
+
+
+def _plan(result: dict[str, Any]) -> str:
+    if "environment" not in result:
+        return f"{tables.plan(result)}\n"
+    former = len(result["environments"]) - 1
+    others = f" Begun on {former} other machine{'s' if former > 1 else ''} or commit{'s' if former > 1 else ''}."
+    return f"{tables.plan(result)}\nPercent. {_configured(result)}{others if former else ''}"
+
+
+def _compare(small: dict[str, Any], large: dict[str, Any]) -> str:
+    found = figures.compare(small, large)
+    return f"{tables.comparison(found, *titles(small, large))}\nPercent."
 
 
 def _configured(result: dict[str, Any]) -> str:
@@ -292,8 +311,10 @@ def _dtypes(result: dict[str, Any]) -> str:
     return f"{dtypes.table(result)}\nPercent. {_origin(result)}."
 
 
-_FILLED: dict[str, Callable[[dict[str, Any]], str]] = {
+_FILLED: dict[str, Callable[..., str]] = {
     "trials": _trials,
+    "plan": _plan,
+    "compare": _compare,
     "partitions": _partitions,
     "ablation": _ablation,
     "crops": _crops,

@@ -1,6 +1,8 @@
 """Distances of a batch from the standard normal distribution: argument checks, a fast form, and several processes.
 
-There is no compiled kernel for them. ``python -m benchmarks.gaussian`` measures their share of a training step.
+There is no compiled kernel for them, because it would not pay. With 256 directions, in a step of 256 images and a
+ResNet-18 of a quarter of the width, SIGReg takes 0.20 % of the time and VISReg 0.27 % (``python -m
+benchmarks.gaussian``; ``benchmarks/results/cpu-gaussian.json``).
 
 The characteristic function of SIGReg is wanted at odd multiples of one step h. With e = exp(i h x), the values are e,
 e^3, e^5, ..., so one cosine and one sine per projection suffice, and each further point costs a product. The gradient

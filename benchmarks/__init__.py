@@ -7,6 +7,7 @@ BENCHMARKS = {
     "neighbors": "exact top-k neighbour search",
     "batch_norm": "batch normalisation, residual and ReLU in training",
     "convolution": "convolution in bfloat16, forward and both gradients",
+    "gaussian": "SIGReg and VISReg, alone and in a training step",
     "augment": "the kernel that renders views",
     "views": "augmented views per second, by renderer",
     "streaming": "a folder of images that is decoded at each use",

@@ -1,19 +1,24 @@
-"""The three losses, as functions and as modules.
+"""The losses, as functions, and those with a compiled kernel as modules, too.
 
-All accept float32, bfloat16 and float16 inputs with any strides, and float64 with ``impl="reference"``. They work under
-autocast and in ``torch.compile(fullgraph=True)``, compute in float32 and return float32. A backward pass is computed
-when autograd asks for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. Within forward-mode
-differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``) ``impl="auto"`` computes the reference, and
-``impl="native"`` raises. The same input gives the same bits.
+:func:`nt_xent`, :func:`scan_loss` and :func:`self_label_loss` have a compiled kernel. All three accept float32,
+bfloat16 and float16 inputs with any strides, and float64 with ``impl="reference"``. They work under autocast and in
+``torch.compile(fullgraph=True)``, compute in float32 and return float32. A backward pass is computed when autograd asks
+for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. Within forward-mode differentiation
+(``torch.func.jvp``, ``torch.autograd.forward_ad``) ``impl="auto"`` computes the reference, and ``impl="native"``
+raises. The same input gives the same bits.
 
 ``impl`` picks the implementation: ``"native"`` is the compiled kernel, ``"reference"`` the same formula in plain
 PyTorch. ``"auto"`` takes the kernel if there is one for the device, and otherwise the reference, with one warning.
+
+:func:`sigreg_loss` and :func:`visreg_loss` are plain PyTorch. A kernel would not pay: on one thread of an AMD EPYC they
+take 0.2 and 0.3 % of a small network's training step (``python -m benchmarks.gaussian``).
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .ops import gaussian as _gaussian
 from .ops import nt_xent as _nt_xent
 from .ops import scan_loss as _scan_loss
 from .ops import self_label as _self_label
@@ -210,3 +215,73 @@ class SelfLabelLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
         return f"threshold={self.threshold}, balance={self.balance}"
+
+
+def sigreg_loss(z: Tensor, directions: Tensor, *, gather_distributed: bool = False) -> Tensor:
+    """Compute SIGReg, the distance of a batch of embeddings from the standard normal distribution.
+
+    Source: LeJEPA, https://arxiv.org/abs/2511.08544. On each direction, the characteristic function phi of the batch's
+    projections is compared with that of the normal distribution: the integral of exp(-t^2 / 2) |phi(t) - exp(-t^2 /
+    2)|^2 over t (Epps and Pulley, 1983), as a sum over 10 points from -3 to 3. The factor B of the statistical test is
+    left out, so the size of the batch does not matter. Time and memory are linear in the batch.
+
+    Take other random directions in every step. The term alone learns nothing: add a distance between the views of an
+    image, as ``pretext.method=sigreg`` does.
+
+    Args:
+        z: (B, D) embeddings, float32, bfloat16, float16 or float64, not normalised. They are projected in float32, or
+            in float64 if they are float64.
+        directions: (K, D) directions. They are L2-normalized inside, so their length does not matter, and get no
+            gradient.
+        gather_distributed: Compare the rows of all ranks, of which there may be more on some. The directions of rank 0
+            are used, and every rank returns the same. The gradient of a rank's rows is that of the sum of all ranks'
+            results, so DistributedDataParallel, which averages over ranks, gives the gradient of the whole batch. Has
+            no effect without an initialized process group.
+
+    Returns:
+        The mean over the directions, a float32 scalar, float64 for float64; near 0 for a standard normal distribution.
+        One NaN in ``z`` makes it NaN.
+
+    Raises:
+        ValueError: For a wrong shape, dtype or device, for fewer than two rows, and if ranks differ in D, K or dtype.
+
+    Example:
+        >>> loss = sigreg_loss(torch.randn(64, 16), torch.randn(256, 16))
+    """
+    return _gaussian.sigreg(z, directions, gather_distributed=gather_distributed)
+
+
+def visreg_loss(z: Tensor, directions: Tensor, *, gather_distributed: bool = False) -> Tensor:
+    """Compute VISReg, the distance of a batch of embeddings from the standard normal distribution.
+
+    Source: Wu, Balestriero and Levine, https://arxiv.org/abs/2606.02572. It is the sum of three mean squared
+    differences: of the mean from 0, of the standard deviation from 1, and, with both taken out, of the sorted
+    projections on each direction from the quantiles of the normal distribution.
+
+    The gradient of the third leaves the scale alone, so after a collapse the second spreads the embeddings again. (The
+    authors' code holds the scale constant in the gradient. The finite sample's third term then shrinks the embeddings,
+    and outweighs the second near a collapse.)
+
+    Take other random directions in every step, and add a distance between the views of an image, as
+    ``pretext.method=visreg`` does.
+
+    Args:
+        z: (B, D) embeddings, float32, bfloat16, float16 or float64, not normalised. They are projected in float32, or
+            in float64 if they are float64.
+        directions: (K, D) directions. They are L2-normalized inside, so their length does not matter, and get no
+            gradient.
+        gather_distributed: Compare the rows of all ranks, of which there may be more on some. The rows are sent to
+            every rank, and each sorts the projections on its share of the directions, which are those of rank 0. Every
+            rank returns the same. The gradient is as in :func:`sigreg_loss`. Has no effect without an initialized
+            process group.
+
+    Returns:
+        A float32 scalar, float64 for float64; near 0 for a standard normal distribution. One NaN in ``z`` makes it NaN.
+
+    Raises:
+        ValueError: For a wrong shape, dtype or device, for fewer than two rows, and if ranks differ in D, K or dtype.
+
+    Example:
+        >>> loss = visreg_loss(torch.randn(64, 16), torch.randn(256, 16))
+    """
+    return _gaussian.visreg(z, directions, gather_distributed=gather_distributed)

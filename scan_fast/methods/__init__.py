@@ -6,6 +6,7 @@ from pydantic import Field
 
 from ..schema import BARE_KIND
 from .base import MethodSettings, PretextMethod
+from .byol import BYOLSettings
 from .moco import MoCoSettings
 from .multi_view import MultiViewSettings
 from .none import NoneSettings
@@ -16,13 +17,21 @@ from .visreg import VISRegSettings
 from .weights import WeightsSettings
 
 MethodConfig = Annotated[
-    SimCLRSettings | MoCoSettings | SIGRegSettings | VISRegSettings | RotationSettings | WeightsSettings | NoneSettings,
+    SimCLRSettings
+    | MoCoSettings
+    | BYOLSettings
+    | SIGRegSettings
+    | VISRegSettings
+    | RotationSettings
+    | WeightsSettings
+    | NoneSettings,
     Field(discriminator="kind"),
     BARE_KIND,
 ]
 """The type of ``pretext.method``: the settings of one method, chosen by ``kind``."""
 
 __all__ = [
+    "BYOLSettings",
     "MethodConfig",
     "MethodSettings",
     "MoCoSettings",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..errors import ConfigError
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
 from ..models.pretrained import InputFormat
@@ -62,6 +63,8 @@ class MethodSettings(Settings):
     kind: str
     trains: ClassVar[bool] = True
     """Whether the method trains; if not, the stage calls :meth:`load` instead of :meth:`build`."""
+    least_images: ClassVar[int] = 1
+    """Images that a batch must have for the method to learn; :meth:`for_run` refuses fewer training images."""
 
     def check(self, model: ModelConfig, features: str) -> None:
         """Refuse settings that do not fit the rest of the configuration.
@@ -99,6 +102,11 @@ class MethodSettings(Settings):
         Raises:
             ConfigError: if the settings do not fit so many images.
         """
+        if self.trains and images < self.least_images:
+            raise ConfigError(
+                f"pretext.method={self.kind} compares the images of a batch, so it needs at least {self.least_images} "
+                f"images to train on, got {images}"
+            )
         return self
 
     def build(self, model: PretextModel, size: int) -> PretextMethod:

@@ -15,8 +15,7 @@ from ..errors import ConfigError
 from ..losses import nt_xent
 from ..models.heads import PretextModel
 from ..models.moving_average import MovingAverage
-from ..views.parameters import SimCLRView, View
-from .base import MethodSettings, PretextMethod
+from .multi_view import LARGE, MultiViewMethod, MultiViewSettings, embeddings
 
 QUEUE_SIZE = 65_536
 """Rows of the queue in the paper, 5 % of ImageNet's images."""
@@ -30,13 +29,13 @@ FORWARD_SHARE = 1 / 3
 """Work of the second view, which passes the key network without a gradient, relative to a view that trains."""
 
 
-class MoCoSettings(MethodSettings):
+class MoCoSettings(MultiViewSettings):
     """MoCo: a view attracts the other view's key; the keys of earlier batches, from a slowly moving network, repel.
 
     Negatives do not depend on the batch, so small batches suffice. It differs from the paper: the other images of the
     batch are negatives as well, both their first views and their keys, and batches are not shuffled for batch
     normalisation, which on one device would change nothing. The queue begins with random unit rows, as the published
-    code's does.
+    code's does. With small views, each of them is a query as well, and the loss is the mean over the queries.
 
     Attributes:
         temperature: of the NT-Xent loss, which takes no less than 1e-8.
@@ -44,29 +43,24 @@ class MoCoSettings(MethodSettings):
             image itself. None: 65,536, or an eighth of the images if that is fewer.
         momentum: decay of the moving average that is the key network. None: 0.999, as in the paper, for at least
             100,000 steps, and 0.99 for fewer, in which a slower average stays too close to the random start.
-        view: the random view that both views are drawn from; an open size is the source's.
     """
 
     kind: Literal["moco"] = "moco"
     temperature: float = Field(default=0.2, ge=1e-8)
     queue_size: int | None = Field(default=None, ge=1)
     momentum: float | None = Field(default=None, gt=0, lt=1)
-    view: View = SimCLRView(kind="simclr", size=None)
-
-    def side(self, size: int) -> int:
-        """Return the view's side."""
-        return self.view.resolved(size).side
 
     def passes(self, size: int) -> float:
-        """Return the pixels of both views, of which one needs no gradient."""
-        return 1 + FORWARD_SHARE
+        """Return the pixels of all views; the second needs no gradient."""
+        return super().passes(size) - 1 + FORWARD_SHARE
 
     def for_run(self, images: int, steps: int) -> Self:
         """Fill in the size of the queue and the momentum.
 
         Raises:
-            ConfigError: if there are fewer images than rows in the queue.
+            ConfigError: if there are fewer images than rows in the queue, or fewer than two.
         """
+        super().for_run(images, steps)
         if self.queue_size is not None and self.queue_size > images:
             raise ConfigError(
                 f"pretext.method.queue_size={self.queue_size} is more than the {images} images: an image would be "
@@ -81,11 +75,11 @@ class MoCoSettings(MethodSettings):
         return MoCo(self, model, size)
 
 
-class MoCo(PretextMethod):
+class MoCo(MultiViewMethod):
     """Trains with the NT-Xent loss of queries against keys and a queue of earlier keys."""
 
     def __init__(self, settings: MoCoSettings, model: PretextModel, size: int) -> None:
-        super().__init__(model)
+        super().__init__(settings, model, size)
         *_, last = model.contrastive_head.modules()
         assert isinstance(last, nn.Linear)
         self.settings = settings
@@ -97,18 +91,15 @@ class MoCo(PretextMethod):
         self.queue = F.normalize(rows, dim=1)
         self._next = torch.zeros((), dtype=torch.int64, device=device)
         self._keys = rows[:0]
-        self._view = settings.view.resolved(size)
-
-    def views(self, epoch: int, epochs: int) -> Sequence[View]:
-        """Return the view of the queries and that of the keys."""
-        return self._view, self._view
 
     def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the NT-Xent loss of the queries."""
-        queries = self.model(images[0]).float()
+        """Return the NT-Xent loss of the queries: the first view and the small ones. The second view is the key."""
+        queries = [rows.float() for rows in embeddings(self.model, images[:1], images[LARGE:])]
         with torch.no_grad():
             self._keys = F.normalize(self.average.model(images[1]).float(), dim=1)
-        loss = nt_xent(queries, self._keys, self.settings.temperature, anchors="first", queue=self.queue)
+        temperature, queue = self.settings.temperature, self.queue
+        losses = [nt_xent(rows, self._keys, temperature, anchors="first", queue=queue) for rows in queries]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()

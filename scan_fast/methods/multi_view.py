@@ -6,7 +6,8 @@ image in few pixels, so it costs a fraction of a large one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -36,6 +37,7 @@ class MultiViewSettings(MethodSettings):
     small_views: int = Field(default=0, ge=0, le=64)
     small_view: View = SimCLRView(kind="simclr", size=None, scale=(0.05, 0.4))
     resolutions: tuple[tuple[float, int], ...] = ()
+    least_images: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> Self:
@@ -78,11 +80,15 @@ class MultiViewMethod(PretextMethod):
         return (view,) * LARGE + self._small
 
     def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the embeddings (B, D) of each view. The large views pass the network together, then the small ones.
+        """Return the embeddings (B, D) of each view. The large views pass the network together, then the small ones."""
+        return embeddings(self.model, images[:LARGE], images[LARGE:])
 
-        Views of one pass share batch statistics.
-        """
-        large, small = images[:LARGE], images[LARGE:]
-        return [
-            rows for group in (large, small) if group for rows in self.model(torch.cat(list(group))).chunk(len(group))
-        ]
+
+def embeddings(network: Callable[[Tensor], Tensor], *groups: Sequence[Tensor]) -> list[Tensor]:
+    """Return what a network makes of each view. Views of a group pass it together, so they share batch statistics.
+
+    Args:
+        network: maps images (n, 3, S, S) to embeddings (n, D).
+        groups: views (B, 3, S, S) of one size each; a group may be empty.
+    """
+    return [rows for group in groups if group for rows in network(torch.cat(list(group))).chunk(len(group))]

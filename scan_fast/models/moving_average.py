@@ -19,7 +19,7 @@ class MovingAverage(Generic[M]):
 
     Args:
         model: the model to follow; the average starts as a copy of it, in evaluation mode and without gradients.
-        decay: between 0 and 1.
+        decay: between 0 and 1; or a scalar tensor on the model's device, from 0 to 1, which may change between steps.
         buffers: ``"average"`` averages floating-point buffers like weights and copies the others (counters).
             ``"keep"`` leaves all buffers as they were at the start.
 
@@ -27,8 +27,9 @@ class MovingAverage(Generic[M]):
         model: the averaged model.
     """
 
-    def __init__(self, model: M, decay: float, *, buffers: Literal["average", "keep"] = "average") -> None:
-        if not 0 < decay < 1:
+    def __init__(self, model: M, decay: float | Tensor, *, buffers: Literal["average", "keep"] = "average") -> None:
+        # The value of a tensor is not read: the host would wait for the device.
+        if not isinstance(decay, Tensor) and not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         self.model: M = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
@@ -42,7 +43,12 @@ class MovingAverage(Generic[M]):
     @torch.no_grad()
     def update(self) -> None:
         """Move the average one step towards the model's weights."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        if isinstance(self.decay, Tensor):
+            changes = torch._foreach_sub(self._weights, self._averages)
+            torch._foreach_mul_(changes, 1 - self.decay)
+            torch._foreach_add_(self._averages, changes)
+        else:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
         if self.buffers == "average" and self._own_rest:
             torch._foreach_copy_(self._own_rest, self._other_rest)
 

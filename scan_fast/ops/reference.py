@@ -97,6 +97,74 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: boo
     return loss, count
 
 
+SIGREG_SPACING = 2 / 3
+"""Spacing of the ten points from -3 to 3 at which SIGReg compares characteristic functions."""
+SIGREG_POINTS = tuple((2 * k + 1) * SIGREG_SPACING / 2 for k in range(5))
+"""The positive points, odd multiples of the first. The integrand is even."""
+
+
+def sigreg(z: Tensor, directions: Tensor) -> Tensor:
+    """Compute SIGReg (LeJEPA, arXiv 2511.08544): the distance of projections from a standard normal distribution.
+
+    For each direction, the characteristic function phi of the batch's projections is compared with that of the normal
+    distribution: the integral of exp(-t^2 / 2) |phi(t) - exp(-t^2 / 2)|^2 over t (Epps and Pulley, 1983).
+
+    Args:
+        z: (B, D) embeddings, not normalised.
+        directions: (K, D) directions of length one.
+
+    Returns:
+        The mean over the directions, a scalar.
+    """
+    dtype = _compute_dtype(z)
+    projections = z.to(dtype) @ directions.to(dtype).T
+    angles = torch.tensor(SIGREG_POINTS, dtype=dtype, device=z.device)[:, None, None] * projections
+    return sigreg_of_means(angles.cos().mean(dim=1), angles.sin().mean(dim=1))
+
+
+def sigreg_of_means(cosine: Tensor, sine: Tensor) -> Tensor:
+    """Compute SIGReg of the parts of characteristic functions at the positive points, each (points, K)."""
+    normal = torch.tensor(SIGREG_POINTS, dtype=cosine.dtype, device=cosine.device).square().div(-2).exp()
+    distances = (cosine - normal[:, None]).square() + sine.square()
+    return (2 * SIGREG_SPACING * normal * distances.mean(dim=1)).sum()
+
+
+def visreg(z: Tensor, directions: Tensor) -> Tensor:
+    """Compute VISReg (arXiv 2606.02572), the sum of its three terms.
+
+    Args:
+        z: (B, D) embeddings, not normalised.
+        directions: (K, D) directions of length one.
+
+    Returns:
+        A scalar.
+    """
+    centre, scale, shapes = visreg_terms(z, directions)
+    return centre + scale + shapes.mean()
+
+
+def visreg_terms(z: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the mean squared differences in centre, in scale, and in shape on each direction.
+
+    Args:
+        z: (B, D) embeddings, not normalised.
+        directions: (K, D) directions of length one.
+
+    Returns:
+        Two scalars and (K,) numbers.
+    """
+    dtype = _compute_dtype(z)
+    z, directions = z.to(dtype), directions.to(dtype)
+    mean = z.mean(dim=0)
+    centred = z - mean
+    deviation = (centred.square().mean(dim=0) + 1e-12).sqrt()
+    projections = directions @ (centred / deviation).T
+    ranks = torch.arange(1, len(z) + 1, device=z.device, dtype=dtype)
+    quantiles = torch.special.ndtri(ranks / (len(z) + 1))
+    shapes = (projections.sort(dim=1).values - quantiles).square().mean(dim=1)
+    return mean.square().mean(), (deviation - 1).square().mean(), shapes
+
+
 def batch_norm(
     x: Tensor,
     residual: Tensor | None,

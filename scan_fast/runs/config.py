@@ -96,8 +96,8 @@ class PretextConfig(TrainingConfig):
     """Stage one: a representation without labels."""
 
     method: MethodConfig = SimCLRSettings()
-    """Choose by ``kind`` how it is learned: ``simclr``, ``moco``, ``sigreg``, ``visreg`` or ``rotation``; ``weights``
-    reads a file; ``none`` takes a pretrained backbone."""
+    """Choose by ``kind`` how it is learned: ``simclr``, ``moco``, ``byol``, ``sigreg``, ``visreg`` or ``rotation``;
+    ``weights`` reads a file; ``none`` takes a pretrained backbone."""
     monitor_every: int = Field(default=10, ge=0)
     """Epochs between kNN checks (needs labels) on the test images, or by leaving one out; 0 for never."""
     monitor_k: int = Field(default=100, ge=1)

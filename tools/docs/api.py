@@ -21,6 +21,7 @@ What other code may import. This page is generated from the docstrings: `python 
 
 CONTENT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "scan_fast", ("nt_xent", "NTXentLoss", "scan_loss", "SCANLoss", "self_label_loss", "SelfLabelLoss")),
+    ("Losses without a kernel", "scan_fast.losses", ("sigreg_loss", "visreg_loss")),
     ("Neighbour search", "scan_fast", ("topk_neighbors",)),
     ("Clustering", "scan_fast", ("ImageClusterer",)),
     ("A finished run", "scan_fast.predictor", ("Predictor", "ImageNetwork")),

@@ -1,0 +1,77 @@
+"""Collectives with a gradient.
+
+The plain ``torch.distributed.all_reduce`` has none: a loss of its result gets a wrong gradient without a word. With
+those here, the gradient of a rank's tensor is that of the sum of all ranks' results. DistributedDataParallel divides by
+the number of ranks, so a loss that is the same on every rank gets its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def several_ranks() -> bool:
+    """Return whether there is a process group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Return the numbers of all ranks, by rank. The host waits for the device."""
+    gathered = torch.empty(dist.get_world_size() * len(numbers), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(gathered, torch.tensor(numbers, device=device))
+    rows: list[list[int]] = gathered.view(-1, len(numbers)).tolist()
+    return rows
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of the tensors of all ranks, of one shape."""
+    result: Tensor = _Sum.apply(x)
+    return result
+
+
+def rows_of_all_ranks(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the rows of all ranks in their order, (sum of counts, D).
+
+    Args:
+        x: (n, D) rows of this rank.
+        counts: n of each rank. They may differ, and may be 0.
+    """
+    result: Tensor = _Rows.apply(x, tuple(counts))
+    return result
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        # The collective wants tensors of one size.
+        local = x.new_zeros((max(counts), x.shape[1]))
+        local[: len(x)] = x
+        gathered = x.new_empty(len(counts) * local.numel())
+        dist.all_gather_into_tensor(gathered, local.flatten())
+        return torch.cat([rows[:n] for rows, n in zip(gathered.view(len(counts), *local.shape), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total.split(ctx.counts)[dist.get_rank()], None

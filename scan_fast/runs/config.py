@@ -137,7 +137,18 @@ class MiningConfig(Settings):
         return None if files is None else tuple(file.expanduser().absolute() for file in files)
 
 
-class ClusteringConfig(TrainingConfig):
+class ClusterTrainingConfig(TrainingConfig):
+    """Settings of the stages that train clusters.
+
+    Attributes:
+        stop_when_stable: end the stage before its last epoch if, in three evaluations in a row, at most this share of
+            the reported images has changed its cluster since the evaluation before. None: train all epochs.
+    """
+
+    stop_when_stable: float | None = Field(default=None, ge=0, lt=1)
+
+
+class ClusteringConfig(ClusterTrainingConfig):
     """Stage two: cluster heads on pairs of an image and a neighbour."""
 
     n_clusters: int | Literal["auto"] | None = None
@@ -249,11 +260,21 @@ class ClusteringConfig(TrainingConfig):
         return self
 
 
-class SelfLabelConfig(TrainingConfig):
+class SelfLabelConfig(ClusterTrainingConfig):
     """Stage three: learning from confident assignments."""
 
     threshold: float = Field(default=0.99, ge=0, le=1)
     """An image is confident if its largest probability is strictly above this."""
+    confidence: Literal["fixed", "per_class"] = "fixed"
+    """``fixed``: only ``threshold`` counts. ``per_class``: so do, in every batch, the most confident images of each
+    predicted cluster (``fraction``), so that no cluster is without labels while the network is unsure."""
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    """With ``confidence: per_class``: share of the images of each predicted cluster that is confident in any case; at
+    least one image."""
+    keep: Literal["best", "last"] = "best"
+    """``best``: the result is the best evaluated state, the model that stage two left included. No labels are needed:
+    a state that has lost clusters is worse; otherwise that one is best in which images share their cluster with their
+    mined neighbours most (by modularity). ``last``: the last state, as in the reference."""
     balance: bool = True
     """Give each cluster that occurs among the confident images of a batch the same total weight."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -267,7 +288,7 @@ class SelfLabelConfig(TrainingConfig):
     view: View = StrongView(kind="strong", size=None)
     """View that learns them."""
     evaluate_every: int = Field(default=10, ge=1)
-    """Epochs between evaluations; they are reported, not used to select."""
+    """Epochs between evaluations, among which the best state is selected (``keep``)."""
 
 
 class EvaluationConfig(Settings):

@@ -24,6 +24,7 @@ from .given import run_given_heads
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
 from .inputs import mined_neighbors, pretext_model
 from .partitioning import run_partitioning
+from .stability import Stability
 
 NAME = "clustering"
 NEIGHBOR_DRAW = 2
@@ -88,6 +89,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         labels = self.source.labels if self.config.true_neighbors else None
         self.partners = Partners(neighbors["train"][:, : self.config.neighbors], self.config.include_self, labels)
         self._selection_neighbors = neighbors[context.reported][:, : context.config.mining.test_k]
+        self.stability = Stability(self.config.stop_when_stable)
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
         self._view = context.view(self.config.view)
@@ -170,12 +172,17 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         scores = self.objective.score(logits, self._selection_neighbors)
         head = int(scores.argmin())
         score = float(scores[head])
+        self.stability.note(logits, head, epoch)
         if self._best is None or score < self._best["loss"]:
             state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._best = {"model": state, "head": head, "loss": score, "epoch": epoch}
         metrics = {"selection_loss": score, "head": float(head)}
         assessed = assess(self.context, logits[head].cpu(), reported)
         return metrics | {key: assessed[key] for key in ("acc_many_to_one", "acc", "nmi") if key in assessed}
+
+    def finished(self) -> bool:
+        """Return whether the assignments have stopped changing."""
+        return self.stability.reached
 
     @property
     def best(self) -> dict[str, Any]:
@@ -184,13 +191,14 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         return self._best
 
     def state(self) -> dict[str, Any]:
-        """Return the best so far and the objective's state."""
-        return {"best": self._best, "objective": self.objective.state()}
+        """Return the best so far, the objective's state, and what the end depends on."""
+        return {"best": self._best, "objective": self.objective.state(), "stability": self.stability.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the best so far and the objective's state."""
+        """Restore what :meth:`state` returned."""
         self._started = True
         self._best = state["best"]
+        self.stability.load_state(state["stability"])
         self.objective.load_state(state["objective"])
 
 
@@ -215,9 +223,13 @@ def run_clustering(context: Context, handover: Handover) -> None:
         alone = f"{stage.partners.alone:,} of {stage.n_images:,} images have none"
         context.tracker.say(f"{NAME}: oracle: labels choose the neighbours that train; {alone}")
     training = train(stage, context)
+    ended = stage.stability.words(NAME, config.epochs)
+    if ended is not None:
+        context.tracker.say(ended)
     best = stage.best
     model.load_state_dict(best["model"])
     results: dict[str, Any] = {"head": best["head"], "epoch": best["epoch"], "selection_loss": best["loss"]}
+    results |= stage.stability.notes(config.epochs)
     if config.true_neighbors:
         results["label_oracle"] = {"true_neighbors": True, "images_without": stage.partners.alone}
     single = model.head(best["head"])

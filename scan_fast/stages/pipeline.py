@@ -79,7 +79,7 @@ PIPELINE = (
     PipelineStage(
         selflabel.NAME,
         selflabel.run_selflabel,
-        inputs=(artifacts.CLUSTER_MODEL,),
+        inputs=(artifacts.NEIGHBORS, artifacts.CLUSTER_MODEL),
         outputs=(artifacts.SELFLABEL_MODEL,),
         hands_on=(SELFLABEL_LOGITS,),
     ),

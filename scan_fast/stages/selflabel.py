@@ -1,23 +1,28 @@
-"""Stage three: the network learns from the images of which it is confident."""
+"""Stage three: the network learns from the images of which it is confident, and the best state is kept."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
 from ..models.moving_average import MovingAverage
-from ..runs.artifacts import SELFLABEL_MODEL
+from ..neighbors import topk_neighbors
+from ..runs.artifacts import NEIGHBORS, SELFLABEL_MODEL
 from ..runs.records import StageResult
 from ..training.context import Context
 from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from .assessment import assess
+from .confidence import CERTAIN, per_class
 from .handover import FEATURES, SELFLABEL_LOGITS, Handover
-from .inputs import cluster_model
+from .inputs import cluster_model, mined_neighbors
+from .keeping import BestState
+from .stability import Stability
 
 NAME = "selflabel"
 
@@ -46,6 +51,9 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         if config.ema is not None:
             buffers = "keep" if config.ema_mode == "write_back" else "average"
             self.average = MovingAverage(model, config.ema, buffers=buffers)  # type: ignore[arg-type]
+        self.best: BestState | None = BestState() if config.keep == "best" else None
+        self.stability = Stability(config.stop_when_stable)
+        self._neighbors: Tensor | None = None
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
         self._weak, self._strong = context.view(config.weak_view), context.view(config.view)
@@ -59,6 +67,13 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         """Return the backbones of the network and of its average."""
         return [self.model.backbone, *([self.average.model.backbone] if self.average is not None else [])]
 
+    def prepare(self) -> None:
+        """Judge the start, the first candidate for the result."""
+        if self.best is not None and not self.best.started:
+            if not self.context.run.has(NEIGHBORS):
+                self._neighbors = self._searched_neighbors()
+            self._judge(self._logits(), epoch=0)
+
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render the weak view, which gives the label, and the strong view, which learns it."""
         weak, strong = self._views.render([(self._weak, 0), (self._strong, 1)], indices, epoch=epoch)
@@ -69,9 +84,10 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         weak, strong = batch
         with torch.no_grad():
             weak_logits = self.result(weak)[0]
-        loss, confident = self_label_loss(
-            weak_logits, self.model(strong)[0], self.config.threshold, balance=self.config.balance
-        )
+        threshold = self.config.threshold
+        if self.config.confidence == "per_class":
+            weak_logits, threshold = per_class(weak_logits, threshold, self.config.fraction), CERTAIN
+        loss, confident = self_label_loss(weak_logits, self.model(strong)[0], threshold, balance=self.config.balance)
         return loss, {"loss": loss, "confident": confident / len(weak)}
 
     def after_step(self) -> None:
@@ -82,39 +98,88 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
                 self.average.write_back()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Report metrics and the number of clusters in use, every ``evaluate_every`` epochs and at the end."""
+        """Keep the best state, and report metrics, every ``evaluate_every`` epochs and at the end."""
         if not last and epoch % self.config.evaluate_every:
             return {}
         reported = self.context.reported
-        logits = forward_all(self.context, self.result, self.result, self.context.clustered[reported])[0].cpu()
-        if last:
+        logits = self._logits()
+        self.stability.note(logits[None], 0, epoch)
+        scores = {} if self.best is None else {"selection_score": self._judge(logits, epoch)}
+        if self.best is None and (last or self.finished()):
             self._handover.put(SELFLABEL_LOGITS, reported, logits)
         metrics = assess(self.context, logits, reported)
         keys = ("acc_many_to_one", "acc", "nmi", "clusters_used")
-        return {key: metrics[key] for key in keys if key in metrics}
+        return scores | {key: metrics[key] for key in keys if key in metrics}
+
+    def finished(self) -> bool:
+        """Return whether the assignments have stopped changing."""
+        return self.stability.reached
 
     def state(self) -> dict[str, Any]:
-        """Return the average's weights."""
-        return {"average": self.average.state_dict() if self.average is not None else None}
+        """Return the average's weights, the best state, and what the end depends on."""
+        return {
+            "average": self.average.state_dict() if self.average is not None else None,
+            "best": self.best.state() if self.best is not None else None,
+            "neighbors": self._neighbors,
+            "stability": self.stability.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the average's weights."""
+        """Restore what :meth:`state` returned."""
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.best is not None:
+            self.best.load_state(state["best"])
+        self._neighbors = state["neighbors"]
+        self.stability.load_state(state["stability"])
+
+    def _logits(self) -> Tensor:
+        source = self.context.clustered[self.context.reported]
+        return forward_all(self.context, self.result, self.result, source)[0].cpu()
+
+    def _judge(self, logits: Tensor, epoch: int) -> float:
+        assert self.best is not None
+        if self._neighbors is None:
+            mined = mined_neighbors(self.context)[self.context.reported]
+            neighbors = mined[:, : self.context.config.mining.test_k]
+        else:
+            neighbors = self._neighbors
+        score, kept = self.best.judge(logits, neighbors, self.result, epoch)
+        if kept:
+            self._handover.put(SELFLABEL_LOGITS, self.context.reported, logits)
+        return score
+
+    def _searched_neighbors(self) -> Tensor:
+        """Return neighbours (N, k) int64 by the features of the start, for a run in which nothing was mined."""
+        source = self.context.clustered[self.context.reported]
+        k = min(self.context.config.mining.test_k, len(source) - 1)
+        features = forward_all(self.context, self.result, self.result.features, source)
+        return topk_neighbors(F.normalize(features.float(), dim=1), k)[1].cpu()
 
 
 def run_selflabel(context: Context, handover: Handover) -> None:
-    """Train on confident images and keep the last weights."""
+    """Train on confident images, and keep the best state or the last one."""
     handover.drop([FEATURES])  # they are of a frozen backbone, which learns now
     model, _ = cluster_model(context)
     stage = SelfLabel(context, model, handover)
     training = train(stage, context)
-    results = {}
+    results: dict[str, Any] = stage.stability.notes(stage.config.epochs)
+    ended = stage.stability.words(NAME, stage.config.epochs)
+    if ended is not None:
+        context.tracker.say(ended)
+    record = {}
+    if stage.best is not None:
+        kept = dict(stage.best.kept)
+        stage.result.load_state_dict(kept.pop("model"))
+        record = {"epoch": kept["epoch"], "selection_score": kept["score"]}
+        results |= record
+        of = "the model of the stage before" if kept["epoch"] == 0 else f"the state after epoch {kept['epoch']}"
+        context.tracker.say(f"{NAME}: kept {of}, of best score without labels")
     for split, source in context.clustered.items():
 
         def logits_of_all(source: Any = source) -> Tensor:
             return forward_all(context, stage.result, stage.result, source)[0].cpu()
 
         results[split] = assess(context, handover.get(SELFLABEL_LOGITS, split, logits_of_all), split)
-    context.run.write(SELFLABEL_MODEL, StageResult(stage.result.state_dict()))
+    context.run.write(SELFLABEL_MODEL, StageResult(stage.result.state_dict(), record))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)

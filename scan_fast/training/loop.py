@@ -80,6 +80,10 @@ class Stage(ABC, Generic[Batch]):
         """Evaluate after ``epoch`` (from 1) if it is due, keep the best weights, and return further metrics."""
         return {}
 
+    def finished(self) -> bool:
+        """Return whether the stage needs no more epochs; asked between epochs."""
+        return False
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides the model: plain values and tensors."""
         return {}
@@ -137,7 +141,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
         tracker.say(f"{stage.name}: warm-up cut from {asked} to {warmup:g} epochs, a fifth of all {training.epochs}")
 
     begin = saved = time.perf_counter()
-    if epoch < training.epochs:
+    if epoch < training.epochs and not stage.finished():
         stage.prepare()
 
     notes: dict[str, Any] = {}
@@ -167,7 +171,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
         BackgroundWriter(run) as writer,
         tracker.progress(stage.name, training.epochs * steps, epoch * steps + step) as ticker,
     ):
-        while epoch < training.epochs:
+        while epoch < training.epochs and not stage.finished():
             stage.train_mode()
             try:
                 for batch, size in _batches(stage, key, epoch, step):
@@ -193,7 +197,8 @@ def train(stage: Stage[Any], context: Context) -> Training:
             do_step.reset()
             tracker.record(stage.name, epoch, epoch * steps, averages)
             ticker.epoch(epoch, training.epochs, averages)
-            if epoch == training.epochs or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+            ended = epoch == training.epochs or stage.finished()
+            if ended or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
                 save(writer)
     return Training(seconds + time.perf_counter() - begin, notes)
 

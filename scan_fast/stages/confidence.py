@@ -1,0 +1,38 @@
+"""Confident images of a batch: those above a threshold, and the most confident of each class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CERTAIN = 0.5
+"""The threshold for what :func:`per_class` returns: images that count are at 1, the others at 1 / C."""
+
+
+@torch.no_grad()
+def per_class(weak: Tensor, threshold: float, fraction: float) -> Tensor:
+    """Return logits that are certain of the confident images and of nothing else.
+
+    An image is confident if its largest probability is strictly above the threshold, or if it is among the most
+    confident of those with the same predicted class (as in CDC, ICLR 2025, which takes the latter alone). Shapes are
+    static, and nothing waits for the device.
+
+    Args:
+        weak: (B, C) logits of a batch, C at least 2.
+        threshold: in [0, 1].
+        fraction: share of each predicted class that is confident in any case, in (0, 1], rounded up.
+
+    Returns:
+        (B, C) float32: the first largest class of a confident image has probability 1, and all classes of another
+        image have 1 / C. With the threshold :data:`CERTAIN`, ``self_label_loss`` takes exactly the confident images.
+    """
+    confidence, target = weak.float().softmax(dim=1).max(dim=1)
+    number = torch.arange(len(weak), device=weak.device)
+    above = confidence > confidence[:, None]
+    before = (confidence == confidence[:, None]) & (number < number[:, None])
+    same = target == target[:, None]
+    rank = (same & (above | before)).sum(dim=1)
+    confident = (rank < (fraction * same.sum(dim=1)).ceil()) | (confidence > threshold)
+    certain = 100.0 * F.one_hot(target, weak.shape[1]).float()
+    return torch.where(confident[:, None], certain, torch.zeros_like(certain))

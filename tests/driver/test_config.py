@@ -340,7 +340,11 @@ def test_data_sets_of_small_images_have_a_preset_for_processors(name: str) -> No
         assert less.epochs < more.epochs
     side = 96 if name == "stl10" else 32
     assert multiply_adds(cpu.model, side) < multiply_adds(fast.model, side) / 2
-    assert cpu.data.source == fast.data.source and cpu.data.limit is None and cpu.clustering.n_clusters == fast.clustering.n_clusters
+    assert (
+        cpu.data.source == fast.data.source
+        and cpu.data.limit is None
+        and cpu.clustering.n_clusters == fast.clustering.n_clusters
+    )
 
 
 def test_a_preset_may_set_the_network_the_images_and_the_precision(tmp_path: Path) -> None:

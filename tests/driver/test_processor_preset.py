@@ -79,7 +79,7 @@ def test_the_preset_for_processors_runs_through_all_stages_on_a_folder(ten_class
     result = run_here(*words(ten_classes, out, "preset=cpu"))
     assert result.code == 0, result.err
     config = RunFolder(out).read(CONFIG)
-    assert (config.preset, config.model.backbone, config.data.source) == ("cpu", "resnet18_stl", "folder")
+    assert (config.preset, config.model.backbone, config.data.source) == ("cpu", "resnet10_pooled", "folder")
     for name in ("assignments.csv", "confusion.csv", "model.pt", "report.html", "neighbors.npz"):
         assert (out / name).is_file(), name
     clusters = np.loadtxt(out / "assignments.csv", delimiter=",", skiprows=1, usecols=1, dtype=int)

@@ -81,6 +81,7 @@ PIPELINE = (
         selflabel.run_selflabel,
         inputs=(artifacts.NEIGHBORS, artifacts.CLUSTER_MODEL),
         outputs=(artifacts.SELFLABEL_MODEL,),
+        takes=(CLUSTERING_LOGITS,),
         hands_on=(SELFLABEL_LOGITS,),
     ),
 )

@@ -19,7 +19,7 @@ from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from .assessment import assess
 from .confidence import CERTAIN, per_class
-from .handover import FEATURES, SELFLABEL_LOGITS, Handover
+from .handover import CLUSTERING_LOGITS, FEATURES, SELFLABEL_LOGITS, Handover
 from .inputs import cluster_model, mined_neighbors
 from .keeping import BestState
 from .stability import Stability
@@ -72,7 +72,8 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         if self.best is not None and not self.best.started:
             if not self.context.run.has(NEIGHBORS):
                 self._neighbors = self._searched_neighbors()
-            self._judge(self._logits(), epoch=0)
+            start = self._handover.get(CLUSTERING_LOGITS, self.context.reported, self._logits)
+            self._judge(start, epoch=0)
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Render the weak view, which gives the label, and the strong view, which learns it."""

@@ -128,7 +128,8 @@ def test_width_scales_channels() -> None:
         ({"projector": "linear", "hidden_dim": 8}, "hidden_dim is for"),
         ({"width": 0.0}, "greater than 0"),
         ({"projection_dim": 0}, "greater than or equal to 1"),
-        ({"stem": "cifar"}, "Extra inputs"),
+        ({"stem": "cifar"}, "'random' or 'whitened'"),
+        ({"stems": "random"}, "Extra inputs"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -79,7 +79,7 @@ PIPELINE = (
     PipelineStage(
         selflabel.NAME,
         selflabel.run_selflabel,
-        inputs=(artifacts.NEIGHBORS, artifacts.CLUSTER_MODEL),
+        inputs=(artifacts.CLUSTER_MODEL, artifacts.NEIGHBORS),
         outputs=(artifacts.SELFLABEL_MODEL,),
         takes=(CLUSTERING_LOGITS,),
         hands_on=(SELFLABEL_LOGITS,),

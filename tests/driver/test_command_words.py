@@ -149,7 +149,8 @@ def test_keys_with_types_defaults_and_meaning() -> None:
     text = run_here("config", "--keys").out
     assert "mining.k = 20  (int ≥ 1)\n    Neighbours of each training image.\n" in text
     assert "selflabel.ema = null  (float > 0, < 1 or null)\n" in text
-    assert "pretext.method.kind = simclr  (simclr or moco or sigreg or visreg or rotation or weights or none)\n" in text
+    kinds = "simclr or moco or byol or sigreg or visreg or rotation or weights or none"
+    assert f"pretext.method.kind = simclr  ({kinds})\n" in text
     assert "pretext.method.file = required  (path, of kind weights)\n    The weight file." in text
     assert "clustering.view.kind = strong  " in text
     assert "selflabel = its defaults  (section or null)\n" in text

@@ -100,7 +100,7 @@ def test_metrics_are_of_all_images(labelled: Path) -> None:
     labels = np.array(["abc".index(row["label"]) for row in rows])
     expected = clustering_metrics(clusters, labels, 3, 3)
     entry = summary(labelled)["stages"]["selflabel"]
-    assert set(entry) == {"seconds", "train"}
+    assert set(entry) == {"seconds", "epoch", "selection_score", "train"}
     assert {key: entry["train"][key] for key in ("acc", "nmi", "ari")} == {
         key: expected[key] for key in ("acc", "nmi", "ari")
     }
@@ -174,7 +174,7 @@ def test_the_estimator_trains_on_every_image() -> None:
     settings = dict(parse_override(word) for word in TINY_FOLDER)
     pixels = np.stack([np.asarray(picture(number)) for number in range(24)])
     model = ImageClusterer(3, settings=settings).fit(pixels)
-    assert set(model.summary_["stages"]["selflabel"]) == {"seconds", "train"}
+    assert set(model.summary_["stages"]["selflabel"]) == {"seconds", "epoch", "selection_score", "train"}
     assert len(model.labels_) == 24
     held_out = ImageClusterer(3, settings={**settings, "data.test_fraction": 0.2}).fit(pixels)
     assert "test" in held_out.summary_["stages"]["selflabel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,14 +139,16 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         source = self.context.clustered[self.context.reported]
         return forward_all(self.context, self.result, self.result, source)[0].cpu()
 
+    @cached_property
+    def _judging_neighbors(self) -> Tensor:
+        """The neighbours that states are judged by: those searched by this stage, otherwise the mined ones."""
+        if self._neighbors is not None:
+            return self._neighbors
+        return mined_neighbors(self.context)[self.context.reported][:, : self.context.config.mining.test_k]
+
     def _judge(self, logits: Tensor, epoch: int) -> float:
         assert self.best is not None
-        if self._neighbors is None:
-            mined = mined_neighbors(self.context)[self.context.reported]
-            neighbors = mined[:, : self.context.config.mining.test_k]
-        else:
-            neighbors = self._neighbors
-        score, kept = self.best.judge(logits, neighbors, self.result, epoch)
+        score, kept = self.best.judge(logits, self._judging_neighbors, self.result, epoch)
         if kept:
             self._handover.put(SELFLABEL_LOGITS, self.context.reported, logits)
         return score

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import answers_by_rank
 from scipy import integrate, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -232,24 +232,7 @@ def _one_rank(rank: int, store_path: str, world: int, results: Any) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_give_the_loss_and_gradient_of_the_whole_batch(world: int, tmp_path: Path) -> None:
     """Even and uneven batches, a rank without rows, and fewer directions than ranks."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), world, results)
-    processes = [context.Process(target=_one_rank, args=(rank, *arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    guard = threading.Timer(300, kill)
-    guard.start()
-    for process in processes:
-        process.join()
-    guard.cancel()
-    assert all(process.exitcode == 0 for process in processes)
-    by_rank = sorted(results.get() for _ in processes)
+    by_rank = answers_by_rank(_one_rank, tmp_path, world, seconds=300)
     cases = [(*case, loss) for case in WORLDS[world] for loss in LOSSES]
     for number, (counts, count, loss) in enumerate(cases):
         z, directions = batch(sum(counts), 5, count, torch.float64)

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import answers_by_rank
 
 from scan_fast import NTXentLoss, nt_xent
 from scan_fast.ops import native, reference, trust
@@ -570,24 +570,7 @@ def _rank(rank: int, store_path: str, world: int, n: int, results: Any) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Two ranks give the loss and the gradient of the full batch, and raise for batches of different sizes."""
     world, n = 2, 21
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), world, n, results)
-    processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    guard = threading.Timer(120, kill)
-    guard.start()
-    for process in processes:
-        process.join()
-    guard.cancel()
-    assert all(process.exitcode == 0 for process in processes)
-    by_rank = sorted(results.get() for _ in processes)
+    by_rank = answers_by_rank(_rank, tmp_path, world, n, seconds=120)
     for impl in IMPLS:
         for anchors in ("both", "first"):
             expected, inputs = oracle(*views(world * n, 19, seed=5), 0.1, anchors)

@@ -1,7 +1,6 @@
 """NT-Xent with a queue of further negatives, against a float64 oracle that is written out as a cross-entropy."""
 
 import itertools
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import answers_by_rank
 from torch import Tensor
 
 from scan_fast import NTXentLoss, nt_xent
@@ -249,24 +249,7 @@ def _rank(rank: int, store_path: str, world: int, n: int, results: Any) -> None:
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 def test_two_processes_with_one_queue(tmp_path: Path) -> None:
     world, n = 2, 5
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), world, n, results)
-    processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    guard = threading.Timer(120, kill)
-    guard.start()
-    for process in processes:
-        process.join()
-    guard.cancel()
-    assert all(process.exitcode == 0 for process in processes)
-    by_rank = sorted(results.get() for _ in processes)
+    by_rank = answers_by_rank(_rank, tmp_path, world, n, seconds=120)
     for impl, anchors, q in itertools.product(IMPLS, ("both", "first"), (10, 11)):
         expected, leaves = oracle(*batch(world * n, q, 7), 0.2, anchors)
         cases = [answers[impl, anchors, q] for _, answers, _ in by_rank]

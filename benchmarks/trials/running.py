@@ -177,7 +177,7 @@ def _metrics(context: Context, stage: str) -> dict[str, float]:
 
 
 def run_untrained(config: Config, stages: Sequence[str], work: Path, watch: Watch) -> Figures:
-    """Return the figures of the network with its first weights, for those of a trial to be compared with.
+    """Return the figures of the network with random weights, for those of a trial to be compared with.
 
     The kNN accuracy and the purity are those of its features. In place of clustering comes k-means on the same
     features.
@@ -201,7 +201,7 @@ def run_untrained(config: Config, stages: Sequence[str], work: Path, watch: Watc
 
 def _untrained(context: Context, stages: Sequence[str]) -> Figures:
     run, config = context.run, context.config
-    with seeded(config.seed, "pretext"):  # the weights that training starts from
+    with seeded(config.seed, "pretext"):  # the weights that training starts from, with a random stem in any case
         model = context.place(PretextModel(context.model_config))
     run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     run.finish_stage("pretext", 0.0, knn_check(context, model), config.seed)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scan_fast.evaluation.probes import kmeans_baseline, kmeans_metrics
-from scan_fast.models.heads import PretextModel
 from scan_fast.runs import artifacts
 from scan_fast.runs.artifacts import CONFIG, PRETEXT_MODEL, Artifact, checkpoint
 from scan_fast.runs.config import Config, flatten
@@ -20,6 +19,7 @@ from scan_fast.sharing import STEPS, dependencies, take
 from scan_fast.stages.embedding import knn_check
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pipeline import STAGES, run_stage
+from scan_fast.stages.pretext import start_model
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.process import kept_memory
 
@@ -113,6 +113,7 @@ def untrained_key(config: Config, stages: Sequence[str]) -> str | None:
     kept = (
         *(f"pretext.{key}" for key in ("monitor_k", "monitor_temperature")),
         *(f"clustering.{key}" for key in ("view.size", "n_clusters", "update=features")),
+        *(["pretext.method.view.size"] if config.model.stem == "whitened" else []),
     )
     facts = dependencies(config, "pretext" if stages[-1] == "pretext" else "clustering")
     trained = ("pretext.", "clustering.")
@@ -201,8 +202,8 @@ def run_untrained(config: Config, stages: Sequence[str], work: Path, watch: Watc
 
 def _untrained(context: Context, stages: Sequence[str]) -> Figures:
     run, config = context.run, context.config
-    with seeded(config.seed, "pretext"):  # the weights that training starts from, with a random stem in any case
-        model = context.place(PretextModel(context.model_config))
+    with seeded(config.seed, "pretext"):
+        model = start_model(context)
     run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     run.finish_stage("pretext", 0.0, knn_check(context, model), config.seed)
     found = {"pretext": _metrics(context, "pretext")}

@@ -89,10 +89,8 @@ def run_pretext(context: Context, handover: Handover) -> None:
     """Train the pretext model, or take the weights that the configuration names."""
     settings = context.config.pretext.method
     with seeded(context.config.seed, NAME):
-        model = context.place(PretextModel(context.model_config))
+        model = start_model(context)
         images = len(context.splits.pretext or context.splits.train)
-        if settings.trains and not context.run.has(checkpoint(NAME)):
-            start_stem(context, model)
         steps = context.config.pretext.epochs * steps_per_epoch(images, context.config.pretext.batch_size)
         method = settings.for_run(images, steps).build(model, context.side) if settings.trains else None
     if method is not None:
@@ -106,6 +104,14 @@ def run_pretext(context: Context, handover: Handover) -> None:
         training = Training(seconds=time.perf_counter() - begin)
     context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
+
+
+def start_model(context: Context) -> PretextModel:
+    """Return the model that training starts from, drawn from the current random state."""
+    model = context.place(PretextModel(context.model_config))
+    if context.config.pretext.method.trains and not context.run.has(checkpoint(NAME)):
+        start_stem(context, model)
+    return model
 
 
 def start_stem(context: Context, model: PretextModel) -> None:

@@ -1,18 +1,21 @@
 """Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
 
-With ``--out`` the run folders are kept, and an interrupted run is resumed.
+With ``--out`` the run folders are kept, and an interrupted run is resumed. The result has the seconds of each stage, and
+FOLDER in place of the path of the images.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scan_fast.devices import choose_device
-from scan_fast.runs.config import find_config, load_config
-from scan_fast.sweep import sweep
+from scan_fast.runs.config import Config, find_config, load_config
+from scan_fast.runs.folder import RunFolder
+from scan_fast.sweep import statistics_of, sweep
 
 from .environment import describe
 from .files import write_json
@@ -32,6 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         parent = options.out or Path(temporary)
         results = sweep(config, options.seeds, parent, share_pretext=options.share_pretext)
+        results |= stage_seconds([parent / f"seed{seed}" for seed in options.seeds])
     for name, entry in results.items():
         if name != "seeds":
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
@@ -39,8 +43,26 @@ def main() -> None:
         device = choose_device(options.device).type
         title = f"Accuracy of {config.name}, {config.preset}" if config.preset else f"Accuracy of {config.name}"
         content: dict[str, Any] = {"benchmark": "accuracy", "title": title, "device": device}
-        content |= {"environment": describe(device), "config": config.model_dump(mode="json"), "results": results}
+        content |= {"environment": describe(device), "config": without_path(config), "results": results}
         write_json(options.json, content)
+
+
+def stage_seconds(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the statistics of the time of each stage that all runs did themselves, by "<stage> seconds"."""
+    stages = [RunFolder(folder).summary().stages for folder in folders]
+    return {
+        f"{name} seconds": statistics_of([entries[name]["seconds"] for entries in stages])
+        for name in stages[0]
+        if all(name in entries for entries in stages)
+    }
+
+
+def without_path(config: Config) -> dict[str, Any]:
+    """Return the settings without the path of the images, which says something about one machine only."""
+    settings: dict[str, Any] = config.model_dump(mode="json")
+    if settings["data"]["root"] is not None:
+        settings["data"]["root"] = "FOLDER"
+    return settings
 
 
 if __name__ == "__main__":

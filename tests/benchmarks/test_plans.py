@@ -18,6 +18,8 @@ from PIL import Image
 
 from benchmarks.trials import command, running
 from benchmarks.trials.plan import check_same, hidden, read_plan, resolve
+from scan_fast.runs.artifacts import CONFIG, PRETEXT_MODEL
+from scan_fast.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN: dict[str, Any] = {
@@ -288,3 +290,19 @@ def test_the_seeds_come_in_turn_and_each_network_has_its_start(
     assert {key: sorted(seeds) for key, seeds in result["untrained"].items()} == {
         key: ["1", "3"] for key in set(starts.values())
     }
+
+
+def test_the_start_of_a_whitened_stem_is_whitened(tmp_path: Path, images: Path) -> None:
+    """The untrained network is the one that training starts from."""
+    trials: list[dict[str, Any]] = [
+        {"name": "random", "predicted": "less"},
+        {"name": "whitened", "changes": ["model.stem=whitened"], "predicted": "more"},
+    ]
+    assert run(write(tmp_path, trials=trials, until="pretext"), images) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["trials"]["whitened"]["untrained"] != result["trials"]["random"]["untrained"]
+    runs = [RunFolder(folder) for folder in (tmp_path / "work").glob("untrained-*")]
+    stems = {str(run.read(CONFIG).model.stem): run.read(PRETEXT_MODEL).model["backbone.conv1.weight"] for run in runs}
+    pairs = len(stems["whitened"]) // 2
+    for name, is_white in (("whitened", True), ("random", False)):
+        assert stems[name][:pairs].equal(-stems[name][pairs : 2 * pairs]) is is_white

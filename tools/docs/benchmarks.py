@@ -110,7 +110,7 @@ def _accuracy(result: dict[str, Any]) -> str:
     rows = [f"\nPreset `{config['preset']}`, {of_seeds}.\n\n| | |\n|---|---:|\n"]
     for name, entry in results.items():
         if name != "seeds":
-            digits = 1 if name == "seconds" else 4
+            digits = 1 if name.endswith("seconds") else 4
             spread = f" ± {entry['std']:.{digits}f}" if several else ""
             rows.append(f"| {name} | {entry['mean']:.{digits}f}{spread} |\n")
     return "".join(rows)

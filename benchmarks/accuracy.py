@@ -1,7 +1,7 @@
 """Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
 
-With ``--out`` the run folders are kept, and an interrupted run is resumed. The result has the seconds of each stage, and
-FOLDER in place of the path of the images.
+With ``--out`` the run folders are kept, and an interrupted run is resumed. The result has the seconds of each stage,
+and FOLDER in place of the path of the images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
 
 With ``--out`` the run folders are kept, and an interrupted run is resumed. The result has the seconds of each stage,
-and FOLDER in place of the path of the images.
+the measured epochs of each run, and FOLDER in place of the path of the images.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 from scan_fast.devices import choose_device
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.records import MetricsEntry, Summary
 from scan_fast.sweep import statistics_of, sweep
 
 from .environment import describe
 from .files import write_json
+
+CURVES = ("knn_acc", "acc", "nmi", "selection_score", "clusters_used")
+"""The figures of an epoch that a result keeps."""
 
 
 def main() -> None:
@@ -35,7 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         parent = options.out or Path(temporary)
         results = sweep(config, options.seeds, parent, share_pretext=options.share_pretext)
-        results |= stage_seconds([parent / f"seed{seed}" for seed in options.seeds])
+        runs = {seed: RunFolder(parent / f"seed{seed}") for seed in options.seeds}
+        results |= stage_seconds([run.summary() for run in runs.values()])
+        epochs = {str(seed): measured_epochs(run.metrics()) for seed, run in runs.items()}
     for name, entry in results.items():
         if name != "seeds":
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
@@ -44,17 +50,27 @@ def main() -> None:
         title = f"Accuracy of {config.name}, {config.preset}" if config.preset else f"Accuracy of {config.name}"
         content: dict[str, Any] = {"benchmark": "accuracy", "title": title, "device": device}
         content |= {"environment": describe(device), "config": without_path(config), "results": results}
+        content["epochs"] = epochs
         write_json(options.json, content)
 
 
-def stage_seconds(folders: Sequence[Path]) -> dict[str, Any]:
+def stage_seconds(summaries: Sequence[Summary]) -> dict[str, Any]:
     """Return the statistics of the time of each stage that all runs did themselves, by "<stage> seconds"."""
-    stages = [RunFolder(folder).summary().stages for folder in folders]
     return {
-        f"{name} seconds": statistics_of([entries[name]["seconds"] for entries in stages])
-        for name in stages[0]
-        if all(name in entries for entries in stages)
+        f"{stage} seconds": statistics_of([summary.stages[stage]["seconds"] for summary in summaries])
+        for stage in summaries[0].stages
+        if all(stage in summary.stages for summary in summaries)
     }
+
+
+def measured_epochs(entries: Sequence[MetricsEntry]) -> list[dict[str, Any]]:
+    """Return the epochs after which something was measured besides the loss: stage, number and figures."""
+    found = []
+    for entry in entries:
+        figures = {key: entry.values[key] for key in CURVES if key in entry.values}
+        if figures:
+            found.append({"stage": entry.stage, "epoch": entry.epoch, **figures})
+    return found
 
 
 def without_path(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from containers import encoded
 from images import varied
 
 from benchmarks import accuracy
+from tools.docs.benchmarks import render
 
 WORDS = (
     "data.source=folder",
@@ -45,3 +46,6 @@ def test_the_result_has_the_time_of_each_stage_and_no_path(tmp_path: Path, monke
     )
     assert "selflabel seconds" not in results
     assert len(results["clustering test acc"]["values"]) == 2
+    assert [entry["stage"] for entry in content["epochs"]["5"]] == ["pretext", "clustering"]
+    assert content["epochs"]["5"][0]["knn_acc"] == results["pretext knn_acc"]["values"][1]
+    assert "| 5 | clustering, epoch 1 |" in render([content | {"file": "result.json"}], {})

@@ -113,6 +113,19 @@ def _accuracy(result: dict[str, Any]) -> str:
             digits = 1 if name.endswith("seconds") else 4
             spread = f" ± {entry['std']:.{digits}f}" if several else ""
             rows.append(f"| {name} | {entry['mean']:.{digits}f}{spread} |\n")
+    return "".join(rows) + _epochs(result.get("epochs", {}))
+
+
+def _epochs(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a table of the figures after single epochs of each run."""
+    entries = [(seed, entry) for seed, found in runs.items() for entry in found]
+    if not entries:
+        return ""
+    names = list(dict.fromkeys(key for _, entry in entries for key in entry if key not in ("stage", "epoch")))
+    rows = [f"\n| seed | after | {' | '.join(names)} |\n|---:|---|{'---:|' * len(names)}\n"]
+    for seed, entry in entries:
+        cells = [f"{entry[name]:.4g}" if name in entry else "" for name in names]
+        rows.append(f"| {seed} | {entry['stage']}, epoch {entry['epoch']} | {' | '.join(cells)} |\n")
     return "".join(rows)
 
 

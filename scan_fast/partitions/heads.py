@@ -99,9 +99,7 @@ def train_heads(
     if objective.needs_start and start is None:
         raise ConfigError("prior=estimated takes the sizes of the clusters from a partition, so it needs a start")
     key = stream_key(seed, STREAM)
-    # Of few images there are fewer, because heads with a weight for each image would fit any start.
-    count = min(COMPONENTS, max(n_clusters, len(features) // 4), features.shape[1])
-    mean, components = _principal_components(features, count)
+    mean, components = _principal_components(features, _components(features, n_clusters))
     inputs = (features - mean) @ components
     rows = torch.arange(len(features), device=features.device)
     choices = torch.cat([rows[:, None], torch.where(neighbors < 0, rows[:, None], neighbors)], dim=1)
@@ -135,11 +133,38 @@ def train_heads(
             step += 1
 
     with torch.no_grad():
-        weight, bias = _read(model)
-        weight = weight @ components.T
-        bias = bias - weight @ mean
+        weight, bias = _of_features(*_read(model), mean, components)
         logits = (features @ weight.flatten(0, 1).T).unflatten(1, (heads, n_clusters)).movedim(1, 0) + bias[:, None]
     return TrainedHeads(logits.contiguous(), weight, bias)
+
+
+@torch.no_grad()
+def fitted_heads(features: Tensor, starts: Tensor, n_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return linear heads that give the clusters of some partitions, by ridge regression on principal components.
+
+    Args:
+        features: (N, D) float32.
+        starts: (H, N) int64 clusters from 0 to C - 1, a partition for each head.
+        n_clusters: C.
+        seed: of the random weights of the images, other ones for each head.
+
+    Returns:
+        (H, C, D) and (H, C) float32: weights and biases, on the features as they were given.
+    """
+    mean, components = _principal_components(features, _components(features, n_clusters))
+    inputs = (features - mean) @ components
+    return _of_features(*_fitted_start(inputs, starts, stream_key(seed, STREAM), n_clusters), mean, components)
+
+
+def _components(features: Tensor, n_clusters: int) -> int:
+    # Of few images there are fewer, because heads with a weight for each image would fit any start.
+    return min(COMPONENTS, max(n_clusters, len(features) // 4), features.shape[1])
+
+
+def _of_features(weight: Tensor, bias: Tensor, mean: Tensor, components: Tensor) -> tuple[Tensor, Tensor]:
+    """Return heads on the principal components as heads on the features."""
+    weight = weight @ components.T
+    return weight, bias - weight @ mean
 
 
 def _check(features: Tensor, neighbors: Tensor, n_clusters: int, start: Tensor | None, heads: int) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..models.heads import ClusterModel
 from ..objectives import Objective
+from ..partitions.heads import fitted_heads
 from ..random import integers, permutation, stream_key
-from ..runs.artifacts import CLUSTER_MODEL, checkpoint
+from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS, checkpoint
 from ..runs.records import StageResult
 from ..training.context import Context, seeded
 from ..training.inference import forward_all
@@ -255,27 +256,32 @@ def logits_of(context: Context, model: ClusterModel, split: str, handover: Hando
 
 @torch.no_grad()
 def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover) -> None:
-    """Set each linear head to a k-means solution (each with its own seed) of the unit features.
+    """Fit each linear head to a k-means solution, each with its own seed, of the embeddings that were mined.
 
-    The logits fall with the squared distance to the centres.
+    Neighbours are searched there because they are purer there, and so are the clusters. Without embeddings, as with
+    given neighbours, k-means runs on the unit features.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    features = backbone_features(context, model, "train", handover)
-    scale = 1.0 if context.model_config.unit_features else features.norm(dim=1).mean()
+    features = backbone_features(context, model, "train", handover).float()
     order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))
     rows = order[:KMEANS_IMAGES].sort().values
-    unit = F.normalize(features[rows.to(features.device)], dim=1).cpu().numpy().astype(np.float64)
+    features = features[rows.to(features.device)]
+    if context.run.has(EMBEDDINGS):
+        unit = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])[rows]
+    else:
+        unit = F.normalize(features, dim=1).cpu()
     context.tracker.say(f"{NAME}: k-means of {len(unit):,} images for the start of {model.n_heads} heads")
-    # A temperature at which neighbouring centres still share an image: a start that is sure of everything is stuck.
-    sharpness = 10.0
-    for number, head in enumerate(model.cluster_head):
+    starts = []
+    for number in range(model.n_heads):
         # One thread: several add up the centres in the order in which they finish, and no two runs agree in all bits.
         with threadpool_limits(1):
             seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
-            kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit)
-        centers = torch.from_numpy(kmeans.cluster_centers_).float()
+            kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit.numpy().astype(np.float64))
+        starts.append(torch.from_numpy(kmeans.labels_).long())
+    fitted = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters, context.config.seed)
+    for head, weight, bias in zip(model.cluster_head, *fitted, strict=True):
         assert isinstance(head, nn.Linear)
-        head.weight.copy_(2 * sharpness * centers / scale)
-        head.bias.copy_(-sharpness * centers.square().sum(dim=1))
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)

@@ -109,7 +109,10 @@ def train_heads(
         if start is None:
             weight, bias = _random_start(inputs, key, heads, n_clusters)
         else:
-            weight, bias = _fitted_start(inputs, start.to(inputs.device).expand(heads, -1), key, n_clusters)
+            draws = uniforms(key, 0, rows, _WEIGHT, heads)
+            # The Bayesian bootstrap: weights of the images from an exponential distribution, others for each head.
+            weights = -(1 - draws.T).log()
+            weight, bias = _fitted_start(inputs, start.to(inputs.device).expand(heads, -1), weights, n_clusters)
         _write(model, weight, bias)
         trained = objective.build()
         trained.attach(model)
@@ -139,21 +142,21 @@ def train_heads(
 
 
 @torch.no_grad()
-def fitted_heads(features: Tensor, starts: Tensor, n_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+def fitted_heads(features: Tensor, starts: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Return linear heads that give the clusters of some partitions, by ridge regression on principal components.
 
     Args:
         features: (N, D) float32.
         starts: (H, N) int64 clusters from 0 to C - 1, a partition for each head.
         n_clusters: C.
-        seed: of the random weights of the images, other ones for each head.
 
     Returns:
         (H, C, D) and (H, C) float32: weights and biases, on the features as they were given.
     """
     mean, components = _principal_components(features, _components(features, n_clusters))
     inputs = (features - mean) @ components
-    return _of_features(*_fitted_start(inputs, starts, stream_key(seed, STREAM), n_clusters), mean, components)
+    weights = torch.ones_like(starts, dtype=torch.float32)
+    return _of_features(*_fitted_start(inputs, starts, weights, n_clusters), mean, components)
 
 
 def _components(features: Tensor, n_clusters: int) -> int:
@@ -215,20 +218,17 @@ def _random_start(inputs: Tensor, key: Key, heads: int, n_clusters: int) -> tupl
     return drawn * (INITIAL_LOGIT * math.sqrt(12)), drawn.new_zeros((heads, n_clusters))
 
 
-def _fitted_start(inputs: Tensor, starts: Tensor, key: Key, n_clusters: int) -> tuple[Tensor, Tensor]:
+def _fitted_start(inputs: Tensor, starts: Tensor, weights: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Return weights (H, C, M) and biases (H, C) by ridge regression on the clusters of each start (H, N).
 
-    The images have weights from an exponential distribution, another for each head (the Bayesian bootstrap). The
-    logits are then scaled to the mean confidence of a start.
+    The images count by their ``weights`` (H, N). The logits are then scaled to the mean confidence of a start.
     """
-    images = torch.arange(len(inputs), device=inputs.device)
     ones = F.pad(inputs, (0, 1), value=1.0)
     penalty = torch.full((ones.shape[1],), RIDGE * float(inputs.square().mean()) * len(inputs), device=inputs.device)
     penalty[-1] = 0
-    draws = uniforms(key, 0, images, _WEIGHT, len(starts))
     fitted = []
-    for start, draw in zip(starts, draws.T, strict=True):
-        weighted = ones * -(1 - draw).log()[:, None]
+    for start, own in zip(starts, weights, strict=True):
+        weighted = ones * own[:, None]
         targets = F.one_hot(start, n_clusters).float()
         solution = torch.linalg.solve(weighted.T @ ones + penalty.diag(), weighted.T @ targets)
         fitted.append(solution * _scale_to_confidence(ones @ solution))

@@ -280,7 +280,7 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
             seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
             kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit.numpy().astype(np.float64))
         starts.append(torch.from_numpy(kmeans.labels_).long())
-    fitted = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters, context.config.seed)
+    fitted = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters)
     for head, weight, bias in zip(model.cluster_head, *fitted, strict=True):
         assert isinstance(head, nn.Linear)
         head.weight.copy_(weight)

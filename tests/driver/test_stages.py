@@ -416,10 +416,15 @@ def test_the_result_is_the_chosen_head(finished_run: Path, tmp_path: Path) -> No
     assert model.state_dict()["cluster_head.0.weight"].equal(best["model"][f"cluster_head.{best['head']}.weight"])
 
 
-def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path) -> None:
+@pytest.mark.parametrize("mined", [True, False])
+def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path, mined: bool) -> None:
+    """The solution is that of the embeddings that were mined, or of the unit features if there are none."""
     with opened(finished, again=True) as context:
-        torch.manual_seed(0)
+        embeddings = context.run.read(artifacts.EMBEDDINGS).rows["train"]
+        if not mined:
+            context.run.path_of(artifacts.EMBEDDINGS).unlink()
         model = ClusterModel(context.model_config, 4, 2)
+        model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
         before = states(model)
         start_from_kmeans(context, model, Handover())
         assert equal(states(model, "backbone."), {k: v for k, v in before.items() if k.startswith("backbone.")})
@@ -428,11 +433,11 @@ def test_kmeans_start_gives_each_head_its_kmeans_solution(finished: Path) -> Non
         again = copy.deepcopy(model)
         start_from_kmeans(context, again, Handover())
         assert equal(states(again), states(model))
-    unit = nn.functional.normalize(features, dim=1).double().numpy()
+    unit = embeddings if mined else nn.functional.normalize(features, dim=1).numpy()
     for head in range(2):
-        kmeans = KMeans(4, n_init=3, random_state=head).fit(unit)
-        # The scale of a single image's features differs from the mean, so a few images on a border may move.
-        assert adjusted_rand_score(kmeans.labels_, logits[head].argmax(dim=1).numpy()) > 0.8
+        kmeans = KMeans(4, n_init=3, random_state=head).fit(unit.astype(np.float64))
+        # The heads are linear in some components of the features, fewer than images, so images on a border may move.
+        assert adjusted_rand_score(kmeans.labels_, logits[head].argmax(dim=1).numpy()) > (0.4 if mined else 0.6)
     confidence = logits.softmax(dim=2).amax(dim=2)
     assert float(confidence.min()) < 0.9
 

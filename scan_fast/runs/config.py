@@ -181,7 +181,7 @@ class ClusteringConfig(ClusterTrainingConfig):
     """With ``update: heads``: precompute the features of so many views of each image and train the heads on them. They
     take 4 bytes x images x views x feature size. None: new views in every epoch, as the reference does."""
     initialize: Literal["random", "kmeans"] = "random"
-    """First weights of the heads: random, or the centres of k-means on the features."""
+    """First weights of the heads: random, or fitted to k-means of the embeddings that were mined."""
     view: View = StrongView(kind="strong", size=None)
     """View of anchors and neighbours in training."""
     evaluate_every: int = Field(default=1, ge=1)

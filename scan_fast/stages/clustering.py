@@ -269,16 +269,16 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     rows = order[:KMEANS_IMAGES].sort().values
     features = features[rows.to(features.device)]
     if context.run.has(EMBEDDINGS):
-        unit = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])[rows]
+        unit = context.run.read(EMBEDDINGS).rows["train"][rows.numpy()].astype(np.float64)
     else:
-        unit = F.normalize(features, dim=1).cpu()
+        unit = F.normalize(features, dim=1).cpu().numpy().astype(np.float64)
     context.tracker.say(f"{NAME}: k-means of {len(unit):,} images for the start of {model.n_heads} heads")
     starts = []
     for number in range(model.n_heads):
         # One thread: several add up the centres in the order in which they finish, and no two runs agree in all bits.
         with threadpool_limits(1):
             seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
-            kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit.numpy().astype(np.float64))
+            kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit)
         starts.append(torch.from_numpy(kmeans.labels_).long())
     fitted = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters)
     for head, weight, bias in zip(model.cluster_head, *fitted, strict=True):

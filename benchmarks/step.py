@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,16 @@ def profiled(context: Context, steps: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: -entry["seconds"])[:LISTED]
 
 
-def measure(config: Config, device: str, images: int, steps: int, quick: bool) -> dict[str, Any]:
-    """Measure all ways that the device has."""
+def measure(
+    config: Config,
+    device: str,
+    images: int,
+    steps: int,
+    quick: bool,
+    ways: Sequence[str] = tuple(WAYS),
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Measure the named ways, as far as the device has them; ``save`` gets the result after each."""
     side = config.data.image_size or 32
     mean, std = STATISTICS.get(config.data.source, STATISTICS["imagenet"])
     train = TensorSource(pictures(images, side))
@@ -174,7 +182,8 @@ def measure(config: Config, device: str, images: int, steps: int, quick: bool) -
             peak = rates.get(f"tiles_{precision}", rates[f"gemm_{precision}"])
             flops = training_flops(context)
             result |= {"precision": precision, "flops": flops}
-            for name, way in WAYS.items():
+            for name in ways:
+                way = WAYS[name]
                 if "graph" in way and device != "cuda":
                     continue
                 try:
@@ -183,7 +192,9 @@ def measure(config: Config, device: str, images: int, steps: int, quick: bool) -
                     entry = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
                 result["ways"][name] = entry
                 print(describe_way(name, entry), flush=True)
+                save(result)
             result["profile"] = profiled(context, max(1, steps // 4))
+            save(result)
     return result
 
 
@@ -204,6 +215,7 @@ def main() -> None:
     parser.add_argument("--config", default="cifar10", help="a configuration file, or the name of a shipped one")
     parser.add_argument("--images", type=int, help="random images (default: 10,000 on a GPU, 1,024 on a CPU)")
     parser.add_argument("--steps", type=int, help="steps of a measurement (default: 20 on a GPU, 2 on a CPU)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="a rehearsal, not a result")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -211,12 +223,16 @@ def main() -> None:
     on_gpu = options.device == "cuda"
     config = load_config(find_config(options.config), options.overrides, {"runtime.device": options.device})
     images = options.images or (10_000 if on_gpu else 1024)
-    result = measure(config, options.device, images, options.steps or (20 if on_gpu else 2), options.quick)
+    steps = options.steps or (20 if on_gpu else 2)
+
+    def save(result: dict[str, Any]) -> None:
+        if options.json:
+            write_json(options.json, result)
+
+    result = measure(config, options.device, images, steps, options.quick, options.ways, save)
     width = max(len(entry["name"][:80]) for entry in result["profile"])
     for entry in result["profile"]:
         print(f"  {entry['name'][:80]:<{width}} {human_seconds(entry['seconds']):>9}  {entry['calls']:6.1f} calls")
-    if options.json:
-        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compares recipes: the effect of changes of a configuration on quality, and their cost in CPU time.
+"""Compares recipes: the effect of changes of a configuration on quality, and their cost in time.
 
     python -m benchmarks.trials --plan FILE --minutes M [--work DIR] [--json FILE] [--set data.root=FOLDER]
     python -m benchmarks.trials --config digits --until mining --seeds 0 1 2 --json FILE -- \\
@@ -7,19 +7,19 @@
 
 A plan (``benchmarks/plans/``) has a prediction for each trial. It is checked as a whole before anything runs. It stops
 with a checkpoint when its minutes are over or on SIGTERM, and the same command goes on in the middle of the stage; the
-CPU seconds of a stage add up over its interruptions. Outcomes, new trials and more seeds may be added to a plan. What
-has a result stays: settings, changes and predictions.
+seconds of a stage add up over its interruptions. Outcomes, new trials and more seeds may be added to a plan. What has a
+result stays: settings, changes and predictions.
 
 Without a plan, a trial is ``NAME: section.key=value ...``, or a name alone for the configuration as it is. An existing
 ``--json`` file is continued: only what it lacks is run.
 
 All trials of the first seed come first, then those of the second. Stages that trials share run once (their folders are
-in ``--work``), and their cost counts for each. The cost is CPU time of all threads of the process, so that a busy
-machine matters little.
+in ``--work``), and their cost counts for each. On a CPU the cost is CPU time of all threads of the process, so that a
+busy machine matters little. On a GPU it is elapsed time, which includes choosing kernels at the first step.
 
 Ranking: accuracy divided by time would favour doing nothing. A network with random weights has some accuracy at no
 cost, so the ratio is largest for the shortest training, however bad its result. Trials are therefore ranked by their
-gain over the same network untrained, per CPU minute. A trial whose network is not trained has no rank. This measure
+gain over the same network untrained, per minute. A trial whose network is not trained has no rank. This measure
 still prefers short trainings, because the first epochs gain the most. So the table also marks the trials that no other
 one beats in accuracy and cost together (Pareto's front); for a given budget of time the best recipe is one of these. Of
 different networks these marks say more than the ranks, because a network that starts lower has more to gain. A

@@ -20,7 +20,9 @@ LAST = ("acc", "purity", "knn_acc")
 SIGNIFICANCE = 0.05
 
 Run = Mapping[str, Mapping[str, float]]
-"""Of one seed: by stage, metrics and CPU seconds."""
+"""Of one seed: by stage, metrics and seconds."""
+SECONDS = ("cpu_seconds", "seconds")
+"""Costs: CPU time of trials on a CPU, elapsed time of those on a GPU."""
 
 
 def value_of(run: Run, metric: str) -> float | None:
@@ -29,8 +31,8 @@ def value_of(run: Run, metric: str) -> float | None:
 
 
 def cost_of(run: Run) -> float:
-    """Return the CPU seconds of all stages."""
-    return sum(figures.get("cpu_seconds", 0.0) for figures in run.values())
+    """Return the seconds of all stages."""
+    return sum(figures.get(key, 0.0) for figures in run.values() for key in SECONDS)
 
 
 def values(trial: Mapping[str, Any], metric: str) -> list[float]:
@@ -86,9 +88,9 @@ class Ranked:
 
     Attributes:
         metric: of each seed.
-        seconds: CPU seconds of each seed.
+        seconds: of each seed.
         gains: over the untrained network, of each seed; empty if the network is not trained.
-        rates: gain per CPU minute, of each seed.
+        rates: gain per minute, of each seed.
         rank: by the mean rate, from 1; None without rates.
         close: the difference from the rank before is not real.
         unbeaten: "yes": no other trial has both a better mean metric and a lower mean cost. "no": one is better in both

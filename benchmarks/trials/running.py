@@ -1,11 +1,15 @@
-"""Runs the stages of a trial: each once for all trials that share it, resumed at its checkpoint, with its CPU time."""
+"""Runs the stages of a trial: each once for all trials that share it, resumed at its checkpoint, with its time.
+
+On a CPU that is CPU time, which other programs disturb less; on a GPU it is elapsed time.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,55 +33,74 @@ from ..gpu_run.watch import Watch, WatchedTracker
 T = TypeVar("T")
 
 RESULTS = "results.json"
-"""In the folder of a finished stage: its metrics and CPU seconds."""
-CPU_SECONDS = "cpu_seconds.json"
-"""In the folder of a stage: its CPU seconds until its last two checkpoints, and until its end."""
+"""In the folder of a finished stage: its metrics and seconds."""
+SECONDS = "seconds.json"
+"""In the folder of a stage: its seconds until its last two checkpoints, and until its end."""
 WANTED = ("knn_acc", "purity", "test_purity", "acc", "nmi")
 """Metrics that are kept."""
 
 Figures = dict[str, dict[str, float]]
-"""By stage, metrics and CPU seconds."""
+"""By stage, metrics and seconds."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the cost of a trial is measured in.
+
+    Attributes:
+        key: of the seconds in a result file.
+        now: returns seconds.
+    """
+
+    key: str
+    now: Callable[[], float]
+
+
+def clock_of(device: str) -> Clock:
+    """Return the clock for a device: CPU time for a CPU, elapsed time for a GPU, whose work no CPU time shows."""
+    return Clock("cpu_seconds", time.process_time) if device == "cpu" else Clock("seconds", time.perf_counter)
 
 
 class MeasuredFolder(RunFolder):
-    """The folder of one stage of a trial, which also knows how much CPU time the stage has taken.
+    """The folder of one stage of a trial, which also knows how much time the stage has taken.
 
-    Before a checkpoint is written, the CPU seconds until it are noted under its position. The note of the checkpoint
+    Before a checkpoint is written, the seconds until it are noted under its position. The note of the checkpoint
     before is kept, so that there is one for whichever checkpoint a kill leaves. Work after the last checkpoint, which a
     resumed stage does again, counts once.
     """
 
-    def __init__(self, path: Path, stage: str) -> None:
+    def __init__(self, path: Path, stage: str, clock: Clock) -> None:
         super().__init__(path)
         self._stage = stage
+        self._now = clock.now
         self._checkpoint = checkpoint(stage)
         self._notes: dict[str, float] = {}
         self._before = 0.0
-        self._begin = time.process_time()
+        self._begin = self._now()
 
     def begin(self) -> None:
         """Start to measure, from the checkpoint if there is one."""
-        file = self.path / CPU_SECONDS
+        file = self.path / SECONDS
         self._notes = read_json(file) if file.exists() else {}
         if self.has(self._checkpoint):
             state = self.read(self._checkpoint)
             self._before = self._notes.get(_position(state.epoch, state.step), 0.0)
-        self._begin = time.process_time()
+        self._begin = self._now()
 
     @property
     def seconds(self) -> float:
-        """CPU seconds of the finished stage, over all its interruptions."""
-        return float(read_json(self.path / CPU_SECONDS)["end"])
+        """Seconds of the finished stage, over all its interruptions."""
+        return float(read_json(self.path / SECONDS)["end"])
 
     def write(self, artifact: Artifact[T], content: T) -> Path:
-        """Write an artifact; note the CPU time first if it is the checkpoint."""
+        """Write an artifact; note the time first if it is the checkpoint."""
         if artifact.name == self._checkpoint.name:
             assert isinstance(content, Checkpoint)
             self._note(_position(content.epoch, content.step))
         return super().write(artifact, content)
 
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
-        """Enter a finished stage into summary.json; note the CPU time first if it is the measured one."""
+        """Enter a finished stage into summary.json; note the time first if it is the measured one."""
         if stage == self._stage:
             self._note("end")
         super().finish_stage(stage, seconds, results, seed)
@@ -85,8 +108,8 @@ class MeasuredFolder(RunFolder):
     def _note(self, position: str) -> None:
         self._notes.pop(position, None)
         last = dict(list(self._notes.items())[-1:])
-        self._notes = {**last, position: self._before + time.process_time() - self._begin}
-        write_json(self.path / CPU_SECONDS, self._notes)
+        self._notes = {**last, position: self._before + self._now() - self._begin}
+        write_json(self.path / SECONDS, self._notes)
 
 
 def _position(epoch: int, step: int) -> str:
@@ -126,7 +149,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch) -> Figures:
-    """Run the stages, or reuse those of another trial; return metrics and CPU seconds per stage.
+    """Run the stages, or reuse those of another trial; return metrics and seconds per stage.
 
     Args:
         config: the configuration, with its seed.
@@ -151,7 +174,8 @@ def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch) -
 def _run(config: Config, stages: Sequence[str], folder: Path, former: Path | None, watch: Watch) -> None:
     """Run the last of the stages in its folder, with what the former stages have left in theirs."""
     stage = stages[-1]
-    run = MeasuredFolder(folder, stage)
+    clock = clock_of(config.runtime.device)
+    run = MeasuredFolder(folder, stage, clock)
     with run, kept_memory():
         run.write(CONFIG, config)
         if former is not None:
@@ -161,7 +185,7 @@ def _run(config: Config, stages: Sequence[str], folder: Path, former: Path | Non
             watch.check()
             run.begin()
             run_stage(context, STAGES[stage], Handover())
-        figures = _metrics(context, stage) | {"cpu_seconds": round(run.seconds, 2)}
+        figures = _metrics(context, stage) | {clock.key: round(run.seconds, 2)}
         write_json(folder / RESULTS, figures)
 
 

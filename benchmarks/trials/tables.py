@@ -26,13 +26,13 @@ def table(result: Mapping[str, Any]) -> str:
         )
     )
     names = [COLUMNS.get(key, key) if stage in ("pretext", "mining") else f"{stage} {key}" for stage, key in columns]
-    names = [f"{stage}, s" if key == "cpu_seconds" else name for (stage, key), name in zip(columns, names, strict=True)]
+    names = [f"{stage}, s" if key in figures.SECONDS else name for (stage, key), name in zip(columns, names, strict=True)]
     rows = []
     for name, trial in trials.items():
         cells = []
         for stage, key in columns:
             values = [run[stage][key] for run in trial["seeds"].values() if key in run.get(stage, {})]
-            cells.append("" if not values else _seconds(values) if key == "cpu_seconds" else _percent(values))
+            cells.append("" if not values else _seconds(values) if key in figures.SECONDS else _percent(values))
         rows.append([name, _code(trial["changes"]), str(len(trial["seeds"])), *cells])
     return _lines(["trial", "changes", "seeds", *names], rows, left=2)
 
@@ -50,7 +50,9 @@ def ranking(result: Mapping[str, Any]) -> str:
         return "Nothing has been measured yet.\n"
     ranked = figures.rank(result, metric)
     shown = [key for key in METRICS if any(figures.values(trial, key) for trial in result["trials"].values())]
-    heading = ["trial", "seeds", *(METRICS[key] for key in shown), "CPU s", "gain", "gain per minute", "rank"]
+    on_cpu = result.get("device", "cpu") == "cpu"
+    time = "CPU s" if on_cpu else "s"
+    heading = ["trial", "seeds", *(METRICS[key] for key in shown), time, "gain", "gain per minute", "rank"]
     rows = []
     for name, trial in result["trials"].items():
         cells = [_percent(figures.values(trial, key)) for key in shown]
@@ -64,7 +66,7 @@ def ranking(result: Mapping[str, Any]) -> str:
         else:
             row += [""] * 5
         rows.append(row)
-    of_rank = f"Ranked by {METRICS[metric]}: points above the same network untrained, per CPU minute."
+    of_rank = f"Ranked by {METRICS[metric]}: points above the same network untrained, per {'CPU ' if on_cpu else ''}minute."
     least = figures.Spread.of([entry.metric for entry in ranked.values()])
     pairs = [len(entry.metric) for entry in ranked.values()]
     if least.freedom:

@@ -246,11 +246,11 @@ def test_a_killed_plan_goes_on_within_the_stage(tmp_path: Path, images: Path) ->
 
 def test_the_note_of_the_checkpoint_at_hand_counts(tmp_path: Path) -> None:
     """A kill between the note and the checkpoint leaves the checkpoint before, whose note is kept."""
-    folder = running.MeasuredFolder(tmp_path, "pretext")
+    folder = running.MeasuredFolder(tmp_path, "pretext", running.clock_of("cpu"))
     folder.begin()
     for position in ("epoch 0, step 1", "epoch 0, step 2", "epoch 0, step 3"):
         folder._note(position)
-    notes = json.loads((tmp_path / running.CPU_SECONDS).read_text())
+    notes = json.loads((tmp_path / running.SECONDS).read_text())
     assert list(notes) == ["epoch 0, step 2", "epoch 0, step 3"]
     assert 0 <= notes["epoch 0, step 2"] <= notes["epoch 0, step 3"]
 

@@ -1,12 +1,13 @@
 """Ranks of trials and their order at two sizes, on made-up figures."""
 
 import math
+import time
 from typing import Any
 
 import pytest
 from scipy import stats
 
-from benchmarks.trials import figures, tables
+from benchmarks.trials import figures, running, tables
 from scan_fast.errors import UsageError
 
 
@@ -115,3 +116,16 @@ def test_results_that_cannot_be_compared_are_refused() -> None:
     both = result({"a": [(0.7, 9)], "b": [(0.7, 9)]})
     with pytest.raises(UsageError, match="do not have acc of two trials"):
         figures.compare(both, both, "acc")
+
+
+def test_trials_on_a_gpu_cost_elapsed_seconds() -> None:
+    gpu = result({"a": [(0.80, 61)]}) | {"device": "cuda"}
+    for trial in gpu["trials"].values():
+        for run in trial["seeds"].values():
+            for stage in run.values():
+                stage["seconds"] = stage.pop("cpu_seconds")
+    assert figures.rank(gpu, "purity")["a"].seconds == [61]
+    text = tables.ranking(gpu)
+    assert "| s | gain |" in text and "per minute" in text and "CPU" not in text
+    assert "pretext, s" in tables.table(gpu)
+    assert running.clock_of("cpu").now is time.process_time and running.clock_of("cuda").now is time.perf_counter

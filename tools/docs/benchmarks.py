@@ -284,7 +284,8 @@ def fill(text: str, results_folder: Path) -> str:
 
 
 def _trials(result: dict[str, Any]) -> str:
-    return f"{tables.table(result)}\nPercent; CPU seconds of a stage. {_configured(result)}"
+    seconds = "seconds" if result.get("device") == "cuda" else "CPU seconds"
+    return f"{tables.table(result)}\nPercent; {seconds} of a stage. {_configured(result)}"
 
 
 def _plan(result: dict[str, Any]) -> str:

@@ -26,7 +26,9 @@ def table(result: Mapping[str, Any]) -> str:
         )
     )
     names = [COLUMNS.get(key, key) if stage in ("pretext", "mining") else f"{stage} {key}" for stage, key in columns]
-    names = [f"{stage}, s" if key in figures.SECONDS else name for (stage, key), name in zip(columns, names, strict=True)]
+    names = [
+        f"{stage}, s" if key in figures.SECONDS else name for (stage, key), name in zip(columns, names, strict=True)
+    ]
     rows = []
     for name, trial in trials.items():
         cells = []
@@ -66,7 +68,9 @@ def ranking(result: Mapping[str, Any]) -> str:
         else:
             row += [""] * 5
         rows.append(row)
-    of_rank = f"Ranked by {METRICS[metric]}: points above the same network untrained, per {'CPU ' if on_cpu else ''}minute."
+    of_rank = (
+        f"Ranked by {METRICS[metric]}: points above the same network untrained, per {'CPU ' if on_cpu else ''}minute."
+    )
     least = figures.Spread.of([entry.metric for entry in ranked.values()])
     pairs = [len(entry.metric) for entry in ranked.values()]
     if least.freedom:

@@ -223,10 +223,12 @@ def test_a_killed_plan_goes_on_within_the_stage(tmp_path: Path, images: Path) ->
 
     code = [sys.executable, "-m", "benchmarks.trials", *words(killed, images)]
     with subprocess.Popen(code, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        wait_for(lambda: any("epoch 2" in file.read_text() for file in killed.parent.glob("work/*/cpu_*")), process)
+        wait_for(
+            lambda: any("epoch 2" in file.read_text() for file in killed.parent.glob("work/*/seconds.json")), process
+        )
         process.send_signal(signal.SIGKILL)
     assert not json.loads((killed.parent / "result.json").read_text())["trials"]["base"]["seeds"]
-    (notes,) = killed.parent.glob("work/*/cpu_*")
+    (notes,) = killed.parent.glob("work/*/seconds.json")
     noted = json.loads(notes.read_text())
     assert "end" not in noted
 

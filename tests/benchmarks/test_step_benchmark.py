@@ -19,15 +19,16 @@ SMALL = (
 )
 
 
-def measured() -> dict[str, Any]:
+def measured(**options: Any) -> dict[str, Any]:
     config = load_config(find_config("cifar10"), SMALL, {"runtime.device": "cpu"})
-    return step.measure(config, "cpu", images=32, steps=1, quick=True)
+    return step.measure(config, "cpu", images=32, steps=1, quick=True, **options)
 
 
-def test_ways_times_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "WAYS", {"plain": ()})
-    result = measured()
+def test_ways_times_and_flops() -> None:
+    saved: list[dict[str, Any]] = []
+    result = measured(ways=["plain"], save=lambda result: saved.append(dict(result)))
     assert list(result["ways"]) == ["plain"]
+    assert ["profile" in state for state in saved] == [False, True]  # an interrupted run leaves what it had
     way = result["ways"]["plain"]
     assert way["views_per_second"] == pytest.approx(16 / way["seconds"])
     # A stem of 3 to 8 channels at 32x32; a block of 8 to 8; two of 8 to 16 and 16 to 16 at 16x16, the first with a 1x1

@@ -1,6 +1,7 @@
 """Compares recipes: the effect of changes of a configuration on quality, and their cost in time.
 
     python -m benchmarks.trials --plan FILE --minutes M [--work DIR] [--json FILE] [--set data.root=FOLDER]
+    python -m benchmarks.trials --plan FILE --archive cifar10-jpeg.tar.xz
     python -m benchmarks.trials --config digits --until mining --seeds 0 1 2 --json FILE -- \\
         "base" "one-sided: pretext.method.anchors=first"
     python -m benchmarks.trials --compare SMALL.json LARGE.json [--metric purity]

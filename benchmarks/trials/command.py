@@ -8,9 +8,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scan_fast.data.datasets import Splits
 from scan_fast.errors import ScanFastError, UsageError
 from scan_fast.runs.config import Config, find_config
 from scan_fast.runs.folder import RunFolder
@@ -18,6 +20,7 @@ from scan_fast.runs.folder import RunFolder
 from .. import trials
 from ..environment import describe
 from ..files import write_json
+from ..gpu_run.archive import open_archive
 from ..gpu_run.watch import EXIT_TIME, Stopped, Watch
 from . import figures, tables
 from .plan import (
@@ -85,6 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 1 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
     parser.add_argument("--work", type=Path, help="keep the stages' folders here; with a plan, build/trials/NAME")
+    parser.add_argument("--archive", type=Path, help="take the images from this archive (see benchmarks.gpu_run)")
     parser.add_argument("--json", type=Path, help="also write the result to this file, and continue what it holds")
     parser.add_argument("trials", nargs="*", metavar="NAME: section.key=value ...")
     options = parser.parse_args(arguments)
@@ -122,6 +126,7 @@ class Work:
         result: gets the figures.
         files: get the result.
         compare_untrained: also measure the untrained networks.
+        splits: the images; by default those that the configurations name.
     """
 
     path: Path
@@ -132,6 +137,7 @@ class Work:
     result: dict[str, Any]
     files: list[Path]
     compare_untrained: bool
+    splits: Splits | None = None
 
     def save(self) -> None:
         """Write the result."""
@@ -160,9 +166,9 @@ class Work:
             if key is not None:
                 starts = self.result["untrained"].setdefault(key, {})
                 if str(job.seed) not in starts:
-                    starts[str(job.seed)] = run_untrained(config, self.stages, self.folder, self.watch)
+                    starts[str(job.seed)] = run_untrained(config, self.stages, self.folder, self.watch, self.splits)
                 trial["untrained"] = key
-            trial["seeds"][str(job.seed)] = run_trial(config, self.stages, self.folder, self.watch)
+            trial["seeds"][str(job.seed)] = run_trial(config, self.stages, self.folder, self.watch, self.splits)
             environment = describe(self.device)
             self.result["environment"] = environment
             if self.compare_untrained and environment not in self.result["environments"]:
@@ -185,7 +191,8 @@ def run_plan(options: argparse.Namespace, watch: Watch) -> int:
     work = Work(find_config(plan.config), plan.device, plan.stages, folder, watch, {}, [], True)
     work.result = result_of(plan, path, files)
     if any(map(work.lacks, jobs)):
-        check_images(configs, path)
+        work.splits = given_images(options, folder)
+        check_images(configs, path, work.splits)
     with RunFolder(folder):  # one process at a time
         work.result = result_of(plan, path, files)
         work.files = files
@@ -199,6 +206,13 @@ def run_plan(options: argparse.Namespace, watch: Watch) -> int:
     print("\n" + tables.plan(work.result))
     print(f"all of {path} is done: {files[-1]}")
     return 0
+
+
+def given_images(options: argparse.Namespace, folder: Path) -> Splits | None:
+    """Return the images of ``--archive``, decoded into ``folder``; None if there is none."""
+    if options.archive is None:
+        return None
+    return open_archive(options.archive, folder, say=partial(print, flush=True))
 
 
 def _left(work: Work, jobs: Sequence[Job]) -> str:
@@ -235,7 +249,9 @@ def run_words(options: argparse.Namespace, watch: Watch) -> int:
     jobs = [Job(seed, name, (*options.set, *changes)) for seed in seeds for name, changes in parsed.items()]
     files = [options.json] if options.json else []
     with tempfile.TemporaryDirectory() as temporary:
-        work = Work(path, device, stages, options.work or Path(temporary), watch, result, files, False)
+        folder = options.work or Path(temporary)
+        images = given_images(options, folder)
+        work = Work(path, device, stages, folder, watch, result, files, False, images)
         try:
             work.do(jobs)
         except Stopped as stopped:

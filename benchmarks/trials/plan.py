@@ -190,8 +190,13 @@ def resolve(plan: Plan, path: Path, words: Sequence[str]) -> dict[str, Config]:
     return found
 
 
-def check_images(configs: Mapping[str, Config], path: Path) -> None:
+def check_images(configs: Mapping[str, Config], path: Path, given: Splits | None = None) -> None:
     """Check the configuration of each trial against the images and the device, before anything runs.
+
+    Args:
+        configs: by the name of the trial.
+        path: the plan's file, for messages.
+        given: the images of all trials; by default those that each configuration names.
 
     Raises:
         ScanFastError: of the first trial that could not run; the message names it.
@@ -199,13 +204,16 @@ def check_images(configs: Mapping[str, Config], path: Path) -> None:
     opened: dict[str, Splits] = {}
     for name, config in configs.items():
         try:
-            if config.data.root is not None and f"data.root={config.data.root}" == OPEN:
+            if given is None and config.data.root is not None and f"data.root={config.data.root}" == OPEN:
                 raise ConfigError("the plan leaves the images open: give --set data.root=PATH")
-            data = listed_data(config)
-            key = data.model_dump_json()
-            if key not in opened:
-                opened[key] = open_splits(data)
-            splits = opened[key]
+            if given is None:
+                data = listed_data(config)
+                key = data.model_dump_json()
+                if key not in opened:
+                    opened[key] = open_splits(data)
+                splits = opened[key]
+            else:
+                splits = given
             check_beforehand(config, splits)
             classes = splits.train.class_names
             if splits.train.labels is None or classes is None or (splits.test and splits.test.labels is None):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scan_fast.data.datasets import Splits
 from scan_fast.evaluation.probes import kmeans_baseline, kmeans_metrics
 from scan_fast.runs import artifacts
 from scan_fast.runs.artifacts import CONFIG, PRETEXT_MODEL, Artifact, checkpoint
@@ -148,7 +149,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch) -> Figures:
+def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch, splits: Splits | None = None) -> Figures:
     """Run the stages, or reuse those of another trial; return metrics and seconds per stage.
 
     Args:
@@ -156,6 +157,7 @@ def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch) -
         stages: the first stages of a run.
         work: holds the folders of the stages.
         watch: stops a stage, with a checkpoint, when it is time.
+        splits: the images; by default those that the configuration names.
 
     Raises:
         Stopped: if it is time; the next call goes on at the checkpoint.
@@ -166,12 +168,14 @@ def run_trial(config: Config, stages: Sequence[str], work: Path, watch: Watch) -
         folder = work / stage_key(config, stages[:number])
         if not (folder / RESULTS).exists():
             former = work / stage_key(config, stages[: number - 1]) if number > 1 else None
-            _run(config, stages[:number], folder, former, watch)
+            _run(config, stages[:number], folder, former, watch, splits)
         results[stage] = read_json(folder / RESULTS)
     return results
 
 
-def _run(config: Config, stages: Sequence[str], folder: Path, former: Path | None, watch: Watch) -> None:
+def _run(
+    config: Config, stages: Sequence[str], folder: Path, former: Path | None, watch: Watch, splits: Splits | None
+) -> None:
     """Run the last of the stages in its folder, with what the former stages have left in theirs."""
     stage = stages[-1]
     clock = clock_of(config.runtime.device)
@@ -180,7 +184,7 @@ def _run(config: Config, stages: Sequence[str], folder: Path, former: Path | Non
         run.write(CONFIG, config)
         if former is not None:
             take(run, RunFolder(former), config, stages[:-1])
-        context = _context(config, run, watch)
+        context = _context(config, run, watch, splits)
         if not run.finished(stage):
             watch.check()
             run.begin()
@@ -189,9 +193,9 @@ def _run(config: Config, stages: Sequence[str], folder: Path, former: Path | Non
         write_json(folder / RESULTS, figures)
 
 
-def _context(config: Config, run: RunFolder, watch: Watch) -> Context:
+def _context(config: Config, run: RunFolder, watch: Watch, splits: Splits | None) -> Context:
     tracker = WatchedTracker(run, watch, lambda text: None)
-    tracker.context = open_context(config, run, tracker)
+    tracker.context = open_context(config, run, tracker, splits)
     return tracker.context
 
 
@@ -201,7 +205,9 @@ def _metrics(context: Context, stage: str) -> dict[str, float]:
     return {key: float(metrics[key]) for key in WANTED if key in metrics}
 
 
-def run_untrained(config: Config, stages: Sequence[str], work: Path, watch: Watch) -> Figures:
+def run_untrained(
+    config: Config, stages: Sequence[str], work: Path, watch: Watch, splits: Splits | None = None
+) -> Figures:
     """Return the figures of the network with random weights, for those of a trial to be compared with.
 
     The kNN accuracy and the purity are those of its features. In place of clustering comes k-means on the same
@@ -212,12 +218,13 @@ def run_untrained(config: Config, stages: Sequence[str], work: Path, watch: Watc
         stages: the stages of the trial.
         work: holds the folders of the stages.
         watch: stops, if it is time.
+        splits: the images; by default those that the configuration names.
     """
     folder = work / f"untrained-{untrained_key(config, stages)}-{config.seed}"
     if not (folder / RESULTS).exists():
         with RunFolder(folder) as run, kept_memory():
             run.write(CONFIG, config)
-            context = _context(config, run, watch)
+            context = _context(config, run, watch, splits)
             watch.check()
             write_json(folder / RESULTS, _untrained(context, stages))
     figures: Figures = read_json(folder / RESULTS)

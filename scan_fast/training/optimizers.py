@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,44 +58,61 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if "average" not in state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - momentum)
-                matrix = weight.grad.lerp(average, momentum).flatten(1)
-                update = orthogonal(matrix).mul_(RMS * max(matrix.shape) ** 0.5)
-                # The rate may be a tensor on the device.
-                weight.mul_(1 - lr * decay).sub_(update.reshape(weight.shape) * lr)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
+                if "average" not in self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+            gradients: list[Tensor] = [weight.grad for weight in weights]
+            averages: list[Tensor] = [self.state[weight]["average"] for weight in weights]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            directions = torch._foreach_lerp(gradients, averages, momentum)
+            matrices = orthogonal([direction.flatten(1) for direction in directions])
+            torch._foreach_mul_(matrices, [RMS * max(matrix.shape) ** 0.5 for matrix in matrices])
+            # The rate may be a tensor on the device.
+            torch._foreach_mul_(matrices, lr)
+            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_sub_(weights, [m.reshape(w.shape) for m, w in zip(matrices, weights, strict=True)])
 
 
-def orthogonal(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """Return about the nearest matrix with orthonormal rows (or columns, if there are fewer of them).
+def orthogonal(matrices: Sequence[Tensor], iterations: int = ITERATIONS) -> list[Tensor]:
+    """Return for each matrix about the nearest one with orthonormal rows (or columns, if there are fewer of them).
+
+    Matrices with the same number of these are iterated together, because a GPU computes many small products at once in
+    little more time than one.
 
     Args:
-        matrix: (R, C) real floating point.
+        matrices: each (R, C) real floating point, all of one dtype and device.
         iterations: Newton-Schulz iterations.
 
     Returns:
-        (R, C) of the same dtype; zeros for zeros.
+        of the same shapes and dtype; zeros for zeros.
     """
+    if not matrices:
+        return []
     a, b, c = COEFFICIENTS
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.mT
-    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    # Every iterate is a polynomial of the first Gram matrix times x. So the iteration runs on the Gram matrix, which is
-    # a ninth of the weight of a 3x3 convolution, and x is multiplied once.
-    gram, factor = x @ x.mT, None
-    for iteration in range(iterations):
-        power = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        power.diagonal().add_(a)
-        factor = power if factor is None else power @ factor
-        if iteration < iterations - 1:
-            gram = power @ (power @ gram)
-    x = x if factor is None else factor @ x
-    return x if wide else x.mT
+    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
+    norms = torch._foreach_norm(wide)
+    torch._foreach_add_(norms, 1e-7)
+    wide = list(torch._foreach_div(wide, norms))
+    by_rows: dict[int, list[int]] = {}
+    for number, x in enumerate(wide):
+        by_rows.setdefault(x.shape[0], []).append(number)
+    for numbers in by_rows.values() if iterations else ():
+        # Every iterate is a polynomial of the first Gram matrix times x. So the iteration runs on the Gram matrix,
+        # which is a ninth of the weight of a 3x3 convolution, and x is multiplied once.
+        gram, factor = torch.stack([wide[number] @ wide[number].mT for number in numbers]), None
+        for iteration in range(iterations):
+            power = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            power.diagonal(dim1=1, dim2=2).add_(a)
+            factor = power if factor is None else power @ factor
+            if iteration < iterations - 1:
+                gram = power @ (power @ gram)
+        assert factor is not None
+        for number, part in zip(numbers, factor, strict=True):
+            wide[number] = part @ wide[number]
+    return [x if x.shape == matrix.shape else x.mT for x, matrix in zip(wide, matrices, strict=True)]
 
 
 class Together:

@@ -32,14 +32,14 @@ from scan_fast.training.optimizers import (
 def test_updates_have_singular_values_near_one(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
-    result = orthogonal(matrix)
+    (result,) = orthogonal([matrix])
     assert result.shape == shape
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     # The same singular vectors, in the order of the values.
     values = torch.diagonal(u.mT @ result @ v.mT)
     torch.testing.assert_close(u @ torch.diag(values) @ v, result, atol=1e-6, rtol=0)
     assert values.min() > 0.5 and values.max() < 1.3
-    assert orthogonal(torch.zeros(shape)).count_nonzero() == 0
+    assert orthogonal([torch.zeros(shape)])[0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
@@ -51,15 +51,43 @@ def test_the_iteration_on_the_gram_matrix_is_the_published_one(shape: tuple[int,
     for _ in range(5):
         gram = expected @ expected.mT
         expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
-    torch.testing.assert_close(orthogonal(matrix), expected, atol=1e-5, rtol=0)  # 1e-7 keeps from a division by zero
-    torch.testing.assert_close(orthogonal(matrix.float()).double(), expected, atol=1e-4, rtol=0)
-    assert orthogonal(matrix, 0).norm() == pytest.approx(1)
+    torch.testing.assert_close(
+        orthogonal([matrix])[0], expected, atol=1e-5, rtol=0
+    )  # 1e-7 keeps from a division by zero
+    torch.testing.assert_close(orthogonal([matrix.float()])[0].double(), expected, atol=1e-4, rtol=0)
+    assert orthogonal([matrix], 0)[0].norm() == pytest.approx(1)
 
 
 def test_scaling_a_gradient_changes_nothing() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(8, 24)
-    torch.testing.assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(orthogonal([1e4 * matrix]), orthogonal([matrix]), atol=1e-4, rtol=1e-3)
+
+
+def test_matrices_of_as_many_rows_are_iterated_together() -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in ((8, 24), (30, 12), (24, 8), (8, 8), (12, 12), (8, 24))]
+    together, alone = orthogonal(matrices), [orthogonal([matrix])[0] for matrix in matrices]
+    assert [x.shape for x in together] == [matrix.shape for matrix in matrices]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert orthogonal([]) == []
+
+
+def test_steps_of_several_weights_are_those_of_each() -> None:
+    torch.manual_seed(0)
+    several = [nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (16, 8, 3, 3), (24, 8))]
+    single = [nn.Parameter(weight.detach().clone()) for weight in several]
+    optimizers = [
+        Muon(several, lr=0.1, weight_decay=0.1),
+        *(Muon([weight], lr=0.1, weight_decay=0.1) for weight in single),
+    ]
+    for _ in range(2):
+        for weight, other in zip(several, single, strict=True):
+            weight.grad = torch.randn(weight.shape)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close([w.detach() for w in several], [w.detach() for w in single], atol=1e-5, rtol=1e-4)
 
 
 def test_steps_are_the_orthogonal_moving_average() -> None:
@@ -73,7 +101,7 @@ def test_steps_are_the_orthogonal_moving_average() -> None:
         optimizer.step()
         average = 0.9 * average + 0.1 * gradient.flatten(1)
         nesterov = 0.9 * average + 0.1 * gradient.flatten(1)
-        step = orthogonal(nesterov).view(8, 4, 3, 3) * RMS * 6  # the larger side is 36
+        step = orthogonal([nesterov])[0].view(8, 4, 3, 3) * RMS * 6  # the larger side is 36
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * step
     torch.testing.assert_close(weight.detach(), expected)
     # As large as a step of Adam, about.
@@ -88,7 +116,7 @@ def test_tall_and_channels_last_weights_are_updated() -> None:
     for weight in weights:
         weight.grad = gradient.view(weight.shape)
         Muon([weight], lr=0.1, momentum=0).step()
-        expected = -0.1 * RMS * 40**0.5 * orthogonal(gradient.flatten(1))
+        expected = -0.1 * RMS * 40**0.5 * orthogonal([gradient.flatten(1)])[0]
         torch.testing.assert_close(weight.detach().flatten(1), expected)
 
 

@@ -31,6 +31,7 @@ from scan_fast.training.context import open_context
 from scan_fast.training.process import kept_memory
 
 from .. import files
+from ..accuracy import measured_epochs
 from ..environment import describe
 from . import BEGIN, archive, schedule
 from .watch import Stopped, Watch, WatchedTracker
@@ -268,11 +269,13 @@ class Report:
     def write(self, status: str) -> None:
         """Write the file."""
         stages = self._run.summary().stages
-        latest = {entry.stage: entry.to_dict() for entry in self._run.metrics()}
+        entries = self._run.metrics()
+        latest = {entry.stage: entry.to_dict() for entry in entries}
         content = self._content | {
             "status": status,
             "seconds": round(self._watch.elapsed, 1),
             "stages": stages,
+            "epochs": {str(self._content["config"]["seed"]): measured_epochs(entries)},
             # Of a stage that has not finished, the last epoch that was recorded.
             "unfinished": {name: entry for name, entry in latest.items() if name not in stages},
         }

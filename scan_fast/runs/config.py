@@ -271,10 +271,11 @@ class SelfLabelConfig(ClusterTrainingConfig):
     fraction: float = Field(default=0.5, gt=0, le=1)
     """With ``confidence: per_class``: share of the images of each predicted cluster that is confident in any case; at
     least one image."""
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "guarded", "last"] = "best"
     """``best``: the result is the best evaluated state, the model that stage two left included. No labels are needed:
     a state that has lost clusters is worse; otherwise that one is best in which images share their cluster with their
-    mined neighbours most (by modularity). ``last``: the last state, as in the reference."""
+    mined neighbours most (by modularity). ``guarded``: the last evaluated state that has lost no cluster and at most a
+    quarter of the start's modularity. ``last``: the last state, as in the reference."""
     balance: bool = True
     """Give each cluster that occurs among the confident images of a batch the same total weight."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -288,7 +289,7 @@ class SelfLabelConfig(ClusterTrainingConfig):
     view: View = StrongView(kind="strong", size=None)
     """View that learns them."""
     evaluate_every: int = Field(default=10, ge=1)
-    """Epochs between evaluations, among which the best state is selected (``keep``)."""
+    """Epochs between evaluations, among which a state is selected (``keep``)."""
 
 
 class EvaluationConfig(Settings):
@@ -322,8 +323,9 @@ class RuntimeConfig(Settings):
     threads: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between checkpoints; 0 writes one after every step."""
-    cuda_graphs: bool = False
-    """Replay whole training steps as CUDA graphs. No effect without a GPU."""
+    cuda_graphs: bool = True
+    """Replay whole training steps as CUDA graphs; a step that cannot be captured runs kernel by kernel. No effect
+    without a GPU."""
     compile: bool = False
     """Train through torch.compile: half a minute or more before the first step, less if its cache is warm. The cache is
     kept in TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/scan-fast/compiled."""

@@ -1,4 +1,4 @@
-"""The best state of self-labelling so far, judged without labels."""
+"""The state of self-labelling to keep, judged without labels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,31 @@ from torch import Tensor, nn
 
 from ..evaluation.model_selection import modularity
 
+TOLERATED = 0.25
+"""Share of the start's score that a guarded state may lose: training that goes well has lost a tenth."""
 
-class BestState:
-    """Keeps the state whose clusters agree best with the neighbours, and never one that has lost a cluster instead.
+
+class KeptState:
+    """Keeps the best state, or the last one that has not collapsed, and never one that has lost a cluster instead.
 
     The score is the modularity of the clusters on the graph of neighbours: how much more often an image shares its
     cluster with a neighbour than sizes alone would bring about. It depends on the assignments alone, so growing
     confidence does not change it. A state that has fewer clusters in use than the first one is worse than any that has
     not; among such states more clusters are better. Of equal states the earlier one is kept.
+
+    The neighbours are those of stage one, so a network that learns beyond them scores less although it is more often
+    right. Guarded, the score tells only whether the clusters have collapsed: the last state counts that has all
+    clusters of the first one and at least 1 - ``TOLERATED`` of its score.
+
+    Args:
+        guarded: keep the last state that has not collapsed; otherwise the best one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guarded: bool = False) -> None:
+        self._guarded = guarded
         self._kept: dict[str, Any] | None = None
         self._first_used = 0
+        self._least = 0.0
 
     @property
     def started(self) -> bool:
@@ -29,7 +41,7 @@ class BestState:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """Return the best state: its weights ("model"), "epoch", "score" and the number of clusters in use ("used").
+        """Return the kept state: its weights ("model"), "epoch", "score" and the number of clusters in use ("used").
 
         Raises:
             ValueError: if no state was judged.
@@ -43,7 +55,7 @@ class BestState:
         return max(0, self._first_used - used)
 
     def judge(self, logits: Tensor, neighbors: Tensor, model: nn.Module, epoch: int) -> tuple[float, bool]:
-        """Score a state and keep it if it is better than the best so far.
+        """Score a state, and keep it if it is better than the best so far or, guarded, if it has not collapsed.
 
         Args:
             logits: (N, C) of all images.
@@ -59,6 +71,10 @@ class BestState:
         score = float(modularity(clusters[None], neighbors, logits.shape[1])[0])
         if self._kept is None:
             self._first_used = used
+            self._least = (1 - TOLERATED) * score
+        elif self._guarded:
+            if self.lost(used) or score < self._least:
+                return score, False
         elif (-self.lost(used), score) <= (-self.lost(self._kept["used"]), self._kept["score"]):
             return score, False
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -67,8 +83,9 @@ class BestState:
 
     def state(self) -> dict[str, Any]:
         """Return everything that judging depends on."""
-        return {"kept": self._kept, "first_used": self._first_used}
+        return {"kept": self._kept, "first_used": self._first_used, "least": self._least}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state` returned."""
         self._kept, self._first_used = state["kept"], state["first_used"]
+        self._least = state.get("least", 0.0)

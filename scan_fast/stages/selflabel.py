@@ -1,4 +1,4 @@
-"""Stage three: the network learns from the images of which it is confident, and the best state is kept."""
+"""Stage three: the network learns from the images of which it is confident, and the state to keep is chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .assessment import assess
 from .confidence import CERTAIN, per_class
 from .handover import CLUSTERING_LOGITS, FEATURES, SELFLABEL_LOGITS, Handover
 from .inputs import cluster_model, mined_neighbors
-from .keeping import BestState
+from .keeping import KeptState
 from .stability import Stability
 
 NAME = "selflabel"
@@ -52,7 +52,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         if config.ema is not None:
             buffers = "keep" if config.ema_mode == "write_back" else "average"
             self.average = MovingAverage(model, config.ema, buffers=buffers)  # type: ignore[arg-type]
-        self.best: BestState | None = BestState() if config.keep == "best" else None
+        self.kept: KeptState | None = None if config.keep == "last" else KeptState(config.keep == "guarded")
         self.stability = Stability(config.stop_when_stable)
         self._neighbors: Tensor | None = None
         self._handover = handover
@@ -70,7 +70,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
 
     def prepare(self) -> None:
         """Judge the start, the first candidate for the result."""
-        if self.best is not None and not self.best.started:
+        if self.kept is not None and not self.kept.started:
             if not self.context.run.has(NEIGHBORS):
                 self._neighbors = self._searched_neighbors()
             start = self._handover.get(CLUSTERING_LOGITS, self.context.reported, self._logits)
@@ -100,14 +100,14 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
                 self.average.write_back()
 
     def end_epoch(self, epoch: int, last: bool) -> dict[str, float]:
-        """Keep the best state, and report metrics, every ``evaluate_every`` epochs and at the end."""
+        """Judge the state, and report metrics, every ``evaluate_every`` epochs and at the end."""
         if not last and epoch % self.config.evaluate_every:
             return {}
         reported = self.context.reported
         logits = self._logits()
         self.stability.note(logits[None], 0, epoch)
-        scores = {} if self.best is None else {"selection_score": self._judge(logits, epoch)}
-        if self.best is None and (last or self.finished()):
+        scores = {} if self.kept is None else {"selection_score": self._judge(logits, epoch)}
+        if self.kept is None and (last or self.finished()):
             self._handover.put(SELFLABEL_LOGITS, reported, logits)
         metrics = assess(self.context, logits, reported)
         keys = ("acc_many_to_one", "acc", "nmi", "clusters_used")
@@ -118,10 +118,10 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         return self.stability.reached
 
     def state(self) -> dict[str, Any]:
-        """Return the average's weights, the best state, and what the end depends on."""
+        """Return the average's weights, the kept state, and what the end depends on."""
         return {
             "average": self.average.state_dict() if self.average is not None else None,
-            "best": self.best.state() if self.best is not None else None,
+            "kept": self.kept.state() if self.kept is not None else None,
             "neighbors": self._neighbors,
             "stability": self.stability.state(),
         }
@@ -130,8 +130,8 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         """Restore what :meth:`state` returned."""
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.best is not None:
-            self.best.load_state(state["best"])
+        if self.kept is not None:
+            self.kept.load_state(state["kept"])
         self._neighbors = state["neighbors"]
         self.stability.load_state(state["stability"])
 
@@ -147,8 +147,8 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         return mined_neighbors(self.context)[self.context.reported][:, : self.context.config.mining.test_k]
 
     def _judge(self, logits: Tensor, epoch: int) -> float:
-        assert self.best is not None
-        score, kept = self.best.judge(logits, self._judging_neighbors, self.result, epoch)
+        assert self.kept is not None
+        score, kept = self.kept.judge(logits, self._judging_neighbors, self.result, epoch)
         if kept:
             self._handover.put(SELFLABEL_LOGITS, self.context.reported, logits)
         return score
@@ -162,7 +162,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
 
 
 def run_selflabel(context: Context, handover: Handover) -> None:
-    """Train on confident images, and keep the best state or the last one."""
+    """Train on confident images, and keep the state that ``keep`` names."""
     handover.drop([FEATURES])  # they are of a frozen backbone, which learns now
     model, _ = cluster_model(context)
     stage = SelfLabel(context, model, handover)
@@ -172,13 +172,14 @@ def run_selflabel(context: Context, handover: Handover) -> None:
     if ended is not None:
         context.tracker.say(ended)
     record = {}
-    if stage.best is not None:
-        kept = dict(stage.best.kept)
+    if stage.kept is not None:
+        kept = dict(stage.kept.kept)
         stage.result.load_state_dict(kept.pop("model"))
         record = {"epoch": kept["epoch"], "selection_score": kept["score"]}
         results |= record
         of = "the model of the stage before" if kept["epoch"] == 0 else f"the state after epoch {kept['epoch']}"
-        context.tracker.say(f"{NAME}: kept {of}, of best score without labels")
+        why = "the last that has not collapsed" if stage.config.keep == "guarded" else "of best score without labels"
+        context.tracker.say(f"{NAME}: kept {of}, {why}")
     for split, source in context.clustered.items():
 
         def logits_of_all(source: Any = source) -> Tensor:

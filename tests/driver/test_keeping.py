@@ -19,7 +19,7 @@ from scan_fast.stages.clustering import Clustering
 from scan_fast.stages.confidence import CERTAIN, per_class
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.inputs import cluster_model, selflabelled_model
-from scan_fast.stages.keeping import BestState
+from scan_fast.stages.keeping import TOLERATED, KeptState
 from scan_fast.stages.pipeline import STAGES, run_stage
 from scan_fast.stages.selflabel import SelfLabel
 from scan_fast.stages.stability import EVALUATIONS, Stability
@@ -44,7 +44,7 @@ THREE = [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def kept_epoch(*sequence: list[int]) -> int:
-    best, model = BestState(), nn.Linear(1, 1)
+    best, model = KeptState(), nn.Linear(1, 1)
     for epoch, clusters in enumerate(sequence):
         best.judge(logits_of(clusters), PAIRS, model, epoch)
     return int(best.kept["epoch"])
@@ -65,21 +65,40 @@ def test_a_state_that_lost_a_cluster_is_worse_than_any_that_has_not() -> None:
     assert kept_epoch(THREE, GOOD) == 1
 
 
+def test_a_guarded_state_is_the_last_that_has_not_collapsed() -> None:
+    pairs = torch.cat([PAIRS, PAIRS + 8])
+    start, slightly, worse = 2 * GOOD, [*GOOD, 0, 0, 1, 1, 2, 3, 3, 3], GOOD + MIXED
+    lost = [0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 2, 2, 2, 2]
+    scores = modularity(torch.tensor([start, slightly, worse]), pairs, 4).tolist()
+    assert scores[2] < (1 - TOLERATED) * scores[0] < scores[1] < scores[0]
+
+    def kept(*sequence: list[int], guarded: bool = True) -> int:
+        state, model = KeptState(guarded), nn.Linear(1, 1)
+        for epoch, clusters in enumerate(sequence):
+            state.judge(logits_of(clusters), pairs, model, epoch)
+        return int(state.kept["epoch"])
+
+    assert kept(start, slightly) == 1 and kept(start, slightly, guarded=False) == 0
+    assert kept(start, slightly, worse, worse) == 1  # compared with the start, not with the state before
+    assert kept(start, worse, slightly) == 2
+    assert kept(worse, lost) == 0  # whatever its score
+
+
 def test_kept_weights_are_a_copy_and_survive_a_checkpoint() -> None:
-    best, model = BestState(), nn.Linear(1, 1)
+    best, model = KeptState(), nn.Linear(1, 1)
     assert not best.started
     with pytest.raises(ValueError, match="no state was judged"):
         _ = best.kept
     weight = model.weight.detach().clone()
     assert best.judge(logits_of(HALF_GOOD), PAIRS, model, 0)[1]
     nn.init.constant_(model.weight, 7)
-    again = BestState()
+    again = KeptState()
     again.load_state(best.state())
     assert again.started and again.kept["model"]["weight"].equal(weight)
     assert not again.judge(logits_of(THREE), PAIRS, model, 1)[1]  # it still knows that there were four
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", "guarded", "last"])
 def test_self_labelling_that_ruins_the_clusters_returns_the_clustering(keep: str, finished: Path) -> None:
     with opened(finished, *RUINOUS, f"selflabel.keep={keep}", again=True) as context:
         context.run.remove(artifacts.checkpoint("selflabel"))
@@ -98,7 +117,8 @@ def test_self_labelling_that_ruins_the_clusters_returns_the_clustering(keep: str
     assert math.isfinite(record["selection_score"]) and len(neighbors) > 0
     lines = [entry for entry in metrics(finished) if entry["stage"] == "selflabel"]
     clusters = stages["clustering"][context.reported]["clusters_used"]
-    assert all(e["clusters_used"] < clusters or e["selection_score"] <= record["selection_score"] for e in lines)
+    least = record["selection_score"] * (1 if keep == "best" else 1 - TOLERATED)
+    assert all(e["clusters_used"] < clusters or e["selection_score"] <= least for e in lines)
 
 
 @pytest.mark.parametrize("ema", ["null", "0.9"])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md", ROOT / "docs" / "reproducing.md")
-ORDER = ("targets", "accuracy", "end_to_end", *FAMILIES, "views")
+ORDER = ("targets", "accuracy", "gpu_run", "end_to_end", "gpu_suite", "step", *FAMILIES, "views")
 INTRODUCTION = """# Benchmarks
 
 `python -m tools.docs.benchmarks` writes this page from the files under `benchmarks/results/`. Each of them names its
@@ -185,9 +185,73 @@ def _views(result: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def _gpu_run(result: dict[str, Any]) -> str:
+    planned, full = result["plan"]["epochs"], result["plan"]["full_epochs"]
+    epochs = ", ".join(f"{name} {count} of {full[name]}" for name, count in planned.items())
+    parts = [
+        f"\nEpochs: {epochs}. {result['seconds']:.0f} s from the archive of images to the last stage.\n\n"
+        "| stage | seconds | | train | test |\n|---|---:|---|---:|---:|\n"
+    ]
+    for name, entry in result["stages"].items():
+        seconds = f"{entry['seconds']:.1f}"
+        found = [("kNN accuracy", None, entry["knn_acc"])] if "knn_acc" in entry else []
+        if "purity_at" in entry:
+            at = entry["purity_at"]
+            found += [(f"purity at {k}", at["train"][k], at["test"][k]) for k in at["train"]]
+        found += [
+            (key.upper(), entry["train"][key], entry["test"][key]) for key in ("acc", "nmi", "ari") if "test" in entry
+        ]
+        for number, (title, *values) in enumerate(found):
+            cells = ["" if value is None else f"{100 * value:.1f} %" for value in values]
+            parts.append(
+                f"| {'' if number else name} | {'' if number else seconds} | {title} | {' | '.join(cells)} |\n"
+            )
+    return "".join(parts) + _epochs(result.get("epochs", {}))
+
+
+def _gpu_suite(result: dict[str, Any]) -> str:
+    parts = [f"\n{t['family']} {t['timing']}\n\n{_table(t['contenders'])}" for t in result["timings"]]
+    parts.append(
+        "\nA SimCLR step: ResNet-18 on 512 images of 32 pixels, bfloat16, with its views\n\n"
+        "| | a step | views/s |\n|---|---:|---:|\n"
+    )
+    for way in (entry for entry in result["step"] if "way" in entry):
+        if "seconds" in way:
+            cells = [human_seconds(way["seconds"]), f"{way['views_per_second']:,.0f}"]
+        else:
+            cells = [str(way.get("failed") or way.get("skipped")).replace("|", "/"), ""]
+        parts.append(f"| {way['way']} | {' | '.join(cells)} |\n")
+    return "".join(parts)
+
+
+def _step(result: dict[str, Any]) -> str:
+    config, pretext = result["config"], result["config"]["pretext"]
+    parts = [
+        f"\nStage one of `{config['name']}`, preset `{config['preset']}`, batches of {pretext['batch_size']}, "
+        f"{pretext['optimizer']['name']}, {result['precision']}.\n\n"
+        "| | a step | views/s | of product peak | views alone | first step |\n|---|---:|---:|---:|---:|---:|\n"
+    ]
+    for name, way in result["ways"].items():
+        if "failed" in way:
+            parts.append(f"| {name} | {way['failed'].replace('|', '/')} | | | | |\n")
+            continue
+        cells = [
+            human_seconds(way["seconds"]),
+            f"{way['views_per_second']:,.0f}",
+            f"{way['of_product_peak']:.0%}",
+            human_seconds(way["views_seconds"]),
+            human_seconds(way["first_step_seconds"]),
+        ]
+        parts.append(f"| {name} | {' | '.join(cells)} |\n")
+    return "".join(parts)
+
+
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "targets": _targets,
     "accuracy": _accuracy,
+    "gpu_run": _gpu_run,
+    "gpu_suite": _gpu_suite,
+    "step": _step,
     "end_to_end": _end_to_end,
     "views": _views,
 }

@@ -3,7 +3,8 @@
 ``--check`` fails if a kernel is called verified but its source is not the one that passed, or if docs/gpu-status.md
 does not show the record. ``--refresh`` records after a change of a kernel that it is now unverified. ``--update SUMMARY
 ...`` adds the results of one or several runs of ``tools/gpu_suite`` on one model of GPU: a kernel is verified if its
-present source ran and passed everything that it must pass.
+present source ran and passed everything that it must pass. ``--times SUMMARY --json FILE`` writes the times of a run as
+a result file for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
 from scan_fast import gpu_status
 
 from ..docs.gpu_status import PAGE, render
@@ -75,6 +77,27 @@ def updated(
     return refreshed(records, present)
 
 
+def times(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the times of a run of the suite in the form of a result file.
+
+    Raises:
+        SystemExit: if it was a rehearsal.
+    """
+    if summary["rehearsal"]:
+        raise SystemExit("this is the summary of a rehearsal: its times say nothing")
+    environment = dict(summary["environment"])
+    return {
+        "benchmark": "gpu_suite",
+        "title": "CUDA kernels against PyTorch",
+        "device": "cuda",
+        "date": summary["date"],
+        "ceilings": environment.pop("ceilings"),
+        "environment": environment,
+        "timings": summary["timings"],
+        "step": summary["step"],
+    }
+
+
 def problems(records: dict[str, dict[str, Any]], present: dict[str, str], page: str) -> list[str]:
     """Return each error of the record or the page as a sentence."""
     found = [f"{name} has an entry but no source" for name in records if name not in present]
@@ -93,7 +116,14 @@ def main() -> None:
     action.add_argument("--check", action="store_true")
     action.add_argument("--refresh", action="store_true")
     action.add_argument("--update", type=Path, nargs="+", metavar="SUMMARY")
+    action.add_argument("--times", type=Path, metavar="SUMMARY")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --times: the result file")
     options = parser.parse_args()
+    if (options.times is None) != (options.json is None):
+        parser.error("--times SUMMARY and --json FILE belong together")
+    if options.times is not None:
+        write_json(options.json, times(json.loads(options.times.read_text())), 1)
+        return
     present, records = hashes(), gpu_status.records()
     if options.check:
         found = problems(records, present, PAGE.read_text())

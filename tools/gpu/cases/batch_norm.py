@@ -34,8 +34,8 @@ class Layer:
 
     def __call__(self, impl: dispatch.Impl, x: Tensor, other: Tensor, upstream: Tensor) -> Tensors:
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        channels = torch.linspace(0.5, 1.5, x.shape[1], dtype=kind, device=x.device)
-        weight, bias, mean, var = channels, (channels - 1) / 10, (channels - 1) / 5, 2 * channels
+        weight, bias, *running = _parameters(x.shape[1], kind, x.device)
+        mean, var = (statistic.clone() for statistic in running)  # the call changes them
         if self.unaligned:
             other = x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(other)
 
@@ -66,6 +66,16 @@ def cases(size: str, kernels: str) -> Iterator[Case]:
         for layer in (*LAYERS, *(odd if shape[1] % 8 == 0 and shape[0] <= 64 else ())):
             kernel, plain = partial(layer, "native"), partial(layer, "reference")
             yield from gradient_cases(f"{shape_label(shape)} {layer}", size, partial(_draw, shape), kernel, plain)
+
+
+@lru_cache(maxsize=4)
+def _parameters(channels: int, kind: torch.dtype, device: torch.device) -> Tensors:
+    """Return weight, bias, running mean and running variance, copied from the host.
+
+    initcheck, which watches our kernels alone, takes what one of PyTorch's kernels has written for uninitialised.
+    """
+    values = torch.linspace(0.5, 1.5, channels, dtype=kind)
+    return tuple(x.to(device) for x in (values, (values - 1) / 10, (values - 1) / 5, 2 * values))
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, crops, dtypes, partitions
+from benchmarks import ablations, crops, dtypes, partitions, spaces
 from benchmarks.family import human_seconds
 from benchmarks.trials import figures, tables
 from benchmarks.trials.command import titles
@@ -329,9 +329,9 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials, partitions, ablation, crops or dtypes. ``plan`` shows trials with
-    predictions, ranks and outcomes, and ``compare`` the order of the trials in two files: ``<!-- compare: A B -->``. A
-    file that is not there yet is named.
+    The word before the file is the benchmark: trials, partitions, ablation, crops, dtypes or spaces. ``plan`` shows
+    trials with predictions, ranks and outcomes, and ``compare`` the order of the trials in two files:
+    ``<!-- compare: A B -->``. A file that is not there yet is named.
     """
 
     def block(found: re.Match[str]) -> str:
@@ -389,6 +389,10 @@ def _dtypes(result: dict[str, Any]) -> str:
     return f"{dtypes.table(result)}\nPercent. {_origin(result)}."
 
 
+def _spaces(result: dict[str, Any]) -> str:
+    return f"{spaces.table(result)}\nPercent. {_origin(result)}."
+
+
 _FILLED: dict[str, Callable[..., str]] = {
     "trials": _trials,
     "plan": _plan,
@@ -397,6 +401,7 @@ _FILLED: dict[str, Callable[..., str]] = {
     "ablation": _ablation,
     "crops": _crops,
     "dtypes": _dtypes,
+    "spaces": _spaces,
 }
 
 

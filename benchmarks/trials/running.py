@@ -46,7 +46,7 @@ Figures = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Clock:
-    """What the cost of a trial is measured in.
+    """The measure of a trial's cost.
 
     Attributes:
         key: of the seconds in a result file.

@@ -460,9 +460,20 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
         values["preset"] = preset
     elif "preset" in assigned and assigned["preset"] != values.get("preset"):
         raise ConfigError(f"{path} has no presets, so preset={preset} cannot be chosen")
+    changed = values
     for key, value in assigned.items():
-        values = merge(values, nested(key, value))
-    return build_config(values)
+        changed = merge(changed, nested(key, value))
+    try:
+        return build_config(changed)
+    except ConfigError as error:
+        if ".kind is missing" not in str(error):
+            raise
+        # A part of a view that only the defaults have, such as pretext.method.small_view.size, has their kind.
+        try:
+            whole = build_config(values)
+        except ConfigError:
+            raise error from None
+        return change_config(whole, assigned.items())
 
 
 def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from scan_fast.runs.config import (
     build_config,
     differences,
     find_config,
+    flatten,
     load_config,
     parse_override,
     presets_of,
@@ -454,9 +455,9 @@ def test_refused_values_name_their_key(override: str, message: str) -> None:
 
 def test_a_section_without_its_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text("data: {source: digits}")
+    path.write_text("data: {source: digits}\npretext: {method: {temperature: 0.2}}")
     with pytest.raises(ConfigError) as info:
-        load_config(path, ["pretext.method.temperature=0.2"])
+        load_config(path)
     kinds = "simclr, moco, byol, sigreg, visreg, rotation, weights, none"
     assert str(info.value) == f"pretext.method.kind is missing: give one of {kinds} beside {{'temperature': 0.2}}"
 
@@ -547,3 +548,14 @@ def test_a_file_inherits_values_and_presets(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("base: four.yaml")
     with pytest.raises(ConfigError, match=r"base must name a YAML file in or relative to .*, got 'four\.yaml'"):
         load_config(tmp_path / "three.yaml")
+
+
+def test_a_part_of_a_view_that_only_the_defaults_have_can_be_set() -> None:
+    before, after = (
+        dict(flatten(shipped("digits", *words).model_dump()))
+        for words in ((), ("pretext.method.small_view.size=8", "pretext.method.small_views=2", "seed=3"))
+    )
+    changes = {"pretext.method.small_view.size": 8, "pretext.method.small_views": 2, "seed": 3}
+    assert after == {**before, **changes}
+    with pytest.raises(ConfigError, match=r"small_view\..*sise"):
+        shipped("digits", "pretext.method.small_view.sise=8")

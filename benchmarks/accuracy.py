@@ -19,7 +19,7 @@ from scan_fast.runs.records import MetricsEntry, Summary
 from scan_fast.sweep import statistics_of, sweep
 
 from .environment import describe
-from .files import write_json
+from .files import FOLDER, write_json
 
 CURVES = ("knn_acc", "acc", "nmi", "selection_score", "clusters_used")
 """The figures of an epoch that a result keeps."""
@@ -77,7 +77,7 @@ def without_path(config: Config) -> dict[str, Any]:
     """Return the settings without the path of the images, which says something about one machine only."""
     settings: dict[str, Any] = config.model_dump(mode="json")
     if settings["data"]["root"] is not None:
-        settings["data"]["root"] = "FOLDER"
+        settings["data"]["root"] = FOLDER
     return settings
 
 

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+FOLDER = "FOLDER"
+"""Stands in results for the folder of the images, which says something about one machine only."""
+
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file beside its name and rename it, so that a reader never sees half of it.

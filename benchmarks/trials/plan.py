@@ -18,10 +18,12 @@ from scan_fast.schema import Settings
 from scan_fast.stages.beforehand import check_beforehand, listed_data
 from scan_fast.stages.pipeline import STAGES
 
+from ..files import FOLDER
+
 STAGES_OF_TRIALS = [name for name in STAGES if name != "number"]
 """The stages of a trial, which is given its number of clusters."""
-OPEN = "data.root=FOLDER"
-"""Stands for the folder of the images, which says something about one machine only."""
+OPEN = f"data.root={FOLDER}"
+"""The setting of a plan that leaves the images to the command line."""
 OF_MACHINE = ("data.root", "data.resident", "data.workers", "runtime.checkpoint_seconds")
 """The settings that a plan leaves to the command line."""
 OWN = {"seed": "seeds", "runtime.device": "device"}

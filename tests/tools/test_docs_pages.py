@@ -134,7 +134,7 @@ def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
         assert words[words.index("--json") + 1] == str(tmp_path / f"cpu-{name}.json")
         assert ("/images" in words) == (name == "end_to_end")
     assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
-    assert {*record.NAMES} == {*pages.ORDER}
+    assert {*record.NAMES} == {*pages.ORDER} - {*pages.APART}
 
 
 def test_tables_of_plans_and_of_two_sizes_are_filled_in(tmp_path: Path) -> None:
@@ -170,3 +170,37 @@ def test_tables_of_plans_and_of_two_sizes_are_filled_in(tmp_path: Path) -> None:
     assert "Not measured yet (`none.json`)." in missing
     (tmp_path / "small.json").write_text(json.dumps({**result, "environments": [environment, {}]}))
     assert "Begun on 1 other machine or commit." in pages.fill("<!-- plan: small.json --><!-- end -->", tmp_path)
+
+
+def test_a_gpu_run_and_a_step_are_shown() -> None:
+    run = {
+        "plan": {"epochs": {"pretext": 3}, "full_epochs": {"pretext": 200}},
+        "seconds": 61.2,
+        "stages": {
+            "pretext": {"seconds": 50.0, "knn_acc": 0.5},
+            "mining": {"seconds": 0.5, "purity_at": {"train": {"5": 0.4}, "test": {"5": 0.3}}},
+            "clustering": {
+                "seconds": 9.0,
+                "train": {"acc": 0.2, "nmi": 0.1, "ari": 0.1},
+                "test": {"acc": 0.25, "nmi": 0.1, "ari": 0.1},
+            },
+        },
+        "epochs": {"0": [{"stage": "pretext", "epoch": 3, "knn_acc": 0.5}]},
+    }
+    text = pages._gpu_run(run)
+    assert "pretext 3 of 200. 61 s" in text and "| mining | 0.5 | purity at 5 | 40.0 % | 30.0 % |" in text
+    assert "| clustering | 9.0 | ACC | 20.0 % | 25.0 % |" in text and "| 0 | pretext, epoch 3 | 0.5 |" in text
+    way = {
+        "seconds": 0.01,
+        "views_per_second": 1024.0,
+        "of_product_peak": 0.5,
+        "views_seconds": 0.001,
+        "first_step_seconds": 1.0,
+    }
+    step = {
+        "config": {"name": "c", "preset": "p", "pretext": {"batch_size": 512, "optimizer": {"name": "sgd"}}},
+        "precision": "bfloat16",
+        "ways": {"plain": way, "compiled": {"failed": "RuntimeError: a | b"}},
+    }
+    text = pages._step(step)
+    assert "| plain | 10 ms | 1,024 | 50% |" in text and "| compiled | RuntimeError: a / b |" in text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scan_fast import gpu_status
+from tools.docs import benchmarks
 from tools.docs.gpu_status import PAGE, render
 from tools.gpu import conclusions
 from tools.gpu import status as tool
@@ -133,3 +134,36 @@ def test_the_record_is_in_the_package(tmp_path: Path) -> None:
     shutil.copy(gpu_status.RECORDS, copy)
     assert set(json.loads(copy.read_text())) == {"kernels"}
     assert '"*.json"' in (ROOT / "setup.py").read_text()
+
+
+def test_times_of_a_run_become_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = {"name": "scan-fast", "seconds": 2e-6, "seconds_p10": 1e-6, "seconds_p90": 3e-6}
+    summary: dict[str, Any] = {
+        "rehearsal": False,
+        "date": "2030-01-02",
+        "environment": {
+            "device": "a GPU",
+            "threads": 4,
+            "torch": "2",
+            "commit": "c" * 40,
+            "ceilings": {"copy_bytes": 1e12},
+        },
+        "timings": [{"stage": "timings", "family": "nt_xent", "timing": "8x4", "contenders": [contender]}],
+        "step": [
+            {"way": "ours", "seconds": 0.01, "views_per_second": 1024.0},
+            {"way": "ours, compiled", "failed": "no | compiler"},
+            {"profile": []},
+        ],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    words = ["status", "--times", str(tmp_path / "summary.json"), "--json", str(tmp_path / "times.json")]
+    monkeypatch.setattr("sys.argv", words)
+    tool.main()
+    page = benchmarks.render(benchmarks.load(tmp_path), {})
+    assert "nt_xent 8x4" in page and "| ours | 10 ms | 1,024 |" in page and "no / compiler" in page
+    assert "a GPU, 4 threads" in page and "copy 1e+03 GB/s" in page
+    with pytest.raises(SystemExit, match="rehearsal"):
+        tool.times(summary | {"rehearsal": True})
+    monkeypatch.setattr("sys.argv", words[:3])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()

@@ -24,6 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md", ROOT / "docs" / "reproducing.md")
 ORDER = ("targets", "accuracy", "gpu_run", "end_to_end", "gpu_suite", "step", *FAMILIES, "views")
+APART = ("gpu_run", "gpu_suite", "step")
+"""Results of tools that tools.docs.record does not run: they need a GPU, or are made on another machine."""
 INTRODUCTION = """# Benchmarks
 
 `python -m tools.docs.benchmarks` writes this page from the files under `benchmarks/results/`. Each of them names its

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "augment": "the kernel that renders views",
     "views": "augmented views per second, by renderer",
     "streaming": "a folder of images that is decoded at each use",
+    "spaces": "neighbours in the projection, in the backbone's features and in both: purity, and k-means",
     "step": "the parts of a SimCLR step's time",
     "end_to_end": "every stage of a run, compared with plain PyTorch",
     "accuracy": "accuracy of a configuration over seeds",

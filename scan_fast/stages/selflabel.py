@@ -121,7 +121,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         """Return the average's weights, the kept state, and what the end depends on."""
         return {
             "average": self.average.state_dict() if self.average is not None else None,
-            "kept": self.kept.state() if self.kept is not None else None,
+            "best": self.kept.state() if self.kept is not None else None,
             "neighbors": self._neighbors,
             "stability": self.stability.state(),
         }
@@ -131,7 +131,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.kept is not None:
-            self.kept.load_state(state["kept"])
+            self.kept.load_state(state["best"])
         self._neighbors = state["neighbors"]
         self.stability.load_state(state["stability"])
 

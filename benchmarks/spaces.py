@@ -10,6 +10,7 @@ selected by them.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scan_fast.data.datasets import Splits
 from scan_fast.evaluation.metrics import purity_at
 from scan_fast.evaluation.probes import kmeans_baseline, kmeans_metrics
 from scan_fast.neighbors import topk_neighbors
@@ -41,11 +43,15 @@ def spaces(features: Tensor, projection: Tensor) -> dict[str, Tensor]:
     return rows | {"both": F.normalize(torch.cat(list(rows.values()), dim=1), dim=1)}
 
 
-def measure(folder: Path, archive: Path | None) -> dict[str, Any]:
-    """Return by space the purity of neighbours and the accuracy of k-means."""
+def measure(folder: Path, splits: Splits | None) -> dict[str, Any]:
+    """Return by space the purity of neighbours and the accuracy of k-means.
+
+    Args:
+        folder: of the run.
+        splits: the images; None for those that its configuration names.
+    """
     run = RunFolder(folder)
     with run:
-        splits = None if archive is None else open_archive(archive, folder)
         context = open_context(run.read(artifacts.CONFIG), run, Tracker(run, quiet=True), splits)
         network = pretext_model(context)
         source = context.clustered[context.reported]
@@ -86,7 +92,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     options = parser.parse_args()
     runs = dict(word.split("=", 1) for word in options.runs)
-    measured = {name: measure(Path(folder), options.archive) for name, folder in runs.items()}
+    splits = None
+    if options.archive is not None:
+        with tempfile.TemporaryDirectory() as temporary:  # decoded once, and no run folder gets the images
+            splits = open_archive(options.archive, Path(temporary))
+    measured = {name: measure(Path(folder), splits) for name, folder in runs.items()}
     result = {"benchmark": "spaces", "device": "cpu", "environment": describe("cpu"), "runs": measured}
     print(table(result))
     if options.json:

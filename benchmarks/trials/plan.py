@@ -206,7 +206,7 @@ def check_images(configs: Mapping[str, Config], path: Path, given: Splits | None
     opened: dict[str, Splits] = {}
     for name, config in configs.items():
         try:
-            if given is None and config.data.root is not None and f"data.root={config.data.root}" == OPEN:
+            if given is None and str(config.data.root) == FOLDER:
                 raise ConfigError("the plan leaves the images open: give --set data.root=PATH")
             if given is None:
                 data = listed_data(config)

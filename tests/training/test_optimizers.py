@@ -51,9 +51,8 @@ def test_the_iteration_on_the_gram_matrix_is_the_published_one(shape: tuple[int,
     for _ in range(5):
         gram = expected @ expected.mT
         expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
-    torch.testing.assert_close(
-        orthogonal([matrix])[0], expected, atol=1e-5, rtol=0
-    )  # 1e-7 keeps from a division by zero
+    # 1e-7 keeps from a division by zero.
+    torch.testing.assert_close(orthogonal([matrix])[0], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(orthogonal([matrix.float()])[0].double(), expected, atol=1e-4, rtol=0)
     assert orthogonal([matrix], 0)[0].norm() == pytest.approx(1)
 

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "views": "augmented views per second, by renderer",
     "streaming": "a folder of images that is decoded at each use",
     "spaces": "neighbours in the projection, in the backbone's features and in both: purity, and k-means",
+    "pretext": "stage one against lightly: quality and time of the same recipe",
     "step": "the parts of a SimCLR step's time",
     "end_to_end": "every stage of a run, compared with plain PyTorch",
     "accuracy": "accuracy of a configuration over seeds",

@@ -60,11 +60,11 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A ResNet for small images: a 3x3 stem, then layers of basic blocks."""
 
-    def __init__(self, planes: Sequence[int], blocks: Sequence[int], max_pool: bool) -> None:
+    def __init__(self, planes: Sequence[int], blocks: Sequence[int], max_pool: nn.Module) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, planes[0], kernel_size=3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
-        self.maxpool = nn.MaxPool2d(kernel_size=2, stride=2, padding=1) if max_pool else nn.Identity()
+        self.maxpool = max_pool
         self.layers = len(planes)
         in_planes = planes[0]
         for i, (width, depth) in enumerate(zip(planes, blocks, strict=True)):
@@ -90,16 +90,19 @@ def resnet(config: ModelConfig) -> ResNet:
     Raises:
         ValueError: for a backbone that the baseline does not have.
     """
-    shapes: dict[str, tuple[Sequence[int], Sequence[int]]] = {
-        "resnet18_cifar": ((64, 128, 256, 512), (2, 2, 2, 2)),
-        "resnet18_stl": ((64, 128, 256, 512), (2, 2, 2, 2)),
-        "resnet_digits": ((32, 64), (1, 2)),
+    none, planes = nn.Identity(), (64, 128, 256, 512)
+    shapes: dict[str, tuple[Sequence[int], Sequence[int], nn.Module]] = {
+        "resnet18_cifar": (planes, (2, 2, 2, 2), none),
+        "resnet18_stl": (planes, (2, 2, 2, 2), nn.MaxPool2d(kernel_size=2, stride=2, padding=1)),
+        "resnet18_pooled": (planes, (2, 2, 2, 2), nn.MaxPool2d(kernel_size=2, stride=2)),
+        "resnet10_pooled": (planes, (1, 1, 1, 1), nn.MaxPool2d(kernel_size=2, stride=2)),
+        "resnet_digits": ((32, 64), (1, 2), none),
     }
     if config.backbone not in shapes:
         raise ValueError(f"the baseline has {', '.join(shapes)}; model.backbone is {config.backbone!r}")
-    planes, blocks = shapes[config.backbone]
-    scaled = [max(8, round(p * config.width / 8) * 8) for p in planes]
-    return ResNet(scaled, blocks, max_pool=config.backbone == "resnet18_stl")
+    widths, blocks, max_pool = shapes[config.backbone]
+    scaled = [max(8, round(p * config.width / 8) * 8) for p in widths]
+    return ResNet(scaled, blocks, max_pool)
 
 
 class ContrastiveModel(nn.Module):

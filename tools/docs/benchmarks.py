@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, crops, dtypes, partitions, spaces
+from benchmarks import ablations, crops, dtypes, partitions, pretext, spaces
 from benchmarks.family import human_seconds
 from benchmarks.trials import figures, tables
 from benchmarks.trials.command import titles
@@ -331,8 +331,8 @@ def write(results_folder: Path, page: Path) -> None:
 def fill(text: str, results_folder: Path) -> str:
     """Put the tables of results into a page, between ``<!-- trials: FILE -->`` and ``<!-- end -->``.
 
-    The word before the file is the benchmark: trials, partitions, ablation, crops, dtypes or spaces. ``plan`` shows
-    trials with predictions, ranks and outcomes, and ``compare`` the order of the trials in two files:
+    The word before the file is the benchmark: trials, partitions, ablation, crops, dtypes, spaces or pretext.
+    ``plan`` shows trials with predictions, ranks and outcomes, and ``compare`` the order of the trials in two files:
     ``<!-- compare: A B -->``. A file that is not there yet is named.
     """
 
@@ -395,6 +395,10 @@ def _spaces(result: dict[str, Any]) -> str:
     return f"{spaces.table(result)}\nPercent. {_origin(result)}."
 
 
+def _pretext(result: dict[str, Any]) -> str:
+    return f"{pretext.table(result)}\nPercent. {_configured(result)}"
+
+
 _FILLED: dict[str, Callable[..., str]] = {
     "trials": _trials,
     "plan": _plan,
@@ -404,6 +408,7 @@ _FILLED: dict[str, Callable[..., str]] = {
     "crops": _crops,
     "dtypes": _dtypes,
     "spaces": _spaces,
+    "pretext": _pretext,
 }
 
 

@@ -145,6 +145,10 @@ def test_the_best_state_survives_an_interruption(ema: str, finished: Path) -> No
             if stop_at is not None:
                 with pytest.raises(KeyboardInterrupt):
                     train(Interrupted(context, cluster_model(context)[0], Handover()), context)
+                state = context.run.read(artifacts.checkpoint("selflabel")).stage
+                # Other names would keep runs of earlier versions from going on.
+                assert set(state) == {"average", "best", "neighbors", "stability"}
+                assert set(state["best"]) == {"kept", "first_used", "least"}
             run_stage(context, STAGES["selflabel"], Handover())
             kept = context.run.read(artifacts.SELFLABEL_MODEL)
         return kept.model, kept.record

@@ -59,9 +59,10 @@ RECIPE = (
     "pretext.epochs=5",
     "pretext.batch_size=128",
     "pretext.method.small_views=0",
+    "pretext.method.batch_statistics=per_view",
     "pretext.optimizer={name: sgd, lr: 0.2, momentum: 0.9, nesterov: true, weight_decay: 1.0e-4, decay_all: true}",
 )
-"""What lightly can do, too: two views, SGD that decays all weights, random first weights; and little of it."""
+"""What lightly can do, too: two views that pass apart, SGD that decays all weights, random first weights."""
 
 
 class TwoViews(Dataset[list[Tensor]]):

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from ..models.heads import PretextModel
 from ..models.moving_average import MovingAverage
 from .moco import FORWARD_SHARE
-from .multi_view import LARGE, MultiViewMethod, MultiViewSettings, embeddings
+from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
 
 MOMENTUM, SHORT_MOMENTUM = 0.996, 0.9
 """Decay of the target network at the start: in the paper, and the least for trainings in which that is too slow."""
@@ -86,9 +86,9 @@ class BYOL(MultiViewMethod):
     def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared distance of unit vectors, prediction and target, over the pairs of views."""
         large, small = images[:LARGE], images[LARGE:]
-        predictions = embeddings(lambda x: self.predictor(self.model(x)), large, small)
+        predictions = self.embeddings(lambda x: self.predictor(self.model(x)), large, small)
         with torch.no_grad():
-            targets = embeddings(self.average.model, large)
+            targets = self.embeddings(self.average.model, large)
         pairs = [(p, t) for p in range(len(predictions)) for t in range(LARGE) if p != t]
         cosines = [F.cosine_similarity(predictions[p].float(), targets[t].float(), dim=1).mean() for p, t in pairs]
         loss = 2 - 2 * torch.stack(cosines).mean()

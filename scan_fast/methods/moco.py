@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..losses import nt_xent
 from ..models.heads import PretextModel
 from ..models.moving_average import MovingAverage
-from .multi_view import LARGE, MultiViewMethod, MultiViewSettings, embeddings
+from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
 
 QUEUE_SIZE = 65_536
 """Rows of the queue in the paper, 5 % of ImageNet's images."""
@@ -94,7 +94,7 @@ class MoCo(MultiViewMethod):
 
     def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the NT-Xent loss of the queries: the first view and the small ones. The second view is the key."""
-        queries = [rows.float() for rows in embeddings(self.model, images[:1], images[LARGE:])]
+        queries = [rows.float() for rows in self.embeddings(self.model, images[:1], images[LARGE:])]
         with torch.no_grad():
             self._keys = F.normalize(self.average.model(images[1]).float(), dim=1)
         temperature, queue = self.settings.temperature, self.queue

@@ -7,7 +7,7 @@ image in few pixels, so it costs a fraction of a large one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,12 +31,15 @@ class MultiViewSettings(MethodSettings):
         small_view: the view that these are drawn from; an open size is half the large view's.
         resolutions: smaller views at first: pairs (share, size) mean large views of ``size`` pixels up to that share of
             the epochs, then the view's own size. ``[[0.4, 16], [0.7, 24]]`` takes 0.6 of the work at 32 pixels.
+        batch_statistics: ``joint`` passes views of one size through the network together, so that they share the
+            statistics of its batch normalisation, as the reference does. ``per_view`` passes each view alone.
     """
 
     view: View = SimCLRView(kind="simclr", size=None)
     small_views: int = Field(default=0, ge=0, le=64)
     small_view: View = SimCLRView(kind="simclr", size=None, scale=(0.05, 0.4))
     resolutions: tuple[tuple[float, int], ...] = ()
+    batch_statistics: Literal["joint", "per_view"] = "joint"
     least_images: ClassVar[int] = 2
 
     @model_validator(mode="after")
@@ -69,6 +72,7 @@ class MultiViewMethod(PretextMethod):
         self._resolutions = settings.resolutions
         self._view = settings.view.resolved(size)
         self._small = (settings.small(size),) * settings.small_views
+        self._per_view = settings.batch_statistics == "per_view"
 
     def views(self, epoch: int, epochs: int) -> Sequence[View]:
         """Return the large view twice, its size by ``resolutions``, and the small views."""
@@ -80,15 +84,17 @@ class MultiViewMethod(PretextMethod):
         return (view,) * LARGE + self._small
 
     def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the embeddings (B, D) of each view. The large views pass the network together, then the small ones."""
-        return embeddings(self.model, images[:LARGE], images[LARGE:])
+        """Return the embeddings (B, D) of each view."""
+        return self.embeddings(self.model, images[:LARGE], images[LARGE:])
 
+    def embeddings(self, network: Callable[[Tensor], Tensor], *groups: Sequence[Tensor]) -> list[Tensor]:
+        """Return what a network makes of each view.
 
-def embeddings(network: Callable[[Tensor], Tensor], *groups: Sequence[Tensor]) -> list[Tensor]:
-    """Return what a network makes of each view. Views of a group pass it together, so they share batch statistics.
-
-    Args:
-        network: maps images (n, 3, S, S) to embeddings (n, D).
-        groups: views (B, 3, S, S) of one size each; a group may be empty.
-    """
-    return [rows for group in groups if group for rows in network(torch.cat(list(group))).chunk(len(group))]
+        Args:
+            network: maps images (n, 3, S, S) to embeddings (n, D).
+            groups: views (B, 3, S, S) of one size each; a group may be empty. With joint statistics the views of a
+                group pass together.
+        """
+        if self._per_view:
+            return [network(view) for group in groups for view in group]
+        return [rows for group in groups if group for rows in network(torch.cat(list(group))).chunk(len(group))]

@@ -33,7 +33,7 @@ from scan_fast.stages.pretext import Pretext
 from scan_fast.training.context import Context
 
 
-def _byol(**settings: float | int) -> BYOL:
+def _byol(**settings: float | int | str) -> BYOL:
     torch.manual_seed(0)
     method = BYOLSettings.model_validate({"momentum": 0.9, **settings}).build(small_model(), 8)
     assert isinstance(method, BYOL)
@@ -59,6 +59,15 @@ def test_each_view_predicts_the_target_of_the_other() -> None:
     assert all(parameter.grad is None for parameter in method.average.model.parameters())
     assert [layer.out_features for layer in method.predictor if isinstance(layer, torch.nn.Linear)] == [24, 64]
     assert BYOLSettings().passes(8) == pytest.approx(2 + 2 / 3)
+
+
+def test_views_with_batch_statistics_of_their_own_pass_byol_alone() -> None:
+    method = _byol(batch_statistics="per_view")
+    images = [torch.randn(4, 3, 8, 8), 5 + torch.randn(4, 3, 8, 8)]
+    predictions = [F.normalize(method.predictor(method.model(x)), dim=1) for x in images]
+    targets = [F.normalize(method.average.model(x), dim=1) for x in images]
+    expected = sum((predictions[i] - targets[1 - i]).square().sum(1).mean() for i in range(2)) / 2
+    torch.testing.assert_close(method.loss(images)[0], expected)
 
 
 @pytest.mark.parametrize("rise_steps", [0, 4])

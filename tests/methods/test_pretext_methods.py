@@ -119,6 +119,20 @@ def test_small_views_are_compared_with_both_large_ones() -> None:
     torch.testing.assert_close(method.loss(images)[0], expected)
 
 
+@pytest.mark.parametrize("statistics", ["joint", "per_view"])
+def test_views_share_batch_statistics_or_have_their_own(statistics: str) -> None:
+    torch.manual_seed(0)
+    settings = SimCLRSettings.model_validate({"small_views": 2, "batch_statistics": statistics})
+    method = settings.build(small_model().train(), 8)
+    images = [3 * number + torch.randn(5, 3, view.side, view.side) for number, view in enumerate(method.views(0, 1))]
+    if statistics == "per_view":
+        expected = [method.model(x) for x in images]
+    else:
+        expected = [*method.model(torch.cat(images[:2])).chunk(2), *method.model(torch.cat(images[2:])).chunk(2)]
+    for rows, of_view in zip(method.embed(images), expected, strict=True):
+        torch.testing.assert_close(rows, of_view)
+
+
 def test_settings_create_their_method() -> None:
     model = PretextModel.__new__(PretextModel)
     nn.Module.__init__(model)

@@ -62,7 +62,7 @@ RECIPE = (
     "pretext.method.batch_statistics=per_view",
     "pretext.optimizer={name: sgd, lr: 0.2, momentum: 0.9, nesterov: true, weight_decay: 1.0e-4, decay_all: true}",
 )
-"""What lightly can do, too: two views that pass apart, SGD that decays all weights, random first weights."""
+"""Settings that lightly has, too: two views that pass apart, SGD that decays all weights, random first weights."""
 
 
 class TwoViews(Dataset[list[Tensor]]):

@@ -119,9 +119,9 @@ def _accuracy(result: dict[str, Any]) -> str:
 
 
 def _epochs(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a table of the figures after single epochs of each run."""
+    """Return a table of the figures after single epochs of a run; of several runs it would be long, so it is empty."""
     entries = [(seed, entry) for seed, found in runs.items() for entry in found]
-    if not entries:
+    if not entries or len(runs) > 1:
         return ""
     names = list(dict.fromkeys(key for _, entry in entries for key in entry if key not in ("stage", "epoch")))
     rows = [f"\n| seed | after | {' | '.join(names)} |\n|---:|---|{'---:|' * len(names)}\n"]

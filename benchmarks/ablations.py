@@ -20,6 +20,7 @@ from scan_fast.runs.config import find_config
 
 from .environment import describe
 from .files import write_json
+from .trials.plan import hidden
 
 
 def table(result: dict[str, Any]) -> str:
@@ -59,9 +60,8 @@ def main() -> None:
         )
     print("\n" + table(results))
     if options.json:
-        # The path of the images says something about this machine only.
-        changes = ["data.root=FOLDER" if word.startswith("data.root=") else word for word in options.overrides]
-        content = {"benchmark": "ablations", "device": device, "environment": describe(device), "set": changes}
+        content = {"benchmark": "ablations", "device": device, "environment": describe(device)}
+        content["set"] = hidden(options.overrides)
         write_json(options.json, content | results)
 
 

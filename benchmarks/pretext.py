@@ -16,7 +16,6 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.embedding import embed, knn_check
 from scan_fast.stages.handover import Handover
 from scan_fast.stages.pretext import Pretext, start_model
+from scan_fast.sweep import statistics_of
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.loop import train, warmup_epochs
 from scan_fast.training.process import kept_memory
@@ -46,8 +46,10 @@ from scan_fast.views.parameters import SimCLRView
 
 from . import baseline, peers
 from .environment import describe
-from .files import FOLDER, write_json
+from .files import write_json
+from .trials.plan import hidden
 from .trials.running import clock_of
+from .views import lightly_arguments
 
 SIDES = ("scan-fast", "lightly")
 RECIPE = (
@@ -85,9 +87,10 @@ def quality(context: Context, model: PretextModel) -> dict[str, float]:
     """Return the accuracy of the kNN vote, and the purity of the training images' neighbours."""
     source, k = context.splits.train, context.config.mining.k
     assert source.labels is not None
-    near = topk_neighbors(torch.nn.functional.normalize(embed(context, model, "train"), dim=1), k=k)[1]
+    shared = Handover()  # the check takes the same embeddings
+    near = topk_neighbors(torch.nn.functional.normalize(embed(context, model, "train", shared), dim=1), k=k)[1]
     purity = purity_at(near.cpu().numpy(), source.labels.numpy(), [k])[k]
-    return {"knn_acc": knn_check(context, model)["knn_acc"], "purity": purity}
+    return {"knn_acc": knn_check(context, model, shared)["knn_acc"], "purity": purity}
 
 
 def train_ours(context: Context, model: PretextModel) -> None:
@@ -113,20 +116,7 @@ def train_lightly(context: Context, network: nn.Module) -> None:
     assert isinstance(method, SimCLRSettings)
     view = context.view(method.view)
     assert isinstance(view, SimCLRView)
-    transform = SimCLRTransform(
-        input_size=view.side,
-        cj_prob=view.jitter,
-        cj_strength=1.0,
-        cj_bright=view.brightness,
-        cj_contrast=view.contrast,
-        cj_sat=view.saturation,
-        cj_hue=view.hue,
-        min_scale=view.scale[0],
-        random_gray_scale=view.grayscale,
-        gaussian_blur=0.0,
-        hf_prob=view.flip,
-        normalize={"mean": list(splits.mean), "std": list(splits.std)},
-    )
+    transform = SimCLRTransform(**lightly_arguments(view, splits.mean, splits.std))
     images = TwoViews(splits.train, transform)
     loader = DataLoader(images, batch_size=min(settings.batch_size, len(images)), shuffle=True, drop_last=True)
     criterion = NTXentLoss(temperature=method.temperature)
@@ -205,11 +195,6 @@ def checked(config: Config) -> Config:
     return config
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation of the sample, which is 0 for one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def table(result: dict[str, Any]) -> str:
     """Return a Markdown table with a row per side, and a line on the difference."""
     key = next(key for key in ("cpu_seconds", "seconds") if key in result["seeds"][0]["lightly"])
@@ -221,14 +206,16 @@ def table(result: dict[str, Any]) -> str:
             if name not in runs[0]:
                 cells.append("")
                 continue
-            mean, deviation = mean_and_deviation([factor * run[name] for run in runs])
-            cells.append(f"{mean:.1f} ± {deviation:.1f}")
+            entry = statistics_of([factor * run[name] for run in runs])
+            cells.append(f"{entry['mean']:.1f} ± {entry['std']:.1f}")
         rows.append(f"| {side} | {' | '.join(cells)} |")
     lines = []
     for name, title in (("knn_acc", "kNN"), ("purity", "purity")):
         gaps = [100 * (seed["scan-fast"][name] - seed["lightly"][name]) for seed in result["seeds"]]
-        mean, deviation = mean_and_deviation(gaps)
-        lines.append(f"{title} differs by {mean:+.1f} (standard error {deviation / math.sqrt(len(gaps)):.1f})")
+        entry = statistics_of(gaps)
+        lines.append(
+            f"{title} differs by {entry['mean']:+.1f} (standard error {entry['std'] / math.sqrt(len(gaps)):.1f})"
+        )
     ratio = statistics.median(seed["lightly"][key] / seed["scan-fast"][key] for seed in result["seeds"])
     text = f"{'; '.join(lines)}. lightly takes {ratio:.2f} times as long (median)."
     return "\n".join(rows) + f"\n\n{text}\n"
@@ -252,7 +239,7 @@ def main() -> None:
     ]
     splits = open_splits(configs[0].data)
     result: dict[str, Any] = {"benchmark": "pretext", "device": options.device}
-    result |= {"config": options.config, "set": without_path(words), "seeds": []}
+    result |= {"config": options.config, "set": hidden(words), "seeds": []}
     for config in configs:
         result["seeds"].append({"seed": config.seed, **measure_seed(config, splits)})
         print(result["seeds"][-1], flush=True)
@@ -260,11 +247,6 @@ def main() -> None:
     print(table(result))
     if options.json:
         write_json(options.json, result)
-
-
-def without_path(words: Sequence[str]) -> list[str]:
-    """Return the settings without the path of the images, which says something about one machine only."""
-    return [f"data.root={FOLDER}" if word.startswith("data.root=") else word for word in words]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
+from scan_fast.data.datasets import Triple
 from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource
 from scan_fast.data.folders import find_images
@@ -116,6 +117,24 @@ def lightly_transform() -> Any:
         print(f"\nlightly is left out: {error}")
         return None
     return SimCLRViewTransform
+
+
+def lightly_arguments(view: SimCLRView, mean: Triple, std: Triple) -> dict[str, Any]:
+    """Return the arguments of lightly's transforms that make them draw this view."""
+    return {
+        "input_size": view.side,
+        "cj_prob": view.jitter,
+        "cj_strength": 1.0,
+        "cj_bright": view.brightness,
+        "cj_contrast": view.contrast,
+        "cj_sat": view.saturation,
+        "cj_hue": view.hue,
+        "min_scale": view.scale[0],
+        "random_gray_scale": view.grayscale,
+        "gaussian_blur": 0.0,
+        "hf_prob": view.flip,
+        "normalize": {"mean": list(mean), "std": list(std)},
+    }
 
 
 def stock_rand_augment(images: Tensor, view: StrongView) -> Callable[[], Any]:
@@ -212,16 +231,7 @@ def contenders(images: Tensor, view: SimCLRView | StrongView, device: str) -> di
         )
     calls["torchvision v2, one parameter set per batch"] = (n, lambda: batched(planar))
     if isinstance(view, SimCLRView) and (lightly := lightly_transform()) is not None:
-        transform = lightly(
-            input_size=view.side,
-            cj_prob=view.jitter,
-            cj_strength=0.5,
-            min_scale=view.scale[0],
-            random_gray_scale=view.grayscale,
-            gaussian_blur=0.0,
-            hf_prob=view.flip,
-            normalize={"mean": list(MEAN), "std": list(STD)},
-        )
+        transform = lightly(**lightly_arguments(view, MEAN, STD))
         arrays = images[:few].numpy()
         calls["lightly on PIL"] = (few, lambda: torch.stack([transform(Image.fromarray(a)) for a in arrays]))
     return calls

@@ -48,4 +48,7 @@ def test_the_result_has_the_time_of_each_stage_and_no_path(tmp_path: Path, monke
     assert len(results["clustering test acc"]["values"]) == 2
     assert [entry["stage"] for entry in content["epochs"]["5"]] == ["pretext", "clustering"]
     assert content["epochs"]["5"][0]["knn_acc"] == results["pretext knn_acc"]["values"][1]
-    assert "| 5 | clustering, epoch 1 |" in render([content | {"file": "result.json"}], {})
+    # The page shows the epochs of one run, not of several.
+    assert "| 5 | clustering, epoch 1 |" not in render([content | {"file": "result.json"}], {})
+    single = {"epochs": {"5": content["epochs"]["5"]}, "file": "result.json"}
+    assert "| 5 | clustering, epoch 1 |" in render([content | single], {})

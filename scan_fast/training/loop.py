@@ -242,8 +242,9 @@ def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: in
 
 def set_learning_rate(optimizer: AnyOptimizer, training: TrainingConfig, epoch: int, step: int, steps: int) -> None:
     """Set the learning rate for a step (from 0) of an epoch (from 0)."""
-    position = epoch + (step / steps if training.schedule.every == "step" else 0.0)
-    factor = learning_rate_factor(training.schedule, position, training.epochs)
+    schedule = training.schedule
+    position, length = (epoch + step / steps, 1 / steps) if schedule.every == "step" else (epoch, 1.0)
+    factor = learning_rate_factor(schedule, position, training.epochs, length)
     write_learning_rate(optimizer, training.optimizer.lr * factor)
 
 
@@ -252,12 +253,15 @@ def warmup_epochs(schedule: ScheduleConfig, epochs: int) -> float:
     return min(schedule.warmup_epochs, epochs / 5)
 
 
-def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int) -> float:
-    """Return the factor on the base rate after ``position`` epochs of ``epochs``."""
+def learning_rate_factor(schedule: ScheduleConfig, position: float, epochs: int, length: float = 1.0) -> float:
+    """Return the factor on the base rate after ``position`` epochs of ``epochs``.
+
+    ``length`` is the part of an epoch for which a rate holds: one epoch, or one step of it.
+    """
     warmup = warmup_epochs(schedule, epochs)
     if position < warmup:
-        # The ramp starts at 1 / (warmup + 1), so that the first step is not lost.
-        return min(1.0, (position + 1) / (warmup + 1))
+        # The ramp starts one rate above zero, so that the first step is not lost.
+        return min(1.0, (position + length) / (warmup + length))
     if schedule.name == "cosine":
         progress = (position - warmup) / max(epochs - warmup, 1)
         return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))

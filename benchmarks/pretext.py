@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from scan_fast.data.datasets import Splits, open_splits
-from scan_fast.data.loader import steps_per_epoch
 from scan_fast.data.sources import Source
 from scan_fast.errors import ConfigError
 from scan_fast.evaluation.metrics import purity_at
@@ -37,7 +36,7 @@ from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.embedding import embed, knn_check
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.pretext import Pretext, start_model
+from scan_fast.stages.pretext import Pretext, build_method, start_model
 from scan_fast.sweep import statistics_of
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.loop import train, warmup_epochs
@@ -95,10 +94,8 @@ def quality(context: Context, model: PretextModel) -> dict[str, float]:
 
 def train_ours(context: Context, model: PretextModel) -> None:
     """Train as a run does, without its check at the end."""
-    settings, source = context.config.pretext, context.splits.train
     with seeded(context.config.seed, "method"):
-        steps = settings.epochs * steps_per_epoch(len(source), settings.batch_size)
-        method = settings.method.for_run(len(source), steps).build(model, context.side)
+        method = build_method(context, model)
     stage = Pretext(context, model, method, Handover())
     stage.end_epoch = lambda epoch, last: {}  # type: ignore[method-assign]
     with kept_memory():

@@ -16,6 +16,7 @@ A text in place of a preset's sections says why there is no such preset, and whi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -464,16 +465,14 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
     for key, value in assigned.items():
         changed = merge(changed, nested(key, value))
     try:
-        return build_config(changed)
-    except ConfigError as error:
-        if ".kind is missing" not in str(error):
-            raise
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        refused = error
+    if any(problem["type"] == "union_tag_not_found" for problem in refused.errors()):
         # A part of a view that only the defaults have, such as pretext.method.small_view.size, has their kind.
-        try:
-            whole = build_config(values)
-        except ConfigError:
-            raise error from None
-        return change_config(whole, assigned.items())
+        with contextlib.suppress(ValidationError):
+            return change_config(Config.model_validate(values), assigned.items())
+    raise _described(refused)
 
 
 def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -500,7 +499,11 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(explain(problem, Config) for problem in error.errors())) from None
+        raise _described(error) from None
+
+
+def _described(error: ValidationError) -> ConfigError:
+    return ConfigError("; ".join(explain(problem, Config) for problem in error.errors()))
 
 
 def change_config(config: Config, changes: Iterable[tuple[str, Any]]) -> Config:

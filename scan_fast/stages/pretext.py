@@ -90,9 +90,7 @@ def run_pretext(context: Context, handover: Handover) -> None:
     settings = context.config.pretext.method
     with seeded(context.config.seed, NAME):
         model = start_model(context)
-        images = len(context.splits.pretext or context.splits.train)
-        steps = context.config.pretext.epochs * steps_per_epoch(images, context.config.pretext.batch_size)
-        method = settings.for_run(images, steps).build(model, context.side) if settings.trains else None
+        method = build_method(context, model) if settings.trains else None
     if method is not None:
         stage = Pretext(context, model, method, handover)
         training = train(stage, context)
@@ -104,6 +102,14 @@ def run_pretext(context: Context, handover: Handover) -> None:
         training = Training(seconds=time.perf_counter() - begin)
     context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
+
+
+def build_method(context: Context, model: PretextModel) -> PretextMethod:
+    """Return the method of the configuration, for its images and steps."""
+    settings = context.config.pretext
+    images = len(context.splits.pretext or context.splits.train)
+    steps = settings.epochs * steps_per_epoch(images, settings.batch_size)
+    return settings.method.for_run(images, steps).build(model, context.side)
 
 
 def start_model(context: Context) -> PretextModel:

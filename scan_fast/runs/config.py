@@ -64,7 +64,7 @@ class ScheduleConfig(Settings):
 
     Attributes:
         name: shape after the warm-up.
-        warmup_epochs: epochs of linear warm-up; at most a fifth of all epochs count.
+        warmup_epochs: epochs of linear warm-up from zero; at most a fifth of all epochs count.
         floor: end of the cosine, as a fraction of the learning rate.
         decay_rate: factor of each step, for ``step``.
         decay_epochs: epochs after which a step is taken, for ``step``.

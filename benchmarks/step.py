@@ -31,7 +31,7 @@ from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.handover import Handover
-from scan_fast.stages.pretext import Pretext
+from scan_fast.stages.pretext import Pretext, build_method
 from scan_fast.training.compilation import compile_networks
 from scan_fast.training.context import Context, open_context, seeded
 from scan_fast.training.optimizers import build_optimizer, write_learning_rate
@@ -55,7 +55,7 @@ class Steps:
         with seeded(context.config.seed, Pretext.name):
             model = context.place(PretextModel(context.model_config))
         self.context = context
-        method = context.config.pretext.method.build(model, context.side)
+        method = build_method(context, model)
         self.stage = Pretext(context, model, method, Handover())
         self.optimizer = build_optimizer(self.stage.parameters(), self.stage.training.optimizer)
         # At this rate nothing diverges in a few steps.

@@ -121,7 +121,7 @@ def _measure(context: Context, seconds: float) -> Speeds:
     config, run = context.config, context.run
     with seeded(config.seed, pretext.NAME):
         network = context.place(PretextModel(context.model_config))
-    method = config.pretext.method.build(network, context.side)
+    method = pretext.build_method(context, network)
     handover = Handover()
     found = {pretext.NAME: epoch_seconds(pretext.Pretext(context, network, method, handover), context, seconds)}
 

@@ -1,8 +1,8 @@
 """The compute dtype of a run on a processor: bfloat16 if the processor multiplies in it and the results are right.
 
 The choice depends on the processor's instructions, on the network and on the libraries, never on a measured time: two
-runs of one configuration on one machine choose alike. If there are bfloat16 products, they are faster: measured
-1.5 to 1.6 times for a ResNet-18's training step with AVX-512-BF16 (AMD EPYC), and more with AMX.
+runs of one configuration on one machine choose alike. If there are bfloat16 products, they are faster than
+float32, with AVX-512-BF16 and more so with AMX.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@
 //   SCAN_FAST_DYNAMIC_SHARED(name)   the launch's dynamic shared memory as Shared<unsigned char>, 128-byte aligned
 //   ld_shared<V>(p), st_shared(p, v) vector access (V = uint4, float4, ...) to shared memory, p a raw T* or Shared<T>
 //   ld_global<V>(p), st_global(p, v) vector access to global memory; p must be aligned to sizeof(V)
+//   ld_coherent<V>(p)                ld_global for memory that is written while the grid exists: by other threads, or by
+//                                    the kernel before if launch_after started this one
 //   cp_async_16(dst, src, bytes=16)  16-byte asynchronous copy global -> shared; only the first `bytes` are read, the
 //   cp_async_commit(), cp_async_wait<N>()   rest is filled with zeros. Other threads read after a __syncthreads().
 //   ldmatrix_x4(r, p), ldmatrix_x4_trans(r, p)   p: this lane's 16-byte row (lane l gives row l%8 of matrix l/8)
@@ -34,7 +36,10 @@
 //   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
 //   warp_sum, warp_max, warp_min     butterfly over 32 lanes in a fixed order (float, int); every lane gets the result
 //   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
+//   launch_after(...)                launch(...) of a kernel whose launch overlaps the kernel before, see below
+//   wait_for_previous_kernel(), let_next_kernel_start()     device functions for launch_after
 //   zero_async(ptr, bytes, stream), multiprocessors(), compute_capability(), shared_memory_limit()
+//   resident_blocks(kernel, threads, smem)   blocks that a multiprocessor holds at a time, by the registers of the build
 //   dispatch_dtype(dtype, []<typename T>() {...})
 //
 // The host form (testing/emulator.h) runs one block after the other. The threads of a block are fibers, each of which
@@ -47,6 +52,8 @@
 //     cp_async, ldmatrix and atomics
 //   - launches that the emulated GPU (emu::options()) would refuse: too much shared memory, or more than 48 KB that
 //     were not requested. A static array counts from its first use on; nvcc counts all arrays of the kernel.
+//   - a thread that launch_after started and that never waits for the kernel before, or accesses global memory through
+//     this layer before it does
 // emu::options().seed permutes the order of blocks and threads.
 //
 // Limits: a block may not wait for another block (no grid barrier, no clusters). There is one stream. Matrix products
@@ -62,6 +69,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "common/types.h"
@@ -124,9 +132,24 @@ template <typename V, typename T>
 __device__ __forceinline__ V ld_global(const T* p) {
   return __ldg(reinterpret_cast<const V*>(p));
 }
+template <typename V, typename T>
+__device__ __forceinline__ V ld_coherent(const T* p) {
+  return *reinterpret_cast<const V*>(p);
+}
 template <typename T, typename V>
 __device__ __forceinline__ void st_global(T* p, const V& value) {
   *reinterpret_cast<V*>(p) = value;
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -249,6 +272,51 @@ void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   throw_on_error(cudaGetLastError(), "a kernel launch");
 }
 
+template <typename... Parameters, typename... Arguments>
+void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+                        Arguments&&... arguments) {
+  if (traces_launches().load(std::memory_order_relaxed)) note_launch(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "a kernel launch");
+}
+
+// Returns whether the kernel's code for the current device contains the wait. It does not if it was compiled from PTX
+// for an older virtual architecture. The answers are kept.
+inline bool can_wait(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  const std::pair key{current_device(), kernel};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  throw_on_error(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return known[key] = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+}
+
+// The answers are kept.
+inline int query_resident_blocks(const void* kernel, int threads, size_t smem) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
+  const std::tuple key{current_device(), kernel, threads, smem};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int blocks = 0;
+  throw_on_error(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem),
+                 "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return known[key] = blocks;
+}
+
 inline void zero_async(void* pointer, size_t bytes, StreamHandle stream) {
   throw_on_error(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
@@ -300,6 +368,37 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, S
             Arguments&&... arguments) {
   if (smem > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), smem);
   start_kernel(kernel, grid, block, smem, stream, arguments...);
+}
+
+// Returns how many blocks of a kernel a multiprocessor of the current device holds at a time, at least 1. The runtime
+// computes it from the registers and the shared memory of the build.
+template <typename... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t smem) {
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (smem > 0) allow_dynamic_shared(address, smem);
+  const int blocks = query_resident_blocks(address, threads, smem);
+  return blocks > 1 ? blocks : 1;
+}
+
+// Like launch(), for a kernel that follows another one of the same host function directly on the same stream.
+// Its blocks may start before the kernel before has ended (programmatic dependent launch, compute capability 9.0), so
+// that the latency of the launch is hidden. Each thread must call wait_for_previous_kernel() before it accesses global
+// memory; then everything before in the stream has ended and is visible. It returns at once on older GPUs.
+//   - The kernel before calls let_next_kernel_start(), at its beginning. Without the call, the overlap begins when its
+//     last blocks end.
+//   - The first kernel of a chain is started by launch(), because only the kernels of one host function are known to
+//     wait: the end of a kernel that did not wait says nothing about the kernels before it.
+//   - Memory that the kernel before writes is read by plain loads or ld_coherent. Through ld_global, __ldg and
+//     const __restrict__ parameters the compiler may load before the wait.
+template <typename... Parameters, typename... Arguments>
+void launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+                  Arguments&&... arguments) {
+  if (smem > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), smem);
+  if (can_wait(reinterpret_cast<const void*>(kernel))) {
+    start_kernel_early(kernel, grid, block, smem, stream, arguments...);
+  } else {
+    start_kernel(kernel, grid, block, smem, stream, arguments...);
+  }
 }
 
 template <typename V, typename T>

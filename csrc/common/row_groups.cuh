@@ -99,6 +99,7 @@ __device__ __forceinline__ int group_min(int x) {
 }
 
 // Reduces each of v[0..N) over the block in a fixed order; every thread gets the result. scratch: N * warps elements.
+// The number of warps must be a power of two. With one warp there is no barrier.
 template <int N, typename V, typename Combine>
 __device__ __forceinline__ void block_combine(V (&v)[N], const Shared<V>& scratch, Combine combine) {
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -106,18 +107,18 @@ __device__ __forceinline__ void block_combine(V (&v)[N], const Shared<V>& scratc
   for (int k = 0; k < N; ++k) {
     for (int offset = 16; offset > 0; offset /= 2) v[k] = combine(v[k], __shfl_xor_sync(kFullMask, v[k], offset));
   }
+  if (warps == 1) return;
   if (threadIdx.x % 32 == 0) {
     for (int k = 0; k < N; ++k) scratch[warp * N + k] = v[k];
   }
   __syncthreads();
+  // Every warp combines the results of all warps, which its lanes hold several times over.
+  const int source = static_cast<int>(threadIdx.x) & (warps - 1);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    V all = scratch[k];
-    for (int w = 1; w < warps; ++w) {
-      const V next = scratch[w * N + k];
-      all = combine(all, next);
-    }
-    v[k] = all;
+  for (int k = 0; k < N; ++k) v[k] = scratch[source * N + k];
+  for (int offset = warps / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = combine(v[k], __shfl_xor_sync(kFullMask, v[k], offset));
   }
   __syncthreads();
 }
@@ -131,6 +132,13 @@ struct Add {
 struct Larger {
   __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
+
+// Returns the smallest power of two of whole warps with at least `wanted` threads, up to `most`.
+inline int block_threads(int64_t wanted, int most) {
+  int threads = 32;
+  while (threads < wanted && threads < most) threads *= 2;
+  return threads;
+}
 
 // Returns true in the last of `blocks` blocks that call this with the same ticket, which must be zero before. That
 // block then sees what the others wrote before their calls. With one block the ticket is not used.

@@ -19,41 +19,107 @@
 namespace scan_fast {
 namespace {
 
-constexpr int kThreads = 128;      // kernels that hold rows in registers
-constexpr int kWideThreads = 256;  // kernels with one block per row
+constexpr int kThreads = 128;         // kernels that hold rows in registers
+constexpr int kWideThreads = 256;     // kernels with one block per row
+constexpr int kFinishThreads = 1024;  // at most
 constexpr int kMostInRegisters = 1024;
+constexpr int kMostResident = 8;            // forward blocks per multiprocessor, for the size of the workspace
 constexpr int64_t kWideShared = 96 * 1024;  // if the column sums need more, they are in global memory
+constexpr int64_t kOneSlice = 1 << 16;      // partial sums of a head that one block adds up
+constexpr int kSliceVectors = 16;           // otherwise a block adds those of 64 classes
+constexpr int kLoads = 8;                   // of partial sums in flight, per thread
 
 struct Finish {
-  float* partial;     // (heads, blocks, classes + 1): column sums, then the sum of the consistencies
-  unsigned* tickets;  // (heads), zero at launch
+  float* columns;        // (heads, blocks, padded): column sums, with zeros beyond the classes
+  float* losses;         // (heads, blocks): sums of the consistencies
+  float* slice_entropy;  // (heads, slices)
+  float* slice_loss;     // (heads, slices): the head's sum of the consistencies in slice 0, zero in the others
   float *total, *consistency, *entropy, *mean_prob;
   float entropy_weight;
+  int padded;  // classes, rounded up to a multiple of 4
 };
 
-// Computes the results of a head from the partial sums, by its last block.
-__device__ void finish_head(const Finish& f, int64_t head, int blocks, int64_t rows, int classes,
-                            const Shared<float>& scratch) {
-  const float* partial = f.partial + head * blocks * (classes + 1);
-  const float count = static_cast<float>(rows);
-  float entropy[1] = {0.0f};
-  for (int c = static_cast<int>(threadIdx.x); c < classes; c += static_cast<int>(blockDim.x)) {
-    float sum = 0.0f;
-    for (int b = 0; b < blocks; ++b) sum += partial[static_cast<int64_t>(b) * (classes + 1) + c];
-    const float mean = sum / count;
-    f.mean_prob[head * classes + c] = mean;
-    const float clamped = mean < kScanLossFloor ? kScanLossFloor : mean;  // NaN stays NaN
-    entropy[0] -= clamped * logf(clamped);
+// Writes the mean prediction of a class and returns its part of the entropy.
+__device__ __forceinline__ float finish_class(const Finish& f, int64_t head, int c, float sum, int64_t rows,
+                                              int classes) {
+  const float mean = sum / static_cast<float>(rows);
+  f.mean_prob[head * classes + c] = mean;
+  const float clamped = mean < kScanLossFloor ? kScanLossFloor : mean;  // NaN stays NaN
+  return -clamped * logf(clamped);
+}
+
+__device__ __forceinline__ void finish_head(const Finish& f, int64_t head, float loss, float entropy, int64_t rows) {
+  const float consistency = loss / static_cast<float>(rows);
+  f.consistency[head] = consistency;
+  f.entropy[head] = entropy;
+  f.total[head] = consistency - f.entropy_weight * entropy;
+}
+
+// Adds the partial sums of all blocks, for `slice_vectors` times four classes of a head. A head of one slice is done
+// then. A thread adds the slots of every groups-th block for four classes, the first threads add those sums.
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(Finish f, int64_t rows, int classes, int blocks, int slices, int slice_vectors, int groups) {
+  SCAN_FAST_SHARED(float, sums, 4 * kFinishThreads);
+  SCAN_FAST_SHARED(float, scratch, 2 * kFinishThreads / 32);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t head = blockIdx.x / slices;
+  const int slice = static_cast<int>(blockIdx.x % slices), first = slice * slice_vectors;
+  const int vectors = min(slice_vectors, f.padded / 4 - first), group = thread / vectors;
+  float result[2] = {0.0f, 0.0f};  // entropy, loss
+  if (slice == 0) {
+    for (int b = thread; b < blocks; b += threads) result[1] += f.losses[head * blocks + b];
   }
-  block_combine(entropy, scratch, Add());
-  if (threadIdx.x == 0) {
-    float sum = 0.0f;
-    for (int b = 0; b < blocks; ++b) sum += partial[static_cast<int64_t>(b) * (classes + 1) + classes];
-    const float consistency = sum / count;
-    f.consistency[head] = consistency;
-    f.entropy[head] = entropy[0];
-    f.total[head] = consistency - f.entropy_weight * entropy[0];
+  if (group < groups) {
+    const float* column = f.columns + head * blocks * f.padded + 4 * (first + thread % vectors);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int begin = group; begin < blocks; begin += kLoads * groups) {
+      float4 x[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int b = begin + j * groups;
+        x[j] = b < blocks ? ld_coherent<float4>(column + static_cast<int64_t>(b) * f.padded)
+                          : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        sum = make_float4(sum.x + x[j].x, sum.y + x[j].y, sum.z + x[j].z, sum.w + x[j].w);
+      }
+    }
+    st_shared(sums + 4 * thread, sum);
   }
+  __syncthreads();
+  for (int i = thread; i < 4 * vectors; i += threads) {
+    const int c = 4 * first + i;
+    if (c >= classes) break;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int g = 0; g < groups; ++g) sum += sums[4 * vectors * g + i];
+    result[0] += finish_class(f, head, c, sum, rows, classes);
+  }
+  block_combine(result, scratch, Add());
+  if (thread != 0) return;
+  if (slices == 1) {
+    finish_head(f, head, result[1], result[0], rows);
+  } else {
+    f.slice_entropy[head * slices + slice] = result[0];
+    f.slice_loss[head * slices + slice] = result[1];
+  }
+}
+
+// Adds the slices of a head; one warp per head.
+__global__ void __launch_bounds__(32) total_kernel(Finish f, int64_t rows, int slices) {
+  wait_for_previous_kernel();
+  const int64_t head = blockIdx.x;
+  float entropy = 0.0f, loss = 0.0f;
+  for (int slice = static_cast<int>(threadIdx.x); slice < slices; slice += 32) {
+    entropy += f.slice_entropy[head * slices + slice];
+    loss += f.slice_loss[head * slices + slice];
+  }
+  entropy = warp_sum(entropy);
+  loss = warp_sum(loss);
+  if (threadIdx.x == 0) finish_head(f, head, loss, entropy, rows);
 }
 
 // Writes the row's statistics and returns its consistency.
@@ -78,6 +144,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kGroups = kThreads / kGroup, kSlots = kGroup * kPer;
   SCAN_FAST_SHARED(float, sums, kGroups* kSlots);
   SCAN_FAST_SHARED(float, losses, kGroups);
+  SCAN_FAST_SHARED(float, scratch, kThreads / 32);
+  let_next_kernel_start();
   const int group = static_cast<int>(threadIdx.x) / kGroup, lane = static_cast<int>(threadIdx.x) % kGroup;
   const int64_t head = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
@@ -146,20 +214,27 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kPer; ++i) sums[group * kSlots + class_of<kGroup, kVector>(lane, i)] = column[i];
   if (lane == 0) losses[group] = loss;
   __syncthreads();
-  float* partial = finish.partial + (head * blocks + block) * (classes + 1);
-  for (int c = static_cast<int>(threadIdx.x); c < classes; c += kThreads) {
+  float* partial = finish.columns + (head * blocks + block) * finish.padded;
+  float entropy[1] = {0.0f};
+  for (int c = static_cast<int>(threadIdx.x); c < finish.padded; c += kThreads) {
     float sum = 0.0f;
+#pragma unroll
     for (int g = 0; g < kGroups; ++g) sum += sums[g * kSlots + c];
-    partial[c] = sum;
+    if (blocks > 1) {
+      partial[c] = sum;
+    } else if (c < classes) {
+      entropy[0] += finish_class(finish, head, c, sum, rows, classes);
+    }
   }
-  if (threadIdx.x == 0) {
-    float sum = 0.0f;
-    for (int g = 0; g < kGroups; ++g) sum += losses[g];
-    partial[classes] = sum;
+  loss = 0.0f;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) loss += losses[g];
+  if (blocks > 1) {
+    if (threadIdx.x == 0) finish.losses[head * blocks + block] = loss;
+    return;
   }
-  if (is_last_block(finish.tickets + head, static_cast<unsigned>(blocks))) {
-    finish_head(finish, head, blocks, rows, classes, losses);
-  }
+  block_combine(entropy, scratch, Add());
+  if (threadIdx.x == 0) finish_head(finish, head, loss, entropy[0], rows);
 }
 
 template <typename T>
@@ -168,13 +243,14 @@ __global__ void __launch_bounds__(kWideThreads)
                         int64_t rows, int classes, int blocks, bool columns_shared) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   SCAN_FAST_SHARED(float, scratch, 3 * kWideThreads / 32);
+  let_next_kernel_start();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t head = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
-  float* partial = finish.partial + (head * blocks + block) * (classes + 1);
+  float* partial = finish.columns + (head * blocks + block) * finish.padded;
   // Each thread adds to its own classes only, so no barrier is needed.
   float* column = columns_shared ? dynamic.as<float>().get() : partial;
-  for (int c = thread; c < classes; c += kWideThreads) column[c] = 0.0f;
+  for (int c = thread; c < finish.padded; c += kWideThreads) column[c] = 0.0f;
   float loss = 0.0f;
   for (int64_t i = block; i < rows; i += blocks) {
     const int64_t row = head * rows + i;
@@ -214,13 +290,19 @@ __global__ void __launch_bounds__(kWideThreads)
     const float inverse = 1.0f / sum[0];
     for (int c = thread; c < classes; c += kWideThreads) column[c] += exp_negative(to_float(a[c]) - max[0]) * inverse;
   }
-  if (columns_shared) {
-    for (int c = thread; c < classes; c += kWideThreads) partial[c] = column[c];
+  if (blocks > 1) {
+    if (columns_shared) {
+      for (int c = thread; c < finish.padded; c += kWideThreads) partial[c] = column[c];
+    }
+    if (thread == 0) finish.losses[head * blocks + block] = loss;
+    return;
   }
-  if (thread == 0) partial[classes] = loss;
-  if (is_last_block(finish.tickets + head, static_cast<unsigned>(blocks))) {
-    finish_head(finish, head, blocks, rows, classes, scratch);
+  float entropy[1] = {0.0f};
+  for (int c = thread; c < classes; c += kWideThreads) {
+    entropy[0] += finish_class(finish, head, c, column[c], rows, classes);
   }
+  block_combine(entropy, scratch, Add());
+  if (thread == 0) finish_head(finish, head, loss, entropy[0], rows);
 }
 
 struct Upstream {
@@ -250,14 +332,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t head = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
   const float k = upstream.consistency_scale(head, rows), e = upstream.entropy_scale(head, rows);
-  float slope[kPer];
+  // Rows of few classes: after the loads of the first row, so that the latencies overlap. It would take registers that
+  // long rows do not have.
+  constexpr bool kLate = kPer == 4 || (kPer == 8 && kVector);
+  float slope[kPer] = {};
+  const auto load_slope = [&] {
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int c = class_of<kGroup, kVector>(lane, i);
-    slope[i] = c < classes ? entropy_slope(upstream.mean_prob[head * classes + c]) : 0.0f;
-  }
-  for (int64_t first = static_cast<int64_t>(block) * kGroups; first < rows;
-       first += static_cast<int64_t>(blocks) * kGroups) {
+    for (int i = 0; i < kPer; ++i) {
+      const int c = class_of<kGroup, kVector>(lane, i);
+      slope[i] = c < classes ? entropy_slope(upstream.mean_prob[head * classes + c]) : 0.0f;
+    }
+  };
+  if constexpr (!kLate) load_slope();
+  const int64_t begin = static_cast<int64_t>(block) * kGroups;
+  for (int64_t first = begin; first < rows; first += static_cast<int64_t>(blocks) * kGroups) {
     const bool active = first + group < rows;
     const int64_t row = head * rows + (active ? first + group : first);
     const float* stats = row_stats + row * kScanLossRowStats;
@@ -266,6 +354,7 @@ __global__ void __launch_bounds__(kThreads)
     float p[kPer], r[kPer], dot = 0.0f;
     load_row<T, kGroup, kPer, kVector>(anchors + row * classes, classes, lane, -infinity(), p);
     load_row<T, kGroup, kPer, kVector>(neighbors + row * classes, classes, lane, -infinity(), r);
+    if (kLate && first == begin) load_slope();
     T* out = grad_neighbors + row * classes;
 #pragma unroll
     for (int i = 0; i < kPer; i += 4) {
@@ -331,17 +420,53 @@ __global__ void __launch_bounds__(kWideThreads)
 
 // ---- launches ----------------------------------------------------------------------------------------------------
 
-int64_t rows_at_once(int64_t classes) { return classes > kMostInRegisters ? 1 : classes <= 32 ? 16 : 4; }
+int64_t rows_per_turn(const ScanLossShape& shape) {
+  return shape.classes > kMostInRegisters ? 1 : shape.classes <= 32 ? 16 : 4;
+}
 
-// Blocks per head: at least two iterations over rows for each, and four blocks per multiprocessor. If one block can do
-// the work in a few iterations, a single block, which needs no ticket. Four blocks are resident except for rows of more
-// than 512 classes: there the registers (sm_90) allow four forward and three backward, or three and two for unaligned
-// rows.
-int blocks_per_head(const ScanLossShape& shape) {
-  if (shape.rows * shape.classes <= 2048) return 1;
-  const int64_t turn = rows_at_once(shape.classes), wanted = (shape.rows + 2 * turn - 1) / (2 * turn);
-  const int64_t share = static_cast<int64_t>(multiprocessors()) * 4 / shape.heads;
+// Blocks per head of a kernel of which a multiprocessor holds `resident` blocks: all blocks of all heads run at the
+// same time, because a second wave with few blocks would take as long as the first. A block has at least one turn of
+// its loop over rows.
+int blocks_per_head(const ScanLossShape& shape, int resident) {
+  const int64_t wanted = (shape.rows + rows_per_turn(shape) - 1) / rows_per_turn(shape);
+  const int64_t share = static_cast<int64_t>(multiprocessors()) * resident / shape.heads;
   return static_cast<int>(wanted < share ? wanted : share > 1 ? share : 1);
+}
+
+// In the forward pass, two turns of one block are faster than a kernel that adds the sums of two.
+int forward_blocks(const ScanLossShape& shape, int resident) {
+  if (shape.rows <= 2 * rows_per_turn(shape)) return 1;
+  return blocks_per_head(shape, resident < kMostResident ? resident : kMostResident);
+}
+
+int64_t padded_classes(const ScanLossShape& shape) { return (shape.classes + 3) / 4 * 4; }
+
+struct Slices {
+  int count, vectors;
+};
+
+Slices slices_of(const ScanLossShape& shape, int blocks) {
+  const int64_t padded = padded_classes(shape);
+  if (padded <= kFinishThreads && padded * blocks <= kOneSlice) return {1, static_cast<int>(padded / 4)};
+  return {static_cast<int>((padded / 4 + kSliceVectors - 1) / kSliceVectors), kSliceVectors};
+}
+
+size_t workspace_floats(const ScanLossShape& shape, int blocks) {
+  return static_cast<size_t>(shape.heads * (blocks * (padded_classes(shape) + 1) + 2 * slices_of(shape, blocks).count));
+}
+
+// Adds the results of the blocks of a forward kernel, which was launched before.
+void launch_finish(const Finish& finish, const ScanLossShape& shape, int blocks, StreamHandle stream) {
+  if (blocks == 1) return;
+  const Slices slices = slices_of(shape, blocks);
+  const int most = kFinishThreads / slices.vectors, wanted = (blocks + kLoads - 1) / kLoads;
+  const int groups = wanted < most ? wanted : most;
+  launch_after(finish_kernel, dim3(static_cast<unsigned>(shape.heads * slices.count)),
+               dim3(static_cast<unsigned>(block_threads(groups * slices.vectors, kFinishThreads))), 0, stream, finish,
+               shape.rows, static_cast<int>(shape.classes), blocks, slices.count, slices.vectors, groups);
+  if (slices.count == 1) return;
+  launch_after(total_kernel, dim3(static_cast<unsigned>(shape.heads)), dim3(32), 0, stream, finish, shape.rows,
+               slices.count);
 }
 
 // Calls launch.operator()<kGroup, kPer, kVector>() for a row that fits into registers.
@@ -358,70 +483,82 @@ void with_row_layout(int64_t classes, bool vectors, Launch launch) {
   }
 }
 
-size_t partial_floats(const ScanLossShape& shape, int blocks) {
-  return static_cast<size_t>(shape.heads) * static_cast<size_t>(blocks) * static_cast<size_t>(shape.classes + 1);
-}
-
 }  // namespace
 
+// Suffices for the most blocks that any forward kernel may have on this device.
 size_t scan_loss_cuda_workspace(const ScanLossShape& shape) {
-  return partial_floats(shape, blocks_per_head(shape)) * sizeof(float) +
-         static_cast<size_t>(shape.heads) * sizeof(unsigned);
+  return workspace_floats(shape, forward_blocks(shape, kMostResident)) * sizeof(float);
 }
 
 void scan_loss_forward_cuda(DType dtype, const ScanLossShape& shape, const ScanLossForward& arguments,
                             StreamHandle stream) {
-  const int blocks = blocks_per_head(shape), classes = static_cast<int>(shape.classes);
-  float* partial = static_cast<float*>(arguments.workspace);
-  unsigned* tickets = reinterpret_cast<unsigned*>(partial + partial_floats(shape, blocks));
-  const Finish finish{partial,
-                      tickets,
-                      arguments.total,
-                      arguments.consistency,
-                      arguments.entropy,
-                      arguments.mean_prob,
-                      arguments.entropy_weight};
-  if (blocks > 1) zero_async(tickets, static_cast<size_t>(shape.heads) * sizeof(unsigned), stream);
-  const dim3 grid(static_cast<unsigned>(shape.heads * blocks));
+  const int classes = static_cast<int>(shape.classes);
+  const auto finish_of = [&](int blocks) {
+    float* columns = static_cast<float*>(arguments.workspace);
+    float* losses = columns + shape.heads * blocks * padded_classes(shape);
+    float* slice_entropy = losses + shape.heads * blocks;
+    return Finish{columns,
+                  losses,
+                  slice_entropy,
+                  slice_entropy + shape.heads * slices_of(shape, blocks).count,
+                  arguments.total,
+                  arguments.consistency,
+                  arguments.entropy,
+                  arguments.mean_prob,
+                  arguments.entropy_weight,
+                  static_cast<int>(padded_classes(shape))};
+  };
+  const auto grid = [&](int blocks) { return dim3(static_cast<unsigned>(shape.heads * blocks)); };
   dispatch_dtype(dtype, [&]<typename T>() {
     const T* a = static_cast<const T*>(arguments.anchors);
     const T* n = static_cast<const T*>(arguments.neighbors);
     if (shape.classes > kMostInRegisters) {
-      const size_t bytes = static_cast<size_t>(shape.classes) * sizeof(float);
+      size_t bytes = static_cast<size_t>(padded_classes(shape)) * sizeof(float);
       const bool columns_shared = bytes <= static_cast<size_t>(kWideShared);
-      launch(forward_wide_kernel<T>, grid, dim3(kWideThreads), columns_shared ? bytes : 0, stream, a, n,
-             arguments.row_stats, finish, shape.rows, classes, blocks, columns_shared);
+      if (!columns_shared) bytes = 0;
+      const int blocks = forward_blocks(shape, resident_blocks(forward_wide_kernel<T>, kWideThreads, bytes));
+      const Finish finish = finish_of(blocks);
+      launch(forward_wide_kernel<T>, grid(blocks), dim3(kWideThreads), bytes, stream, a, n, arguments.row_stats, finish,
+             shape.rows, classes, blocks, columns_shared);
+      launch_finish(finish, shape, blocks, stream);
       return;
     }
     const bool vectors = aligned_rows<T>(a, shape.classes) && aligned_rows<T>(n, shape.classes);
     with_row_layout(shape.classes, vectors, [&]<int kGroup, int kPer, bool kVector>() {
-      launch(forward_kernel<T, kGroup, kPer, kVector>, grid, dim3(kThreads), 0, stream, a, n, arguments.row_stats,
-             finish, shape.rows, classes, blocks);
+      const auto kernel = forward_kernel<T, kGroup, kPer, kVector>;
+      const int blocks = forward_blocks(shape, resident_blocks(kernel, kThreads, 0));
+      const Finish finish = finish_of(blocks);
+      launch(kernel, grid(blocks), dim3(kThreads), 0, stream, a, n, arguments.row_stats, finish, shape.rows, classes,
+             blocks);
+      launch_finish(finish, shape, blocks, stream);
     });
   });
 }
 
 void scan_loss_backward_cuda(DType dtype, const ScanLossShape& shape, const ScanLossBackward& arguments,
                              StreamHandle stream) {
-  const int blocks = blocks_per_head(shape), classes = static_cast<int>(shape.classes);
+  const int classes = static_cast<int>(shape.classes);
   const Upstream upstream{arguments.grad_total, arguments.grad_consistency, arguments.grad_entropy, arguments.mean_prob,
                           arguments.entropy_weight};
-  const dim3 grid(static_cast<unsigned>(shape.heads * blocks));
+  const auto grid = [&](int blocks) { return dim3(static_cast<unsigned>(shape.heads * blocks)); };
   dispatch_dtype(dtype, [&]<typename T>() {
     const T* a = static_cast<const T*>(arguments.anchors);
     const T* n = static_cast<const T*>(arguments.neighbors);
     T* grad_a = static_cast<T*>(arguments.grad_anchors);
     T* grad_n = static_cast<T*>(arguments.grad_neighbors);
     if (shape.classes > kMostInRegisters) {
-      launch(backward_wide_kernel<T>, grid, dim3(kWideThreads), 0, stream, a, n, arguments.row_stats, upstream, grad_a,
-             grad_n, shape.rows, classes, blocks);
+      const int blocks = blocks_per_head(shape, resident_blocks(backward_wide_kernel<T>, kWideThreads, 0));
+      launch(backward_wide_kernel<T>, grid(blocks), dim3(kWideThreads), 0, stream, a, n, arguments.row_stats, upstream,
+             grad_a, grad_n, shape.rows, classes, blocks);
       return;
     }
     const bool vectors = aligned_rows<T>(a, shape.classes) && aligned_rows<T>(n, shape.classes) &&
                          aligned_rows<T>(grad_a, shape.classes) && aligned_rows<T>(grad_n, shape.classes);
     with_row_layout(shape.classes, vectors, [&]<int kGroup, int kPer, bool kVector>() {
-      launch(backward_kernel<T, kGroup, kPer, kVector>, grid, dim3(kThreads), 0, stream, a, n, arguments.row_stats,
-             upstream, grad_a, grad_n, shape.rows, classes, blocks);
+      const auto kernel = backward_kernel<T, kGroup, kPer, kVector>;
+      const int blocks = blocks_per_head(shape, resident_blocks(kernel, kThreads, 0));
+      launch(kernel, grid(blocks), dim3(kThreads), 0, stream, a, n, arguments.row_stats, upstream, grad_a, grad_n,
+             shape.rows, classes, blocks);
     });
   });
 }

@@ -87,6 +87,9 @@ namespace {
 void run_body() {
   try {
     (*machine.body)();
+    if (machine.early && !machine.current->waited) {
+      fail("a thread that launch_after started ends without wait_for_previous_kernel" + where());
+    }
   } catch (...) {
     if (!machine.error) machine.error = std::current_exception();
   }
@@ -227,6 +230,7 @@ void run_block() {
     fiber.state = State::kReady;
     fiber.copies.clear();
     fiber.open_group = 0;
+    fiber.waited = false;
   }
   for (;;) {
     if (options().seed != 0) shuffle(order);
@@ -261,6 +265,14 @@ void fail(const std::string& message) { throw std::runtime_error("emulated kerne
 void check_aligned(const void* pointer, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     fail(std::string(what) + " needs an address aligned to " + std::to_string(bytes) + " bytes" + where());
+  }
+}
+
+void wait_for_previous_kernel() { machine.current->waited = true; }
+
+void check_waited() {
+  if (machine.early && machine.current != nullptr && !machine.current->waited) {
+    fail("an access to global memory before wait_for_previous_kernel" + where());
   }
 }
 
@@ -301,6 +313,7 @@ void cp_async(void* dst, const void* src, int bytes) {
   check_aligned(dst, 16, "cp_async_16's destination");
   check_aligned(src, 16, "cp_async_16's source");
   if (bytes < 0 || bytes > 16) fail("cp_async_16 copies 0 to 16 bytes, not " + std::to_string(bytes) + where());
+  check_waited();
   Fiber& fiber = *machine.current;
   // The destination is in use from now until the copy has landed.
   touch(dst, 16, Access::kWrite);
@@ -322,8 +335,9 @@ void cp_async_wait(int pending) {
   fiber.copies.erase(std::remove_if(fiber.copies.begin(), fiber.copies.end(), lands), fiber.copies.end());
 }
 
-void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) {
+void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, bool early) {
   check_grid(grid, block);
+  machine.early = early;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   machine.threads = static_cast<unsigned>(threads);
   machine.body = &body;

@@ -52,11 +52,16 @@ struct Options {
   size_t shared_memory = 0;  // limit of a block, static and dynamic; 0: the limit of the compute capability
   int device = 0;            // current device; kernels request shared memory on each
   bool truncate = false;     // matrix units truncate their sums, as coarsely as any GPU does, instead of rounding
+  int resident_blocks = 2;   // of any kernel on a multiprocessor
 };
 Options& options();
 
 // Runs `body`, a call of the kernel, once per thread of the grid. Throws std::runtime_error if a check fails.
-void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+// With `early`, as after launch_after, every thread must wait for the kernel before.
+void run(const void* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, bool early = false);
+void wait_for_previous_kernel();
+// Fails if the running thread must wait for the kernel before and has not.
+void check_waited();
 
 // emulator_launch.cpp: limit of a block, and the dynamic part that a kernel is allowed on the current device.
 size_t shared_memory_limit();
@@ -149,6 +154,7 @@ namespace scan_fast::emu {
 template <typename T, typename Update>
 T atomic(T* p, Update update) {
   static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "atomics on floats would not be deterministic");
+  check_waited();
   check_aligned(p, sizeof(T), "an atomic");
   touch(p, sizeof(T), Access::kAtomic);
   const T old = *p;
@@ -185,6 +191,7 @@ SCAN_FAST_ATOMICS(unsigned long long)
 
 template <typename T>
 T __ldg(const T* p) {
+  scan_fast::emu::check_waited();
   scan_fast::emu::check_aligned(p, alignof(T), "a load");
   return *p;
 }
@@ -332,16 +339,25 @@ void st_shared(T* p, const V& value) {
 }
 template <typename V, typename T>
 V ld_global(const T* p) {
+  emu::check_waited();
   emu::check_aligned(p, sizeof(V), "ld_global");
   V value;
   std::memcpy(&value, p, sizeof(V));
   return value;
 }
+template <typename V, typename T>
+V ld_coherent(const T* p) {
+  return ld_global<V>(p);
+}
 template <typename T, typename V>
 void st_global(T* p, const V& value) {
+  emu::check_waited();
   emu::check_aligned(p, sizeof(V), "st_global");
   std::memcpy(static_cast<void*>(p), &value, sizeof(V));
 }
+
+inline void wait_for_previous_kernel() { emu::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() {}
 
 inline void cp_async_16(void* dst, const void* src, int bytes = 16) { emu::cp_async(dst, src, bytes); }
 inline void cp_async_commit() { emu::cp_async_commit(); }
@@ -383,6 +399,15 @@ void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   emu::run(reinterpret_cast<const void*>(kernel), grid, block, smem,
            [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
+template <typename... Parameters, typename... Arguments>
+void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle,
+                        Arguments&&... arguments) {
+  emu::run(
+      reinterpret_cast<const void*>(kernel), grid, block, smem, [&] { kernel(static_cast<Parameters>(arguments)...); },
+      true);
+}
+inline bool can_wait(const void*) { return emu::options().compute_capability >= 90; }
+inline int query_resident_blocks(const void*, int, size_t) { return emu::options().resident_blocks; }
 inline void zero_async(void* pointer, size_t bytes, StreamHandle) { std::memset(pointer, 0, bytes); }
 inline int multiprocessors() { return emu::options().multiprocessors; }
 inline int compute_capability() { return emu::options().compute_capability; }

@@ -98,6 +98,19 @@ __global__ void shared_sizes_kernel(float* out, int dynamic_floats) {
   *out = sum;
 }
 
+__global__ void first_of_chain_kernel(float* values) {
+  let_next_kernel_start();
+  st_global(values + threadIdx.x, static_cast<float>(threadIdx.x));
+}
+
+__global__ void second_of_chain_kernel(const float* values, float* out, Chain chain) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (chain == Chain::kLoadsEarly) out[thread] = ld_coherent<float>(values + thread);
+  if (chain == Chain::kStoresEarly) st_global(out + thread, 0.0f);
+  if (chain != Chain::kNeverWaits && (chain != Chain::kOneThreadNeverWaits || thread != 5)) wait_for_previous_kernel();
+  out[thread] = 2.0f * ld_coherent<float>(values + thread);
+}
+
 template <typename T>
 __global__ void round_trip_kernel(const float* x, float* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
@@ -143,6 +156,13 @@ void shared_sizes(float* out, size_t dynamic_bytes, bool ask) {
     start_kernel(shared_sizes_kernel, dim3(2), dim3(64), dynamic_bytes, nullptr, out, floats);
   }
 }
+
+void chain_of_kernels(float* values, float* out, Chain chain) {
+  launch(first_of_chain_kernel, dim3(1), dim3(64), 0, nullptr, values);
+  launch_after(second_of_chain_kernel, dim3(2), dim3(32), 0, nullptr, values, out, chain);
+}
+
+int resident_blocks_of_a_kernel() { return resident_blocks(first_of_chain_kernel, 64, 0); }
 
 void round_trip(DType dtype, const float* x, float* out, int n) {
   dispatch_dtype(dtype, [&]<typename T>() { launch(round_trip_kernel<T>, dim3(1), dim3(64), 0, nullptr, x, out, n); });

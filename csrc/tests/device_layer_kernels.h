@@ -23,6 +23,11 @@ void warp_exchange(float* out, bool sync);
 // out = how many floats lie in 32 KB of static and dynamic_bytes of dynamic shared memory. Without `ask` the launch
 // does not see to it that the kernel may have them.
 void shared_sizes(float* out, size_t dynamic_bytes, bool ask);
+// out[i] = 2 * values[i] for 32 values that the kernel before writes; launch_after starts the second. The broken forms
+// do not wait for it, in all threads or in one, or access global memory first.
+enum class Chain { kWaits, kNeverWaits, kOneThreadNeverWaits, kLoadsEarly, kStoresEarly };
+void chain_of_kernels(float* values, float* out, Chain chain);
+int resident_blocks_of_a_kernel();
 // out[i] = x[i] converted to the 16-bit type and back; packed pairs.
 void round_trip(DType dtype, const float* x, float* out, int n);
 

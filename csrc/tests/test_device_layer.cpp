@@ -142,6 +142,29 @@ void ticket_order() {
   }
 }
 
+void chains_of_kernels() {
+  float values[64] = {}, out[32] = {};
+  emu::options() = {.seed = 3};
+  chain_of_kernels(values, out, Chain::kWaits);
+  for (int i = 0; i < 32; ++i) CHECK(out[i] == static_cast<float>(2 * i));
+  CHECK_THROWS(chain_of_kernels(values, out, Chain::kNeverWaits), "before wait_for_previous_kernel");
+  CHECK_THROWS(chain_of_kernels(values, out, Chain::kOneThreadNeverWaits), "before wait_for_previous_kernel");
+  CHECK_THROWS(chain_of_kernels(values, out, Chain::kLoadsEarly), "before wait_for_previous_kernel");
+  CHECK_THROWS(chain_of_kernels(values, out, Chain::kStoresEarly), "before wait_for_previous_kernel");
+  // An older GPU runs the kernels one after the other.
+  emu::options() = {.compute_capability = 80};
+  chain_of_kernels(values, out, Chain::kNeverWaits);
+}
+
+void resident_blocks_are_asked_for() {
+  for (const int blocks : {1, 5}) {
+    emu::options() = {.resident_blocks = blocks};
+    CHECK(resident_blocks_of_a_kernel() == blocks);
+  }
+  emu::options() = {.resident_blocks = 0};
+  CHECK(resident_blocks_of_a_kernel() == 1);
+}
+
 void conversions() {
   emu::options() = {};
   const std::vector<float> x = {0.0f,     -0.0f,    1.0f,     1.0f / 3,       -2.5f,          65504.0f,
@@ -181,6 +204,8 @@ int main() {
   RUN(matrix_products_bf16);
   RUN(warp_collectives);
   RUN(ticket_order);
+  RUN(chains_of_kernels);
+  RUN(resident_blocks_are_asked_for);
   RUN(conversions);
   return check::finish();
 }

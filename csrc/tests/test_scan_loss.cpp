@@ -136,7 +136,8 @@ void rows_that_disagree_and_masked_classes() {
 }
 
 void same_bits_in_any_order() {
-  for (const ScanLossShape& shape : {ScanLossShape{2, 530, 10}, ScanLossShape{1, 61, 100}, ScanLossShape{1, 9, 1100}}) {
+  for (const ScanLossShape& shape :
+       {ScanLossShape{2, 530, 10}, ScanLossShape{1, 61, 100}, ScanLossShape{1, 9, 1100}, ScanLossShape{1, 20, 1000}}) {
     const size_t elements = shape.heads * shape.rows * shape.classes;
     const Elements a = check::normal_logits(DType::kFloat32, elements, 3, 5);
     const Elements n = check::normal_logits(DType::kFloat32, elements, 3, 6);
@@ -161,13 +162,29 @@ void many_multiprocessors_and_little_shared_memory() {
     const Upstream upstream{std::vector<float>(shape.heads, -1.5f), {}, {}};
     compare(dtype, shape, a, n, 5.0f, upstream, run(dtype, shape, a, n, 5.0f, upstream));
   };
-  emu::options() = {.seed = 6, .multiprocessors = 132};
+  emu::options() = {.seed = 6, .multiprocessors = 132, .resident_blocks = 3};
   check_shape(DType::kBFloat16, {2, 900, 10});
   check_shape(DType::kFloat32, {10, 300, 40});
   check_shape(DType::kFloat16, {1, 40, 1500});
   emu::options() = {.compute_capability = 86, .device = 86};
   check_shape(DType::kFloat32, {1, 3, 24 * 1024});
   check_shape(DType::kFloat32, {1, 3, 24 * 1024 + 1});
+}
+
+// The sums of the blocks are added in one batch of loads or several, in one slice of the classes or several, and the
+// workspace suffices whatever the number of blocks: the sanitizer would see an access beyond it.
+void any_number_of_blocks() {
+  const ScanLossShape shapes[] = {{1, 200, 1000}, {1, 300, 1000}, {3, 70, 5}, {1, 1100, 3}, {2, 40, 1026}};
+  for (const int resident : {1, 3, 20}) {
+    for (const ScanLossShape& shape : shapes) {
+      emu::options() = {.seed = 5, .multiprocessors = 66, .resident_blocks = resident};
+      const size_t elements = shape.heads * shape.rows * shape.classes;
+      const Elements a = check::normal_logits(DType::kFloat32, elements, 3, 51);
+      const Elements n = check::normal_logits(DType::kFloat32, elements, 3, 52);
+      const Upstream upstream{std::vector<float>(shape.heads, 1.0f), {}, {}};
+      compare(DType::kFloat32, shape, a, n, 5.0f, upstream, run(DType::kFloat32, shape, a, n, 5.0f, upstream));
+    }
+  }
 }
 
 void nan_and_infinity_stay_visible() {
@@ -199,6 +216,7 @@ int main() {
   RUN(rows_that_disagree_and_masked_classes);
   RUN(same_bits_in_any_order);
   RUN(many_multiprocessors_and_little_shared_memory);
+  RUN(any_number_of_blocks);
   RUN(nan_and_infinity_stay_visible);
   return check::finish();
 }

@@ -94,12 +94,27 @@ void matches_the_definition() {
 
 // As many blocks as an H100 gets.
 void many_multiprocessors() {
-  emu::options() = {.seed = 8, .multiprocessors = 132};
+  emu::options() = {.seed = 8, .multiprocessors = 132, .resident_blocks = 8};
   for (const SelfLabelShape& shape : {SelfLabelShape{3000, 10}, SelfLabelShape{200, 1500}}) {
     const Elements weak = weak_logits(DType::kBFloat16, shape, 31);
     const Elements strong = check::normal_logits(DType::kBFloat16, weak.size(), 3, 32);
     const Results r = run(DType::kBFloat16, shape, weak, strong, 0.9f, true, -1.5f);
     compare(DType::kBFloat16, shape, weak, strong, 0.9f, true, -1.5f, r);
+  }
+}
+
+// More rows than the threads of the last kernel take at once, and more classes than it can count in shared memory.
+void many_rows_and_classes() {
+  for (const int capability : {75, 90}) {
+    emu::options() = {.seed = 4, .compute_capability = capability, .device = capability};
+    for (const SelfLabelShape& shape : {SelfLabelShape{4200, 3}, SelfLabelShape{6, 20000}, SelfLabelShape{5, 25000}}) {
+      for (const bool balance : {true, false}) {
+        const Elements weak = weak_logits(DType::kFloat32, shape, 21);
+        const Elements strong = check::normal_logits(DType::kFloat32, weak.size(), 3, 22);
+        const Results r = run(DType::kFloat32, shape, weak, strong, 0.7f, balance, 2.0f);
+        compare(DType::kFloat32, shape, weak, strong, 0.7f, balance, 2.0f, r);
+      }
+    }
   }
 }
 
@@ -157,6 +172,7 @@ void same_bits_in_any_order() {
 int main() {
   RUN(matches_the_definition);
   RUN(many_multiprocessors);
+  RUN(many_rows_and_classes);
   RUN(masked_classes_and_ties);
   RUN(rows_that_cannot_be_confident);
   RUN(same_bits_in_any_order);

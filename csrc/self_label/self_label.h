@@ -3,7 +3,7 @@
 // Inputs are (B, C) row-major logits of the weak and the strong view. Row i is confident if max softmax(weak_i) >
 // threshold, both in float32. Its label t_i is the first largest class. Its weight w_i is 1 / (number of confident
 // rows), or with balance 1 / (number of classes that occur * confident rows of its class). Other rows have weight 0,
-// and their strong logits are not read.
+// and their strong logits do not matter.
 //   loss = sum_i w_i (lse(strong_i) - strong_i[t_i]),  zero if no row is confident
 #pragma once
 

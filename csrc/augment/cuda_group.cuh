@@ -19,22 +19,32 @@ struct Workspace {
   int64_t blocks;
 };
 
-// The kWarps warps that render one image: a single warp, which needs no block barrier, or the whole block.
+// The threads that render one image: a block of kWarps warps.
 template <int kWarps_>
 struct Group {
-  static constexpr int kWarps = kWarps_, kSize = 32 * kWarps, kImages = kThreads / kSize;
-  static_assert(kWarps == 1 || kSize == kThreads, "a group is a warp or the block");
+  static constexpr int kWarps = kWarps_, kSize = 32 * kWarps;
+  static_assert(kWarps > 1 && kValues % kSize == 0, "each thread owns as many pixel values");
 
-  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x) % kSize; }
-  __device__ __forceinline__ static int number() { return static_cast<int>(threadIdx.x) / kSize; }
+  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ static int warp() { return thread() / 32; }
-  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ __forceinline__ static void sync() {
-    if constexpr (kWarps == 1) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
+  __device__ __forceinline__ static int lane() { return thread() % 32; }
+  __device__ __forceinline__ static void sync() { __syncthreads(); }
+};
+
+// The positions of a thread in rows of `width`, kSize apart, without a division for each.
+template <typename G>
+struct Walk {
+  int i, x, y, width, columns, rows;
+
+  __device__ __forceinline__ explicit Walk(int row_width) : i(G::thread()), width(row_width) {
+    y = i / width, x = i % width;
+    rows = G::kSize / width, columns = G::kSize % width;
+  }
+  __device__ __forceinline__ void next() {
+    i += G::kSize;
+    x += columns;
+    y += rows;
+    if (x >= width) x -= width, ++y;
   }
 };
 
@@ -57,7 +67,6 @@ __device__ __forceinline__ Rgb unpacked(uint32_t word) {
 template <typename G>
 __device__ __forceinline__ long long group_sum(long long value, const Shared<long long>& partial) {
   value = warp_sum(value);
-  if constexpr (G::kWarps == 1) return value;
   __syncthreads();
   if (G::lane() == 0) partial[G::warp()] = value;
   __syncthreads();

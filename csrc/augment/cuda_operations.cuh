@@ -63,21 +63,19 @@ __device__ __forceinline__ void autocontrast(const Words& image, int pixels, con
   for (int c = 0; c < 3; ++c) {
     low[c] = warp_min(low[c]);
     high[c] = warp_max(high[c]);
-    if (G::kWarps > 1 && G::lane() == 0) {
+    if (G::lane() == 0) {
       tables.partial[2 * c * G::kWarps + G::warp()] = low[c];
       tables.partial[(2 * c + 1) * G::kWarps + G::warp()] = high[c];
     }
   }
-  if constexpr (G::kWarps > 1) {
-    __syncthreads();
+  __syncthreads();
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      for (int w = 0; w < G::kWarps; ++w) {
-        const int other_low = tables.partial[2 * c * G::kWarps + w];
-        const int other_high = tables.partial[(2 * c + 1) * G::kWarps + w];
-        low[c] = min(low[c], other_low);
-        high[c] = max(high[c], other_high);
-      }
+  for (int c = 0; c < 3; ++c) {
+    for (int w = 0; w < G::kWarps; ++w) {
+      const int other_low = tables.partial[2 * c * G::kWarps + w];
+      const int other_high = tables.partial[(2 * c + 1) * G::kWarps + w];
+      low[c] = min(low[c], other_low);
+      high[c] = max(high[c], other_high);
     }
   }
 #pragma unroll 1
@@ -123,17 +121,15 @@ __device__ __forceinline__ void equalize(const Words& image, int pixels, const T
       below += G::lane() >= offset ? other : 0;
     }
     last = warp_max(last);
-    if constexpr (G::kWarps > 1) {
-      if (G::lane() == 31) {
-        tables.partial[2 * c * G::kWarps + G::warp()] = below;
-        tables.partial[(2 * c + 1) * G::kWarps + G::warp()] = last;
-      }
-      __syncthreads();
-      for (int w = 0; w < G::kWarps; ++w) {
-        const int sum = tables.partial[2 * c * G::kWarps + w], highest = tables.partial[(2 * c + 1) * G::kWarps + w];
-        below += w < G::warp() ? sum : 0;
-        last = max(last, highest);
-      }
+    if (G::lane() == 31) {
+      tables.partial[2 * c * G::kWarps + G::warp()] = below;
+      tables.partial[(2 * c + 1) * G::kWarps + G::warp()] = last;
+    }
+    __syncthreads();
+    for (int w = 0; w < G::kWarps; ++w) {
+      const int sum = tables.partial[2 * c * G::kWarps + w], highest = tables.partial[(2 * c + 1) * G::kWarps + w];
+      below += w < G::warp() ? sum : 0;
+      last = max(last, highest);
     }
     below -= own;
     const int highest_count = tables.counts[kValues * c + last];
@@ -152,8 +148,8 @@ __device__ __forceinline__ void equalize(const Words& image, int pixels, const T
 template <typename G, typename Words>
 __device__ __forceinline__ void sharpness(const Words& in, const Words& out, int side, float factor) {
   G::sync();
-  for (int i = G::thread(); i < side * side; i += G::kSize) {
-    const int y = i / side, x = i % side;
+  for (Walk<G> at(side); at.i < side * side; at.next()) {
+    const int i = at.i, x = at.x, y = at.y;
     const uint32_t middle = in[i];
     if (x == 0 || y == 0 || x == side - 1 || y == side - 1) {
       out[i] = middle;
@@ -180,9 +176,9 @@ __device__ __forceinline__ void sharpness(const Words& in, const Words& out, int
 template <typename G, typename Words>
 __device__ __forceinline__ void nearest(const Words& in, const Words& out, int side, const int32_t* words) {
   G::sync();
-  for (int i = G::thread(); i < side * side; i += G::kSize) {
+  for (Walk<G> at(side); at.i < side * side; at.next()) {
     // Unsigned, so that positions far outside the image wrap around, as in the CPU kernel.
-    const unsigned y = static_cast<unsigned>(i / side), x = static_cast<unsigned>(i % side);
+    const unsigned y = static_cast<unsigned>(at.y), x = static_cast<unsigned>(at.x);
     unsigned m[6];
 #pragma unroll
     for (int k = 0; k < 6; ++k) m[k] = static_cast<unsigned>(words[k]);
@@ -190,7 +186,7 @@ __device__ __forceinline__ void nearest(const Words& in, const Words& out, int s
     const int py = static_cast<int>(m[3] + m[4] * x + m[5] * y) >> 16;
     uint32_t word = 0;
     if (px >= 0 && px < side && py >= 0 && py < side) word = in[py * side + px];
-    out[i] = word;
+    out[at.i] = word;
   }
 }
 
@@ -205,16 +201,16 @@ template <typename G, typename Words>
 __device__ __forceinline__ void bilinear(const Words& in, const Words& out, int side,
                                          const float (&m)[kRecipeStep - 1]) {
   G::sync();
-  for (int i = G::thread(); i < side * side; i += G::kSize) {
-    const float px = bilinear_position(m[0], m[1], m[2], i % side, i / side, side);
-    const float py = bilinear_position(m[3], m[4], m[5], i % side, i / side, side);
+  for (Walk<G> at(side); at.i < side * side; at.next()) {
+    const float px = bilinear_position(m[0], m[1], m[2], at.x, at.y, side);
+    const float py = bilinear_position(m[3], m[4], m[5], at.x, at.y, side);
     const int x = static_cast<int>(px + 1.0f) - 1, y = static_cast<int>(py + 1.0f) - 1;
     const float right = px - static_cast<float>(x), down = py - static_cast<float>(y);
     const Rgb a = pixel_or_black(in, side, x, y), b = pixel_or_black(in, side, x + 1, y);
     const Rgb c = pixel_or_black(in, side, x, y + 1), d = pixel_or_black(in, side, x + 1, y + 1);
-    out[i] = packed(scan_fast::bilinear(a.r, b.r, c.r, d.r, right, down),
-                    scan_fast::bilinear(a.g, b.g, c.g, d.g, right, down),
-                    scan_fast::bilinear(a.b, b.b, c.b, d.b, right, down));
+    out[at.i] = packed(scan_fast::bilinear(a.r, b.r, c.r, d.r, right, down),
+                       scan_fast::bilinear(a.g, b.g, c.g, d.g, right, down),
+                       scan_fast::bilinear(a.b, b.b, c.b, d.b, right, down));
   }
 }
 

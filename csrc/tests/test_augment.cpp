@@ -121,8 +121,8 @@ const std::vector<Operation> kAll = {
 void each_operation() {
   emu::options() = {.detect_races = true};
   for (const Operation operation : kAll) {
-    compare({11, 12, 13, 11, 1, {operation}}, 1 + static_cast<uint64_t>(operation));  // a warp per image
-    compare({2, 40, 31, 33, 1, {operation}}, 2 + static_cast<uint64_t>(operation));   // a block per image
+    compare({11, 12, 13, 11, 1, {operation}}, 1 + static_cast<uint64_t>(operation));  // four warps per image
+    compare({2, 40, 31, 33, 1, {operation}}, 2 + static_cast<uint64_t>(operation));   // eight warps per image
   }
 }
 
@@ -147,6 +147,9 @@ void boxes_and_sizes() {
   compare({5, 3, 50, 2, 2, kAll}, 41);
   compare({4, 60, 41, 9, 0, kAll}, 42);
   compare({4, 5, 4, 33, 1, kAll}, 43);
+  compare({9, 12, 60, 20, 0, kAll}, 44);     // lower than the view and wider
+  compare({9, 60, 12, 20, 0, kAll}, 45);     // higher and narrower
+  compare({1, 262, 300, 261, 1, kAll}, 46);  // rows of more pixels than threads
 }
 
 void formats() {
@@ -154,6 +157,10 @@ void formats() {
   for (const ViewFormat format : {ViewFormat::kFloat32, ViewFormat::kBFloat16}) {
     compare({7, 14, 14, 14, 2, kAll, true, format}, 50);
     compare({3, 34, 34, 34, 2, kAll, true, format}, 51);
+    // Four pixels at a time.
+    compare({7, 16, 16, 16, 2, kAll, true, format}, 52);
+    compare({3, 36, 36, 36, 2, kAll, true, format}, 53);
+    compare({1, 120, 120, 120, 2, kAll, true, format}, 54);
   }
 }
 

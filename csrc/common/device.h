@@ -290,7 +290,8 @@ void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, si
 }
 
 // Returns whether the kernel's code for the current device contains the wait. It does not if it was compiled from PTX
-// for an older virtual architecture. The answers are kept.
+// for an older virtual architecture. Drivers before 12.3 cannot capture such a launch into a graph. The answers are
+// kept.
 inline bool can_wait(const void* kernel) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, bool> known;
@@ -300,7 +301,9 @@ inline bool can_wait(const void* kernel) {
   if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   throw_on_error(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[key] = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+  int driver = 0;
+  throw_on_error(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  return known[key] = driver >= 12030 && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
 }
 
 // The answers are kept.

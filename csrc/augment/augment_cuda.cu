@@ -18,7 +18,7 @@
 // Limit: global memory traffic is 3 bytes of source and 3, 6 or 12 bytes of view per pixel. The larger part of the time
 // is arithmetic. Prediction for SimCLR views of 1024x32x32 in bfloat16 on an H200, not measured: 64 registers, 1024
 // blocks on 1056 places, about 300 instructions per pixel (crop 70, each operation 30 to 90, store 25) at 2.5
-// instructions per cycle and multiprocessor: 15 us of issue, 30 us with the spread between recipes; 10 % of the limit of
+// instructions per cycle and multiprocessor: 15 us of issue, 30 us with the spread between recipes; 7 % of the limit of
 // 9.4 MB. The pixel values equal those of the CPU, see pixel.h.
 #include <type_traits>
 

@@ -113,7 +113,7 @@ struct Machine {
   uint64_t epoch = 1;  // grows at every barrier and block, over the life of the process
   uint64_t random = 0;
   const void* kernel = nullptr;
-  bool early = false;  // started by launch_after
+  bool early = false;       // started by launch_after
   size_t static_bytes = 0;  // of the arrays that threads have used
   std::unique_ptr<Region> dynamic;
   std::unordered_map<const void*, std::unique_ptr<Region>> statics;

@@ -10,8 +10,9 @@
 //   C (128 x kColumns) = A (128 x dims) B^T,   A: row tile, B: column tile of packed operands (panels.h)
 //
 // One operand may be resident, i.e. stay in shared memory, while the other streams through a ring of stages in panels
-// of 64 dimensions. With kNone both stream, for any number of dimensions. Where warpgroups take turns the resident
-// operand is double-buffered, so that the next one is loaded in time; side by side it is larger and has one buffer. A schedule chooses the pairs of tiles, an epilogue uses the products:
+// of 64 dimensions. With kNone both stream, for any number of dimensions. If warpgroups take turns, the resident
+// operand is double-buffered, so that the next one is loaded in time. Side by side it is larger and has one buffer. A
+// schedule chooses the pairs of tiles, an epilogue uses the products:
 //
 //   struct Schedule {              // producer and consumers each have a copy and must see the same runs
 //     struct Run { int fixed, begin, end; ... };     // may hold more, for the epilogue

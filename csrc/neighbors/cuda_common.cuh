@@ -13,9 +13,9 @@
 
 namespace scan_fast {
 
-// Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h), rows padded to a multiple
-// of kRowPadding. Padding rows of u^, and rows with a non-finite entry, are NaN: so are all their products, which no
-// threshold lets through. The searches need not ask whether a column may be a neighbour.
+// Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h), with rows padded to a
+// multiple of kRowPadding. Padding rows of u^, and rows with a non-finite entry, are NaN: so are all their products,
+// which no threshold lets through. The searches need not ask whether a column may be a neighbour.
 struct TopkWorkspace {
   double* query_length;     // (Q,) |v|, non-finite if the row has a non-finite entry
   double* database_length;  // (N,); the same memory in a self-search
@@ -86,7 +86,7 @@ __device__ __forceinline__ double row_scale(double length, double longest, bool 
   return normalize ? kUnit / clamped(length) : unit_scale(longest);
 }
 
-// Lanes that share a row where rows are read as 16-byte vectors. A warp works on four rows at once.
+// Lanes that share a row in kernels that read 16-byte vectors. A warp works on four rows at once.
 constexpr int kRowLanes = 8, kRowsPerWarp = 32 / kRowLanes;
 
 // Returns whether rows of x can be read four elements at a time.
@@ -95,9 +95,9 @@ __device__ __forceinline__ bool rows_of_vectors(const float* x, int64_t dim) {
 }
 
 // Computes the exact sums of neighbors.h, one row `a` with kRows rows `b`, by kRowLanes lanes. Lane g has the partial
-// sums of the 32 lanes 4 g to 4 g + 3, so its four chains of additions are independent, and it reads 16 bytes at a time.
-// The tree of the 32 lanes is that of neighbors.h: across lanes first (16, 8, 4), then within one (2, 1). Elements
-// beyond dim count as +0, which changes no sum. All lanes of the warp take part; rows may differ by group of lanes.
+// sums of that header's lanes 4 g to 4 g + 3: four independent chains of additions, and 16 bytes per access. The tree
+// is the same: across lanes first (16, 8, 4), then within one (2, 1). Elements beyond dim count as +0, which changes no
+// sum. All lanes of the warp take part; rows may differ by group of lanes.
 template <int kRows>
 __device__ __forceinline__ void exact_dots(const float* a, const float* const (&b)[kRows], int64_t dim, bool vectors,
                                            double (&sum)[kRows]) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void exact_dots(const float* a, const float* const (&
   for (int r = 0; r < kRows; ++r) partial[r][0] = partial[r][1] = partial[r][2] = partial[r][3] = 0;
   const int first = static_cast<int>(threadIdx.x) % kRowLanes * 4;
   if (vectors) {
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t d = first; d < dim; d += 32) {
       const float4 x = ld_global<float4>(a + d);
 #pragma unroll

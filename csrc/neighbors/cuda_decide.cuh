@@ -6,8 +6,8 @@
 // few for a second threshold after the first k sums (as on the CPU) to save work.
 // Limit (a prediction): per query c rows of 4 D bytes for c candidates, from memory or L2, and 1.5 c D conversions from
 // float32 to float64, of which a multiprocessor does 16 per cycle. For 50,000 x 512, k = 20, c = 22: 2.3 GB, half of it
-// from memory, and 0.85 G conversions: 0.35 to 0.45 ms. A block takes about 8,000 cycles, and a multiprocessor has at
-// least 8 blocks: 0.2 ms, so that the memory is the limit.
+// from memory, and 0.85 G conversions: 0.35 to 0.45 ms. A block takes about 8,000 cycles, and a multiprocessor has
+// seven blocks: 0.25 ms, so that the memory is the limit.
 //
 // Included by neighbors_cuda.cu only.
 #pragma once

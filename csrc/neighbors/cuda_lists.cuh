@@ -6,10 +6,10 @@
 // drops the candidates below it. So the set of candidates is the same in every run; only its order in the list varies,
 // and no result depends on that.
 //
-// Cost. The matrix units wait for the slowest warp of a block, so what counts is the latency of each step. Where lists
+// Cost. The matrix units wait for the slowest warp of a block, so what counts is the latency of each step. If lists
 // belong to one warp (neighbors_sm90.cu), the predictions are
 //   enter      per 32 values of a thread: about 1 instruction a value for the maximum; if one of the warp's lanes has a
-//              candidate, 5 more a value and one shared atomic, however many candidates there are
+//              candidate, 2 more a value and one shared atomic, and 4 more a value in groups of 8 that have candidates
 //   warm_up    once per run of tiles: 9 counts of 64 values for each of two rows, 2,600 instructions; without it, all
 //              256 values of each row would enter and 16 lists would be tightened one after the other
 //   tighten    one read of the list from L2 (about 500 cycles), then some 10 steps of 40 cycles on registers
@@ -200,10 +200,14 @@ struct RowLists {
       uint2* const list = list_of(row);
       int slot = atomicAdd((count + row).get(), __popc(passed));
 #pragma unroll
-      for (int bit = 0; bit < 2 * kChunk; ++bit) {
-        if (passed >> bit & 1) {
-          list[slot++] = make_uint2(__float_as_uint(value_at(chunk + bit / 2, bit % 2)),
-                                    static_cast<unsigned>(first_column + (chunk + bit / 2) * 8 + bit % 2));
+      for (int first = 0; first < 2 * kChunk; first += 8) {
+        if ((passed >> first & 255) == 0) continue;  // usually a warp has candidates in one or two of these groups
+#pragma unroll
+        for (int bit = first; bit < first + 8; ++bit) {
+          if (passed >> bit & 1) {
+            list[slot++] = make_uint2(__float_as_uint(value_at(chunk + bit / 2, bit % 2)),
+                                      static_cast<unsigned>(first_column + (chunk + bit / 2) * 8 + bit % 2));
+          }
         }
       }
     }

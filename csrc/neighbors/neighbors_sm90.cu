@@ -15,10 +15,10 @@
 // row are in four lanes, 64 each. So a list belongs to one warp, and its threshold needs no barrier but __syncwarp. Per
 // tile, a thread compares the maxima of two rows, 64 values each, with their thresholds (about one instruction per
 // value). Candidates are entered, and lists over their limit are tightened, as in cuda_lists.cuh. The query itself is
-// excluded by index, padding by column < n.
+// excluded by index, padding and broken rows by their NaN.
 //
 // Limit: 2 Q N D flops at the float16 rate. Resident queries save a third of the bytes from L2: 32 KB per 64 dimensions
-// of a tile, which take 0.74 us at the full rate, 5.8 TB/s over 132 multiprocessors; with both operands it would be 8.7,
+// of a tile, 0.74 us at the full rate, are 5.8 TB/s over 132 multiprocessors. With both operands they would be 8.7,
 // more than L2 is known to give. 128 accumulators per thread, 240 registers.
 //
 // Prediction for a self-search of N x 512, k = 20, on an H200: a tile takes 5.9 us of products and 0.6 us of filter.

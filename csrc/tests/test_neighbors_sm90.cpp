@@ -7,8 +7,8 @@ namespace {
 using namespace neighbor_cases;
 
 void many_dimensions() {
-  // More than two panels: warpgroups multiply side by side; more than eight: both operands pass by. Races are looked for
-  // in the schedule of warpgroups and copies.
+  // More than two panels: warpgroups multiply side by side. More than eight: both operands pass by. Races are looked
+  // for in the schedule of warpgroups and copies.
   emu::options() = {.detect_races = true, .seed = 3};
   CHECK(search({normal(3, 129, 1), normal(270, 129, 2), 129, 5}).searched(0, 0));
   CHECK(search({normal(3, 513, 1), normal(270, 513, 2), 513, 5}).searched(0, 0));

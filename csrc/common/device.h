@@ -16,8 +16,9 @@
 //
 // CUDA's own spellings exist in both forms: threadIdx, blockIdx, blockDim, gridDim, dim3, float2/float4/uint2/uint4/
 // int2/int4 and make_*, __syncthreads, __syncwarp, __shfl_{xor,down,up,idx}_sync (4- and 8-byte values, with width),
-// __ballot_sync, __any_sync, __all_sync, atomicAdd/Max/Min/Exch/CAS/Or (int, unsigned, unsigned long long),
-// __threadfence, __ldg, __float_as_uint and back, __popc, __ffs, __clz, min, max, rsqrtf, the C float functions.
+// __ballot_sync, __any_sync, __all_sync, __reduce_add_sync (int), atomicAdd/Max/Min/Exch/CAS/Or (int, unsigned,
+// unsigned long long), __threadfence, __ldg, __float_as_uint and back, __popc, __ffs, __clz, min, max, rsqrtf, the C
+// float functions.
 //
 // This layer adds, in namespace scan_fast:
 //   Shared<T>                        pointer to shared memory; s[i] reads and writes, s + n, s.as<U>(), s.get().

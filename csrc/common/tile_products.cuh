@@ -4,14 +4,15 @@
 // There is one block per multiprocessor, with three warpgroups. Warpgroup 0 releases its registers, and one of its
 // threads issues the copies. Warpgroups 1 and 2 multiply, 64 of a tile's 128 rows each, with 240 registers per thread.
 // With a resident operand they take turns (ping-pong, by two named barriers): while one uses the matrix units, the
-// other runs its epilogue. Without a resident operand they multiply side by side: a tile then has more panels than the
-// ring has stages, and no stage could be refilled while one warpgroup waits for its turn.
+// other runs its epilogue. Without a resident operand, or with one of more panels than the ring has stages, they
+// multiply side by side: no stage could be refilled while one warpgroup waits for its turn.
 //
 //   C (128 x kColumns) = A (128 x dims) B^T,   A: row tile, B: column tile of packed operands (panels.h)
 //
 // One operand may be resident, i.e. stay in shared memory, while the other streams through a ring of stages in panels
-// of 64 dimensions. With kNone both stream, for any number of dimensions. The resident operand is double-buffered, so
-// that the next one is loaded in time. A schedule chooses the pairs of tiles, an epilogue uses the products:
+// of 64 dimensions. With kNone both stream, for any number of dimensions. If warpgroups take turns, the resident
+// operand is double-buffered, so that the next one is loaded in time. Side by side it is larger and has one buffer. A
+// schedule chooses the pairs of tiles, an epilogue uses the products:
 //
 //   struct Schedule {              // producer and consumers each have a copy and must see the same runs
 //     struct Run { int fixed, begin, end; ... };     // may hold more, for the epilogue
@@ -130,13 +131,13 @@ struct Products {
   static constexpr bool kSplit = kSplit_;
   static_assert(kColumns == 128 || kColumns == 256, "column tiles have 128 or 256 columns");
   static_assert(!kSplit || kResident != Resident::kNone, "split operands need a resident one");
-  static constexpr bool kTurns = kResident != Resident::kNone;
-  static_assert(!kTurns || kMaxPanels <= kStages, "warpgroups that take turns need a whole tile in the ring");
+  // Warpgroups that take turns need a whole tile in the ring.
+  static constexpr bool kTurns = kResident != Resident::kNone && kMaxPanels <= kStages;
   static constexpr int kColumnPanelBytes = kColumns / kPanelRows * kPanelBytes;
   static constexpr int kFixedPanelBytes = kResident == Resident::kNone   ? 0
                                           : kResident == Resident::kRows ? kPanelBytes
                                                                          : kColumnPanelBytes;
-  static constexpr int kFixedBytes = kMaxPanels * kFixedPanelBytes, kBuffers = 2;
+  static constexpr int kFixedBytes = kMaxPanels * kFixedPanelBytes, kBuffers = kTurns ? 2 : 1;
   static constexpr int kStageBytes =
       (kResident == Resident::kRows ? 0 : kPanelBytes) + (kResident == Resident::kColumns ? 0 : kColumnPanelBytes);
   static constexpr int kBarrierBytes = 2 * (kBuffers + kStages) * static_cast<int>(sizeof(MBarrier));

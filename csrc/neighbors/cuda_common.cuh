@@ -13,8 +13,9 @@
 
 namespace scan_fast {
 
-// Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h); their rows are padded
-// with zeros to a multiple of kRowPadding.
+// Arrays of the workspace, in global memory. u^ and u~ are packed in panels (common/panels.h), with rows padded to a
+// multiple of kRowPadding. Padding rows of u^, and rows with a non-finite entry, are NaN: so are all their products,
+// which no threshold lets through. The searches need not ask whether a column may be a neighbour.
 struct TopkWorkspace {
   double* query_length;     // (Q,) |v|, non-finite if the row has a non-finite entry
   double* database_length;  // (N,); the same memory in a self-search
@@ -85,11 +86,60 @@ __device__ __forceinline__ double row_scale(double length, double longest, bool 
   return normalize ? kUnit / clamped(length) : unit_scale(longest);
 }
 
-// Computes the exact sum of neighbors.h: lane l of the warp takes d = l mod 32.
-__device__ __forceinline__ double exact_dot(const float* a, const float* b, int64_t dim) {
-  double sum = 0;
-  for (int64_t d = threadIdx.x % 32; d < dim; d += 32) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-  return warp_sum(sum);
+// Lanes that share a row in kernels that read 16-byte vectors. A warp works on four rows at once.
+constexpr int kRowLanes = 8, kRowsPerWarp = 32 / kRowLanes;
+
+// Returns whether rows of x can be read four elements at a time.
+__device__ __forceinline__ bool rows_of_vectors(const float* x, int64_t dim) {
+  return dim % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+// Computes the exact sums of neighbors.h, one row `a` with kRows rows `b`, by kRowLanes lanes. Lane g has the partial
+// sums of that header's lanes 4 g to 4 g + 3: four independent chains of additions, and 16 bytes per access. The tree
+// is the same: across lanes first (16, 8, 4), then within one (2, 1). Elements beyond dim count as +0, which changes no
+// sum. All lanes of the warp take part; rows may differ by group of lanes.
+template <int kRows>
+__device__ __forceinline__ void exact_dots(const float* a, const float* const (&b)[kRows], int64_t dim, bool vectors,
+                                           double (&sum)[kRows]) {
+  double partial[kRows][4];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) partial[r][0] = partial[r][1] = partial[r][2] = partial[r][3] = 0;
+  const int first = static_cast<int>(threadIdx.x) % kRowLanes * 4;
+  if (vectors) {
+#pragma unroll 2
+    for (int64_t d = first; d < dim; d += 32) {
+      const float4 x = ld_global<float4>(a + d);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float4 y = ld_global<float4>(b[r] + d);
+        partial[r][0] += static_cast<double>(x.x) * static_cast<double>(y.x);
+        partial[r][1] += static_cast<double>(x.y) * static_cast<double>(y.y);
+        partial[r][2] += static_cast<double>(x.z) * static_cast<double>(y.z);
+        partial[r][3] += static_cast<double>(x.w) * static_cast<double>(y.w);
+      }
+    }
+  } else {
+    for (int64_t d = first; d < dim; d += 32) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (d + j >= dim) break;
+        const double x = static_cast<double>(a[d + j]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) partial[r][j] += x * static_cast<double>(b[r][d + j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
+        partial[r][j] += __shfl_xor_sync(kFullMask, partial[r][j], lanes);
+      }
+    }
+    sum[r] = (partial[r][0] + partial[r][2]) + (partial[r][1] + partial[r][3]);
+  }
 }
 
 // Larger keys are better: higher similarity first, then smaller index. No pair has key 0.
@@ -99,12 +149,37 @@ __device__ __forceinline__ unsigned long long make_key(float similarity, int64_t
   return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - static_cast<unsigned>(index));
 }
 
-__device__ __forceinline__ unsigned long long exact_key(const TopkProblem& problem, const Workspace& work, int64_t i,
-                                                        int64_t j) {
-  const double sum = exact_dot(problem.queries + i * problem.dim, problem.database + j * problem.dim, problem.dim);
-  const double similarity =
-      problem.normalize ? sum / (clamped(work.query_length[i]) * clamped(work.database_length[j])) : sum;
-  return make_key(static_cast<float>(similarity), j);
+// Rows that exact_keys takes at a time. Each group of kRowLanes lanes has two.
+constexpr int kExactRows = 2 * kRowsPerWarp;
+
+// Calls use(c, key) with the exact keys of query i and the rows row_of(c) for 0 <= c < count <= kExactRows, in one lane
+// each. Called by one warp. All rows are read before the first use.
+template <typename RowOf, typename Use>
+__device__ __forceinline__ void exact_keys(const TopkProblem& problem, const Workspace& work, int64_t i, int count,
+                                           RowOf row_of, Use use) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / kRowLanes;
+  const int64_t dim = problem.dim;
+  int64_t rows[2];
+  const float* data[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int c = group + r * kRowsPerWarp;
+    rows[r] = row_of(c < count ? c : 0);
+    data[r] = problem.database + rows[r] * dim;
+  }
+  double sum[2];
+  exact_dots(problem.queries + i * dim, data, dim,
+             rows_of_vectors(problem.queries, dim) && rows_of_vectors(problem.database, dim), sum);
+  __syncwarp();
+  if (lane % kRowLanes != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int c = group + r * kRowsPerWarp;
+    if (c >= count) break;
+    const double similarity =
+        problem.normalize ? sum[r] / (clamped(work.query_length[i]) * clamped(work.database_length[rows[r]])) : sum[r];
+    use(c, make_key(static_cast<float>(similarity), rows[r]));
+  }
 }
 
 __device__ __forceinline__ void write_key(const TopkProblem& problem, float* similarity, int64_t* index, int64_t i,

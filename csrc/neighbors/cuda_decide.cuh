@@ -1,6 +1,14 @@
 // GPU neighbour search: decision by exact similarities, among the candidates if these are known to suffice, otherwise
 // among all rows.
 //
+// decide: the k-th best fast similarity, by one warp from shared memory; then exact sums of the candidates within the
+// margin of it, eight at a time per warp; then the rank of each. Usually this is a little more than k candidates, too
+// few for a second threshold after the first k sums (as on the CPU) to save work.
+// Limit (a prediction): per query c rows of 4 D bytes for c candidates, from memory or L2, and 1.5 c D conversions from
+// float32 to float64, of which a multiprocessor does 16 per cycle. For 50,000 x 512, k = 20, c = 22: 2.3 GB, half of it
+// from memory, and 0.85 G conversions: 0.35 to 0.45 ms. A block takes about 8,000 cycles, and a multiprocessor has
+// seven blocks: 0.25 ms, so that the memory is the limit.
+//
 // Included by neighbors_cuda.cu only.
 #pragma once
 
@@ -19,7 +27,7 @@ __device__ __forceinline__ void sort_descending(Keys keys, int64_t size) {
     for (int64_t stride = width / 2; stride > 0; stride /= 2) {
       __syncthreads();
       for (int64_t pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
-        const int64_t low = pair / stride * stride * 2 + pair % stride, high = low + stride;
+        const int64_t low = 2 * pair - (pair & (stride - 1)), high = low + stride;
         const unsigned long long a = keys[low], b = keys[high];
         const bool descending = (low & width) == 0;
         if ((a < b) == descending) {
@@ -56,19 +64,41 @@ __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const W
   }
 
   __syncthreads();  // the block may have decided another query before
-  if (thread == 0) shared_count[0] = 0;
-  if (warp == 0) {
-    float bound = -FLT_MAX;
-    if (total > k) {
-      // Entry e of the concatenated lists.
-      const auto value_at = [&](int e) {
-        int s = 0;
-        while (e >= count_of(s)) e -= count_of(s++);
-        return __uint_as_float(lists.entries[s * lists.entry_stride + e].x);
-      };
-      bound = subtract_margin(reached_by(k, total, 40, value_at), margin);
+  if (thread == 0) {
+    shared_count[0] = 0;
+    shared_bound[0] = -FLT_MAX;
+  }
+  if (total > k) {
+    // Values of all lists, in the memory of the keys, if it holds them.
+    const Shared<float> values = keys.as<float>();
+    const bool fit = total <= 2 * max_keys;
+    int first = 0;
+    for (int s = 0; fit && s < lists.splits; ++s) {
+      const int count = count_of(s);
+      for (int e = thread; e < count; e += threads) {
+        values[first + e] = __uint_as_float(lists.entries[s * lists.entry_stride + e].x);
+      }
+      first += count;
     }
-    if (thread == 0) shared_bound[0] = bound;
+    __syncthreads();
+    if (warp == 0) {
+      constexpr int kSteps = 40;
+      float reached;
+      if (fit) {
+        reached = reached_by(k, kSteps, [&](auto visit) {
+          for (int e = thread; e < total; e += 32) visit(values[e]);
+        });
+      } else {
+        reached = reached_by(k, kSteps, [&](auto visit) {
+          for (int s = 0; s < lists.splits; ++s) {
+            for (int e = thread; e < count_of(s); e += 32) {
+              visit(__uint_as_float(lists.entries[s * lists.entry_stride + e].x));
+            }
+          }
+        });
+      }
+      if (thread == 0) shared_bound[0] = subtract_margin(reached, margin);
+    }
   }
   __syncthreads();
   const float bound = shared_bound[0];
@@ -84,15 +114,33 @@ __device__ __forceinline__ bool decide_query(const TopkProblem& problem, const W
   __syncthreads();
   const int found = shared_count[0];
   if (found > max_keys) return false;
+  for (int first = warp * kExactRows; first < found; first += threads / 32 * kExactRows) {
+    exact_keys(
+        problem, work, i, found - first,
+        [&](int c) {
+          const unsigned long long column = keys[first + c];
+          return static_cast<int64_t>(column);
+        },
+        [&](int c, unsigned long long key) { keys[first + c] = key; });
+  }
+  if (found <= threads) {
+    // Keys differ, so the number of larger ones is the rank.
+    __syncthreads();
+    if (thread < found) {
+      const unsigned long long mine = keys[thread];
+      int rank = 0;
+      for (int e = 0; e < found; ++e) {
+        const unsigned long long other = keys[e];
+        rank += other > mine;
+      }
+      if (rank < k) write_key(problem, similarity, index, i, rank, mine);
+    }
+    for (int64_t rank = found + thread; rank < k; rank += threads) write_key(problem, similarity, index, i, rank, 0);
+    return true;
+  }
   int size = 1;
   while (size < found || size < k) size *= 2;
   for (int e = found + thread; e < size; e += threads) keys[e] = 0ull;
-  for (int e = warp; e < found; e += threads / 32) {
-    const unsigned column = static_cast<unsigned>(static_cast<unsigned long long>(keys[e]));
-    __syncwarp();  // every lane has read the column
-    const unsigned long long key = exact_key(problem, work, i, column);
-    if (thread % 32 == 0) keys[e] = key;
-  }
   sort_descending(keys, size);
   for (int64_t rank = thread; rank < k; rank += threads) {
     const unsigned long long key = keys[rank];
@@ -133,12 +181,15 @@ __global__ void __launch_bounds__(kExactThreads)
   for (int64_t q = blockIdx.x; q < queries; q += gridDim.x) {
     const int64_t i = all ? q : work.hard[q];
     const bool usable = work.query_length[i] <= DBL_MAX;
-    for (int64_t j = warp; j < n; j += kExactThreads / 32) {
-      unsigned long long key = 0;
-      if (usable && work.database_length[j] <= DBL_MAX && !(problem.exclude_self && i == j)) {
-        key = exact_key(problem, work, i, j);
-      }
-      if (thread % 32 == 0) keys[j] = key;
+    for (int64_t first = warp * kExactRows; first < n; first += kExactThreads / 32 * kExactRows) {
+      const int count = static_cast<int>(n - first < kExactRows ? n - first : kExactRows);
+      exact_keys(
+          problem, work, i, count, [&](int c) { return first + c; },
+          [&](int c, unsigned long long key) {
+            const int64_t j = first + c;
+            const bool counts = usable && work.database_length[j] <= DBL_MAX && !(problem.exclude_self && i == j);
+            keys[j] = counts ? key : 0;
+          });
     }
     // Find the k-th largest key, eight bits at a time from the top.
     if (thread == 0) {

@@ -185,8 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; ++e) total[m][c][e] += cross[m][c][e];
           }
-          lists.enter<4>(problem, work.database_length, row, query[row], list_of,
-                         tile * kFineColumns + warp_column + lane % 4 * 2,
+          lists.enter<4>(problem, row, query[row], list_of, tile * kFineColumns + warp_column + lane % 4 * 2,
                          [&](int c, int e) { return total[m][c][half * 2 + e]; });
 #pragma unroll
           for (int c = 0; c < 4; ++c) {

@@ -46,7 +46,10 @@ __global__ void __launch_bounds__(kThreads, 1) search_tiles(TopkProblem problem,
   if (thread < kTileRows) {
     lists.open(thread, block_row + thread < batch.queries ? work.margin[batch.first_query + block_row + thread] : -1.0);
   }
-  const auto list_of = [&](int row) { return work.candidates + ((block_row + row) * splits + split) * batch.capacity; };
+  // One multiplication per use: the compiler would keep longer index computations in registers, for each row.
+  uint2* const first_list = work.candidates + (block_row * splits + split) * batch.capacity;
+  const int list_stride = splits * batch.capacity;
+  const auto list_of = [&](int row) { return first_list + static_cast<int64_t>(row) * list_stride; };
 
   // Global and shared layout are the same. Each thread loads vector thread % 8 of rows thread / 8 + {0, 32, ...}.
   const int offset = thread / 8 * kPanelDims + thread % 8 * 8;
@@ -132,16 +135,23 @@ __global__ void __launch_bounds__(kThreads, 1) search_tiles(TopkProblem problem,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + m * 16 + half * 8 + lane / 4;
-        lists.enter<8>(problem, work.database_length, row, static_cast<int>(batch.first_query + block_row) + row,
-                       list_of, tile * kTileColumns + warp_column + lane % 4 * 2,
+        lists.enter<8>(problem, row, static_cast<int>(batch.first_query + block_row) + row, list_of,
+                       tile * kTileColumns + warp_column + lane % 4 * 2,
                        [&](int c, int e) { return sum[m][c][half * 2 + e]; });
-#pragma unroll
-        for (int c = 0; c < 8; ++c) sum[m][c][half * 2] = sum[m][c][half * 2 + 1] = 0;
       }
     }
     __syncthreads();  // all candidates of the tile are entered
     lists.make_room<kTileRows * 32 / kThreads>(
         warp, kThreads / 32, list_of, [&](int row) { return work.margin[batch.first_query + block_row + row]; });
+    // Not before: the registers of the sums are free in make_room.
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[m][c][e] = 0;
+      }
+    }
     ++tile;
     // The barrier of the next step precedes the next tile's reads of thresholds.
   }

@@ -2,8 +2,8 @@
 //
 // Kernels in launch order; no host synchronisation, and results do not depend on the order of blocks and threads:
 //   cuda_prepare.cuh
-//     measure_rows      one warp per row: |v| in float64, and the longest row
-//     round_rows        one warp per row: u = v * scale as float16 (packed in panels), |u - u^|, |u^| and maxima
+//     measure_rows      eight lanes per row: |v| in float64, and the longest row
+//     round_rows        eight lanes per row: u = v * scale as float16 (packed in panels), |u - u^|, |u^| and maxima
 //     open_queries      one thread per query: its margin 2 eps, and whether a fast search can decide it
 //   per batch of queries
 //     search_tiles      cuda_search.cuh, one block per 128 queries and column split; on Hopper see neighbors_sm90.cu
@@ -168,23 +168,24 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
   Plan plan = make_plan(problem, list_bytes);
   const Workspace work = lay_out(problem, plan, workspace);
   const int64_t q = problem.n_queries, n = problem.n_database, dim = problem.dim;
-  constexpr int64_t kWarps = kThreads / 32;
   const dim3 threads(kThreads);
+  const auto row_grid = [&](int64_t rows) {
+    return grid_of(std::min(ceil_div(rows, kRowsPerBlock), 8 * plan.processors), 1);
+  };
   zero_async(workspace, static_cast<size_t>(8 + ceil_div(plan.fine_blocks, 2)) * sizeof(unsigned long long), stream);
-  launch(measure_rows, grid_of(q, kWarps), threads, 0, stream, problem.queries, q, dim, work.query_length,
-         work.longest_query);
+  launch(measure_rows, row_grid(q), threads, 0, stream, problem.queries, q, dim, work.query_length, work.longest_query);
   if (!plan.same) {
-    launch(measure_rows, grid_of(n, kWarps), threads, 0, stream, problem.database, n, dim, work.database_length,
+    launch(measure_rows, row_grid(n), threads, 0, stream, problem.database, n, dim, work.database_length,
            work.longest_database);
   }
   if (plan.fast) {
     const int panels = static_cast<int>(plan.panels);
-    launch(round_rows, grid_of(padded(n), kWarps), threads, 0, stream, problem.database, n, padded(n), dim, panels,
+    launch(round_rows, row_grid(padded(n)), threads, 0, stream, problem.database, n, padded(n), dim, panels,
            problem.normalize, work.database_length, work.longest_database, work.database_rounded,
            plan.same ? work.query_residual : nullptr, plan.same ? work.query_norm : nullptr, work.worst_residual,
            work.longest_rounded);
     if (!plan.same) {
-      launch(round_rows, grid_of(padded(q), kWarps), threads, 0, stream, problem.queries, q, padded(q), dim, panels,
+      launch(round_rows, row_grid(padded(q)), threads, 0, stream, problem.queries, q, padded(q), dim, panels,
              problem.normalize, work.query_length, work.longest_query, work.query_rounded, work.query_residual,
              work.query_norm, nullptr, nullptr);
     }
@@ -200,8 +201,7 @@ void topk_neighbors_cuda(const TopkProblem& problem, float* similarity, int64_t*
 
     const auto round_again = [&](const float* x, int64_t rows, const double* length, const unsigned long long* longest,
                                  const half_t* rounded, half_t* low, double* remainder, unsigned long long* worst) {
-      const int64_t blocks = std::min(ceil_div(padded(rows), kWarps), 8 * plan.processors);
-      launch(round_remainders, grid_of(blocks, 1), threads, 0, stream, x, rows, padded(rows), dim, panels,
+      launch(round_remainders, row_grid(padded(rows)), threads, 0, stream, x, rows, padded(rows), dim, panels,
              problem.normalize, length, longest, rounded, low, remainder, worst, work.undecided_count);
     };
     round_again(problem.database, n, work.database_length, work.longest_database, work.database_rounded,

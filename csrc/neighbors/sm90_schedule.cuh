@@ -7,9 +7,9 @@
 //                                  D <= 64   D <= 128   D <= 256   D <= 512
 //     self-search of N rows from      5633       4225       3329       2817
 //     1,024 queries, N from          36609      20225      12033       7937
-// The double buffer of the resident queries (up to 128 dimensions) wraps with 3 runs. 20,000 rows give every block that
-// many. No search gives more, because the memory for lists (kListBytes) limits the batch. Use (20000, 64), (20000,
-// 128), (20000, 256).
+// With more dimensions every tile has so many steps. The buffers of the resident queries (two up to 128 dimensions, one
+// up to 512) wrap with 3 runs. 20,000 rows give every block that many. No search gives more, because the memory for
+// lists (kListBytes) limits the batch. Use (20000, 64), (20000, 128), (20000, 256), and any size with 600 dimensions.
 //
 // Included by neighbors_sm90.cu and its test only.
 #pragma once
@@ -21,13 +21,15 @@ namespace scan_fast {
 namespace {
 
 using NarrowProducts = Products<half_t, 2 * kPanelRows, Resident::kRows, 2, 4>;
+using MediumProducts = Products<half_t, 2 * kPanelRows, Resident::kRows, 8, 3>;
 using WideProducts = Products<half_t, 2 * kPanelRows, Resident::kNone, 0, 4>;
 
 // Calls body.operator()<Products>() with the variant of the main loop.
 template <typename Body>
 auto with_products(const TileBatch& batch, Body body) {
-  return batch.panels <= NarrowProducts::kMaxPanels ? body.template operator()<NarrowProducts>()
-                                                    : body.template operator()<WideProducts>();
+  if (batch.panels <= NarrowProducts::kMaxPanels) return body.template operator()<NarrowProducts>();
+  if (batch.panels <= MediumProducts::kMaxPanels) return body.template operator()<MediumProducts>();
+  return body.template operator()<WideProducts>();
 }
 
 // Work items (128 queries, column split), assigned to blocks round-robin.

@@ -147,6 +147,17 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return result;
 }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  scan_fast::emu::Slot slot{};
+  std::memcpy(slot.bytes, &value, sizeof(value));
+  const scan_fast::emu::Slot* all = scan_fast::emu::exchange(scan_fast::emu::Collective::kShuffle, mask, slot);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    std::memcpy(&value, all[lane].bytes, sizeof(value));
+    if (mask >> lane & 1) sum += value;
+  }
+  return sum;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

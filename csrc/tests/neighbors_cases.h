@@ -41,6 +41,7 @@ struct Case {
   int64_t dim, k;
   bool normalize = true, exclude_self = true;
   int64_t list_bytes = kListBytes;
+  int64_t offset = 0;  // elements before the first row
 };
 
 struct Found {
@@ -55,7 +56,18 @@ inline Found search(const Case& c) {
   const bool self = c.queries.empty();
   const std::vector<float>& q = self ? c.database : c.queries;
   const int64_t n_queries = static_cast<int64_t>(q.size()) / c.dim, n = static_cast<int64_t>(c.database.size()) / c.dim;
-  const TopkProblem problem{q.data(), c.database.data(), n_queries, n, c.dim, c.k, c.normalize, self && c.exclude_self};
+  std::vector<float> moved_queries(c.offset), moved_database(c.offset);
+  moved_queries.insert(moved_queries.end(), q.begin(), q.end());
+  moved_database.insert(moved_database.end(), c.database.begin(), c.database.end());
+  const float* const rows = moved_database.data() + c.offset;
+  const TopkProblem problem{self ? rows : moved_queries.data() + c.offset,
+                            rows,
+                            n_queries,
+                            n,
+                            c.dim,
+                            c.k,
+                            c.normalize,
+                            self && c.exclude_self};
   Found found{std::vector<float>(n_queries * c.k, NAN), std::vector<int64_t>(n_queries * c.k, -7), {-7, -7}};
   const size_t bytes = topk_neighbors_cuda_workspace(problem, c.list_bytes);
   const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(256, (bytes + 255) / 256 * 256), std::free);
@@ -121,6 +133,7 @@ inline void odd_sizes() {
     CHECK(search({{}, normal(300, 37, 1), 37, 7, normalize}).searched(0, 0));
     CHECK(search({{}, normal(131, 129, 2), 129, 1, normalize}).searched(0, 0));
     CHECK(search({normal(5, 3, 3), normal(530, 3, 4), 3, 20, normalize}).searched(0, 0));
+    CHECK(search({{}, normal(70, 40, 5), 40, 7, normalize, true, kListBytes, 1}).searched(0, 0));
     search({{}, normal(2, 1, 3), 1, 1, normalize});
     search({normal(3, 2, 3), normal(1, 2, 4), 2, 1, normalize});
   }

@@ -12,6 +12,18 @@ void more_copies_than_a_list_holds() {
   CHECK(search({duplicates(1, 2, 8), duplicates(1, 2500, 8), 8, 3}).searched(2, 2));
 }
 
+// Three column splits of the finer search, each with equal rows, which are nearer in the first than in the others: all
+// lists together have more values than the shared memory of a decision.
+void many_candidates_in_several_splits() {
+  emu::options() = {.multiprocessors = 3};
+  std::vector<float> x;
+  for (const int64_t rows : {1664, 1664, 1772}) {
+    const float y = x.empty() ? 1.0f : rows == 1664 ? 2.0f : 3.0f;
+    for (int64_t j = 0; j < rows; ++j) x.insert(x.end(), {1.0f, y, 0.0f});
+  }
+  CHECK(search({{1.0f, 1.0f, 0.0f}, x, 3, 5}).searched(1, 0));
+}
+
 void tight_clusters_are_decided_by_the_finer_product() {
   emu::options() = {.detect_races = true};
   for (const bool normalize : {true, false}) {
@@ -137,6 +149,7 @@ int main() {
   RUN(any_order_of_threads);
   RUN(ties);
   RUN(more_copies_than_a_list_holds);
+  RUN(many_candidates_in_several_splits);
   RUN(tight_clusters_are_decided_by_the_finer_product);
   RUN(differences_in_the_last_places);
   RUN(one_giant_hides_nobody);

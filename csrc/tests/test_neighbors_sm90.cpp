@@ -7,11 +7,14 @@ namespace {
 using namespace neighbor_cases;
 
 void many_dimensions() {
-  // More than two panels: both operands pass by. Races are looked for in the schedule of warpgroups and copies.
+  // More than two panels: warpgroups multiply side by side. More than eight: both operands pass by. Races are looked
+  // for in the schedule of warpgroups and copies.
   emu::options() = {.detect_races = true, .seed = 3};
   CHECK(search({normal(3, 129, 1), normal(270, 129, 2), 129, 5}).searched(0, 0));
+  CHECK(search({normal(3, 513, 1), normal(270, 513, 2), 513, 5}).searched(0, 0));
   emu::options() = {};
   CHECK(search({{}, normal(140, 320, 3), 320, 4}).searched(0, 0));
+  CHECK(search({{}, normal(270, 512, 3), 512, 4}).searched(0, 0));
   CHECK(search({normal(2, 2048, 4), normal(300, 2048, 5), 2048, 7, false}).searched(0, 0));
 }
 
@@ -60,21 +63,23 @@ void wrap(int multiprocessors, const Case& c, int64_t runs, int splits, uint64_t
   }
 }
 constexpr int64_t kThreeRounds = 2 * NarrowProducts::kBuffers + 1;
+constexpr int64_t kThreeRoundsOfOne = 2 * MediumProducts::kBuffers + 1;
 
 void rings_wrap_on_one_multiprocessor() {
   wrap(1, {{}, normal(700, 64, 1), 64, 5}, kThreeRounds, 1, 0);
   wrap(1, {normal(600, 100, 2), normal(520, 100, 3), 100, 4, false}, kThreeRounds, 1, 1);
-  wrap(1, {{}, normal(400, 140, 4), 140, 5, false}, 2, 1, 2);
+  wrap(1, {{}, normal(400, 140, 4), 140, 5, false}, kThreeRoundsOfOne, 1, 2);
+  wrap(1, {{}, normal(270, 520, 4), 520, 5, false}, 2, 1, 2);
 }
 
 void rings_wrap_on_two_multiprocessors() {
   wrap(2, {{}, normal(1280, 20, 5), 20, 3}, kThreeRounds, 1, 3);
-  wrap(2, {normal(500, 256, 6), normal(700, 256, 7), 256, 3}, 2, 1, 4);
+  wrap(2, {normal(700, 256, 6), normal(700, 256, 7), 256, 3}, kThreeRoundsOfOne, 1, 4);
 }
 
 void rings_wrap_on_seven_multiprocessors() {
   wrap(7, {normal(4400, 30, 8), normal(500, 30, 9), 30, 1, false}, kThreeRounds, 1, 5);
-  wrap(7, {normal(1700, 200, 10), normal(300, 200, 11), 200, 3}, 2, 1, 6);
+  wrap(7, {normal(2700, 200, 10), normal(300, 200, 11), 200, 3}, kThreeRoundsOfOne, 1, 6);
 }
 
 // Few queries: the columns are divided among the multiprocessors, each of which wraps in its share.
@@ -89,7 +94,8 @@ void rings_wrap_on_a_whole_gpu() {
 
 void rings_wrap_without_races() {
   wrap(1, {{}, normal(640, 20, 19), 20, 3}, kThreeRounds, 1, 11, true);
-  wrap(1, {{}, normal(300, 150, 20), 150, 3}, 2, 1, 12, true);
+  wrap(1, {{}, normal(300, 150, 20), 150, 3}, kThreeRoundsOfOne, 1, 12, true);
+  wrap(1, {normal(20, 520, 20), normal(300, 520, 21), 520, 3}, 1, 1, 13, true);
 }
 
 void undecided_queries_go_on() {

@@ -79,12 +79,13 @@ class Search:
 SEARCHES = {
     "tiny": [Search(70, 9, 3, "cosine", 70), Search(40, 33, 39, "dot", 40)],
     "smoke": [Search(1000, 128, 20, "cosine", 1000), Search(20000, 128, 20, "cosine", 500)],
-    # csrc/neighbors/sm90_schedule.cuh has the sizes at which rings go round: the last four.
+    # csrc/neighbors/sm90_schedule.cuh has the sizes at which rings go round: the last five.
     "full": [
         Search(70, 9, 3, "cosine", 70),
         Search(1000, 128, 20, "cosine", 1000),
         Search(3001, 70, 50, "dot", 3001),
         Search(5000, 512, 20, "cosine", 1000),
+        Search(3001, 600, 20, "cosine", 1000),
         Search(20000, 64, 20, "cosine", 500),
         Search(20000, 256, 20, "dot", 500),
         Search(20000, 128, 20, "cosine", 500),

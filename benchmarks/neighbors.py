@@ -128,10 +128,12 @@ FAMILY = Family(
     memory_sizes={"cpu": ("20000x512x20",), "cuda": ("50000x512x20",)},
     suite_sizes=("50000x512x20", "20000x512x20", "100000x128x50", "1281167x128x50"),
     targets={
-        "cpu": (
+        "cpu-amx": (
             Target("20000x512x20", peer="faiss IndexFlatIP", times=3.5),
             Target("20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
         ),
+        "cpu-avx512": (Target("20000x512x20", peer="faiss IndexFlatIP", times=2.5),),
+        "cpu-avx2": (Target("20000x512x20", peer="faiss IndexFlatIP", times=2.5),),
         # Of an H200.
         "cuda": (
             Target("50000x512x20", microseconds=5e3),

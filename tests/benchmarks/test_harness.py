@@ -1,6 +1,7 @@
 """The measuring itself: wrong results are not timed, figures mean what they say, peers may be missing."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -185,6 +186,39 @@ def test_the_neighbor_check_rejects_what_is_not_a_nearest_neighbor() -> None:
     assert case.error((value, repeated), exact) == float("inf")
     assert case.error((value, worse), exact) > 1e-3
     assert case.error((value + 1e-3, index), exact) > 9e-4
+
+
+@pytest.mark.parametrize("peer", [neighbors.USEARCH, neighbors.SIMSIMD])
+def test_peers_of_the_search_find_the_neighbors(peer: str) -> None:
+    case = neighbors.case("5000x24x7", "cpu")
+    contender = next(contender for contender in case.contenders if contender.name == peer)
+    if contender.skipped:
+        pytest.skip(contender.skipped)
+    (x,) = case.inputs(0)
+    assert case.error(contender.run(x), case.reference(x)) < 1e-6
+
+
+FAISS_BLAS = """
+import threadpoolctl, torch
+from benchmarks import neighbors
+torch.set_num_threads(2)
+neighbors._faiss(torch.randn(50, 8), 3)
+blas, = (p for p in threadpoolctl.threadpool_info() if "faiss" in p["filepath"] and p["user_api"] == "blas")
+print(blas["architecture"], blas["num_threads"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_blas_of_faiss_is_that_of_the_processor() -> None:
+    pytest.importorskip("threadpoolctl")
+    pytest.importorskip("faiss")
+    command = [sys.executable, "-c", FAISS_BLAS]
+    set_elsewhere = {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_NUM_THREADS": "1"}
+    outputs = [
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True, check=True).stdout
+        for more in ({}, set_elsewhere)
+    ]
+    assert outputs[0] == outputs[1] and outputs[1].split()[1] == "2"
 
 
 def test_the_tiled_search_is_the_plain_one() -> None:

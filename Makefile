@@ -11,7 +11,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) 
 NATIVE  := $(sort $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \)))
 SOURCES := setup.py pyproject.toml CMakeLists.txt csrc/sources.cmake csrc/build_facts.py scan_fast/ops/families.json $(NATIVE)
 
-.PHONY: demo test test-fast test-oldest sanitize tidy lint format reference bench results dist install clean
+.PHONY: demo test test-fast test-oldest test-arm sanitize tidy lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -41,6 +41,12 @@ sanitize: $(DEV)          ## the CPU operators under AddressSanitizer and Undefi
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize --target _C
 	$(BIN)/python tests/native/run_sanitized.py build/sanitize -q -k "cpu and not compile and not dali" \
 		tests/ops tests/views tests/models
+
+# The C++ tests alone: they need neither torch nor Python. csrc/tests/aarch64.cmake says what must be installed.
+test-arm:                 ## the CPU kernels compiled for 64-bit ARM, run by qemu
+	cmake -S csrc/tests -B build/native-arm -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/tests/aarch64.cmake
+	cmake --build build/native-arm --target cpu_tests --parallel $$(nproc)
+	ctest --test-dir build/native-arm --label-regex cpu --output-on-failure
 
 tidy: $(DEV)              ## clang-tidy over the C++ sources, with the compile commands of the preset release
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset release -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CXX_COMPILER=clang++

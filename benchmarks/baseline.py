@@ -27,7 +27,7 @@ from scan_fast.objectives import SCANSettings
 from scan_fast.runs.config import ClusteringConfig, PretextConfig, SelfLabelConfig, TrainingConfig
 from scan_fast.training.loop import learning_rate_factor
 
-from . import eager
+from . import eager, peers
 from .baseline_images import Pairs, Single
 
 Views = Sequence[Tensor]
@@ -308,8 +308,7 @@ def features(model: nn.Module, dataset: Single, batch_size: int, device: torch.d
 
 def mine(embedding: Tensor, k: int) -> Tensor:
     """Return the k nearest neighbours (N, k) by faiss's flat index: ask for one more, drop the first."""
-    import faiss
-
+    faiss = peers.load_faiss()
     rows = embedding.numpy()
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)

@@ -41,7 +41,9 @@ def limit(work: Work, ceilings: dict[str, float]) -> tuple[float, str]:
     return times[bound], bound
 
 
-def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: int) -> float:
+def best_seconds(body: Callable[[], object], device: str, repeats: int) -> float:
+    """Return the shortest time of a call, after one that is not timed."""
+
     def once() -> float:
         if device == "cpu":
             begin = time.perf_counter()
@@ -55,7 +57,11 @@ def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: 
         return float(begin_event.elapsed_time(end_event)) / 1e3
 
     once()
-    return amount / min(once() for _ in range(repeats))
+    return min(once() for _ in range(repeats))
+
+
+def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: int) -> float:
+    return amount / best_seconds(body, device, repeats)
 
 
 @functools.cache

@@ -9,10 +9,12 @@ time: PIL in loader workers, contiguous float32, losses composed of PyTorch oper
 Each stage runs in one process: both sides start from the same weights and train in turns, an epoch each. The first
 epoch is reported as cold (start of threads and workers, compilation, caches), the median of the others as warm.
 ``images/s`` counts training images. ``of peak`` compares with the time that the convolutions and matrix products of the
-network would need at the rate of a large matrix product (of AMX tiles in the first-level cache, if there are any), and
-of a large convolution of PyTorch, measured in this process at the contender's precision. The parts of a step are
-measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts, and
-for the baseline the time that its loop waits for the workers.
+network, forward and backward, would need at the rate of a large matrix product (of AMX tiles in the first-level cache,
+if there are any), and at that of one forward convolution of PyTorch in the middle of the network, measured in this
+process at the contender's precision. ``of convolutions`` is the share of our epoch that the network's own convolutions,
+forward and backward, take when they are measured alone in this process (:mod:`benchmarks.layers`). The parts of a step
+are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts,
+and for the baseline the time that its loop waits for the workers.
 
 Before that, both make a few float32 steps on the same rendered views, and the losses of every step are compared.
 
@@ -53,6 +55,7 @@ from .environment import describe
 from .family import human_seconds, run_family
 from .files import write_json
 from .harness import QUICK, Effort
+from .layers import convolution_seconds
 from .stage_pairs import (
     Images,
     Pair,
@@ -176,7 +179,9 @@ def measure_learned(
     result["ratio"] = result["baseline"]["seconds"] / result["ours"]["seconds"]
     steps = count // batch
     with kept_memory():
+        result["ours"]["convolution_seconds"] = steps * convolution_seconds(stage, context, 1 if effort is QUICK else 3)
         parts = our_parts(stage, context, 3)
+    result["ours"]["of_convolutions"] = result["ours"]["convolution_seconds"] / result["ours"]["seconds"]
     parts["waiting"] = max(0.0, result["ours"]["seconds"] / steps - sum(parts.values()))
     result["ours"]["parts"] = parts
     result["baseline"]["parts"] = baseline_parts(theirs, 3)
@@ -262,6 +267,7 @@ def describe_stage(entry: dict[str, Any]) -> str:
         line += f"  {r['images_per_second']:9,.0f} images/s"
         if "of_product_peak" in r:
             line += f"  {r['of_product_peak']:.0%} of product, {r['of_convolution_peak']:.0%} of convolution peak"
+            line += f", {r['of_convolutions']:.0%} of convolutions" if "of_convolutions" in r else ""
             line += f" ({r['precision']})"
         lines.append(line)
         if "parts" in r:

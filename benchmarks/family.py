@@ -94,7 +94,7 @@ class Family:
         quick_sizes: for rehearsals, any device.
         memory_sizes: by device type, those at which peak memory is measured, too.
         suite_sizes: what the GPU suite times, the most important first: two always, the others if time is left.
-        targets: by device type.
+        targets: by kind of device, see :func:`benchmarks.environment.kind_of`.
     """
 
     name: str

@@ -9,8 +9,10 @@ k-th must be as good as the true k-th, and nobody may be their own neighbour.
 
 from __future__ import annotations
 
+import functools
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,22 +28,52 @@ from .harness import Case, Contender, Tensors
 CHECKED_QUERIES = 512
 # The algorithm of faiss's flat index on a GPU with PyTorch's kernels, whether or not faiss-gpu is installed.
 FAISS_GPU = "faiss-gpu's algorithm (torch.mm + topk)"
+USEARCH, SIMSIMD = "usearch, exact", "simsimd cdist + torch.topk"
 # With more rows, a contender that writes all similarities to memory in float32 needs tens of seconds on any GPU.
 MOST_ROWS_OF_PEERS = 300_000
 
 
 def _faiss(x: Tensor, k: int) -> Tensors:
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss = peers.load_faiss()
     rows = F.normalize(x, dim=1).cpu().numpy()
     index = faiss.IndexFlatIP(rows.shape[1])
     if x.is_cuda:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index)
     index.add(rows)
-    # The usual way: ask for one more, and drop the query itself.
     similarity, neighbor = (torch.from_numpy(result) for result in index.search(rows, k + 1))
-    itself = neighbor == torch.arange(len(rows))[:, None]
+    return _without_self(similarity, neighbor, k)
+
+
+def _usearch(x: Tensor, k: int) -> Tensors:
+    if not peers.missing("simsimd"):
+        import simsimd  # noqa: F401  # after usearch, it would find functions of usearch's library under its own names
+    from usearch.index import MetricKind, search
+
+    rows, threads = F.normalize(x, dim=1).numpy(), torch.get_num_threads()
+    found = search(rows, rows, k + 1, MetricKind.IP, exact=True, threads=threads)
+    return _without_self(1 - torch.from_numpy(found.distances), torch.from_numpy(found.keys.astype(np.int64)), k)
+
+
+def _simsimd(x: Tensor, k: int, rows_per_chunk: int = 4096) -> Tensors:
+    """Search as eager PyTorch does, with simsimd's products."""
+    import simsimd
+
+    rows, threads = F.normalize(x, dim=1).numpy(), torch.get_num_threads()
+    values, indices = [], []
+    for start in range(0, len(rows), rows_per_chunk):
+        chunk = rows[start : start + rows_per_chunk]
+        products = simsimd.cdist(chunk, rows, "dot", threads=threads, out_dtype="float32")
+        similarity = torch.from_numpy(np.asarray(products))
+        similarity.diagonal(start).fill_(-torch.inf)
+        value, index = similarity.topk(k, dim=1)
+        values.append(value)
+        indices.append(index)
+    return torch.cat(values), torch.cat(indices)
+
+
+def _without_self(similarity: Tensor, neighbor: Tensor, k: int) -> Tensors:
+    """Drop every query itself from its k + 1 nearest, or the last of them if it is not there: the usual way."""
+    itself = neighbor == torch.arange(len(neighbor))[:, None]
     itself[~itself.any(dim=1), k] = True
     return similarity[~itself].view(-1, k), neighbor[~itself].view(-1, k)
 
@@ -97,10 +129,8 @@ def case(size: str, device: str) -> Case:
     unit = "gemm_float16" if cuda else "gemm_bfloat16" if _searches_in_bfloat16() else "gemm_float32"
     work = Work(flops=float(rows) * rows * dim, bytes=4.0 * rows * dim + 12.0 * rows * k, unit=unit)
     no_faiss = peers.missing("faiss")
-    if cuda and not no_faiss:
-        import faiss
-
-        no_faiss = "" if hasattr(faiss, "StandardGpuResources") else "faiss is installed without GPU support"
+    if cuda and not no_faiss and not hasattr(peers.load_faiss(), "StandardGpuResources"):
+        no_faiss = "faiss is installed without GPU support"
     too_many = f"more than {MOST_ROWS_OF_PEERS:,} rows" if rows > MOST_ROWS_OF_PEERS else ""
     contenders = [
         Contender("scan-fast", ours, 2e-6, work, skipped=peers.no_kernel("neighbors", device)),
@@ -109,6 +139,10 @@ def case(size: str, device: str) -> Case:
     ]
     if cuda:
         contenders.append(Contender(FAISS_GPU, tiled, 2e-5, capturable=False, skipped=too_many))
+    else:
+        for name, search, package in ((USEARCH, _usearch, "usearch"), (SIMSIMD, _simsimd, "simsimd")):
+            run = functools.partial(search, k=k)
+            contenders.append(Contender(name, run, 2e-5, skipped=peers.missing(package) or too_many))
     return Case(size, inputs, lambda x: _exact(x, k), contenders, _error)
 
 
@@ -128,10 +162,12 @@ FAMILY = Family(
     memory_sizes={"cpu": ("20000x512x20",), "cuda": ("50000x512x20",)},
     suite_sizes=("50000x512x20", "20000x512x20", "100000x128x50", "1281167x128x50"),
     targets={
-        "cpu": (
+        "cpu-amx": (
             Target("20000x512x20", peer="faiss IndexFlatIP", times=3.5),
             Target("20000x512x20", peer="faiss IndexFlatIP", times=1.3, without_amx=True),
         ),
+        "cpu-avx512": (Target("20000x512x20", peer="faiss IndexFlatIP", times=2.5),),
+        "cpu-avx2": (Target("20000x512x20", peer="faiss IndexFlatIP", times=2.5),),
         # Of an H200.
         "cuda": (
             Target("50000x512x20", microseconds=5e3),

@@ -221,6 +221,12 @@ def _cpu_has_bf16() -> bool:
     return bool(native.build_info().get("cpu_gemm_bf16"))
 
 
+WITHOUT_AMX = (
+    Target("1024x128", times=2.5),
+    Target("4096x128", times=6.5),
+    Target("8192x128", times=6.5),
+    Target("8192x128", megabytes=32.0),
+)
 FAMILY = Family(
     name="nt_xent",
     title="NT-Xent forward and backward, float32",
@@ -233,13 +239,15 @@ FAMILY = Family(
     memory_sizes={"cpu": ("8192x128",), "cuda": ("8192x128", "65536x128")},
     suite_sizes=("8192x128", "1024x128", "65536x128", "8192x512"),
     targets={
-        "cpu": (
+        "cpu-amx": (
             Target("1024x128", times=2.2),
             Target("4096x128", times=6.0),
             Target("8192x128", times=5.5),
             Target("8192x128", "scan-fast 16-bit", times=12.0),
             Target("8192x128", megabytes=32.0),
         ),
+        "cpu-avx512": WITHOUT_AMX,
+        "cpu-avx2": WITHOUT_AMX,
         # Of an H200; forward and backward of a small batch are two launches of 4 us each.
         "cuda": (
             Target("1024x128", "scan-fast 16-bit", microseconds=12.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,20 @@ from scan_fast.ops.families import FAMILIES
 def missing(package: str) -> str:
     """Return why a package cannot be used; empty if it can."""
     return "" if importlib.util.find_spec(package) is not None else "not installed"
+
+
+def load_faiss() -> Any:
+    """Import faiss, whose OpenBLAS takes the kernels of this processor and as many threads as PyTorch has.
+
+    OpenBLAS reads its variables once, when it is loaded: ``OPENBLAS_CORETYPE`` would choose kernels of another
+    processor, ``OPENBLAS_NUM_THREADS`` another number of threads. So they are unset before.
+    """
+    for name in [name for name in os.environ if name.startswith(("OPENBLAS_", "GOTO_"))]:
+        del os.environ[name]
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss
 
 
 def no_kernel(family: str, device: str) -> str:

@@ -75,7 +75,9 @@ FAMILY = Family(
     memory_sizes={"cpu": ("10x1024x1000",), "cuda": ("10x1024x1000",)},
     suite_sizes=("10x1024x1000", "1024x10", "10x4096x1000"),
     targets={
-        "cpu": (Target("10x1024x1000", times=5.0), Target("1024x10", times=8.0)),
+        "cpu-amx": (Target("10x1024x1000", times=5.0), Target("1024x10", times=8.0)),
+        "cpu-avx512": (Target("1024x10", times=8.0),),
+        "cpu-avx2": (Target("1024x10", times=8.0),),
         # Of an H200; forward and backward of a small batch are two launches of 4 us each.
         "cuda": (Target("10x4096x1000", share=0.85), Target("1024x10", microseconds=8.0)),
     },

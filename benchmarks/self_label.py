@@ -74,7 +74,7 @@ FAMILY = Family(
     memory_sizes={"cpu": ("1024x1000",), "cuda": ("1024x1000",)},
     suite_sizes=("1024x1000", "1000x10", "4096x1000"),
     targets={
-        "cpu": (Target("1000x10", times=4.0), Target("1024x1000", times=4.0)),
+        "cpu-amx": (Target("1000x10", times=4.0), Target("1024x1000", times=4.0)),
         # Of an H200; forward and backward of a small batch are two launches of 4 us each.
         "cuda": (Target("40960x1000", share=0.85), Target("1000x10", microseconds=8.0)),
     },

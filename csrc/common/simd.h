@@ -12,6 +12,9 @@
 
 #if defined(SCAN_FAST_ISA_avx512) || defined(SCAN_FAST_ISA_avx2)
 #include "common/intrinsics.h"
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define SCAN_FAST_NEON 1  // the baseline of this architecture
 #endif
 
 // Before a loop: its iterations do not depend on each other through memory, so that it may be vectorised.
@@ -50,6 +53,8 @@ inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline float reduce_add(Vec v) {
 #if defined(SCAN_FAST_ISA_avx512)
   return _mm512_reduce_add_ps(v);
+#elif defined(SCAN_FAST_NEON)
+  return vaddvq_f32(v);
 #else
   float sum[kLanes];
   std::memcpy(sum, &v, sizeof(v));
@@ -62,6 +67,9 @@ inline float reduce_add(Vec v) {
 inline float reduce_max(Vec v) {
 #if defined(SCAN_FAST_ISA_avx512)
   return _mm512_reduce_max_ps(v);
+#elif defined(SCAN_FAST_NEON)
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+  return larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
 #else
   float best[kLanes];
   std::memcpy(best, &v, sizeof(v));
@@ -77,6 +85,8 @@ inline bool any(IntVec mask) {
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
 #elif defined(SCAN_FAST_ISA_avx2)
   return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#elif defined(SCAN_FAST_NEON)
+  return vmaxvq_u32(reinterpret_cast<uint32x4_t>(mask)) != 0;
 #else
   return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
 #endif
@@ -88,6 +98,8 @@ inline uint32_t lane_bits(IntVec mask) {
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
 #elif defined(SCAN_FAST_ISA_avx2)
   return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(SCAN_FAST_NEON)
+  return vaddvq_u32(reinterpret_cast<uint32x4_t>(mask & IntVec{1, 2, 4, 8}));
 #else
   return (mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8);
 #endif
@@ -192,6 +204,10 @@ inline Vec load(const T* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(T, Fp16)) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#elif defined(SCAN_FAST_NEON)
+    const uint16x4_t half = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+    if constexpr (__is_same(T, Fp16)) return vcvt_f32_f16(vreinterpret_f16_u16(half));
+    return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 #else
     Vec v;
     for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
@@ -239,6 +255,8 @@ inline void store(T* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(SCAN_FAST_ISA_avx2)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(SCAN_FAST_NEON)
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
     for (int i = 0; i < kLanes; ++i) p[i] = narrow<T>(v[i]);
 #endif

@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "neighbors/cpu_kernels.h"
@@ -43,7 +45,11 @@ inline unsigned at_least(Vector v, Vector bound) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, bound, _CMP_GE_OQ)));
 }
 #else
+#if defined(__aarch64__)
+constexpr int kRows = 4, kVectors = 4, kLanes = 4;  // 16 of 32 registers accumulate
+#else
 constexpr int kRows = 2, kVectors = 4, kLanes = 4;
+#endif
 typedef float Vector __attribute__((vector_size(16)));
 inline Vector load(const float* p) {
   Vector v;
@@ -55,6 +61,9 @@ inline Vector broadcast(float v) { return Vector{v, v, v, v}; }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 inline unsigned at_least(Vector v, Vector bound) {
   const auto hit = v >= bound;
+#if defined(__aarch64__)
+  return vaddvq_u32(reinterpret_cast<uint32x4_t>(hit & decltype(hit){1, 2, 4, 8}));
+#endif
   return (hit[0] ? 1u : 0u) | (hit[1] ? 2u : 0u) | (hit[2] ? 4u : 0u) | (hit[3] ? 8u : 0u);
 }
 #endif

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import baseline, baseline_images, end_to_end, targets
+from benchmarks import baseline, baseline_images, end_to_end, layers, targets
 from benchmarks.stage_pairs import (
     Images,
     Pair,
@@ -198,6 +198,7 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
         if entry["stage"] != "mining":
             assert entry["loss_difference"] < 3e-2
             assert 0 < entry["ours"]["of_product_peak"] < 1.5
+            assert 0 < entry["ours"]["of_convolutions"] < 1.5 and "of_convolutions" not in entry["baseline"]
             assert set(entry["ours"]["parts"]) == set(end_to_end.PARTS)
     assert "differ by" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="quick"):
@@ -207,7 +208,10 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
     pages.write(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert f"| **{result['stages'][0]['ratio']:.2f}** |" in page
-    values = {target: target.value(result) for target in targets.CPU_STAGE_TARGETS}
+    of_all = {target for of_kind in targets.STAGE_TARGETS.values() for target in of_kind}
+    values = {target: target.value(result) for target in of_all}
+    share = result["stages"][0]["ours"]["of_convolutions"]
+    assert values[targets.StageTarget("pretext", convolutions=0.9)] == share
     assert values[targets.StageTarget("pretext", times=4.0)] == result["stages"][0]["ratio"]
     # The search of a rehearsal is too small to be judged.
     search = targets.StageTarget("search", times=3.0)
@@ -218,10 +222,33 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(target.is_met(value) for target, value in values.items() if target.differ is not None)
 
 
+@pytest.mark.parametrize("name", ["pretext", "selflabel"])
+def test_the_convolutions_of_a_step_are_those_of_the_network(name: str, opened: tuple[Context, Images]) -> None:
+    context, images = opened
+    both = pair(name, context, images)
+    counts, kinds = layers.convolutions_of_step(both.ours, context)
+    flops = 0.0
+    for call, count in counts.items():
+        layer = kinds[call]
+        height, width = (-(-size // layer.stride[0]) for size in call.shape[-2:])  # the padding is that of "same"
+        products = 2 * call.shape[0] * height * width * layer.weight.numel()
+        flops += count * products * (1 + sum(call.gradients))
+    # Beyond them, the network has the products of its heads.
+    all_products = training_flops(both.baseline, images.splits.train.size) * both.ours.training.batch_size
+    assert 0.97 * all_products < flops < all_products
+    assert layers.convolution_seconds(both.ours, context, 1) > 0
+
+
 def test_stage_targets_are_missed_by_less_and_by_nothing() -> None:
-    result = {"stages": [{"stage": "pretext", "ratio": 3.9, "losses": [[1.0, 1.1]]}]}
-    for target in (targets.StageTarget("pretext", times=4.0), targets.StageTarget("pretext", differ=1e-5)):
+    ours = {"of_convolutions": 0.89}
+    result = {"stages": [{"stage": "pretext", "ratio": 3.9, "losses": [[1.0, 1.1]], "ours": ours}]}
+    near = targets.StageTarget("pretext", convolutions=0.9)
+    for target in (targets.StageTarget("pretext", times=4.0), targets.StageTarget("pretext", differ=1e-5), near):
         assert not target.is_met(target.value(result))
         assert not target.is_met(target.value({"stages": []}))
     assert targets.StageTarget("pretext", times=3.9).is_met(3.9)
+    assert near.value(result) == 0.89 and near.is_met(0.9) and not near.is_met(None)
+    assert str(near) == "end_to_end pretext: 90% of an epoch in the network's convolutions"
+    # A result that is older than the figure.
+    assert near.value({"stages": [{"stage": "pretext", "ours": {}}]}) is None
     assert not targets.StageTarget("search", times=1.0).is_met(targets.StageTarget("search", times=1.0).value(result))

@@ -1,6 +1,7 @@
 """The measuring itself: wrong results are not timed, figures mean what they say, peers may be missing."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager, family, harness, memory, neighbors, nt_xent, targets
+from benchmarks import eager, environment, family, harness, memory, neighbors, nt_xent, targets
 from benchmarks.ceilings import Work, limit
 from benchmarks.family import Target
 from benchmarks.harness import Case, Contender, Effort
@@ -187,6 +188,39 @@ def test_the_neighbor_check_rejects_what_is_not_a_nearest_neighbor() -> None:
     assert case.error((value + 1e-3, index), exact) > 9e-4
 
 
+@pytest.mark.parametrize("peer", [neighbors.USEARCH, neighbors.SIMSIMD])
+def test_peers_of_the_search_find_the_neighbors(peer: str) -> None:
+    case = neighbors.case("5000x24x7", "cpu")
+    contender = next(contender for contender in case.contenders if contender.name == peer)
+    if contender.skipped:
+        pytest.skip(contender.skipped)
+    (x,) = case.inputs(0)
+    assert case.error(contender.run(x), case.reference(x)) < 1e-6
+
+
+FAISS_BLAS = """
+import threadpoolctl, torch
+from benchmarks import neighbors
+torch.set_num_threads(2)
+neighbors._faiss(torch.randn(50, 8), 3)
+blas, = (p for p in threadpoolctl.threadpool_info() if "faiss" in p["filepath"] and p["user_api"] == "blas")
+print(blas["architecture"], blas["num_threads"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_blas_of_faiss_is_that_of_the_processor() -> None:
+    pytest.importorskip("threadpoolctl")
+    pytest.importorskip("faiss")
+    command = [sys.executable, "-c", FAISS_BLAS]
+    set_elsewhere = {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_NUM_THREADS": "1"}
+    outputs = [
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True, check=True).stdout
+        for more in ({}, set_elsewhere)
+    ]
+    assert outputs[0] == outputs[1] and outputs[1].split()[1] == "2"
+
+
 def test_the_tiled_search_is_the_plain_one() -> None:
     x = torch.randn(50, 6)
     value, index = eager.topk_neighbors(x, 5)
@@ -208,6 +242,58 @@ def test_targets_are_met_by_ratio_and_by_memory() -> None:
     near = Target("s", share=0.6)
     assert near.value([{"name": "scan-fast", "of_limit": 0.7}]) == 0.7 and near.is_met(0.6) and not near.is_met(0.59)
     assert near.value(contenders) is None
+
+
+def test_the_class_of_a_processor_is_that_of_its_kernels() -> None:
+    builds: dict[str, dict[str, Any]] = {
+        "cpu-amx": {"cpu_isa": "avx512", "cpu_amx_bf16": True},
+        "cpu-avx512": {"cpu_isa": "avx512", "cpu_amx_bf16": False},
+        "cpu-avx2": {"cpu_isa": "avx2", "cpu_amx_bf16": False},
+        "cpu-baseline": {"error": "there is no compiled module"},
+    }
+    for kind, build in builds.items():
+        assert environment.kind_of("cpu", build) == kind
+        assert environment.kind_of("cuda", build) == "cuda"
+    # A misspelt kind would be a target that nobody measures.
+    of_targets = [*(of.targets for of in BENCHMARKS), targets.VIEW_TARGETS, targets.STAGE_TARGETS]
+    found = {kind for kinds in of_targets for kind in kinds}
+    assert found == {"cuda", "cpu-amx", "cpu-avx512", "cpu-avx2"}
+
+
+def test_each_class_of_processor_has_its_own_targets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command judges by the targets of the class that it runs on, and of no other."""
+    times = {"scan-fast": 1.0, "scan-fast 16-bit": 1.0, "eager": 2.4}
+    contenders = [{"name": name, "seconds": seconds, "memory_bytes": 8e6} for name, seconds in times.items()]
+    monkeypatch.setattr(family, "run_family", lambda *given: {"cases": [{"contenders": contenders}]})
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["targets", "--device", "cpu", "--family", "nt_xent", "--json", str(file)])
+
+    def judged(build: dict[str, Any]) -> dict[str, bool]:
+        monkeypatch.setattr(native, "build_info", lambda: build)
+        with pytest.raises(SystemExit) as stopped:
+            targets.main()
+        assert stopped.value.code == 1
+        result = json.loads(file.read_text())
+        assert result["environment"]["build"] == build
+        return {line["target"]: line["met"] for line in result["targets"]}
+
+    with_amx = judged({"cpu_isa": "avx512", "cpu_amx_bf16": True})
+    assert with_amx["nt_xent 1024x128, scan-fast: 2.2 x eager"] and len(with_amx) == 5
+    for isa in ("avx512", "avx2"):
+        without = judged({"cpu_isa": isa, "cpu_amx_bf16": False})
+        assert not without["nt_xent 1024x128, scan-fast: 2.5 x eager"]
+        assert without["nt_xent 8192x128, scan-fast: at most 32 MB beyond inputs and gradients"]
+        assert not any("16-bit" in target for target in without)
+    assert "Targets of processors with AVX2" in capsys.readouterr().out
+    # Nothing is measured, so nothing may pass.
+    for build, options in (({"cpu_isa": "baseline"}, []), ({"cpu_isa": "avx2"}, ["--family", "augment"])):
+        monkeypatch.setattr(native, "build_info", lambda build=build: build)
+        monkeypatch.setattr(sys, "argv", ["targets", "--device", "cpu", *options])
+        with pytest.raises(SystemExit) as stopped:
+            targets.main()
+        assert stopped.value.code == 2
 
 
 def test_targets_of_views_read_the_kernel_alone() -> None:

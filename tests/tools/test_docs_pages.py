@@ -18,7 +18,8 @@ def result_file(folder: Path, **changes: Any) -> None:
     ours = entry | {"name": "scan-fast", "seconds": 1e-3, "limit_seconds": 5e-4, "of_limit": 0.5, "bound": "memory"}
     plain = entry | {"name": "eager", "seconds": 2e-3, "memory_bytes": 3 * 2**20}
     absent = {"name": "peer", "skipped": "not | installed"}
-    environment = {"device": "a CPU", "threads": 2, "torch": "9", "commit": "abc"}
+    build = {"cpu_isa": "avx512", "cpu_amx_bf16": True}
+    environment = {"device": "a CPU", "threads": 2, "torch": "9", "commit": "abc", "build": build}
     result = {
         "benchmark": "scan_loss",
         "title": "SCAN",
@@ -29,6 +30,20 @@ def result_file(folder: Path, **changes: Any) -> None:
         "cases": [{"size": size, "contenders": [ours, plain, absent]} for size in ("8x2", "9x3")],
     }
     (folder / "cpu-scan_loss.json").write_text(json.dumps(result | changes))
+
+
+def test_results_of_several_classes_of_processor_stand_side_by_side(tmp_path: Path) -> None:
+    builds = {"a": {"cpu_isa": "avx2"}, "b": {"cpu_isa": "avx512"}, "c": {"cpu_isa": "avx512", "cpu_amx_bf16": True}}
+    for name, build in builds.items():
+        environment = {"device": f"processor {name}", "threads": 2, "torch": "9", "commit": "abc", "build": build}
+        line = {"target": f"target of {name}", "measured": 2.0, "met": True}
+        result = {"benchmark": "targets", "device": "cpu", "environment": environment, "targets": [line]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    page = pages.render(pages.load(tmp_path), {})
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == [f"## Targets (CPU with {name})" for name in ("AMX", "AVX-512", "AVX2")]
+    for name, section in zip("cba", page.split("\n## ")[1:], strict=True):
+        assert f"processor {name}, 2 threads" in section and f"| target of {name} | 2 | met |" in section
 
 
 def test_the_report_shows_what_the_files_say(tmp_path: Path) -> None:
@@ -128,12 +143,17 @@ def test_a_table_that_is_not_measured_yet_says_so(tmp_path: Path) -> None:
 
 
 def test_the_record_has_a_command_for_everything(tmp_path: Path) -> None:
-    for name in record.NAMES:
-        assert importlib.util.find_spec(f"benchmarks.{name}") is not None
-        words = record.command(name, "cpu", tmp_path, Path("/images"))
-        assert words[words.index("--json") + 1] == str(tmp_path / f"cpu-{name}.json")
-        assert ("/images" in words) == (name == "end_to_end")
-    assert str(tmp_path / "cpu-end_to_end.json") in record.command("targets", "cpu", tmp_path, None)
+    suffixes = {"cpu-amx": "", "cpu-avx512": "-avx512", "cpu-avx2": "-avx2", "cuda": ""}
+    for kind, suffix in suffixes.items():
+        device = kind[:4].rstrip("-")
+        for name in record.NAMES:
+            assert importlib.util.find_spec(f"benchmarks.{name}") is not None
+            words = record.command(name, kind, tmp_path, Path("/images"))
+            assert words[words.index("--device") + 1] == device
+            assert words[words.index("--json") + 1] == str(tmp_path / f"{device}-{name}{suffix}.json")
+            assert ("/images" in words) == (name == "end_to_end")
+        words = record.command("targets", kind, tmp_path, None)
+        assert words[words.index("--end-to-end") + 1] == str(tmp_path / f"{device}-end_to_end{suffix}.json")
     assert {*record.NAMES} == {*pages.ORDER} - {*pages.APART}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablations, crops, dtypes, partitions, pretext, spaces
+from benchmarks.environment import CPU_CLASSES, cpu_class
 from benchmarks.family import human_seconds
 from benchmarks.trials import figures, tables
 from benchmarks.trials.command import titles
@@ -24,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md", ROOT / "docs" / "reproducing.md")
 ORDER = ("targets", "accuracy", "gpu_run", "end_to_end", "gpu_suite", "step", *FAMILIES, "views")
+SHARES = ("of_product_peak", "of_convolution_peak", "of_convolutions")
 APART = ("gpu_run", "gpu_suite", "step")
 """Results of tools that tools.docs.record does not run: they need a GPU, or are made on another machine."""
 INTRODUCTION = """# Benchmarks
@@ -53,7 +55,14 @@ def load(folder: Path) -> list[dict[str, Any]]:
         if result.get("quick"):
             raise SystemExit(f"{file} was measured with --quick; measure it again without")
         results.append(result | {"file": file.name})
-    return sorted(results, key=lambda r: (r["device"] != "cpu", ORDER.index(r["benchmark"])))
+
+    def place(result: dict[str, Any]) -> tuple[bool, int, int]:
+        of_class = 0
+        if result["device"] == "cpu":
+            of_class = list(CPU_CLASSES).index(cpu_class(result["environment"]["build"]))
+        return result["device"] != "cpu", ORDER.index(result["benchmark"]), of_class
+
+    return sorted(results, key=place)
 
 
 def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
@@ -62,9 +71,8 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
         return INTRODUCTION + "\nNo results have been committed yet.\n"
     parts = [INTRODUCTION]
     for result in results:
-        where = "GPU" if result["device"] == "cuda" else "CPU"
         title, origin = result.get("title", "Targets"), _origin(result)
-        parts.append(f"\n## {title} ({where})\n\n{origin}. `benchmarks/results/{result['file']}`\n")
+        parts.append(f"\n## {title} ({_where(result)})\n\n{origin}. `benchmarks/results/{result['file']}`\n")
         if result["benchmark"] in _SECTIONS:
             parts.append(_SECTIONS[result["benchmark"]](result))
             continue
@@ -72,6 +80,13 @@ def render(results: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
             parts.append(f"\n![{result['title']}]({plots[result['file']]})\n")
         parts += [f"\n{case['size']}\n\n{_table(case['contenders'])}" for case in result["cases"]]
     return "".join(parts)
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Return the kind of device, with which results of the same benchmark can be told apart."""
+    if result["device"] == "cuda":
+        return "GPU"
+    return f"CPU with {CPU_CLASSES[cpu_class(result['environment']['build'])]}"
 
 
 def _origin(result: dict[str, Any]) -> str:
@@ -136,14 +151,15 @@ def _end_to_end(result: dict[str, Any]) -> str:
     parts = [
         f"\nSettings of `{config['name']}`, preset `{config['preset']}`, {result['images']}; both sides in turns, an "
         f"epoch each, the baseline with {result['workers']} loader workers. Ours opened the images in "
-        f"{result['open_seconds']:.2f} s.\n\n"
-        "| stage | | median | range | cold | images/s | of product peak | of convolution peak | x baseline |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        f"{result['open_seconds']:.2f} s. The peaks are the rates of a large matrix product and of one forward "
+        "convolution; the network's convolutions, forward and backward, were measured alone.\n\n"
+        "| stage | | median | range | cold | images/s | of product peak | of convolution peak | in convolutions "
+        f"| x baseline |\n|---|---|{'---:|' * 8}\n"
     ]
     for entry in result["stages"]:
         for side in ("ours", "baseline"):
             r = entry[side]
-            shares = [f"{r[key]:.0%}" if key in r else "" for key in ("of_product_peak", "of_convolution_peak")]
+            shares = [f"{r[key]:.0%}" if key in r else "" for key in SHARES]
             cells = [
                 f"{side}, {r['precision']}" if "precision" in r else side,
                 human_seconds(r["seconds"]),

@@ -1,0 +1,80 @@
+// The bfloat16 convolutions: usable with AMX only, and there against the definition in double precision.
+#include "common/amx.h"
+#include "convolution/convolution.h"
+#include "cpu_check.h"
+#include "logits.h"
+
+namespace {
+
+using namespace scan_fast;
+using check::Elements;
+
+void only_with_amx() {
+  const ConvolutionShape shape{32, 8, 8, 32, 8, 8, 64, 3, 1, 1};
+  CHECK(convolution_is_usable(shape) == amx_is_usable());
+  ConvolutionShape odd = shape;
+  odd.out_channels = 65;
+  CHECK(!convolution_is_usable(odd));
+}
+
+void matches_the_definition() {
+  for (const int64_t stride : {1, 2}) {
+    const int64_t batch = 35, side = 6, out = (side + 2 - 3) / stride + 1, in_channels = 32, out_channels = 64;
+    const ConvolutionShape shape{batch, side, side, in_channels, out, out, out_channels, 3, stride, 1};
+    if (!convolution_is_usable(shape)) return;
+    const size_t n_x = batch * side * side * in_channels, n_y = batch * out * out * out_channels;
+    const Elements x = check::normal_logits(DType::kBFloat16, n_x, 1, 1);
+    const Elements grad_y = check::normal_logits(DType::kBFloat16, n_y, 1, 2);
+    const Elements rounded = check::normal_logits(DType::kBFloat16, out_channels * 9 * in_channels, 0.1, 3);
+    std::vector<float> weight(rounded.size()), grad_weight(rounded.size(), NAN);
+    for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<float>(rounded.get(i));
+    Elements y(DType::kBFloat16, n_y), grad_x(DType::kBFloat16, n_x);
+    const auto pass = [&](ConvolutionPass which, auto run) {
+      const size_t bytes = (convolution_workspace(shape, which) + 63) / 64 * 64;
+      void* const workspace = std::aligned_alloc(64, bytes + 64);
+      std::memset(workspace, 0xff, bytes);
+      run(workspace);
+      std::free(workspace);
+    };
+    const auto words = [](const Elements& of) { return static_cast<const uint16_t*>(of.data()); };
+    pass(ConvolutionPass::kForward, [&](void* workspace) {
+      convolution_forward(shape, words(x), weight.data(), static_cast<uint16_t*>(y.data()), workspace);
+    });
+    pass(ConvolutionPass::kGradInput, [&](void* workspace) {
+      convolution_grad_input(shape, words(grad_y), weight.data(), nullptr, static_cast<uint16_t*>(grad_x.data()),
+                             workspace);
+    });
+    pass(ConvolutionPass::kGradWeight, [&](void* workspace) {
+      convolution_grad_weight(shape, words(grad_y), words(x), grad_weight.data(), workspace);
+    });
+    std::vector<double> exact_y(n_y, 0.0), exact_x(n_x, 0.0), exact_weight(weight.size(), 0.0);
+    for (int64_t i = 0; i < batch * out * out * 9; ++i) {
+      const int64_t tap = i % 9, q = i / 9 % out, p = i / 9 / out % out, image = i / 9 / out / out;
+      const int64_t row = p * stride + tap / 3 - 1, column = q * stride + tap % 3 - 1;
+      if (row < 0 || row >= side || column < 0 || column >= side) continue;
+      const size_t from = ((image * side + row) * side + column) * in_channels, to = i / 9 * out_channels;
+      for (int64_t o = 0; o < out_channels; ++o) {
+        const double dy = grad_y.get(to + o);
+        for (int64_t c = 0; c < in_channels; ++c) {
+          const size_t w = (o * 9 + tap) * in_channels + c;
+          exact_y[to + o] += x.get(from + c) * static_cast<double>(weight[w]);
+          exact_x[from + c] += dy * static_cast<double>(weight[w]);
+          exact_weight[w] += dy * x.get(from + c);
+        }
+      }
+    }
+    const double rounding = check::rounding(DType::kBFloat16);
+    for (size_t i = 0; i < n_y; ++i) CHECK_NEAR(y.get(i), exact_y[i], rounding * std::fabs(exact_y[i]) + 1e-5);
+    for (size_t i = 0; i < n_x; ++i) CHECK_NEAR(grad_x.get(i), exact_x[i], rounding * std::fabs(exact_x[i]) + 1e-5);
+    for (size_t i = 0; i < weight.size(); ++i) CHECK_NEAR(grad_weight[i], exact_weight[i], 1e-4);
+  }
+}
+
+}  // namespace
+
+int main() {
+  SKIP_WITHOUT_ISA();
+  RUN(only_with_amx);
+  RUN(matches_the_definition);
+  return check::finish();
+}

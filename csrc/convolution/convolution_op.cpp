@@ -122,13 +122,14 @@ at::Tensor conv2d_grad_weight_float32(const at::Tensor& grad_y, const at::Tensor
   TORCH_CHECK_VALUE(kernel >= 1, "kernel must be at least 1, got ", kernel);
   const int64_t sizes[] = {grad_y.size(1), x.size(1), kernel, kernel};
   const ConvolutionShape shape = shape_of(x.sizes(), sizes, stride, padding);
-  TORCH_CHECK_VALUE(x.numel() > 0 && shape.out_channels > 0 && shape.out_height > 0 && shape.out_width > 0,
+  TORCH_CHECK_VALUE(x.numel() > 0 && shape.out_channels > 0 && shape.in_height + 2 * padding >= kernel &&
+                        shape.in_width + 2 * padding >= kernel,
                     "x must not be empty, nor smaller than the kernel, got shape ", x.sizes(), " for a kernel of ",
                     kernel, " with padding ", padding);
   check_gradient(grad_y, shape);
+  const float *of_y = float_images(grad_y, "grad_y"), *of_x = float_images(x, "x");
   at::Tensor grad_weight = at::empty(sizes, x.options(), at::MemoryFormat::ChannelsLast);
-  convolution_grad_weight_float32(shape, float_images(grad_y, "grad_y"), float_images(x, "x"),
-                                  grad_weight.data_ptr<float>());
+  convolution_grad_weight_float32(shape, of_y, of_x, grad_weight.data_ptr<float>());
   return grad_weight;
 }
 

@@ -48,7 +48,7 @@ py::dict build_info() {
   info["sources"] = sources;
   info["cpu_isa"] = scan_fast::cpu_isa_name(scan_fast::cpu_isa());
   info["cpu_amx_bf16"] = scan_fast::amx_is_usable();
-  info["cpu_gemm"] = scan_fast::cpu_gemm_name();
+  info["cpu_gemm"] = scan_fast::cpu_gemm_is_used() ? "mkl" : "tiles";
   info["cpu_gemm_bf16"] = scan_fast::cpu_gemm_has_bf16();
   return info;
 }
@@ -56,7 +56,7 @@ py::dict build_info() {
 // Computes c = alpha * op(a) * op(b) + beta * c in place on the CPU, for the tests of cpu_gemm.h. Rows must be contiguous.
 // c is float32; a and b are float32, or bfloat16 if the processor has such a product. layout is "nn", "nt" or "tn".
 void gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor& c, const std::string& layout,
-          float alpha, float beta, bool portable) {
+          float alpha, float beta) {
   TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && c.stride(1) == 1, "rows must be contiguous");
   const bool tn = layout == "tn", nt = layout == "nt";
   const int64_t m = c.size(0), n = c.size(1), k = a.size(tn ? 0 : 1);
@@ -72,11 +72,6 @@ void gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor& c
     return;
   }
   const float *pa = a.data_ptr<float>(), *pb = b.data_ptr<float>();
-  if (portable) {
-    scan_fast::portable_gemm(m, n, k, alpha, pa, tn ? 1 : lda, tn ? lda : 1, pb, nt ? 1 : ldb, nt ? ldb : 1, beta, out,
-                             ldc);
-    return;
-  }
   (nt   ? scan_fast::gemm_nt
    : tn ? scan_fast::gemm_tn
         : scan_fast::gemm_nn)(m, n, k, alpha, pa, lda, pb, ldb, beta, out, ldc);
@@ -105,7 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("amx_peak_rate", &scan_fast::amx_peak_rate,
              "Return the flops per second of one thread's AMX tiles, see csrc/common/amx.h.");
   module.def("gemm", &gemm, "Compute one matrix product in place on c.", py::arg("a"), py::arg("b"), py::arg("c"),
-             py::arg("layout"), py::arg("alpha"), py::arg("beta"), py::arg("portable"));
+             py::arg("layout"), py::arg("alpha"), py::arg("beta"));
   module.def("prefer_sm90", &prefer_sm90,
              "Turn the kernels for sm_90a of a family on or off, see csrc/common/sm90_switch.h.", py::arg("family"),
              py::arg("on"));

@@ -54,4 +54,13 @@ bool cpu_has_amx_bf16() {
 #endif
 }
 
+bool cpu_is_from_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace scan_fast

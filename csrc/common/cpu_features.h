@@ -15,4 +15,6 @@ const char* cpu_isa_name(CpuIsa isa);
 // Returns whether the processor has AMX with bfloat16; amx_is_usable() in amx.h also asks the system.
 bool cpu_has_amx_bf16();
 
+bool cpu_is_from_intel();
+
 }  // namespace scan_fast

@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "common/cpu_features.h"
@@ -20,14 +19,18 @@ using GemmBf16 = void (*)(int layout, int transa, int transb, int m, int n, int 
                           int lda, const uint16_t* b, int ldb, float beta, float* c, int ldc);
 using SetThreadsLocal = int (*)(int threads);
 
+bool wants(const char* products) {
+  const char* wanted = std::getenv("SCAN_FAST_CPU_GEMM");
+  return wanted != nullptr && std::strcmp(wanted, products) == 0;
+}
+
 struct Mkl {
   Sgemm sgemm = nullptr;
   GemmBf16 gemm_bf16 = nullptr;
   SetThreadsLocal set_threads = [](int) { return 0; };
 
   Mkl() {
-    const char* wanted = std::getenv("SCAN_FAST_CPU_GEMM");
-    if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) return;
+    if (wants("tiles")) return;
     // Symbols are looked up in PyTorch's library only: another BLAS in the process may use 64-bit integers or other
     // threads.
     void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -60,6 +63,7 @@ class OneThread {
 // A row-major C = op(A) * op(B) is a column-major C^T = op(B)^T * op(A)^T.
 void mkl_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
                int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  if (mkl().sgemm == nullptr) throw std::logic_error("float32 products of MKL need cpu_gemm_is_used()");
   const OneThread pinned;
   const int rows = static_cast<int>(m), columns = static_cast<int>(n), depth = static_cast<int>(k);
   const int a_step = static_cast<int>(lda), b_step = static_cast<int>(ldb), c_step = static_cast<int>(ldc);
@@ -80,26 +84,26 @@ void mkl_gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int
 
 }  // namespace
 
-const char* cpu_gemm_name() { return mkl().sgemm != nullptr ? "mkl" : "portable"; }
+bool cpu_gemm_is_used() {
+  static const bool used = mkl().sgemm != nullptr && (wants("mkl") || cpu_is_from_intel());
+  return used;
+}
 
 bool cpu_gemm_has_bf16() { return mkl().gemm_bf16 != nullptr && cpu_has_amx_bf16(); }
 
 void gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc) {
-  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  portable_gemm(m, n, k, alpha, a, lda, 1, b, 1, ldb, beta, c, ldc);
+  mkl_sgemm(false, true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 void gemm_nn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc) {
-  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(false, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  portable_gemm(m, n, k, alpha, a, lda, 1, b, ldb, 1, beta, c, ldc);
+  mkl_sgemm(false, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 void gemm_tn(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
              float beta, float* c, int64_t ldc) {
-  if (mkl().sgemm != nullptr && k > 0) return mkl_sgemm(true, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  portable_gemm(m, n, k, alpha, a, 1, lda, b, ldb, 1, beta, c, ldc);
+  mkl_sgemm(true, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 void gemm_nt_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
@@ -115,13 +119,6 @@ void gemm_nn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* 
 void gemm_tn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc) {
   mkl_gemm_bf16(true, false, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-
-void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t a_row, int64_t a_column,
-                   const float* b, int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc) {
-  thread_local const std::unique_ptr<float[]> workspace(new float[kPortableGemmWorkspace]);
-  SCAN_FAST_BEST_ISA(portable_gemm_with_workspace)
-  (m, n, k, alpha, a, a_row, a_column, b, b_row, b_column, beta, c, ldc, workspace.get());
 }
 
 }  // namespace scan_fast

@@ -1,17 +1,17 @@
-// Single-threaded float32 matrix products, called by the tasks of common/parallel.h.
+// Single-threaded matrix products of MKL, called by the tasks of common/parallel.h.
 //
 // They use the MKL in PyTorch (libtorch_cpu exports the symbols, so no dependency is added), limited to the calling
-// thread. If PyTorch was built without MKL, they use the portable kernel in cpu_gemm_kernel.cpp.
+// thread. On processors other than Intel's, and without MKL, kernels multiply in register tiles (register_tiles.h): those
+// read operands that are packed once per call, while MKL packs its operands in every product.
 #pragma once
 
 #include <cstdint>
 
-#include "common/cpu_dispatch.h"
-
 namespace scan_fast {
 
-// Returns "mkl" or "portable". The environment variable SCAN_FAST_CPU_GEMM=portable forces the latter, for tests.
-const char* cpu_gemm_name();
+// Returns whether float32 kernels should multiply with the functions below: on Intel's processors, if PyTorch has MKL.
+// They may be called only then, or if SCAN_FAST_CPU_GEMM=mkl. SCAN_FAST_CPU_GEMM=tiles forbids MKL.
+bool cpu_gemm_is_used();
 
 // Computes C = alpha * A * B^T + beta * C with A (m, k), B (n, k), C (m, n), all row-major with leading dimensions in
 // elements. With beta == 0, C is not read. k == 0 scales C by beta.
@@ -36,17 +36,4 @@ void gemm_nn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* 
 void gemm_tn_bf16(int64_t m, int64_t n, int64_t k, float alpha, const uint16_t* a, int64_t lda, const uint16_t* b,
                   int64_t ldb, float beta, float* c, int64_t ldc);
 
-// Portable kernel: C = alpha * A * B + beta * C. Element (m, k) of A is a[m * a_row + k * a_column], element (k, n) of
-// B is b[k * b_row + n * b_column].
-void portable_gemm(int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t a_row, int64_t a_column,
-                   const float* b, int64_t b_row, int64_t b_column, float beta, float* c, int64_t ldc);
-
-// Size of portable_gemm_with_workspace's workspace in floats.
-constexpr int64_t kPortableGemmWorkspace = (96 + 384) * 256;
-
 }  // namespace scan_fast
-
-SCAN_FAST_DECLARE_PER_ISA(void portable_gemm_with_workspace(int64_t m, int64_t n, int64_t k, float alpha,
-                                                            const float* a, int64_t a_row, int64_t a_column,
-                                                            const float* b, int64_t b_row, int64_t b_column, float beta,
-                                                            float* c, int64_t ldc, float* workspace))

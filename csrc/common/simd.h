@@ -48,7 +48,15 @@ struct Fp16 {
 
 inline Vec splat(float x) { return x - Vec{}; }
 // Returns the second operand if either is NaN.
-inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+inline Vec larger(Vec x, Vec y) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_max_ps(x, y);
+#elif defined(SCAN_FAST_ISA_avx2)
+  return _mm256_max_ps(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
 
 inline float reduce_add(Vec v) {
 #if defined(SCAN_FAST_ISA_avx512)
@@ -129,6 +137,28 @@ class DoubleSum {
     std::memcpy(half, &v, sizeof(v));
     low_ += __builtin_convertvector(half[0], HalfDoubles);
     high_ += __builtin_convertvector(half[1], HalfDoubles);
+  }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < kLanes / 2; ++i) sum += low_[i] + high_[i];
+    return sum;
+  }
+
+ private:
+  typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
+  typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
+  HalfDoubles low_{}, high_{};
+};
+
+// A sum of products of floats in double, lane by lane.
+class DoubleProducts {
+ public:
+  void add(Vec x, Vec y) {
+    HalfFloats a[2], b[2];
+    std::memcpy(a, &x, sizeof(x));
+    std::memcpy(b, &y, sizeof(y));
+    low_ += __builtin_convertvector(a[0], HalfDoubles) * __builtin_convertvector(b[0], HalfDoubles);
+    high_ += __builtin_convertvector(a[1], HalfDoubles) * __builtin_convertvector(b[1], HalfDoubles);
   }
   double total() const {
     double sum = 0;
@@ -229,6 +259,13 @@ inline Vec load_partial(const T* p, int n, float fill) {
                                 _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
   }
 #else
+#if defined(SCAN_FAST_ISA_avx2)
+  if constexpr (sizeof(T) == 4) {
+    const IntVec used = first_lanes(n);
+    const Vec v = _mm256_maskload_ps(p, reinterpret_cast<__m256i>(used));
+    return used ? v : splat(fill);
+  }
+#endif
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? widen(p[i]) : fill;
   Vec v;
@@ -270,6 +307,11 @@ inline void store_partial(T* p, Vec v, int n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
     return;
   }
+#elif defined(SCAN_FAST_ISA_avx2)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first_lanes(n)), v);
+    return;
+  }
 #endif
   T lanes[kLanes];
   store(lanes, v);
@@ -292,39 +334,33 @@ inline void store_lanes(T* p, Vec v, int lanes) {
 
 // ---- functions ---------------------------------------------------------------------------------------------------
 
+// exp(f) for |f| <= log(2) / 2: the minimax polynomial of degree 6 with value 1 at 0 (error 2e-9 before rounding).
+inline Vec exp_of_remainder(Vec f) {
+  Vec p = f * 1.384365355e-3f + 8.374155306e-3f;
+  p = p * f + 4.166800203e-2f;
+  p = p * f + 1.666643126e-1f;
+  p = p * f + 4.999999421e-1f;
+  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
 inline Vec exp(Vec x) {
 #if defined(SCAN_FAST_ISA_avx512)
-  // The same polynomial as below in fewer instructions: the mask keeps NaN and gives 0 below the range, and scalef
-  // applies the exponent.
+  // The same as below; the mask keeps NaN and gives 0 below the range, and scalef applies the exponent.
   const __mmask16 used = _mm512_cmp_ps_mask(x, splat(-87.3f), _CMP_NLT_UQ);
   const Vec magic = splat(12582912.0f);
   const Vec n = (x * 1.44269504f + magic) - magic;
   const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  return _mm512_maskz_scalef_ps(used, p, n);
+  return _mm512_maskz_scalef_ps(used, exp_of_remainder(f), n);
 #else
-  const Vec low = splat(-87.3f);
-  const Vec clamped = x < low ? low : x;
-  // x = n log(2) + f with |f| <= log(2) / 2; the large constant rounds to an integer in its last place.
-  const Vec magic = splat(12582912.0f);
-  const Vec n = (clamped * 1.44269504f + magic) - magic;
-  const Vec f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &exponent, sizeof(scale));
-  return x < low ? Vec{} : p * scale;
+  // x = n log(2) + f with |f| <= log(2) / 2. The constant 1.5 * 2^23 + 127 rounds to an integer n, with n + 127 in the
+  // low bits; a shift makes them the exponent of 2^n. Below the range everything but the comparison may be garbage.
+  const Vec magic = splat(12583039.0f);
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec power = reinterpret_cast<Vec>(reinterpret_cast<UnsignedVec>(shifted) << 23);
+  return x < splat(-87.3f) ? Vec{} : exp_of_remainder(f) * power;
 #endif
 }
 

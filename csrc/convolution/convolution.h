@@ -34,4 +34,8 @@ void convolution_grad_input(const ConvolutionShape& shape, const uint16_t* grad_
 void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad_y, const uint16_t* x,
                              float* grad_weight, void* workspace);
 
+// The weight gradient of float32 images, for any processor and shape (weight_gradient.cpp).
+void convolution_grad_weight_float32(const ConvolutionShape& shape, const float* grad_y, const float* x,
+                                     float* grad_weight);
+
 }  // namespace scan_fast

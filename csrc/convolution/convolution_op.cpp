@@ -2,6 +2,7 @@
 // conv2d_grad_weight.
 //
 //   conv2d        returns y
+//   conv2d_grad_weight_float32    not differentiable: the weight gradient of a convolution of PyTorch
 //   conv2d_fork   returns y, and x itself for a shortcut around the convolution. The gradient of the shortcut is added
 //                 when that of the convolution is stored; autograd would write, read and add whole images
 #include "convolution/convolution.h"
@@ -106,6 +107,32 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_y, const at::Tensor& x, int
   return grad_weight;
 }
 
+const float* float_images(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
+                    " must be float32 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
+                    tensor.strides());
+  return tensor.const_data_ptr<float>();
+}
+
+// The weight gradient of a float32 convolution, on any CPU.
+at::Tensor conv2d_grad_weight_float32(const at::Tensor& grad_y, const at::Tensor& x, int64_t kernel, int64_t stride,
+                                      int64_t padding) {
+  TORCH_CHECK_VALUE(grad_y.dim() == 4 && x.dim() == 4, "grad_y and x must be images, got shapes ", grad_y.sizes(),
+                    " and ", x.sizes());
+  TORCH_CHECK_VALUE(kernel >= 1, "kernel must be at least 1, got ", kernel);
+  const int64_t sizes[] = {grad_y.size(1), x.size(1), kernel, kernel};
+  const ConvolutionShape shape = shape_of(x.sizes(), sizes, stride, padding);
+  TORCH_CHECK_VALUE(x.numel() > 0 && shape.out_channels > 0 && shape.in_height + 2 * padding >= kernel &&
+                        shape.in_width + 2 * padding >= kernel,
+                    "x must not be empty, nor smaller than the kernel, got shape ", x.sizes(), " for a kernel of ",
+                    kernel, " with padding ", padding);
+  check_gradient(grad_y, shape);
+  const float *of_y = float_images(grad_y, "grad_y"), *of_x = float_images(x, "x");
+  at::Tensor grad_weight = at::empty(sizes, x.options(), at::MemoryFormat::ChannelsLast);
+  convolution_grad_weight_float32(shape, of_y, of_x, grad_weight.data_ptr<float>());
+  return grad_weight;
+}
+
 template <typename Function>
 auto operator_of(const char* name, Function*) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
@@ -186,12 +213,14 @@ TORCH_LIBRARY_FRAGMENT(scan_fast, m) {
       "conv2d_grad_input(Tensor grad_y, Tensor weight, Tensor? addend, int[] sizes, int stride, int padding) -> "
       "Tensor");
   m.def("conv2d_grad_weight(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor");
+  m.def("conv2d_grad_weight_float32(Tensor grad_y, Tensor x, int kernel, int stride, int padding) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(scan_fast, CPU, m) {
   m.impl("conv2d_forward", &conv2d_forward);
   m.impl("conv2d_grad_input", &conv2d_grad_input);
   m.impl("conv2d_grad_weight", &conv2d_grad_weight);
+  m.impl("conv2d_grad_weight_float32", &conv2d_grad_weight_float32);
 }
 
 }  // namespace scan_fast

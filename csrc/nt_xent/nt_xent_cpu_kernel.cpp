@@ -1,6 +1,6 @@
 #include "nt_xent/nt_xent_cpu_kernel.h"
 
-#include "common/simd.h"
+#include "common/register_tiles.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
@@ -11,12 +11,11 @@ inline Vec exp2(Vec x) {
   const Vec magic = splat(12583039.0f);
   const Vec shifted = x + magic;
   const Vec r = x - (shifted - magic);
-  Vec p = splat(1.535336188319500e-4f);
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
+  Vec p = splat(1.326472719e-3f);  // minimax of degree 5 with p(0) = 1: 9.2e-8
+  p = p * r + 9.671512640e-3f;
+  p = p * r + 5.550733743e-2f;
+  p = p * r + 2.402224209e-1f;
+  p = p * r + 6.931469776e-1f;
   p = p * r + 1.0f;
   // A product, because adding to the exponent would turn some NaN into numbers.
   const Vec power = reinterpret_cast<Vec>(reinterpret_cast<UnsignedVec>(shifted) << 23);
@@ -124,6 +123,143 @@ void nt_xent_to_bf16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
     store_lanes(out + i, load_lanes(from + i, lanes, 0.0f), lanes);
+  }
+}
+
+// ---- rows --------------------------------------------------------------------------------------------------------
+
+double nt_xent_dot(const float* x, const float* y, int64_t dim) {
+  DoubleProducts sum;
+  int64_t k = 0;
+  for (; k + kLanes <= dim; k += kLanes) sum.add(load(x + k), load(y + k));
+  double rest = 0;
+  for (; k < dim; ++k) rest += static_cast<double>(x[k]) * static_cast<double>(y[k]);
+  return sum.total() + rest;
+}
+
+void nt_xent_unit_rows(const float* x, int64_t rows, int64_t dim, float* unit, float* inv_norm) {
+  for (int64_t row = 0; row < rows; ++row, x += dim, unit += dim) {
+    // In double, so that neither huge nor tiny rows lose their direction. The comparison lets NaN through.
+    const double length = __builtin_sqrt(nt_xent_dot(x, x, dim));
+    const double norm = length < 1e-12 ? 1e-12 : length;
+    const double inverse = 1.0 / norm;
+    SCAN_FAST_INDEPENDENT
+    for (int64_t k = 0; k < dim; ++k) unit[k] = static_cast<float>(static_cast<double>(x[k]) * inverse);
+    inv_norm[row] = static_cast<float>(inverse);
+  }
+}
+
+void nt_xent_finish_row(const float* unit, const float* positive, int64_t dim, double pull, double temperature,
+                        float inv_norm, bool radial, float* gradient) {
+  const double inverse = 1.0 / temperature;
+  double along = 0;
+  SCAN_FAST_INDEPENDENT
+  for (int64_t k = 0; k < dim; ++k) {
+    gradient[k] =
+        static_cast<float>((static_cast<double>(gradient[k]) + pull * static_cast<double>(positive[k])) * inverse);
+  }
+  if (radial) along = nt_xent_dot(gradient, unit, dim);
+  SCAN_FAST_INDEPENDENT
+  for (int64_t k = 0; k < dim; ++k) {
+    gradient[k] = static_cast<float>((static_cast<double>(gradient[k]) - along * static_cast<double>(unit[k])) *
+                                     static_cast<double>(inv_norm));
+  }
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kWideColumns = kWideVectors * kLanes, kNarrowColumns = kNarrowVectors * kLanes;
+static_assert(kNTXentPadding % kWideColumns == 0 && kLanes % kWideRows == 0);
+static_assert(kNarrowColumns <= kNTXentMaxWidth);
+
+// Rows and columns of a tile that are multiples of both shapes: of W Z, and of W^T Z.
+constexpr int64_t kWholeRows = 24;
+constexpr int64_t kWholeColumns = kWideColumns % kNarrowRows == 0 ? kWideColumns : kNTXentPadding;
+static_assert(kWholeRows % kWideRows == 0 && kWholeRows % kNarrowRows == 0 && kNTXentPadding % kWholeRows == 0);
+static_assert(kWholeColumns % kWideColumns == 0 && kWholeColumns % kNarrowRows == 0);
+static_assert(kNTXentPadding % kWholeColumns == 0);
+
+inline int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+template <bool kTransposed>
+void gather(const float* tile, int64_t ld, int64_t rows, int64_t depth, const float* slices, int64_t padded_depth,
+            int64_t dim, float* to) {
+  const int64_t a_row = kTransposed ? 1 : ld, a_step = kTransposed ? ld : 1;
+  for (int64_t d = 0; d < dim; d += kNarrowColumns, slices += padded_depth * kNarrowColumns) {
+    for (int64_t i = 0; i < rows; i += kNarrowRows) {
+      Vec sum[kNarrowRows][kNarrowVectors] = {};
+      add_products(sum, depth, tile + i * a_row, a_row, a_step, slices, kLanes, kNarrowColumns);
+      float* const out = to + i * dim + d;
+      if (rows - i >= kNarrowRows && dim - d >= kNarrowColumns) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kNarrowRows; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kNarrowVectors; ++v) {
+            store(out + r * dim + v * kLanes, load(out + r * dim + v * kLanes) + sum[r][v]);
+          }
+        }
+        continue;
+      }
+      float edge[kNarrowRows * kNarrowColumns];
+#pragma GCC unroll 16
+      for (int r = 0; r < kNarrowRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kNarrowVectors; ++v) store(edge + r * kNarrowColumns + v * kLanes, sum[r][v]);
+      }
+      for (int64_t r = 0; r < kNarrowRows && i + r < rows; ++r) {
+        for (int64_t c = 0; c < kNarrowColumns && d + c < dim; ++c) out[r * dim + c] += edge[r * kNarrowColumns + c];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void nt_xent_pack(const float* unit, int64_t rows, int64_t dim, float* panels, float* slices) {
+  const int64_t padded = rounded_up(rows, kNTXentPadding);
+  for (int64_t first = 0; first < padded; first += kLanes, panels += kLanes * dim) {
+    for (int64_t k = 0; k < dim; ++k) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        panels[k * kLanes + lane] = first + lane < rows ? unit[(first + lane) * dim + k] : 0.0f;
+      }
+    }
+  }
+  if (slices == nullptr) return;
+  for (int64_t d = 0; d < dim; d += kNarrowColumns) {
+    for (int64_t row = 0; row < padded; ++row, slices += kNarrowColumns) {
+      for (int64_t c = 0; c < kNarrowColumns; ++c) {
+        slices[c] = row < rows && d + c < dim ? unit[row * dim + d + c] : 0.0f;
+      }
+    }
+  }
+}
+
+void nt_xent_similarities(const float* row_panels, int64_t rows, const float* column_panels, int64_t columns,
+                          int64_t dim, float* tile, int64_t ld) {
+  const int64_t whole_rows = rounded_up(rows, kWholeRows), whole_columns = rounded_up(columns, kWholeColumns);
+  for (int64_t j = 0; j < whole_columns; j += kWideColumns) {
+    const float* const right = column_panels + j * dim;
+    for (int64_t i = 0; i < whole_rows; i += kWideRows) {
+      Vec sum[kWideRows][kWideVectors] = {};
+      add_products(sum, dim, row_panels + i / kLanes * kLanes * dim + i % kLanes, 1, kLanes, right, dim * kLanes,
+                   kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kWideRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kWideVectors; ++v) store(tile + (i + r) * ld + j + v * kLanes, sum[r][v]);
+      }
+    }
+  }
+}
+
+void nt_xent_gather(const float* tile, int64_t ld, int64_t rows, int64_t depth, bool transposed, const float* slices,
+                    int64_t padded_depth, int64_t dim, float* to) {
+  if (transposed) {
+    gather<true>(tile, ld, rows, depth, slices, padded_depth, dim, to);
+  } else {
+    gather<false>(tile, ld, rows, depth, slices, padded_depth, dim, to);
   }
 }
 

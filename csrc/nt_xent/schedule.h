@@ -17,16 +17,20 @@ struct RowBlock {
   int64_t anchor;  // first row's index among this call's anchors, or -1
 };
 
-// Divides all rows into blocks of at most `target` rows, of nearly equal size within each segment.
-inline std::vector<RowBlock> make_row_blocks(const NTXentProblem& problem, int64_t target) {
+// Divides all rows into blocks of at most `target` rows, of nearly equal size within each segment. If a `unit` is given,
+// all blocks of a segment but the last have a multiple of it; it must divide the target.
+inline std::vector<RowBlock> make_row_blocks(const NTXentProblem& problem, int64_t target, int64_t unit = 1) {
   std::vector<RowBlock> blocks;
   const int64_t cuts[4] = {0, problem.sample_begin, problem.sample_begin + problem.sample_count, problem.samples};
   for (int64_t view = 0; view < 2; ++view) {
     for (int segment = 0; segment < 3; ++segment) {
       const int64_t rows = cuts[segment + 1] - cuts[segment];
       const int64_t count = (rows + target - 1) / target;
+      const int64_t whole = count == 0 ? 0 : ((rows + count - 1) / count + unit - 1) / unit * unit;
       for (int64_t b = 0; b < count; ++b) {
-        const int64_t first = rows * b / count, last = rows * (b + 1) / count;
+        const int64_t first = unit == 1 ? rows * b / count : whole * b;
+        const int64_t last = unit == 1 ? rows * (b + 1) / count : first + whole < rows ? first + whole : rows;
+        if (first >= last) break;
         const int64_t local = segment == 1 ? view * problem.sample_count + first : -1;
         const bool anchors = segment == 1 && (view == 0 || problem.both_anchors);
         blocks.push_back({view * problem.samples + cuts[segment] + first, last - first, local, anchors ? local : -1});

@@ -13,6 +13,7 @@
 
 #include "common/large_buffers.h"
 #include "common/op_utils.h"
+#include "common/scratch.h"
 #include "scan_loss/scan_loss.h"
 
 namespace scan_fast {
@@ -119,20 +120,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss
                             row_stats.data_ptr<float>(),
                             nullptr,
                             static_cast<float>(entropy_weight)};
-  auto workspace_of = [&](size_t bytes) {
-    return at::empty({static_cast<int64_t>(bytes)}, anchors.options().dtype(at::kByte));
-  };
 #ifdef SCAN_FAST_WITH_CUDA
   if (anchors.is_cuda()) {
     const c10::cuda::CUDAGuard guard(anchors.device());
-    const at::Tensor workspace = workspace_of(scan_loss_cuda_workspace(shape));
+    const at::Tensor workspace =
+        at::empty({static_cast<int64_t>(scan_loss_cuda_workspace(shape))}, anchors.options().dtype(at::kByte));
     arguments.workspace = workspace.data_ptr();
     scan_loss_forward_cuda(dtype, shape, arguments, current_stream());
     return {total, consistency, entropy, mean_prob, row_stats};
   }
 #endif
-  const at::Tensor workspace = workspace_of(scan_loss_cpu_workspace(shape));
-  arguments.workspace = workspace.data_ptr();
+  const Scratch<char> workspace(static_cast<int64_t>(scan_loss_cpu_workspace(shape)));
+  arguments.workspace = workspace.get();
   scan_loss_forward_cpu(dtype, shape, arguments);
   return {total, consistency, entropy, mean_prob, row_stats};
 }

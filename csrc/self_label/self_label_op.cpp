@@ -7,6 +7,7 @@
 
 #include "common/large_buffers.h"
 #include "common/op_utils.h"
+#include "common/scratch.h"
 #include "self_label/self_label.h"
 
 namespace scan_fast {
@@ -95,18 +96,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_labe
                              target.data_ptr<int32_t>(),    row_weight.data_ptr<float>(),
                              row_stats.data_ptr<float>(),   nullptr,
                              static_cast<float>(threshold), balance};
-  auto workspace_of = [&](size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, options.dtype(at::kByte)); };
 #ifdef SCAN_FAST_WITH_CUDA
   if (weak.is_cuda()) {
     const c10::cuda::CUDAGuard guard(weak.device());
-    const at::Tensor workspace = workspace_of(self_label_cuda_workspace(shape));
+    const at::Tensor workspace =
+        at::empty({static_cast<int64_t>(self_label_cuda_workspace(shape))}, options.dtype(at::kByte));
     arguments.workspace = workspace.data_ptr();
     self_label_forward_cuda(dtype, shape, arguments, current_stream());
     return {loss, n_confident, target, row_weight, row_stats};
   }
 #endif
-  const at::Tensor workspace = workspace_of(self_label_cpu_workspace(shape));
-  arguments.workspace = workspace.data_ptr();
+  const Scratch<char> workspace(static_cast<int64_t>(self_label_cpu_workspace(shape)));
+  arguments.workspace = workspace.get();
   self_label_forward_cpu(dtype, shape, arguments);
   return {loss, n_confident, target, row_weight, row_stats};
 }

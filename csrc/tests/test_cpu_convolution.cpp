@@ -1,4 +1,5 @@
-// The bfloat16 convolutions: usable with AMX only, and there against the definition in double precision.
+// The bfloat16 convolutions, usable with AMX only, and the float32 weight gradient, against the definition in double
+// precision.
 #include "common/amx.h"
 #include "convolution/convolution.h"
 #include "cpu_check.h"
@@ -70,11 +71,55 @@ void matches_the_definition() {
   }
 }
 
+struct Geometry {
+  int64_t batch, in_channels, out_channels, height, width, kernel, stride, padding;
+};
+
+// Chunks of rows and of images, register tiles that are whole and not, phases of strides, borders of every width.
+void float32_weight_gradient() {
+  for (const Geometry& g : {Geometry{3, 16, 24, 8, 8, 3, 1, 1},
+                            {2, 17, 7, 30, 12, 3, 2, 1},
+                            {30, 33, 13, 4, 4, 3, 1, 1},
+                            {1, 1, 1, 1, 1, 1, 1, 0},
+                            {2, 5, 9, 11, 40, 5, 3, 2},
+                            {2, 8, 5, 10, 10, 2, 4, 0},
+                            {1, 3, 6, 3, 400, 3, 1, 1}}) {
+    const auto out = [&](int64_t in) { return (in + 2 * g.padding - g.kernel) / g.stride + 1; };
+    const int64_t out_height = out(g.height), out_width = out(g.width), taps = g.kernel * g.kernel;
+    check::Random random{static_cast<uint64_t>(g.batch * 100 + g.in_channels)};
+    std::vector<float> x(g.batch * g.height * g.width * g.in_channels);
+    std::vector<float> grad_y(g.batch * out_height * out_width * g.out_channels);
+    std::vector<float> found(g.out_channels * taps * g.in_channels, NAN);
+    for (float& value : x) value = static_cast<float>(random.normal());
+    for (float& value : grad_y) value = static_cast<float>(random.normal());
+    convolution_grad_weight_float32({g.batch, g.height, g.width, g.in_channels, out_height, out_width, g.out_channels,
+                                     g.kernel, g.stride, g.padding},
+                                    grad_y.data(), x.data(), found.data());
+    std::vector<double> exact(found.size(), 0.0);
+    for (int64_t i = 0; i < g.batch * out_height * out_width * taps; ++i) {
+      const int64_t tap = i % taps, q = i / taps % out_width, p = i / taps / out_width % out_height;
+      const int64_t image = i / taps / out_width / out_height;
+      const int64_t row = p * g.stride + tap / g.kernel - g.padding, column = q * g.stride + tap % g.kernel - g.padding;
+      if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
+      const int64_t from = ((image * g.height + row) * g.width + column) * g.in_channels,
+                    of = i / taps * g.out_channels;
+      for (int64_t o = 0; o < g.out_channels; ++o) {
+        for (int64_t c = 0; c < g.in_channels; ++c) {
+          exact[(o * taps + tap) * g.in_channels + c] +=
+              static_cast<double>(grad_y[of + o]) * static_cast<double>(x[from + c]);
+        }
+      }
+    }
+    for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], exact[i], 1e-4);
+  }
+}
+
 }  // namespace
 
 int main() {
   SKIP_WITHOUT_ISA();
   RUN(only_with_amx);
   RUN(matches_the_definition);
+  RUN(float32_weight_gradient);
   return check::finish();
 }

@@ -1,6 +1,7 @@
-"""Convolution that in bfloat16 on a CPU uses faster algorithms than PyTorch's own.
+"""Convolution that on a CPU uses faster algorithms than PyTorch's own.
 
-With AMX, it uses the kernel of :mod:`scan_fast.ops.convolution`. Without, it computes the weight gradient of
+In float32, on processors whose weight gradient in oneDNN is slow, it uses that of :mod:`scan_fast.ops.convolution`.
+In bfloat16 with AMX, it uses the kernel of :mod:`scan_fast.ops.convolution`. Without AMX, it computes the weight gradient of
 convolutions with small output maps as one matrix product, patches times gradients, in a fifth of the time. (Such a map
 is 4x4, in the last stage of a ResNet for 32-pixel images, which has most of its weights. There, oneDNN's weight
 gradient runs at a tenth of the rate of a matrix product.)
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..ops.convolution import conv2d, conv2d_fork, pays
+from ..ops.convolution import conv2d, conv2d_fork, grad_weight, grad_weight_pays, pays
 
 LARGEST_MAP = 16
 """Largest output map, in positions, for which the product is faster. At 8x8 both take the same time."""
@@ -29,6 +30,9 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         if not _in_bfloat16_on_cpu(x):
+            if self._use_weight_gradient(x):
+                y: Tensor = _FloatConvolution.apply(x, self.weight, self.stride[0], int(self.padding[0]))
+                return y
             return super().forward(x)
         if self._use_kernel(x):
             return conv2d(_images(x), self.weight, self.stride[0], int(self.padding[0]))
@@ -48,6 +52,18 @@ class Conv2d(nn.Conv2d):
             return conv2d_fork(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         return self(x), x
 
+    def _use_weight_gradient(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and self.weight.requires_grad
+            and not torch.is_autocast_enabled("cpu")
+            and self.stride[0] == self.stride[1]
+            and self.padding[0] == self.padding[1]
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and grad_weight_pays(x, self.weight)
+        )
+
     def _use_kernel(self, x: Tensor) -> bool:
         return (
             self.stride[0] == self.stride[1]
@@ -66,6 +82,28 @@ def _in_bfloat16_on_cpu(x: Tensor) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
+
+
+class _FloatConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        # With create_graph this pass is differentiated in turn, which PyTorch's own gradients allow.
+        ours = not torch.is_grad_enabled()
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1), False, (0, 0), 1,
+            (ctx.needs_input_grad[0], not ours, False),
+        )  # fmt: skip
+        if ours:
+            grad_w = grad_weight(grad, x, weight.shape[2], ctx.stride, ctx.padding)
+        return grad_x, grad_w, None, None
 
 
 class _SmallMapConvolution(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""bfloat16 convolutions on the AMX tiles of a CPU.
+"""Convolutions on a CPU: in bfloat16 on AMX tiles, and the weight gradient of float32 ones.
 
 The operators ``scan_fast::conv2d``, ``conv2d_forward``, ``conv2d_grad_input`` and ``conv2d_grad_weight`` and their
 autograd are registered by the compiled module (``csrc/convolution/convolution_op.cpp``). Their reference is
@@ -6,6 +6,8 @@ autograd are registered by the compiled module (``csrc/convolution/convolution_o
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -39,6 +41,48 @@ def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
         and weight.shape[2] == weight.shape[3]
         and bool(torch.ops.scan_fast.conv2d_is_usable.default(x.shape, weight.shape, stride, padding))
     )
+
+
+@functools.cache
+def _multiplies_in_tiles() -> bool:
+    return native.build_info().get("cpu_gemm") == "tiles"
+
+
+def grad_weight_pays(x: Tensor, weight: Tensor) -> bool:
+    """Return whether :func:`grad_weight` supports these operands and is faster than PyTorch's.
+
+    It is on processors on which the kernels multiply in their own register tiles, those not of Intel: oneDNN's weight
+    gradient runs there at half the rate of its forward pass. Under torch.compile the answer is False.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and native.has_kernel("conv2d_forward", x.device.type)
+        and _multiplies_in_tiles()
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[1] % 16 == 0
+        and x.numel() > 0
+        and weight.shape[2] == weight.shape[3]
+    )
+
+
+def grad_weight(grad_y: Tensor, x: Tensor, kernel: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """Return the gradient of the weights of a float32 convolution, with float32 sums.
+
+    The result does not depend on the number of threads.
+
+    Args:
+        grad_y: (N, O, H', W') float32 in channels-last layout.
+        x: (N, C, H, W) float32 in channels-last layout.
+        kernel: side of the kernel.
+        stride, padding: for both directions.
+
+    Returns:
+        (O, C, kernel, kernel) float32 in channels-last layout.
+
+    Raises:
+        ValueError: for another dtype, layout or shape.
+    """
+    return torch.ops.scan_fast.conv2d_grad_weight_float32.default(grad_y, x, kernel, stride, padding)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -96,3 +140,4 @@ if native.is_available():
     torch.library.register_fake("scan_fast::conv2d_forward", _fake_forward)
     torch.library.register_fake("scan_fast::conv2d_grad_input", _fake_grad_input)
     torch.library.register_fake("scan_fast::conv2d_grad_weight", _fake_grad_weight)
+    torch.library.register_fake("scan_fast::conv2d_grad_weight_float32", _fake_grad_weight)

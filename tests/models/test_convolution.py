@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from scan_fast.models.convolution import Conv2d, patches
+from scan_fast.ops import convolution as ops
+from scan_fast.ops import native
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason="scan_fast._C is not built")
 
 GEOMETRIES = [  # (side, kernel, stride, padding)
     (4, 3, 1, 1),
@@ -80,6 +84,53 @@ def test_without_autocast_it_is_pytorchs_in_every_bit() -> None:
     assert layer.weight.grad.equal(plain.weight.grad)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         assert layer(x).equal(plain(x))
+
+
+@needs_native
+@pytest.mark.parametrize(("side", "kernel", "stride", "padding"), GEOMETRIES)
+def test_float32_weight_gradient_of_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, side: int, kernel: int, stride: int, padding: int
+) -> None:
+    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    torch.manual_seed(0)
+    layer = Conv2d(32, 40, kernel, stride=stride, padding=padding, bias=False).to(memory_format=torch.channels_last)
+    exact = nn.Conv2d(32, 40, kernel, stride=stride, padding=padding, bias=False).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 32, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    out, out64 = layer(x), exact(x64)
+    assert out.grad_fn is not None
+    assert "FloatConvolution" in type(out.grad_fn).__name__
+    direction = torch.randn_like(out)
+    (out * direction).sum().backward()
+    (out64 * direction.double()).sum().backward()
+    for found, expected in ((out, out64), (x.grad, x64.grad), (layer.weight.grad, exact.weight.grad)):
+        assert found is not None
+        assert expected is not None
+        assert float((found - expected).norm() / expected.norm()) < 1e-6
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_native
+def test_float32_convolution_is_differentiable_twice_and_without_an_input_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    torch.manual_seed(0)
+    layer = Conv2d(16, 8, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(16, 8, 3, padding=1, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    image = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    second = []
+    for each in (layer, plain):
+        x = image.clone(memory_format=torch.preserve_format).requires_grad_()
+        (grad,) = torch.autograd.grad(each(x).tanh().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(grad.square().sum(), (x, each.weight)))
+    for ours, theirs in zip(*second, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    (weight_grad,) = torch.autograd.grad(layer(image).sum(), layer.weight)
+    torch.testing.assert_close(weight_grad, torch.autograd.grad(plain(image).sum(), plain.weight)[0])
 
 
 def test_a_frozen_input_and_a_frozen_weight() -> None:

@@ -1,8 +1,4 @@
-"""Matrix products of the CPU kernels, by MKL and by the portable code, against float64."""
-
-import os
-import subprocess
-import sys
+"""Matrix products of MKL, which CPU kernels use on some processors, against float64."""
 
 import pytest
 import torch
@@ -22,13 +18,15 @@ sizes = st.integers(1, 130)
     n=st.one_of(sizes, st.integers(380, 400)),
     k=st.one_of(sizes, st.integers(250, 520)),
     layout=st.sampled_from(["nn", "nt", "tn"]),
-    kernel=st.sampled_from(["default", "portable", "bfloat16"]),
+    kernel=st.sampled_from(["float32", "bfloat16"]),
     beta=st.sampled_from([0.0, 1.0, -0.5]),
     padding=st.integers(0, 3),
 )
 def test_matches_float64(m: int, n: int, k: int, layout: str, kernel: str, beta: float, padding: int) -> None:
     if kernel == "bfloat16" and not native._C.build_info()["cpu_gemm_bf16"]:
         return
+    if not torch.backends.mkl.is_available():
+        pytest.skip("PyTorch was built without MKL")
     generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
     dtype = torch.bfloat16 if kernel == "bfloat16" else torch.float32
 
@@ -44,27 +42,6 @@ def test_matches_float64(m: int, n: int, k: int, layout: str, kernel: str, beta:
     c = storage[:, :n]
     product = (a.T if layout == "tn" else a).double() @ (b.T if layout == "nt" else b).double()
     expected = 1.5 * product if beta == 0 else 1.5 * product + beta * c.double()
-    native._C.gemm(a, b, c, layout, 1.5, beta, kernel == "portable")
+    native._C.gemm(a, b, c, layout, 1.5, beta)
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(storage[:, n:], before[:, n:])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    """Environment variables select a lower instruction set and disable MKL; the product stays the same."""
-    code = """
-import torch
-from scan_fast import _C
-info = _C.build_info()
-assert info["cpu_gemm"] == "portable" and not info["cpu_gemm_bf16"], info
-torch.manual_seed(0)
-a, b, c = torch.randn(101, 300), torch.randn(401, 300), torch.empty(101, 401)
-_C.gemm(a, b, c, "nt", 1.0, 0.0, False)
-print(info["cpu_isa"], float((c - a.double() @ b.T.double()).abs().max()))
-"""
-    environment = {**os.environ, "SCAN_FAST_CPU_ISA": isa, "SCAN_FAST_CPU_GEMM": "portable"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    used, error = result.stdout.split()
-    assert used in ("baseline", "avx2", "avx512")[: ("baseline", "avx2", "avx512").index(isa) + 1]
-    assert float(error) < 1e-4

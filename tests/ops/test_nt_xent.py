@@ -344,29 +344,39 @@ def test_same_bits_for_any_number_of_threads(anchors: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("products", ["tiles", "mkl"])
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
-    """One process per instruction set, with the portable matrix product, gives what this process gives."""
-    z0, z1 = views(150, 37)
-    expected = {}
-    for temperature in (0.2, 0.01):
-        loss = nt_xent(z0, z1, temperature, impl="native")
-        expected[temperature] = [loss.detach(), *torch.autograd.grad(loss, (z0, z1))]
-    torch.save({"z": [z0.detach(), z1.detach()], "expected": expected}, tmp_path / "case.pt")
+def test_every_instruction_set(isa: str, products: str, tmp_path: Path) -> None:
+    """One process per instruction set and kind of product gives what the definition gives in float64.
+
+    The sizes have several blocks of register tiles, whole ones and not, for rows, columns and dimensions.
+    """
+    cases = {}
+    for samples, dim in ((150, 37), (413, 16), (500, 70)):
+        z0, z1 = views(samples, dim)
+        for temperature in (0.2, 0.01):
+            for anchors in ("both", "first"):
+                losses, exact = oracle(z0, z1, temperature, anchors)
+                upstream = torch.linspace(-1, 1, len(losses))
+                grads = gradients(losses, exact, upstream)
+                key = (temperature, anchors)
+                cases[samples, *key] = [z0.detach(), z1.detach(), upstream, losses.detach(), *grads]
+    torch.save(cases, tmp_path / "case.pt")
     code = """
 import sys, torch
-from scan_fast import nt_xent
-case = torch.load(sys.argv[1])
-z = [x.requires_grad_() for x in case["z"]]
-for temperature, expected in case["expected"].items():
-    loss = nt_xent(*z, temperature, impl="native")
-    for ours, other in zip([loss.detach(), *torch.autograd.grad(loss, z)], expected, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-4, atol=2e-6 / temperature)
+from scan_fast import _C, nt_xent
+print(_C.build_info()["cpu_gemm"])
+for (_, temperature, anchors), (z0, z1, upstream, *expected) in torch.load(sys.argv[1]).items():
+    z = [x.requires_grad_() for x in (z0, z1)]
+    losses = nt_xent(*z, temperature, anchors=anchors, reduction="none", impl="native")
+    for ours, exact in zip([losses.detach(), *torch.autograd.grad(losses, z, upstream)], expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=2e-6 / temperature)
 """
-    environment = {**os.environ, "SCAN_FAST_CPU_ISA": isa, "SCAN_FAST_CPU_GEMM": "portable"}
+    environment = {**os.environ, "SCAN_FAST_CPU_ISA": isa, "SCAN_FAST_CPU_GEMM": products}
     command = [sys.executable, "-c", code, str(tmp_path / "case.pt")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == products or not torch.backends.mkl.is_available()
 
 
 @needs_native

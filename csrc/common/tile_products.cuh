@@ -3,16 +3,16 @@
 //
 // There is one block per multiprocessor, with three warpgroups. Warpgroup 0 releases its registers, and one of its
 // threads issues the copies. Warpgroups 1 and 2 multiply, 64 of a tile's 128 rows each, with 240 registers per thread.
-// With a resident operand they take turns (ping-pong, by two named barriers): while one uses the matrix units, the
-// other runs its epilogue. Without a resident operand, or with one of more panels than the ring has stages, they
-// multiply side by side: no stage could be refilled while one warpgroup waits for its turn.
+// If all streamed panels of a tile fit into the ring they take turns (ping-pong, by two named barriers): while one uses
+// the matrix units, the other runs its epilogue. Otherwise they multiply side by side, because no stage could be
+// refilled while one warpgroup waits for its turn.
 //
 //   C (128 x kColumns) = A (128 x dims) B^T,   A: row tile, B: column tile of packed operands (panels.h)
 //
 // One operand may be resident, i.e. stay in shared memory, while the other streams through a ring of stages in panels
-// of 64 dimensions. With kNone both stream, for any number of dimensions. If warpgroups take turns, the resident
-// operand is double-buffered, so that the next one is loaded in time. Side by side it is larger and has one buffer. A
-// schedule chooses the pairs of tiles, an epilogue uses the products:
+// of 64 dimensions. With kNone both stream, for any number of dimensions. The resident operand is double-buffered, so
+// that the next one is loaded in time, unless two buffers do not fit beside the ring. A schedule chooses the pairs of
+// tiles, an epilogue uses the products:
 //
 //   struct Schedule {              // producer and consumers each have a copy and must see the same runs
 //     struct Run { int fixed, begin, end; ... };     // may hold more, for the epilogue
@@ -130,16 +130,16 @@ struct Products {
   static constexpr Resident kResident = kResident_;
   static constexpr bool kSplit = kSplit_;
   static_assert(kColumns == 128 || kColumns == 256, "column tiles have 128 or 256 columns");
-  static_assert(!kSplit || kResident != Resident::kNone, "split operands need a resident one");
   // Warpgroups that take turns need a whole tile in the ring.
   static constexpr bool kTurns = kResident != Resident::kNone && kMaxPanels <= kStages;
   static constexpr int kColumnPanelBytes = kColumns / kPanelRows * kPanelBytes;
   static constexpr int kFixedPanelBytes = kResident == Resident::kNone   ? 0
                                           : kResident == Resident::kRows ? kPanelBytes
                                                                          : kColumnPanelBytes;
-  static constexpr int kFixedBytes = kMaxPanels * kFixedPanelBytes, kBuffers = kTurns ? 2 : 1;
+  static constexpr int kFixedBytes = kMaxPanels * kFixedPanelBytes;
   static constexpr int kStageBytes =
       (kResident == Resident::kRows ? 0 : kPanelBytes) + (kResident == Resident::kColumns ? 0 : kColumnPanelBytes);
+  static constexpr int kBuffers = 2 * kFixedBytes + kStages * kStageBytes <= 224 * 1024 ? 2 : 1;
   static constexpr int kBarrierBytes = 2 * (kBuffers + kStages) * static_cast<int>(sizeof(MBarrier));
   static constexpr int kSharedBytes =
       kBuffers * kFixedBytes + kStages * kStageBytes + (kBarrierBytes + 127) / 128 * 128;
@@ -188,7 +188,13 @@ __device__ __forceinline__ void produce(unsigned char* memory, const Ring<P::kBu
       fixed_at.advance();
     }
     for (int moving = run.begin; moving < run.end; ++moving) {
-      for (int panel = 0; panel < panels; ++panel) {
+      // If both operands stream and are split, the products hi hi, hi lo and lo hi take three passes over them.
+      constexpr bool kThrice = P::kSplit && P::kResident == Resident::kNone;
+      // Not unrolled: this thread has 24 registers.
+#pragma unroll 1
+      for (int step = 0; step < (kThrice ? 3 * rows.panels : panels); ++step) {
+        const int product = !kThrice || step < rows.panels ? 0 : step < 2 * rows.panels ? 1 : 2;
+        const int panel = step - product * rows.panels;
         ring.claim(at, P::kStageBytes);
         unsigned char* to = stages + at.stage * P::kStageBytes;
         MBarrier* const full = ring.full(at.stage);
@@ -196,10 +202,10 @@ __device__ __forceinline__ void produce(unsigned char* memory, const Ring<P::kBu
           copy_panel<1>(to, rows, panels, moving, panel, full);
         } else {
           if constexpr (P::kResident == Resident::kNone) {
-            copy_panel<1>(to, rows, panels, run.fixed, panel, full);
+            copy_panel<1>(to, rows, panels, run.fixed, panel + (product == 2 ? rows.panels : 0), full);
             to += kPanelBytes;
           }
-          copy_panel<kColumnTiles>(to, columns, panels, moving, panel, full);
+          copy_panel<kColumnTiles>(to, columns, panels, moving, panel + (product == 1 ? rows.panels : 0), full);
         }
         at.advance();
       }
@@ -271,7 +277,10 @@ __device__ __forceinline__ void consume(unsigned char* memory, const Ring<P::kBu
       };
       // Not unrolled: the products of a panel take longer than the instructions between them, and with copies of this
       // code the compiler moves stages and descriptors out of uniform registers.
-      if constexpr (P::kSplit) {
+      if constexpr (P::kSplit && P::kResident == Resident::kNone) {
+#pragma unroll 1
+        for (int step = 0; step < 3 * panels; ++step) multiply_next(step == 0, step, NoPanel{});
+      } else if constexpr (P::kSplit) {
 #pragma unroll 1
         for (int panel = 0; panel < panels; ++panel) multiply_next(panel == 0, panel, panels + panel);
 #pragma unroll 1

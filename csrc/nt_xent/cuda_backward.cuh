@@ -43,7 +43,7 @@ __device__ __forceinline__ RowWeight row_weight(int row, const float* __restrict
                                                 const float* __restrict__ shift, const Params& p) {
   RowWeight found{row, -1, 0.0f, 0.0f};
   if (row >= 0) {
-    found.positive = static_cast<int>(p.positive(row));
+    found.positive = p.positive(row);
     found.weight = weight[row];
     if constexpr (!kFixedShift) found.shift = shift[row];
   }
@@ -64,35 +64,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   constexpr int kParts = kSplit ? 2 : 1, kSteps = kNarrow / 16, kTile = kColumns * kNarrow;
   const Shared<half_t> a_tile = dynamic.as<half_t>(), b_tiles = a_tile + kParts * kTile;
-  const int64_t first_local = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int first_local = static_cast<int>(blockIdx.x) * kRows;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp_rows = static_cast<int>(threadIdx.x) / 32 * 16;
   RowWeight of_row[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t local = first_local + warp_rows + fragment_row(h);
-    of_row[h] =
-        row_weight<kFixedShift>(local < p.local_rows ? static_cast<int>(p.global_row(local)) : -1, weight, shift, p);
+    const int local = first_local + warp_rows + fragment_row(h);
+    of_row[h] = row_weight<kFixedShift>(local < p.local_rows ? p.global_row(local) : -1, weight, shift, p);
   }
   float dz[2 * kSteps][4] = {};
   const int steps = steps_of<kNarrow>(p, 0);
   // Rows of the second view that are not anchors have non-zero weights only in the columns of the first view.
   const bool first_view_only = first_local >= p.sample_count && p.anchors < p.rows();
-  const int column_end = static_cast<int>(first_view_only ? p.samples : p.rows());
-  const int64_t tiles = (column_end + kColumns - 1) / kColumns;
-  const int64_t begin = tiles * blockIdx.y / p.splits, end = tiles * (blockIdx.y + 1) / p.splits;
-  const auto load_columns = [&](int64_t tile) {
+  const int column_end = first_view_only ? p.samples : p.rows();
+  const int tiles = (column_end + kColumns - 1) / kColumns, split = static_cast<int>(blockIdx.y);
+  const int begin = tiles * split / p.splits, end = tiles * (split + 1) / p.splits;
+  const auto load_columns = [&](int tile) {
     load_tile<kSplit, kColumns, kNarrow>(b_tiles + (tile - begin) % 2 * (kParts * kTile), packed, p, 0, [&](int r) {
-      return tile * kColumns + r < p.rows() ? tile * kColumns + r : static_cast<int64_t>(-1);
+      return tile * kColumns + r < p.rows() ? tile * kColumns + r : -1;
     });
   };
   if (begin < end) {
     load_tile<kSplit, kRows, kNarrow>(a_tile, packed, p, 0, [&](int r) {
-      return first_local + r < p.local_rows ? p.global_row(first_local + r) : static_cast<int64_t>(-1);
+      return first_local + r < p.local_rows ? p.global_row(first_local + r) : -1;
     });
     load_columns(begin);
   }
   cp_async_commit();
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     if (tile + 1 < end) load_columns(tile + 1);
     cp_async_commit();
     cp_async_wait<1>();
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int t = 0; t < kColumns / 8; ++t) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int j = static_cast<int>(tile * kColumns) + fragment_column(t, c);
+        const int j = tile * kColumns + fragment_column(t, c);
         const RowWeight of_column = row_weight<kFixedShift>(j < column_end ? j : -1, weight, shift, p);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -150,8 +149,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int t = 0; t < 2 * kSteps; ++t) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int64_t local = first_local + warp_rows + fragment_row(r / 2), k = fragment_column(t, r);
-      if (local < p.local_rows && k < p.dim) partial[(blockIdx.y * p.local_rows + local) * p.dim + k] = dz[t][r];
+      const int local = first_local + warp_rows + fragment_row(r / 2), k = fragment_column(t, r);
+      const int64_t at = int64_t{split} * p.local_rows + local;
+      if (local < p.local_rows && k < p.dim) partial[at * p.dim + k] = dz[t][r];
     }
   }
 }

@@ -11,10 +11,10 @@ constexpr int kSlice = 128;     // dimensions of dZ per block of gather_kernel
 
 // Rows [begin, begin + rows) of this call for which a launch computes W. W has `stride` columns, a multiple of 64.
 struct WideRows {
-  int64_t begin, rows, stride;
+  int begin, rows, stride;
 
-  __host__ __device__ int64_t row_tiles() const { return (rows + kRows - 1) / kRows; }
-  __host__ __device__ int64_t elements() const { return row_tiles() * kRows * stride; }
+  __host__ __device__ int row_tiles() const { return (rows + kRows - 1) / kRows; }
+  __host__ __device__ int64_t elements() const { return int64_t{row_tiles()} * kRows * stride; }
 };
 
 // weights: (parts, row tiles * 64, stride) float16. Grid: column tiles, splits of the row tiles.
@@ -22,24 +22,24 @@ template <bool kSplit, bool kFixedShift>
 __global__ void __launch_bounds__(kThreads, 2)
     weights_kernel(const half_t* __restrict__ packed, const float* __restrict__ weight, const float* __restrict__ shift,
                    half_t* __restrict__ weights, WideRows wide, Params p) {
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns, tiles = wide.row_tiles();
-  const int64_t begin = tiles * blockIdx.y / gridDim.y, end = tiles * (blockIdx.y + 1) / gridDim.y;
-  const auto row_of = [&](int64_t tile, int r) {
-    const int64_t i = tile * kRows + r;
-    return i < wide.rows ? p.global_row(wide.begin + i) : static_cast<int64_t>(-1);
+  const int first_column = static_cast<int>(blockIdx.x) * kColumns, tiles = wide.row_tiles();
+  const int share = static_cast<int>(blockIdx.y), shares = static_cast<int>(gridDim.y);
+  const int begin = static_cast<int>(int64_t{tiles} * share / shares);
+  const int end = static_cast<int>(int64_t{tiles} * (share + 1) / shares);
+  const auto row_of = [&](int tile, int r) {
+    const int i = tile * kRows + r;
+    return i < wide.rows ? p.global_row(wide.begin + i) : -1;
   };
-  const auto column_of = [&](int r) {
-    return first_column + r < p.rows() ? first_column + r : static_cast<int64_t>(-1);
-  };
+  const auto column_of = [&](int r) { return first_column + r < p.rows() ? first_column + r : -1; };
   for_inner_tiles<kSplit, kColumns, kRows, kWideChunk, false>(
-      packed, p, begin, end, column_of, row_of, [&](float (&s)[kRows / 32][kColumns / 16][4], int64_t tile) {
+      packed, p, begin, end, column_of, row_of, [&](float (&s)[kRows / 32][kColumns / 16][4], int tile) {
         RowWeight of_row[kRows / 32][2];
 #pragma unroll
         for (int m = 0; m < kRows / 32; ++m) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int64_t row = row_of(tile, warp_row<kRows>() + 16 * m + fragment_row(h));
-            of_row[m][h] = row_weight<kFixedShift>(static_cast<int>(row), weight, shift, p);
+            const int row = row_of(tile, warp_row<kRows>() + 16 * m + fragment_row(h));
+            of_row[m][h] = row_weight<kFixedShift>(row, weight, shift, p);
           }
         }
 #pragma unroll
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int column = warp_column<kColumns>() + fragment_column(n, 0);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            of_column[c] = row_weight<kFixedShift>(static_cast<int>(column_of(column + c)), weight, shift, p);
+            of_column[c] = row_weight<kFixedShift>(column_of(column + c), weight, shift, p);
           }
 #pragma unroll
           for (int m = 0; m < kRows / 32; ++m) {
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int h = 0; h < 2; ++h) {
               const float x = weight_of<kFixedShift>(s[m][n][2 * h], of_row[m][h], of_column[0], p);
               const float y = weight_of<kFixedShift>(s[m][n][2 * h + 1], of_row[m][h], of_column[1], p);
-              const int64_t i = tile * kRows + warp_row<kRows>() + 16 * m + fragment_row(h);
-              half_t* to = weights + i * wide.stride + first_column + column;
+              const int i = tile * kRows + warp_row<kRows>() + 16 * m + fragment_row(h);
+              half_t* to = weights + int64_t{i} * wide.stride + first_column + column;
               const uint32_t hi = pack2<half_t>(x, y);
               st_global(to, hi);
               if constexpr (kSplit) {
@@ -85,30 +85,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kParts = kSplit ? 2 : 1, kWeights = kRows * kWideChunk, kStage = kParts * (kRows + kSlice) * kWideChunk;
   constexpr int kM = kRows / 32, kN = kSlice / 32;  // 16-row and 16-dimension products per warp
   const Shared<half_t> memory = dynamic.as<half_t>();
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, slice = blockIdx.y;
-  const int64_t chunks = wide.stride / kWideChunk;
-  const int64_t begin = chunks * blockIdx.z / p.splits, end = chunks * (blockIdx.z + 1) / p.splits;
+  const int first_row = static_cast<int>(blockIdx.x) * kRows, slice = static_cast<int>(blockIdx.y);
+  const int chunks = wide.stride / kWideChunk, split = static_cast<int>(blockIdx.z);
+  const int begin = chunks * split / p.splits, end = chunks * (split + 1) / p.splits;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp_dim = warp_column<kSlice>();
   const int steps = steps_of<kSlice>(p, slice);
-  const auto load = [&](int64_t chunk) {
+  const auto load = [&](int chunk) {
     const Shared<half_t> to = memory + (chunk - begin) % 2 * kStage;
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kWideChunk / 8; i += kThreads) {
       const int r = i / (kWideChunk / 8), vector = i % (kWideChunk / 8);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const half_t* from =
-            weights + part * wide.elements() + (first_row + r) * wide.stride + chunk * kWideChunk + vector * 8;
+            weights + part * wide.elements() + int64_t{first_row + r} * wide.stride + chunk * kWideChunk + vector * 8;
         cp_async_16((to + part * kWeights + tile_at<kWideChunk>(r, vector)).get(), from);
       }
     }
     load_tile<kSplit, kWideChunk, kSlice>(to + kParts * kWeights, packed, p, slice, [&](int r) {
-      return chunk * kWideChunk + r < p.rows() ? chunk * kWideChunk + r : static_cast<int64_t>(-1);
+      return chunk * kWideChunk + r < p.rows() ? chunk * kWideChunk + r : -1;
     });
   };
   float dz[kM][2 * kN][4] = {};
   if (begin < end) load(begin);
   cp_async_commit();
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
+  for (int chunk = begin; chunk < end; ++chunk) {
     if (chunk + 1 < end) load(chunk + 1);
     cp_async_commit();
     cp_async_wait<1>();
@@ -156,9 +156,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int n = 0; n < 2 * kN; ++n) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int64_t row = first_row + warp_row<kRows>() + 16 * m + fragment_row(r / 2);
-        const int64_t k = slice * kSlice + warp_dim + fragment_column(n, r);
-        if (row < wide.rows && k < p.dim) partial[(blockIdx.z * wide.rows + row) * p.dim + k] = dz[m][n][r];
+        const int row = first_row + warp_row<kRows>() + 16 * m + fragment_row(r / 2);
+        const int k = slice * kSlice + warp_dim + fragment_column(n, r);
+        const int64_t at = int64_t{split} * wide.rows + row;
+        if (row < wide.rows && k < p.dim) partial[at * p.dim + k] = dz[m][n][r];
       }
     }
   }

@@ -22,15 +22,21 @@ struct Collected {
 template <Pass kPass, typename Schedule>
 __global__ void __launch_bounds__(kCollectRows* kCollectParts)
     collect_kernel(const float* __restrict__ partial, Schedule schedule, Collected out, Params p) {
+  follow_previous_kernel();
   SCAN_FAST_SHARED(float, parts, kCollectRows* kCollectParts);
   const int thread = static_cast<int>(threadIdx.x), part = thread / kCollectRows;
-  const int64_t local = static_cast<int64_t>(blockIdx.x) * kCollectRows + thread % kCollectRows;
-  float sum = nothing<kPass>();
+  const int local = static_cast<int>(blockIdx.x) * kCollectRows + thread % kCollectRows;
+  float sum = nothing<kPass>(), positive = 0;
   if (local < schedule.anchors) {
-    const int64_t filled = schedule.filled(local);
+    if (kPass != Pass::kMaxima && part == 0) {
+      positive = out.positive[p.sample_begin + (local < p.sample_count ? local : local - p.sample_count)];
+    }
+    const int outer = local / schedule.outer_width, transposed = schedule.transposed_slots(outer);
+    const int filled = transposed + schedule.own_segments(outer);
 #pragma unroll 4
-    for (int64_t k = part; k < filled; k += kCollectParts) {
-      sum = combined<kPass>(sum, partial[schedule.filled_slot(local, k) * schedule.anchors + local]);
+    for (int k = part; k < filled; k += kCollectParts) {
+      const int slot = k < transposed ? schedule.segment_slots + k : k - transposed;
+      sum = combined<kPass>(sum, partial[slot_at(slot, schedule.anchors, local)]);
     }
   }
   parts[thread] = sum;
@@ -46,7 +52,6 @@ __global__ void __launch_bounds__(kCollectRows* kCollectParts)
   } else if constexpr (kPass == Pass::kMaxima) {
     out.shift[local] = sum == -INFINITY ? 0.0f : sum;
   } else {
-    const float positive = out.positive[p.sample_begin + local % p.sample_count];
     const float shifted = (positive - 1) / p.temperature;
     const float above = kPass == Pass::kSums ? 0.0f : out.shift[local] * kLn2 - 1 / p.temperature;
     const float excess = logf(sum) + above - shifted;
@@ -56,38 +61,68 @@ __global__ void __launch_bounds__(kCollectRows* kCollectParts)
   }
 }
 
-// Computes du, the backward pass of the normalisation, and the gradient in dtype T, for the rows [begin, begin + rows)
-// of this call. partial: (p.splits, rows, dim); its first split is overwritten.
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    finish_backward_kernel(float* __restrict__ partial, const float* __restrict__ unit,
-                           const float* __restrict__ inv_norm, const float* __restrict__ losses, Upstream upstream,
-                           const float* __restrict__ unscale, T* __restrict__ grad_z0, T* __restrict__ grad_z1,
-                           int64_t begin, int64_t rows, Params p) {
-  const int64_t index = warp_index(), local = begin + index;
-  if (index >= rows) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t row = p.global_row(local), other = p.positive(row);
-  const int64_t first = row < other ? row : other, second = row < other ? other : row;
-  float pull = upstream.at(first) * expm1f(-losses[first]);
-  if (second < p.anchors) pull += upstream.at(second) * expm1f(-losses[second]);
-  const float factor = *unscale;
+// Rows [begin, begin + rows) of a call, for which partial (splits, rows, dim) holds sums of W Z.
+struct FinishedRows {
+  int begin, rows;
+};
+
+template <int kVectors, bool kAligned, typename T>
+__device__ __forceinline__ void finish_row(const float* __restrict__ partial, const float* __restrict__ unit, int row,
+                                           int index, int rows, float factor, float pull, float inv_norm,
+                                           T* __restrict__ out, const Params& p) {
+  constexpr int kPart = 128 * kVectors;
+  const bool whole = kVectors == 1 || p.dim <= kPart;
+  const int end = whole ? 1 : p.dim;
+  const float inverse_temperature = 1 / p.temperature;
+  RowPart<kVectors> du, of_row;
+  const auto sum_up = [&](int from) {
+    RowPart<kVectors> of_positive;
+    load_part<kVectors, kAligned>(of_row, unit + static_cast<int64_t>(row) * p.dim, from, p.dim);
+    load_part<kVectors, kAligned>(of_positive, unit + static_cast<int64_t>(p.positive(row)) * p.dim, from, p.dim);
+    load_part<kVectors, kAligned>(du, partial + static_cast<int64_t>(index) * p.dim, from, p.dim);
+#pragma unroll(kVectors == 1 ? 4 : 1)
+    for (int s = 1; s < p.splits; ++s) {
+      RowPart<kVectors> x;
+      load_part<kVectors, kAligned>(x, partial + (static_cast<int64_t>(s) * rows + index) * p.dim, from, p.dim);
+      for_values<kVectors>([&](int v, int i) { du[v][i] += x[v][i]; });
+    }
+    for_values<kVectors>(
+        [&](int v, int i) { du[v][i] = (du[v][i] * factor + pull * of_positive[v][i]) * inverse_temperature; });
+  };
   float radial = 0;
-  for (int64_t k = lane; k < p.dim; k += 32) {
-    float sum = 0;
-#pragma unroll 4
-    for (int64_t s = 0; s < p.splits; ++s) sum += partial[(s * rows + index) * p.dim + k];
-    const float du = (sum * factor + pull * unit[other * p.dim + k]) / p.temperature;
-    partial[index * p.dim + k] = du;
-    radial += du * unit[row * p.dim + k];
+  for (int from = 0; from < end; from += kPart) {
+    sum_up(from);
+    radial += dot<kVectors>(du, of_row);
   }
   radial = warp_sum(radial);
   // A row shorter than 1e-12 was divided by that constant, so there is no radial part to subtract.
-  if (inv_norm[row] >= 1 / kMinNorm) radial = 0;
-  T* out = local < p.sample_count ? grad_z0 + local * p.dim : grad_z1 + (local - p.sample_count) * p.dim;
-  for (int64_t k = lane; k < p.dim; k += 32) {
-    out[k] = from_float<T>((partial[index * p.dim + k] - radial * unit[row * p.dim + k]) * inv_norm[row]);
+  if (inv_norm >= 1 / kMinNorm) radial = 0;
+  for (int from = 0; from < end; from += kPart) {
+    if (!whole) sum_up(from);
+    for_values<kVectors>([&](int v, int i) { du[v][i] = (du[v][i] - radial * of_row[v][i]) * inv_norm; });
+    store_part<kVectors, kAligned>(out, du, from, p.dim);
   }
+}
+
+// Computes du, the backward pass of the normalisation, and the gradient in dtype T. One warp per row.
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<kVectors>)
+    finish_backward_kernel(const float* __restrict__ partial, const float* __restrict__ unit,
+                           const float* __restrict__ inv_norm, const float* __restrict__ losses, Upstream upstream,
+                           const float* __restrict__ unscale, T* __restrict__ grad_z0, T* __restrict__ grad_z1,
+                           FinishedRows finished, bool aligned, Params p) {
+  follow_previous_kernel();
+  const int index = warp_index(), local = finished.begin + index;
+  if (index >= finished.rows) return;
+  const int row = p.global_row(local), other = p.positive(row);
+  const int first = min(row, other), second = max(row, other);
+  float pull = upstream.at(first) * expm1f(-losses[first]);
+  if (second < p.anchors) pull += upstream.at(second) * expm1f(-losses[second]);
+  T* const out = local < p.sample_count ? grad_z0 + static_cast<int64_t>(local) * p.dim
+                                        : grad_z1 + static_cast<int64_t>(local - p.sample_count) * p.dim;
+  with_alignment<kVectors>(aligned, [&]<bool kAligned>() {
+    finish_row<kVectors, kAligned>(partial, unit, row, index, finished.rows, *unscale, pull, inv_norm[row], out, p);
+  });
 }
 
 }  // namespace

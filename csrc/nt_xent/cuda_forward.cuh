@@ -26,16 +26,13 @@ __device__ __forceinline__ float nothing() {
   return kPass == Pass::kMaxima ? -INFINITY : 0.0f;
 }
 
-// Maps positions (cuda_schedule.cuh) to rows of [z0; z1]. Positions fit in 32 bits.
+// Maps positions (cuda_schedule.cuh) to rows of [z0; z1].
 struct Positions {
   int samples, begin, count;
   bool both;
 
   __device__ explicit Positions(const Params& p)
-      : samples(static_cast<int>(p.samples)),
-        begin(static_cast<int>(p.sample_begin)),
-        count(static_cast<int>(p.sample_count)),
-        both(p.anchors == p.rows()) {}
+      : samples(p.samples), begin(p.sample_begin), count(p.sample_count), both(p.anchors == p.rows()) {}
   __device__ int row_of_anchor(int i) const { return i < count ? begin + i : samples - count + begin + i; }
   __device__ int row_of_other(int i) const {
     const int first_views = samples - count;
@@ -56,17 +53,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   SCAN_FAST_SHARED(float, inner_part, 2 * kInner);
   SCAN_FAST_SHARED(float, outer_part, 2 * kOuter);
   const Positions at(p);
-  const int anchors = static_cast<int>(schedule.anchors), others = static_cast<int>(schedule.others);
-  const int anchor_tiles = static_cast<int>(schedule.anchor_tiles());
+  const int anchors = schedule.anchors, others = schedule.others, anchor_tiles = schedule.anchor_tiles;
   const int offset = at.positive_offset(), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const float limit = kOperandScale * kOperandScale * p.scale;
-  const int64_t block = blockIdx.x, block_end = schedule.block_begin(block + 1);
-  int64_t next = schedule.block_begin(block), outer = schedule.outer_of(next);
-  for (int64_t tiles = 0; next < block_end; next += tiles, ++outer) {
-    const int64_t from = next - schedule.prefix(outer), rest = schedule.length(outer) - from;
-    tiles = block_end - next < rest ? block_end - next : rest;
-    const int first_column = static_cast<int>(outer) * kOuter;
-    const int first_inner = static_cast<int>(schedule.first_inner(outer));
+  const int block = static_cast<int>(blockIdx.x), block_end = schedule.block_begin(block + 1);
+  int next = schedule.block_begin(block), outer = schedule.outer_of(next);
+  for (int tiles = 0; next < block_end; next += tiles, ++outer) {
+    const int from = next - schedule.prefix(outer), rest = schedule.length(outer) - from;
+    tiles = min(block_end - next, rest);
+    const int first_column = outer * kOuter, first_inner = schedule.first_inner(outer);
     float column_sum[kColumns][2], column_shift[kColumns][2];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -80,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for_inner_tiles<kSplit, kOuter, kInner, kChunk, kResident>(
         packed, p, from, from + tiles,
         [&](int r) { return first_column + r < anchors ? at.row_of_anchor(first_column + r) : -1; },
-        [&](int64_t tile, int r) {
-          const int inner = first_inner + static_cast<int>(tile);
+        [&](int tile, int r) {
+          const int inner = first_inner + tile;
           if (inner < anchor_tiles) {
             const int i = inner * kInner + r;
             return i < anchors ? at.row_of_anchor(i) : -1;
@@ -89,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int i = (inner - anchor_tiles) * kInner + r;
           return i < others ? at.row_of_other(i) : -1;
         },
-        [&](float (&s)[kM][kColumns][4], int64_t tile) {
-          const int inner = first_inner + static_cast<int>(tile);
+        [&](float (&s)[kM][kColumns][4], int tile) {
+          const int inner = first_inner + tile;
           const bool of_anchors = inner < anchor_tiles, diagonal = tile * kInner < kOuter && of_anchors;
           const bool transposed = of_anchors && !diagonal;
           // The others are numbered after the anchors; `end` is behind the last row.
@@ -160,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           __syncthreads();
           if (thread < kInner && first + thread < end) {
             const float left = inner_part[thread], right = inner_part[kInner + thread];
-            partial[schedule.transposed_slot(outer) * anchors + first + thread] = combined<kPass>(left, right);
+            partial[slot_at(schedule.transposed_slot(outer), anchors, first + thread)] = combined<kPass>(left, right);
           }
         });
     // Eight lanes and two warps (the two halves of the inner tile) share a column.
@@ -177,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (thread < kOuter && first_column + thread < anchors) {
       const float upper = outer_part[thread], lower = outer_part[kOuter + thread];
-      partial[schedule.segment_slot(outer, block) * anchors + first_column + thread] = combined<kPass>(upper, lower);
+      partial[slot_at(schedule.segment_slot(outer, block), anchors, first_column + thread)] =
+          combined<kPass>(upper, lower);
     }
   }
 }

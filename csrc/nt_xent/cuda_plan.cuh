@@ -1,4 +1,4 @@
-// NT-Xent on the GPU, host side: kernel parameters of a problem, column splits, layout of the workspace.
+// NT-Xent on the GPU, host side: kernel parameters of a problem, column splits, allocation of the workspace.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +15,18 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Parameters of a launch that handles `local_rows` rows with `splits` column splits.
 inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int64_t splits) {
-  // Rows are counted in 32 bits inside the tiles; addresses are 64-bit.
+  // The kernels count rows and dimensions in 32 bits; addresses are 64-bit.
   if (problem.rows() > (int64_t{1} << 30)) throw std::runtime_error("nt_xent: more than 2^30 rows");
+  if (problem.dim > (int64_t{1} << 24)) throw std::runtime_error("nt_xent: more than 2^24 dimensions");
   Params p{};
-  p.samples = problem.samples;
-  p.sample_begin = problem.sample_begin;
-  p.sample_count = problem.sample_count;
-  p.local_rows = local_rows;
-  p.dim = problem.dim;
-  p.padded = ceil_div(problem.dim, 8) * 8;
-  p.anchors = problem.anchors();
-  p.splits = splits;
+  p.samples = static_cast<int>(problem.samples);
+  p.sample_begin = static_cast<int>(problem.sample_begin);
+  p.sample_count = static_cast<int>(problem.sample_count);
+  p.local_rows = static_cast<int>(local_rows);
+  p.dim = static_cast<int>(problem.dim);
+  p.padded = static_cast<int>(ceil_div(problem.dim, 8) * 8);
+  p.anchors = static_cast<int>(problem.anchors());
+  p.splits = static_cast<int>(splits);
   p.temperature = static_cast<float>(problem.temperature);
   p.scale = static_cast<float>(1.4426950408889634 / problem.temperature / (kOperandScale * kOperandScale));
   p.fixed_shift = problem.temperature >= kFixedShiftTemperature;
@@ -45,10 +46,12 @@ inline double split_cost(int64_t rows, int64_t room, int64_t block_rows, int64_t
 
 // Chooses the number of column splits for `blocks` blocks that process `tiles` tiles each, `room` blocks at a time: as
 // few waves of blocks as possible, with little to add up afterwards. More splits need memory, so they must gain 3 %.
-inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double price) {
+// `equal`: all splits must have the same number of tiles.
+inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double price, bool equal = false) {
   int64_t best = 1;
   double least = 0;
   for (int64_t splits = 1; splits <= std::min<int64_t>(16, tiles); ++splits) {
+    if (equal && tiles % splits != 0) continue;
     const double cost =
         static_cast<double>(ceil_div(blocks * splits, room)) * static_cast<double>(ceil_div(tiles, splits) + 1) +
         price * static_cast<double>(splits);
@@ -58,6 +61,18 @@ inline int64_t column_splits(int64_t blocks, int64_t tiles, int64_t room, double
     }
   }
   return best;
+}
+
+// Launches a kernel that calls follow_previous_kernel, with launch_after if kOverlap is set. Kernels that are compiled
+// for compute capability 9.0 alone overlap; the first kernel of a host function is always started by launch().
+template <bool kOverlap, typename... Parameters, typename... Arguments>
+void launch_next(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, StreamHandle stream,
+                 Arguments&&... arguments) {
+  if constexpr (kOverlap) {
+    launch_after(kernel, grid, block, smem, stream, arguments...);
+  } else {
+    launch(kernel, grid, block, smem, stream, arguments...);
+  }
 }
 
 // Allocates parts of the workspace, each aligned to 256 bytes. With a null base it only measures the size.
@@ -70,13 +85,7 @@ struct Arena {
     used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
     return part;
   }
-  half_t* take_operands(const NTXentProblem& problem, bool reduced) {
-    return take<half_t>((reduced ? 1 : 2) * problem.rows() * (ceil_div(problem.dim, 8) * 8));
-  }
 };
-
-// Grid of a kernel with one warp per row.
-inline dim3 grid_of_rows(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))); }
 
 }  // namespace
 }  // namespace scan_fast

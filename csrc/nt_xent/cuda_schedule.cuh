@@ -31,36 +31,37 @@
 
 namespace scan_fast {
 
+// Counts are at most 2^30: up to 128 outer tiles of a launch times the tiles of 2^30 rows. The host divides once; a
+// block finds its tiles with a few multiplications.
 template <int kInnerRows>
 struct ForwardSchedule {
   static constexpr int inner_width = kInnerRows;
-  int64_t anchors, others;         // A and O above
-  int64_t outer_begin, outer_end;  // outer tiles of this launch
-  int64_t blocks;
-  int64_t segment_slots;  // the transposed slots follow these
-  int outer_width;        // a multiple of the inner width
+  int anchors, others;            // A and O above
+  int anchor_tiles, other_tiles;  // inner tiles of each
+  int outer_begin, outer_end;     // outer tiles of this launch
+  int outer_width, inner_per_outer;
+  int longest;               // tiles of the first outer tile
+  int blocks, share, extra;  // a run has `share` tiles, of the first `extra` blocks one more
+  int segment_slots;         // the transposed slots follow these
 
-  __host__ __device__ int64_t anchor_tiles() const { return (anchors + inner_width - 1) / inner_width; }
-  __host__ __device__ int64_t other_tiles() const { return (others + inner_width - 1) / inner_width; }
-  __host__ __device__ int64_t outer_tiles() const { return (anchors + outer_width - 1) / outer_width; }
   // First inner tile of an outer tile: its diagonal.
-  __host__ __device__ int64_t first_inner(int64_t outer) const { return outer * (outer_width / inner_width); }
-  __host__ __device__ int64_t length(int64_t outer) const {
-    return anchor_tiles() - first_inner(outer) + other_tiles();
-  }
+  __host__ __device__ int first_inner(int outer) const { return outer * inner_per_outer; }
+  __host__ __device__ int length(int outer) const { return longest - (outer - outer_begin) * inner_per_outer; }
   // Number of tiles of the launch before an outer tile's first.
-  __host__ __device__ int64_t prefix(int64_t outer) const {
-    const int64_t count = outer - outer_begin;
-    return count * (anchor_tiles() + other_tiles()) -
-           (outer_begin + outer - 1) * count / 2 * (outer_width / inner_width);
+  __host__ __device__ int prefix(int outer) const {
+    const int count = outer - outer_begin;
+    return count * longest - count * (count - 1) / 2 * inner_per_outer;
   }
-  __host__ __device__ int64_t total() const { return prefix(outer_end); }
-  __host__ __device__ int64_t block_begin(int64_t block) const { return total() * block / blocks; }
-  __host__ __device__ int64_t block_of(int64_t tile) const { return ((tile + 1) * blocks - 1) / total(); }
-  __host__ __device__ int64_t outer_of(int64_t tile) const {
-    int64_t low = outer_begin, high = outer_end - 1;
+  __host__ __device__ int total() const { return prefix(outer_end); }
+  __host__ __device__ int block_begin(int block) const { return block * share + (block < extra ? block : extra); }
+  __host__ __device__ int block_of(int tile) const {
+    const int in_longer = extra * (share + 1);
+    return tile < in_longer ? tile / (share + 1) : extra + (tile - in_longer) / share;
+  }
+  __host__ __device__ int outer_of(int tile) const {
+    int low = outer_begin, high = outer_end - 1;
     while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
+      const int middle = (low + high + 1) / 2;
       if (prefix(middle) <= tile) {
         low = middle;
       } else {
@@ -69,40 +70,50 @@ struct ForwardSchedule {
     }
     return low;
   }
-  __host__ __device__ int64_t segments(int64_t outer) const {
+  __host__ __device__ int segments(int outer) const {
     return block_of(prefix(outer + 1) - 1) - block_of(prefix(outer)) + 1;
   }
-  __host__ __device__ int64_t segment_slot(int64_t outer, int64_t block) const {
-    return block - block_of(prefix(outer));
-  }
-  __host__ __device__ int64_t transposed_slot(int64_t outer) const { return segment_slots + outer - outer_begin; }
-  __host__ __device__ int64_t slots() const { return segment_slots + outer_end - outer_begin; }
+  __host__ __device__ int segment_slot(int outer, int block) const { return block - block_of(prefix(outer)); }
+  __host__ __device__ int transposed_slot(int outer) const { return segment_slots + outer - outer_begin; }
+  __host__ __device__ int slots() const { return segment_slots + outer_end - outer_begin; }
 
-  // The k-th slot that holds a value for an anchor, k < filled(anchor): the transposed slots, then the segments of its
-  // own outer tile.
-  __host__ __device__ int64_t transposed_slots(int64_t anchor) const {
-    const int64_t outer = anchor / outer_width, end = outer < outer_end ? outer : outer_end;
+  // The slots that hold a value for an anchor of an outer tile: the first transposed_slots(outer) of the transposed
+  // slots, then the first segments(outer) slots if own_segments(outer).
+  __host__ __device__ int transposed_slots(int outer) const {
+    const int end = outer < outer_end ? outer : outer_end;
     return end > outer_begin ? end - outer_begin : 0;
   }
-  __host__ __device__ int64_t filled(int64_t anchor) const {
-    const int64_t outer = anchor / outer_width;
-    return transposed_slots(anchor) + (outer < outer_begin || outer >= outer_end ? 0 : segments(outer));
-  }
-  __host__ __device__ int64_t filled_slot(int64_t anchor, int64_t k) const {
-    const int64_t count = transposed_slots(anchor);
-    return k < count ? segment_slots + k : k - count;
+  __host__ __device__ int own_segments(int outer) const {
+    return outer < outer_begin || outer >= outer_end ? 0 : segments(outer);
   }
 };
 
+// Index of a value in (slots, anchors).
+__host__ __device__ inline int64_t slot_at(int slot, int anchors, int anchor) {
+  return static_cast<int64_t>(slot) * anchors + anchor;
+}
+
 // Schedule of a launch for the outer tiles [begin, end), with at most `max_blocks` blocks.
 template <int kInnerRows>
-ForwardSchedule<kInnerRows> make_forward_schedule(int64_t anchors, int64_t others, int outer_width, int64_t begin,
-                                                  int64_t end, int64_t max_blocks) {
-  ForwardSchedule<kInnerRows> s{anchors, others, begin, end, 1, 0, outer_width};
-  s.blocks = s.total() < max_blocks ? s.total() : max_blocks;
+ForwardSchedule<kInnerRows> make_forward_schedule(int anchors, int others, int outer_width, int begin, int end,
+                                                  int max_blocks) {
+  ForwardSchedule<kInnerRows> s{};
+  s.anchors = anchors;
+  s.others = others;
+  s.anchor_tiles = (anchors + kInnerRows - 1) / kInnerRows;
+  s.other_tiles = (others + kInnerRows - 1) / kInnerRows;
+  s.outer_begin = begin;
+  s.outer_end = end;
+  s.outer_width = outer_width;
+  s.inner_per_outer = outer_width / kInnerRows;
+  s.longest = s.anchor_tiles - s.first_inner(begin) + s.other_tiles;
+  const int total = s.total();
+  s.blocks = total < max_blocks ? total : max_blocks;
+  s.share = total / s.blocks;
+  s.extra = total % s.blocks;
   // The first outer tile has the most tiles. At most two more blocks than it fills have a segment in it.
-  const int64_t longest = s.length(begin), filled = longest * s.blocks / s.total() + 2;
-  s.segment_slots = filled < longest ? filled : longest;
+  const int filled = s.longest / s.share + 2;
+  s.segment_slots = filled < s.longest ? filled : s.longest;
   return s;
 }
 

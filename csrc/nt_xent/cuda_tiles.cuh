@@ -22,18 +22,18 @@ __device__ __forceinline__ int tile_at(int row, int vector) {
 // rows and dimensions become zeros. row_of(r) returns the row in `packed` of tile row r, or -1.
 template <bool kSplit, int kRows, int kChunk, typename RowOf>
 __device__ __forceinline__ void load_tile(const Shared<half_t>& tile, const half_t* __restrict__ packed,
-                                          const Params& p, int64_t chunk, RowOf row_of) {
+                                          const Params& p, int chunk, RowOf row_of) {
   constexpr int kVectors = kChunk / 8;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
     const int r = i / kVectors, vector = i % kVectors;
-    const int64_t k = chunk * kChunk + vector * 8;
+    const int k = chunk * kChunk + vector * 8;
     if (k >= (p.padded + 15) / 16 * 16) continue;
-    const int64_t row = row_of(r);
+    const int row = row_of(r);
     const bool exists = row >= 0 && k < p.padded;
 #pragma unroll
     for (int part = 0; part < (kSplit ? 2 : 1); ++part) {
-      const half_t* from = exists ? packed + (part * p.rows() + row) * p.padded + k : packed;
+      const half_t* from = exists ? packed + (int64_t{part} * p.rows() + row) * p.padded + k : packed;
       cp_async_16((tile + part * (kRows * kChunk) + tile_at<kChunk>(r, vector)).get(), from, exists ? 16 : 0);
     }
   }
@@ -41,9 +41,9 @@ __device__ __forceinline__ void load_tile(const Shared<half_t>& tile, const half
 
 // Number of steps of 16 dimensions in a chunk.
 template <int kChunk>
-__device__ __forceinline__ int steps_of(const Params& p, int64_t chunk) {
-  const int64_t left = p.padded - chunk * kChunk;
-  return static_cast<int>(left < kChunk ? (left + 15) / 16 : kChunk / 16);
+__device__ __forceinline__ int steps_of(const Params& p, int chunk) {
+  const int left = p.padded - chunk * kChunk;
+  return left < kChunk ? (left + 15) / 16 : kChunk / 16;
 }
 
 // s += A B^T over one chunk, by one warp. A is 16 kM rows of a_tile from a_row, B is 16 kN rows of b_tile from b_row.
@@ -114,14 +114,14 @@ __device__ __forceinline__ int warp_column() {
 
 template <bool kSplit, int kOuter, int kInner, int kChunk, bool kResident, typename OuterRow, typename InnerRow,
           typename Consume>
-__device__ __forceinline__ void for_inner_tiles(const half_t* __restrict__ packed, const Params& p, int64_t begin,
-                                                int64_t end, OuterRow outer_row, InnerRow inner_row, Consume consume) {
+__device__ __forceinline__ void for_inner_tiles(const half_t* __restrict__ packed, const Params& p, int begin, int end,
+                                                OuterRow outer_row, InnerRow inner_row, Consume consume) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   constexpr int kParts = kSplit ? 2 : 1, kOuterTile = kOuter * kChunk * kParts, kInnerTile = kInner * kChunk * kParts;
   constexpr int kStage = kResident ? kInnerTile : kOuterTile + kInnerTile;
   const Shared<half_t> memory = dynamic.as<half_t>(), stages = memory + (kResident ? kOuterTile : 0);
-  const int chunks = kResident ? 1 : static_cast<int>((p.padded + kChunk - 1) / kChunk);
-  const auto load = [&](int64_t tile, int chunk, int stage) {
+  const int chunks = kResident ? 1 : (p.padded + kChunk - 1) / kChunk;
+  const auto load = [&](int tile, int chunk, int stage) {
     const Shared<half_t> to = stages + stage * kStage;
     if constexpr (!kResident) load_tile<kSplit, kOuter, kChunk>(to + kInnerTile, packed, p, chunk, outer_row);
     load_tile<kSplit, kInner, kChunk>(to, packed, p, chunk, [&](int r) { return inner_row(tile, r); });
@@ -130,7 +130,7 @@ __device__ __forceinline__ void for_inner_tiles(const half_t* __restrict__ packe
   load(begin, 0, 0);
   cp_async_commit();
   int stage = 0;
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     float s[kInner / 32][kOuter / 16][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const bool last = chunk + 1 == chunks;

@@ -74,13 +74,13 @@ void nt_xent_backward_cuda(const NTXentProblem& problem, const float* unit, cons
                            void* grad_z0, void* grad_z1, void* workspace, StreamHandle stream);
 
 // The same on a GPU of compute capability 9.0 (nt_xent_sm90.cu), for problems that nt_xent_sm90_covers accepts:
-//   temperature >= 0.03, and
-//   D <= 256 with `reduced`, for 16-bit embeddings (bfloat16, float16) and with "medium" float32 precision; or
-//   D <= 128 without, for float32 embeddings.
+//   temperature >= 0.03 and D <= 1024.
 // N, sample_begin, sample_count and both_anchors do not matter. Kernels launched, by name:
 //              sm_90a                                     portable
 //   forward    forward_sm90_kernel<Products<...>>         forward_kernel<...>, twice for temperatures below 0.03
-//   backward   backward_sm90_kernel<BackwardTiles<...>>   backward_kernel<...>; D > 128: weights_kernel, gather_kernel
+//   backward   backward_sm90_kernel<BackwardTiles<...>>   backward_kernel<...>
+//              D > 256, or D > 128 without `reduced`:     D > 128: weights_kernel, gather_kernel
+//              transpose_kernel, store_weights_sm90_kernel, gather_sm90_kernel
 //   both       prepare_forward_kernel, collect_kernel, prepare_backward_kernel, largest_gradient_kernel (not always),
 //              finish_backward_kernel
 bool nt_xent_sm90_covers(const NTXentProblem& problem, bool reduced);

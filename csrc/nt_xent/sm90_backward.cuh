@@ -117,9 +117,10 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  const int splits = static_cast<int>(gridDim.y);
-  const BackwardShare share{static_cast<int>(blockIdx.x), static_cast<int>(int64_t{column_tiles} * blockIdx.y / splits),
-                            static_cast<int>(int64_t{column_tiles} * (blockIdx.y + 1) / splits)};
+  follow_previous_kernel();
+  const int split = static_cast<int>(blockIdx.y);
+  const BackwardShare share{static_cast<int>(blockIdx.x), column_tiles * split / p.splits,
+                            column_tiles * (split + 1) / p.splits};
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     give_registers<24>();
@@ -139,22 +140,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     unsigned char* const stages = memory.get() + B::kRowBytes;
 
     const auto weigh = [&](int tile, int stage) {
-      const int first_column = tile * kColumns, distance = first_column - first_row;
-      const auto meets = [&](int offset) { return distance > offset - kColumns && distance < offset + kPanelRows; };
-      if (meets(0) || meets(count) || meets(-count)) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const Excluded out(first_row + tile_row(2 * h), count, count, first_column + accumulator_column(0), 1 << 30);
-#pragma unroll
-          for (int t = 0; t < kColumns / 8; ++t) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              float& value = s[4 * t + 2 * h + c];
-              value = out.holds(8 * t + c) ? -INFINITY : value;
-            }
-          }
-        }
-      }
+      exclude_handled_pairs<kColumns>(s, first_row, tile * kColumns, count);
 #pragma unroll
       for (int t = 0; t < kColumns / 8; ++t) {
         const float2 of_column = ld_shared<float2>(weights + (stage * kColumns + accumulator_column(4 * t)));
@@ -220,9 +206,11 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     turns.finish();
 
 #pragma unroll
-    for (int r = 0; r < B::kDim / 2; ++r) {
-      const int64_t local = first_row + tile_row(r), k = accumulator_column(r);
-      if (local < p.local_rows && k < p.dim) partial[(blockIdx.y * p.local_rows + local) * p.dim + k] = dz[r];
+    for (int h = 0; h < 2; ++h) {
+      const int local = first_row + tile_row(2 * h);
+      if (local >= p.local_rows) continue;
+      float* const to = partial + (int64_t{split} * p.local_rows + local) * p.dim;
+      store_accumulators<B::kDim>(to, dz, h, p.dim, p.dim % 2 == 0);
     }
   }
 }

@@ -4,7 +4,8 @@
 // (cuda_schedule.cuh). A thread has 2 rows and 32 columns of a tile. It keeps the sums of its columns in registers over
 // a whole segment. The sums of its rows are completed by four lanes and stored after each tile. So a tile costs, per
 // element, one FFMA, one exponential and two additions. At 16 exponentials per cycle, the exponentials take 79 % of the
-// time of the products at D = 128; hence the ping-pong schedule of the two warpgroups.
+// time of the products at D = 128; hence the ping-pong schedule of the two warpgroups. Beyond 512 dimensions (256
+// split) the outer tile does not fit, and both tiles stream (StreamedRuns).
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -20,24 +21,22 @@ using PanelSchedule = ForwardSchedule<kPanelRows>;
 struct ForwardRuns {
   struct Run {
     int fixed, begin, end;
-    int64_t segment_slot;
   };
   PanelSchedule schedule;
-  int64_t at, last, outer;
+  int at, last, outer;
 
   __device__ __forceinline__ explicit ForwardRuns(const PanelSchedule& schedule_)
       : schedule(schedule_),
-        at(schedule_.block_begin(blockIdx.x)),
-        last(schedule_.block_begin(int64_t{blockIdx.x} + 1)),
+        at(schedule_.block_begin(static_cast<int>(blockIdx.x))),
+        last(schedule_.block_begin(static_cast<int>(blockIdx.x) + 1)),
         outer(schedule_.outer_of(at)) {}
   __device__ __forceinline__ bool next(Run& run) {
     if (at >= last) return false;
-    const int64_t from = at - schedule.prefix(outer), rest = schedule.length(outer) - from;
-    const int64_t tiles = last - at < rest ? last - at : rest;
-    run.fixed = static_cast<int>(outer);
-    run.begin = static_cast<int>(schedule.first_inner(outer) + from);
-    run.end = run.begin + static_cast<int>(tiles);
-    run.segment_slot = schedule.segment_slot(outer, blockIdx.x);
+    const int from = at - schedule.prefix(outer), rest = schedule.length(outer) - from;
+    const int tiles = min(last - at, rest);
+    run.fixed = outer;
+    run.begin = schedule.first_inner(outer) + from;
+    run.end = run.begin + tiles;
     at += tiles;
     ++outer;
     return true;
@@ -46,6 +45,7 @@ struct ForwardRuns {
 
 constexpr int kForwardPartBytes = kMultipliers / 32 * kPanelRows * static_cast<int>(sizeof(float));
 
+template <bool kTurns>
 struct ForwardSums {
   static constexpr int kColumnGroups = kPanelRows / 8;  // groups of 8 columns, 2 of which belong to this thread
   float* partial;                                       // (slots, anchors)
@@ -62,11 +62,11 @@ struct ForwardSums {
         schedule(schedule_),
         scale(p.scale),
         limit(kOperandScale * kOperandScale * p.scale),
-        anchors(static_cast<int>(at.anchors())),
-        anchor_tiles(static_cast<int>(row_tiles(at.anchors()))),
-        rows(static_cast<int>(at.first_other() + at.others())),
-        count(static_cast<int>(at.count)),
-        offset(static_cast<int>(at.positive_offset())) {}
+        anchors(schedule_.anchors),
+        anchor_tiles(schedule_.anchor_tiles),
+        rows(at.first_other() + at.others()),
+        count(at.count),
+        offset(at.positive_offset()) {}
 
   __device__ __forceinline__ void begin(const ForwardRuns::Run&) {
 #pragma unroll
@@ -111,7 +111,9 @@ struct ForwardSums {
       sum += __shfl_xor_sync(kFullMask, sum, 1);
       sum += __shfl_xor_sync(kFullMask, sum, 2);
       const int i = first_row + tile_row(2 * h);
-      if (threadIdx.x % 4 == 0 && i < anchors) partial[schedule.transposed_slot(run.fixed) * anchors + i] = sum;
+      if (threadIdx.x % 4 == 0 && i < anchors) {
+        partial[slot_at(schedule.transposed_slot(run.fixed), anchors, i)] = sum;
+      }
     }
   }
 
@@ -130,15 +132,65 @@ struct ForwardSums {
     }
     named_barrier_sync(kFreeBarrier, kMultipliers);
     const int column = run.fixed * kPanelRows + thread;
-    if (thread >= kPanelRows || column >= anchors) return;
-    float sum = part[thread];
+    float sum = 0;
+    if (thread < kPanelRows) {
+      sum = part[thread];
 #pragma unroll
-    for (int warp = 1; warp < kMultipliers / 32; ++warp) {
-      const float other = part[warp * kPanelRows + thread];
-      sum += other;
+      for (int warp = 1; warp < kMultipliers / 32; ++warp) {
+        const float other = part[warp * kPanelRows + thread];
+        sum += other;
+      }
     }
-    partial[run.segment_slot * anchors + column] = sum;
     // The second warpgroup writes `part` again only after its next turn, which the first grants after this point.
+    // Without turns it must wait until the first has read `part`.
+    if constexpr (!kTurns) named_barrier_sync(kFreeBarrier, kMultipliers);
+    if (thread >= kPanelRows || column >= anchors) return;
+    const int slot = schedule.segment_slot(run.fixed, static_cast<int>(blockIdx.x));
+    partial[slot_at(slot, anchors, column)] = sum;
+  }
+};
+
+// The same for a main loop without a resident operand, whose runs have one row tile and several column tiles: a run is
+// a single tile, `fixed` its inner and `begin` its outer tile.
+struct StreamedRuns {
+  struct Run {
+    int fixed, begin, end;
+    bool last;  // tile of its segment
+  };
+  ForwardRuns segments;
+  int inner = 0, inner_end = 0;  // few variables: the copying thread has 24 registers
+
+  __device__ __forceinline__ bool next(Run& run) {
+    if (inner == inner_end) {
+      ForwardRuns::Run segment;
+      if (!segments.next(segment)) return false;
+      inner = segment.begin;
+      inner_end = segment.end;
+    }
+    const int outer = segments.outer - 1;
+    run.fixed = inner++;
+    run.begin = outer;
+    run.end = outer + 1;
+    run.last = inner == inner_end;
+    return true;
+  }
+};
+
+struct StreamedSums {
+  ForwardSums<false>& sums;
+
+  __device__ __forceinline__ static ForwardRuns::Run of_columns(const StreamedRuns::Run& run) {
+    return {run.begin, run.fixed, run.fixed + 1};
+  }
+  __device__ __forceinline__ explicit StreamedSums(ForwardSums<false>& sums_) : sums(sums_) { sums.begin({}); }
+  __device__ __forceinline__ void begin(const StreamedRuns::Run&) {}
+  __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const StreamedRuns::Run& run, int) {
+    sums.tile(s, of_columns(run), run.fixed);
+  }
+  __device__ __forceinline__ void end(const StreamedRuns::Run& run) {
+    if (!run.last) return;
+    sums.end(of_columns(run));
+    sums.begin({});
   }
 };
 
@@ -149,9 +201,16 @@ __global__ void __launch_bounds__(kProductThreads, 1)
                         const PanelSchedule schedule, PackedPositions positions, Params p) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   const Shared<unsigned char> memory = aligned_to_panels(dynamic);
-  ForwardSums sums(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
+  ForwardSums<P::kTurns> sums(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
   const PackedOperand<half_t> operand{packed, panels};
-  multiply_tiles<P>(memory, operand, operand, ForwardRuns(schedule), sums);
+  const ForwardRuns runs(schedule);
+  follow_previous_kernel();
+  if constexpr (P::kResident == Resident::kNone) {
+    StreamedSums streamed{sums};
+    multiply_tiles<P>(memory, operand, operand, StreamedRuns{runs}, streamed);
+  } else {
+    multiply_tiles<P>(memory, operand, operand, runs, sums);
+  }
 }
 
 }  // namespace

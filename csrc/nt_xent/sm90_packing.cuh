@@ -6,33 +6,32 @@
 // have a gradient. If one process handles all samples, positions are row numbers.
 #pragma once
 
-#include "common/panels.h"
+#include "common/tile_products.cuh"
 #include "nt_xent/cuda_common.cuh"
 
 namespace scan_fast {
 namespace {
 
 struct PackedPositions {
-  int64_t samples, begin, count;
+  int samples, begin, count;
   bool both;
 
-  __host__ __device__ int64_t anchors() const { return both ? 2 * count : count; }
-  __host__ __device__ int64_t others() const { return 2 * samples - anchors(); }
-  __host__ __device__ int64_t first_other() const { return row_tiles(anchors()) * kPanelRows; }
-  __host__ __device__ int64_t total() const { return first_other() + row_tiles(others()) * kPanelRows; }
-  __device__ bool exists(int64_t position) const {
-    return position < anchors() || (position >= first_other() && position < first_other() + others());
+  __host__ __device__ int anchors() const { return both ? 2 * count : count; }
+  __host__ __device__ int others() const { return 2 * samples - anchors(); }
+  __host__ __device__ int first_other() const { return (anchors() + kPanelRows - 1) / kPanelRows * kPanelRows; }
+  __host__ __device__ int total() const {
+    return first_other() + (others() + kPanelRows - 1) / kPanelRows * kPanelRows;
   }
-  __device__ int64_t position(int64_t row) const {
+  __device__ int position(int row) const {
     const bool second = row >= samples;
-    const int64_t sample = second ? row - samples : row;
+    const int sample = second ? row - samples : row;
     const bool handled = sample >= begin && sample < begin + count;
     if (handled && (both || !second)) return (second ? count : 0) + sample - begin;
-    const int64_t skipped = sample >= begin + count && (both || !second) ? count : 0;
+    const int skipped = sample >= begin + count && (both || !second) ? count : 0;
     return first_other() + (second ? samples - count : 0) + sample - skipped;
   }
   // Distance from the anchor of a first view (a position < count) to its positive.
-  __device__ int64_t positive_offset() const { return both ? count : first_other() + samples - count + begin; }
+  __device__ int positive_offset() const { return both ? count : first_other() + samples - count + begin; }
 };
 
 // Columns of a tile that are masked for a row: the row itself, its positive, and all from `end` on. Stored as offsets
@@ -52,27 +51,69 @@ struct Excluded {
   }
 };
 
+// Excludes the pairs of a row with itself and with its positive from a tile of products: 64 rows of a warpgroup in the
+// layout of wgmma, kColumns columns. All handled rows are the positions [0, 2 count).
+template <int kColumns>
+__device__ __forceinline__ void exclude_handled_pairs(float (&s)[kColumns / 2], int first_row, int first_column,
+                                                      int count) {
+  const int distance = first_column - first_row;
+  const auto meets = [&](int offset) { return distance > offset - kColumns && distance < offset + kPanelRows; };
+  if (!meets(0) && !meets(count) && !meets(-count)) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const Excluded out(first_row + tile_row(2 * h), count, count, first_column + accumulator_column(0), 1 << 30);
+#pragma unroll
+    for (int t = 0; t < kColumns / 8; ++t) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& value = s[4 * t + 2 * h + c];
+        value = out.holds(8 * t + c) ? -INFINITY : value;
+      }
+    }
+  }
+}
+
+// Stores the row of half h of an accumulator with kColumns columns, of which `columns` exist. pairs: the address of a
+// row is a multiple of 8.
+template <int kColumns>
+__device__ __forceinline__ void store_accumulators(float* __restrict__ row, const float (&d)[kColumns / 2], int h,
+                                                   int columns, bool pairs) {
+  float* const to = row + accumulator_column(0);
+  const int left = columns - accumulator_column(0);
+#pragma unroll
+  for (int t = 0; t < kColumns / 8; ++t) {
+    const float x = d[4 * t + 2 * h], y = d[4 * t + 2 * h + 1];
+    if (8 * t < left) {
+      if (pairs) {
+        st_global(to + 8 * t, make_float2(x, y));
+      } else {
+        to[8 * t] = x;
+        if (8 * t + 1 < left) to[8 * t + 1] = y;
+      }
+    }
+  }
+}
+
 template <bool kSplit>
 struct Panels {
   half_t* packed;
   int panels;  // panels of hi; the same number of lo follow in each tile
-  int64_t width;
+  int width;
   PackedPositions positions;
 
   Panels(half_t* packed_, int panels_, const PackedPositions& positions_)
-      : packed(packed_), panels(panels_), width(int64_t{panels_} * kPanelDims), positions(positions_) {}
-  __device__ __forceinline__ int64_t position(int64_t row) const { return positions.position(row); }
-  __device__ __forceinline__ int64_t row_at(int64_t position) const { return position; }
-  __device__ __forceinline__ void put(int64_t position, int64_t k, float unit) const {
-    const float value = unit * kOperandScale;
-    const half_t hi = from_float<half_t>(value);
-    const int64_t stored = kSplit ? 2 * panels : panels;
-    packed[panel_at(position, k, stored)] = hi;
-    if constexpr (kSplit) packed[panel_at(position, width + k, stored)] = from_float<half_t>(value - to_float(hi));
+      : packed(packed_), panels(panels_), width(panels_ * kPanelDims), positions(positions_) {}
+  __device__ __forceinline__ int position(int row) const { return positions.position(row); }
+  // Stores hi (and lo) of the elements k .. k + 3 of a unit row; k is a multiple of 4.
+  __device__ __forceinline__ void put(int position, int k, const float (&unit)[4]) const {
+    const PackedFour values(unit);
+    const int64_t at = panel_at(position, k, kSplit ? 2 * panels : panels);
+    st_global(packed + at, values.hi);
+    if constexpr (kSplit) st_global(packed + at + int64_t{panels} * kPanelElements, values.lo);
   }
-  __host__ __device__ int64_t fillers() const { return positions.total() - 2 * positions.samples; }
-  __device__ __forceinline__ int64_t filler(int64_t index) const {
-    const int64_t between = positions.first_other() - positions.anchors();
+  __host__ __device__ int fillers() const { return positions.total() - 2 * positions.samples; }
+  __device__ __forceinline__ int filler(int index) const {
+    const int between = positions.first_other() - positions.anchors();
     return index < between ? positions.anchors() + index
                            : positions.first_other() + positions.others() + index - between;
   }

@@ -27,16 +27,20 @@ struct Rings {
 };
 
 inline Rings forward_rings(const NTXentProblem& problem, bool reduced) {
-  const ForwardPlan plan(problem);
+  const ForwardPlan plan(problem, reduced);
   Rings rings;
-  plan.with_products(reduced, [&]<typename P>() { rings.stages = P::kStages; });
+  int64_t steps = 0;  // of a tile
+  plan.with_products([&]<typename P>() {
+    rings.stages = P::kStages;
+    steps = plan.panels * (reduced ? 1 : P::kResident == Resident::kNone ? 3 : 2);
+  });
   plan.for_rounds([&](const PanelSchedule& schedule, bool, bool) {
     ++rings.launches;
-    for (blockIdx = {}; blockIdx.x < schedule.blocks; ++blockIdx.x) {
+    for (blockIdx = {}; static_cast<int>(blockIdx.x) < schedule.blocks; ++blockIdx.x) {
       ForwardRuns runs(schedule);
       int64_t tiles = 0, count = 0;
       for (ForwardRuns::Run run; runs.next(run); ++count) tiles += run.end - run.begin;
-      rings.add(tiles, tiles * plan.panels * (reduced ? 1 : 2), count);
+      rings.add(tiles, tiles * steps, count);
     }
   });
   return rings;
@@ -45,7 +49,7 @@ inline Rings forward_rings(const NTXentProblem& problem, bool reduced) {
 inline Rings backward_rings(const NTXentProblem& problem, bool reduced) {
   const BackwardPlan plan(problem, reduced);
   Rings rings;
-  plan.with_tiles(reduced, [&]<typename B>() { rings.stages = B::kStages; });
+  plan.with_tiles([&]<typename B>() { rings.stages = B::kStages; });
   rings.launches = 1;
   rings.splits = plan.p.splits;
   for (int64_t part = 0; part < row_tiles(plan.p.local_rows) * plan.p.splits; ++part) {

@@ -53,6 +53,39 @@ void many_dimensions() {
   compare(kNTXentPortable, 66, 136, 0.02, true, false, {0, 66}, 3e-6);
 }
 
+// Rows that are not whole vectors of 4, also of more than 128 and of more than 512 dimensions; rows of several parts;
+// and 1,024 dimensions, which fill the registers.
+void rows_of_any_length() {
+  emu::options() = {.detect_races = true, .seed = 12};
+  for (const int64_t d : {1, 3, 4, 126, 127, 132, 512}) compare(kNTXentPortable, 9, d, 0.3, true, false, {0, 9}, 3e-6);
+  for (const int64_t d : {513, 516, 1100}) compare(kNTXentPortable, 3, d, 0.3, false, false, {0, 3}, 3e-6);
+}
+
+// Inputs and results at addresses that are no multiples of 16.
+void unaligned_rows() {
+  emu::options() = {};
+  const int64_t n = 9, d = 8;
+  const NTXentProblem problem{n, d, 0.2, true, 0, n};
+  check::Random random{5};
+  std::vector<float> z(2 * n * d + 1), upstream(2 * n, 1.0f), losses(2 * n), lse(2 * n), inv_norm(2 * n);
+  for (float& x : z) x = static_cast<float>(random.normal());
+  std::vector<std::vector<float>> results;
+  for (const int64_t shift : {0, 1}) {
+    std::vector<float> in(2 * n * d + shift), unit(2 * n * d + shift), out(2 * n * d + shift);
+    std::copy_n(z.begin(), 2 * n * d, in.begin() + shift);
+    const Buffer forward(nt_xent_forward_cuda_workspace(problem, false));
+    nt_xent_forward_cuda(problem, &in[shift], &in[shift + n * d], DType::kFloat32, false, losses.data(), lse.data(),
+                         &unit[shift], inv_norm.data(), forward.aligned, nullptr);
+    const Buffer backward(nt_xent_backward_cuda_workspace(problem, false));
+    nt_xent_backward_cuda(problem, &unit[shift], inv_norm.data(), losses.data(), lse.data(), {upstream.data(), 1},
+                          DType::kFloat32, false, &out[shift], &out[shift + n * d], backward.aligned, nullptr);
+    std::vector<float> result(out.begin() + shift, out.end());
+    result.insert(result.end(), losses.begin(), losses.end());
+    results.push_back(result);
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) CHECK_NEAR(results[1][i], results[0][i], 1e-6);
+}
+
 void wide_outer_tiles() {
   // On one processor there are enough tiles for outer_tiles of 128 rows; 16-bit products only.
   emu::options() = {.detect_races = true, .seed = 4, .multiprocessors = 1};
@@ -137,9 +170,9 @@ void forward_schedule_covers_every_tile_once(const std::vector<int>& outer_width
                 CHECK(tiles > 0 && from >= 0);
                 for (int64_t t = from; t < from + tiles; ++t) {
                   const int64_t inner = s.first_inner(outer) + t;
-                  CHECK(inner < s.anchor_tiles() + s.other_tiles());
+                  CHECK(inner < s.anchor_tiles + s.other_tiles);
                   CHECK(met.emplace(outer, inner).second);
-                  if (inner < s.anchor_tiles() && t >= width / kInnerRows) write(s.transposed_slot(outer), inner);
+                  if (inner < s.anchor_tiles && t >= width / kInnerRows) write(s.transposed_slot(outer), inner);
                 }
                 for (int64_t tile = s.first_inner(outer); tile < s.first_inner(outer + 1); ++tile) {
                   write(s.segment_slot(outer, block), tile);
@@ -149,13 +182,15 @@ void forward_schedule_covers_every_tile_once(const std::vector<int>& outer_width
             }
             // The last outer's second half may hold no anchors: its sums are made, and nobody reads them.
             std::set<std::pair<int64_t, int64_t>> read;
-            for (int64_t tile = 0; tile < s.anchor_tiles(); ++tile) {
-              for (int64_t k = 0; k < s.filled(tile * kInnerRows); ++k) {
-                CHECK(read.emplace(s.filled_slot(tile * kInnerRows, k), tile).second);
+            for (int64_t tile = 0; tile < s.anchor_tiles; ++tile) {
+              const int outer = static_cast<int>(tile * kInnerRows / width);
+              for (int k = 0; k < s.transposed_slots(outer); ++k) {
+                CHECK(read.emplace(s.segment_slots + k, tile).second);
               }
+              for (int k = 0; k < s.own_segments(outer); ++k) CHECK(read.emplace(k, tile).second);
             }
             for (auto it = written.begin(); it != written.end();) {
-              it = it->second >= s.anchor_tiles() ? written.erase(it) : std::next(it);
+              it = it->second >= s.anchor_tiles ? written.erase(it) : std::next(it);
             }
             CHECK(read == written);
           }
@@ -344,6 +379,8 @@ int main() {
   RUN(several_tiles_and_parts);
   RUN(other_gpus);
   RUN(many_dimensions);
+  RUN(rows_of_any_length);
+  RUN(unaligned_rows);
   RUN(wide_outer_tiles);
   RUN(one_gradient_for_all_losses);
   RUN(several_rounds);

@@ -136,6 +136,54 @@ void several_launches() {
   }
 }
 
+// More than 256 dimensions, or 128 split: W is stored, for 128 rows at a time and in parts of the columns. `stages`
+// says which main loop is meant: the one with a resident operand of up to 512 dimensions (256 split), or the one
+// without.
+struct Wide {
+  int64_t n, d;
+  bool both, reduced;
+  std::vector<int64_t> cuts;
+  int stages;
+  int64_t splits = 1;  // at least
+};
+
+void wide(const Wide& c, uint64_t seed, int multiprocessors, bool detect_races = false) {
+  emu::options() = {.detect_races = detect_races, .seed = seed, .multiprocessors = multiprocessors};
+  const struct Restored {
+    int64_t usual = max_weight_bytes;
+    ~Restored() { max_weight_bytes = usual; }
+  } restored;
+  max_weight_bytes = 1;
+  const NTXentProblem problem{c.n, c.d, 0.1, c.both, 0, c.cuts[1]};
+  CHECK(nt_xent_sm90_covers(problem, c.reduced) && forward_rings(problem, c.reduced).stages == c.stages);
+  const BackwardPlan plan(problem, c.reduced);
+  CHECK(!plan.narrow && plan.chunk == std::min<int64_t>(kPanelRows, plan.rows) && plan.p.splits >= c.splits);
+  compare(kNTXentSM90, c.n, c.d, 0.1, c.both, c.reduced, c.cuts, c.reduced ? 2e-3 : 3e-6, 3);
+}
+
+void many_dimensions() {
+  wide({140, 300, true, true, {0, 140}, LargeProducts<Resident::kColumns, false>::kStages}, 1, 2, true);
+  wide({130, 512, false, true, {0, 60, 130}, LargeProducts<Resident::kColumns, false>::kStages}, 2, 3);
+  wide({66, 577, true, true, {0, 66}, StreamedProducts<false>::kStages}, 3, 1, true);
+  wide({40, 1024, false, true, {0, 40}, StreamedProducts<false>::kStages}, 4, 1);
+  // Four column tiles, divided.
+  wide({250, 264, true, true, {0, 250}, LargeProducts<Resident::kColumns, false>::kStages, 2}, 5, 12);
+}
+
+void many_split_dimensions() {
+  wide({140, 130, true, false, {0, 140}, LargeProducts<Resident::kColumns, true>::kStages}, 6, 2, true);
+  wide({100, 256, false, false, {0, 30, 100}, LargeProducts<Resident::kColumns, true>::kStages}, 7, 3);
+  wide({66, 260, true, false, {0, 66}, StreamedProducts<true>::kStages}, 8, 1, true);
+  wide({250, 129, true, false, {0, 250}, LargeProducts<Resident::kColumns, true>::kStages, 2}, 9, 12);
+}
+
+// W of all rows at once.
+void many_dimensions_in_one_piece() {
+  emu::options() = {.seed = 10, .multiprocessors = 3};
+  compare(kNTXentSM90, 200, 320, 0.1, true, true, {0, 200}, 2e-3, 3);
+  compare(kNTXentSM90, 150, 200, 0.1, true, false, {0, 150}, 3e-6, 3);
+}
+
 // Sizes that sm90_plan.cuh gives for 132 multiprocessors; benchmarks use them on a GPU.
 void sizes_that_wrap_on_a_gpu() {
   emu::options() = {.multiprocessors = 132};
@@ -154,6 +202,16 @@ void sizes_that_wrap_on_a_gpu() {
     const Rings forward = forward_rings(problem(size.example), size.reduced);
     CHECK(forward.wrap_twice() && forward.most_runs >= 3 && forward.launches == 1);
     CHECK(backward_rings(problem(size.example), size.reduced).wrap_twice());
+  }
+  for (const int64_t dim : {512, 1024}) {
+    for (const bool reduced : {true, false}) {
+      const NTXentProblem problem{2048, dim, 0.1, true, 0, 2048};
+      CHECK(forward_rings(problem, reduced).wrap_twice());
+      const BackwardPlan plan(problem, reduced);
+      const StoredWeights stored = plan.stored(0);
+      CHECK(int64_t{stored.row_tiles()} * stored.column_tiles / 132 * plan.panels >= 2 * 6 + 1);
+      CHECK(stored.split_panels() >= 2 * GatherProducts<true>::kStages + 1);
+    }
   }
   CHECK(forward_rings({9000, 128, 0.1, true, 0, 9000}, true).launches == 2);
 }
@@ -174,8 +232,8 @@ void covers_what_fits() {
   const auto covers = [](int64_t dim, double temperature, bool reduced) {
     return nt_xent_sm90_covers({10, dim, temperature, true, 0, 10}, reduced);
   };
-  CHECK(covers(128, 0.1, true) && covers(128, 0.1, false) && covers(256, 0.03, true));
-  CHECK(!covers(129, 0.1, false) && !covers(257, 0.1, true) && !covers(128, 0.02, true));
+  CHECK(covers(128, 0.1, true) && covers(1024, 0.1, false) && covers(1024, 0.03, true));
+  CHECK(!covers(1025, 0.1, false) && !covers(1025, 0.1, true) && !covers(128, 0.02, true));
 }
 
 }  // namespace
@@ -190,6 +248,9 @@ int main() {
   RUN(covers_what_fits);
   RUN(columns_are_divided_where_it_pays);
   RUN(sizes_that_wrap_on_a_gpu);
+  RUN(many_dimensions);
+  RUN(many_split_dimensions);
+  RUN(many_dimensions_in_one_piece);
   RUN(several_launches);
   RUN(rings_wrap_on_one_multiprocessor);
   RUN(rings_wrap_on_two_multiprocessors);

@@ -29,7 +29,12 @@ MATRIX = {
     "neighbors/neighbors_cuda.cu": ("search_tiles", "search_finely"),
     "neighbors/neighbors_sm90.cu": ("search_tiles_sm90_kernel",),
     "nt_xent/nt_xent_cuda.cu": ("forward_kernel", "backward_kernel", "weights_kernel", "gather_kernel"),
-    "nt_xent/nt_xent_sm90.cu": ("forward_sm90_kernel", "backward_sm90_kernel"),
+    "nt_xent/nt_xent_sm90.cu": (
+        "forward_sm90_kernel",
+        "backward_sm90_kernel",
+        "store_weights_sm90_kernel",
+        "gather_sm90_kernel",
+    ),
 }
 
 NAME = "_ZN9scan_fast48_GLOBAL__N__c952af28_15_nt_xent_cuda_cu_c644615815backward_kernelILb0ELb1EEEvPKfi"

@@ -19,8 +19,8 @@ from .gradients import gradient_cases, pair, shape_label
 
 SHAPES = {
     "tiny": [(3, 5), (37, 40)],
-    "smoke": [(37, 40), (4096, 128), (2048, 256)],
-    # With 132 multiprocessors, only the last five make rings go round: csrc/nt_xent/sm90_plan.cuh has the sizes.
+    "smoke": [(37, 40), (4096, 128), (2048, 256), (2048, 512)],
+    # With 132 multiprocessors, only the last seven make rings go round: csrc/nt_xent/sm90_plan.cuh has the sizes.
     "full": [
         (1, 3),
         (65, 33),
@@ -32,6 +32,8 @@ SHAPES = {
         (2048, 192),
         (4096, 128),
         (2048, 256),
+        (2048, 512),
+        (2048, 1024),
         (9000, 128),
     ],
 }
@@ -74,9 +76,9 @@ def cases(size: str, kernels: str) -> Iterator[Case]:
             )
 
 
-def covers(kernels: str, dim: int, dtype: torch.dtype) -> bool:
+def covers(kernels: str, dim: int, _dtype: torch.dtype) -> bool:
     """Return whether a kernel set is meant to take a problem: csrc/nt_xent/nt_xent_sm90.cu says what it covers."""
-    return kernels == "portable" or dim <= (128 if dtype == torch.float32 else 256)
+    return kernels == "portable" or dim <= 1024
 
 
 @lru_cache(maxsize=2)

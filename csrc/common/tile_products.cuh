@@ -193,19 +193,19 @@ __device__ __forceinline__ void produce(unsigned char* memory, const Ring<P::kBu
       // Not unrolled: this thread has 24 registers.
 #pragma unroll 1
       for (int step = 0; step < (kThrice ? 3 * rows.panels : panels); ++step) {
-        const int product = !kThrice || step < rows.panels ? 0 : step < 2 * rows.panels ? 1 : 2;
-        const int panel = step - product * rows.panels;
+        const int of_row = kThrice && step >= rows.panels ? step - rows.panels : step;
+        const int of_column = kThrice && step >= 2 * rows.panels ? step - 2 * rows.panels : step;
         ring.claim(at, P::kStageBytes);
         unsigned char* to = stages + at.stage * P::kStageBytes;
         MBarrier* const full = ring.full(at.stage);
         if constexpr (P::kResident == Resident::kColumns) {
-          copy_panel<1>(to, rows, panels, moving, panel, full);
+          copy_panel<1>(to, rows, panels, moving, of_row, full);
         } else {
           if constexpr (P::kResident == Resident::kNone) {
-            copy_panel<1>(to, rows, panels, run.fixed, panel + (product == 2 ? rows.panels : 0), full);
+            copy_panel<1>(to, rows, panels, run.fixed, of_row, full);
             to += kPanelBytes;
           }
-          copy_panel<kColumnTiles>(to, columns, panels, moving, panel + (product == 1 ? rows.panels : 0), full);
+          copy_panel<kColumnTiles>(to, columns, panels, moving, of_column, full);
         }
         at.advance();
       }

@@ -157,21 +157,18 @@ struct StreamedRuns {
     int fixed, begin, end;
     bool last;  // tile of its segment
   };
-  ForwardRuns segments;
-  int inner = 0, inner_end = 0;  // few variables: the copying thread has 24 registers
+  ForwardRuns tiles;  // `at` advances by one tile; nothing else is kept, because the copying thread has 24 registers
 
   __device__ __forceinline__ bool next(Run& run) {
-    if (inner == inner_end) {
-      ForwardRuns::Run segment;
-      if (!segments.next(segment)) return false;
-      inner = segment.begin;
-      inner_end = segment.end;
-    }
-    const int outer = segments.outer - 1;
-    run.fixed = inner++;
+    if (tiles.at >= tiles.last) return false;
+    const int outer = tiles.outer, from = tiles.at - tiles.schedule.prefix(outer);
+    const bool complete = from + 1 == tiles.schedule.length(outer);
+    ++tiles.at;
+    tiles.outer += complete ? 1 : 0;
+    run.fixed = tiles.schedule.first_inner(outer) + from;
     run.begin = outer;
     run.end = outer + 1;
-    run.last = inner == inner_end;
+    run.last = complete || tiles.at == tiles.last;
     return true;
   }
 };

@@ -199,3 +199,18 @@ def test_nothing_waits_for_the_device_or_allocates_behind_torch() -> None:
     sources += [build_gate.CSRC / "common" / "device.h"]
     found = {path.name: re.findall(forbidden + r"|\.item\b|\.cpu\(\)", path.read_text()) for path in sources}
     assert len(sources) > 15 and not {name: calls for name, calls in found.items() if calls}
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.slow
+def test_kernels_that_may_start_early_wait_before_they_access_memory() -> None:
+    """csrc/nt_xent/cuda_plan.cuh, launch_next: the compiler must not move an access in front of the wait."""
+    assert CUOBJDUMP is not None
+    code = build_gate.sass(build("nt_xent/nt_xent_sm90.cu", "90a")["object"], "90a", CUOBJDUMP)
+    blocks = re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]
+    assert blocks
+    for block in blocks:
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", block)
+        accesses = [at for at, name in enumerate(names) if name in {"LD", "LDG", "LDGSTS", "ST", "STG", "UBLKCP"}]
+        assert accesses and names.index("ACQBULK") < min(accesses), block.partition("\n")[0]

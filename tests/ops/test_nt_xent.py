@@ -359,8 +359,8 @@ def test_every_instruction_set(isa: str, products: str, tmp_path: Path) -> None:
                 losses, exact = oracle(z0, z1, temperature, anchors)
                 upstream = torch.linspace(-1, 1, len(losses))
                 grads = gradients(losses, exact, upstream)
-                key = (temperature, anchors)
-                cases[samples, *key] = [z0.detach(), z1.detach(), upstream, losses.detach(), *grads]
+                case = [z0.detach(), z1.detach(), upstream, losses.detach(), *grads]
+                cases[samples, temperature, anchors] = case
     torch.save(cases, tmp_path / "case.pt")
     code = """
 import sys, torch

@@ -22,6 +22,31 @@ The test suite compiles every CUDA kernel for all supported architectures and ru
 |---|---|---|---|---|---|---|
 """
 ENDING = """
+## Predictions
+
+The kernels have changed since the measurement on an H200 (`benchmarks/results/kernels-h200.json`). What their changes
+should bring was written down before any measurement, and none of the column "predicted" has been measured. It follows
+from bytes, flops, registers and waves of blocks, which the headers of the sources give; latencies are guesses. "Limit"
+is the longest of products, memory and exponentials at the measured peak rates; for a search, of all products, without
+symmetry.
+
+| kernels, size | measured before | predicted | share of limit | what changes |
+|---|---:|---:|---:|---|
+| nt_xent 16-bit, 1024x128 | 36 us | 18 us | 5 % | index arithmetic in 32 bits, rows in registers, launches that overlap |
+| nt_xent 16-bit, 8192x128 | 122 us | 97 us | 58 % | the same |
+| nt_xent 16-bit, 65536x128 | | 4.1 ms | 84 % | |
+| nt_xent 16-bit, 8192x512 | | 330 us | 67 % | kernels for sm_90a up to 1,024 dimensions |
+| nt_xent float32, 1024x128 | 42 us | 23 us | | as in 16 bits |
+| nt_xent float32, 8192x128 | 223 us | 200 us | 87 % | |
+| nt_xent float32, 8192x512 | | 1.25 ms | 53 % | |
+| neighbors 50000x512, k = 20 | 9.6 ms | 4.5 ms | 75 % | queries stay in shared memory; lists without loads per candidate |
+| neighbors 20000x512, k = 20 | 4.1 ms | 1.1 ms | 50 % | first thresholds from the first tile; eight exact sums at a time |
+| scan_loss 10x1024x1000 float32 | 106 us | 70 us | 80 % | grids of one wave by the occupancy of the build; sums in a second kernel |
+| scan_loss 1024x10 | 11 us | 6 us | | no memset, no ticket |
+| self_label 1024x1000 float32 | 24 us | 10 us | 40 % | no atomics on global memory, no memset |
+| self_label 1000x10 | 16 us | 7 us | | |
+| augment 1024x32x32 | 123 us | 30 us | 7 % | four warps per image, two passes of the resize, no divisions |
+
 ## To verify on a machine with an NVIDIA GPU
 
 With nvcc, CMake, ninja and pybind11 beside torch:

@@ -32,16 +32,16 @@ symmetry.
 
 | kernels, size | measured before | predicted | share of limit | what changes |
 |---|---:|---:|---:|---|
-| nt_xent 16-bit, 1024x128 | 36 us | 18 us | 5 % | index arithmetic in 32 bits, rows in registers, launches that overlap |
+| nt_xent 16-bit, 1024x128 | 36 us | 18 us | 5 % | 32-bit indices, rows in registers, overlapping launches |
 | nt_xent 16-bit, 8192x128 | 122 us | 97 us | 58 % | the same |
 | nt_xent 16-bit, 65536x128 | | 4.1 ms | 84 % | |
 | nt_xent 16-bit, 8192x512 | | 330 us | 67 % | kernels for sm_90a up to 1,024 dimensions |
 | nt_xent float32, 1024x128 | 42 us | 23 us | | as in 16 bits |
 | nt_xent float32, 8192x128 | 223 us | 200 us | 87 % | |
 | nt_xent float32, 8192x512 | | 1.25 ms | 53 % | |
-| neighbors 50000x512, k = 20 | 9.6 ms | 4.5 ms | 75 % | queries stay in shared memory; lists without loads per candidate |
-| neighbors 20000x512, k = 20 | 4.1 ms | 1.1 ms | 50 % | first thresholds from the first tile; eight exact sums at a time |
-| scan_loss 10x1024x1000 float32 | 106 us | 70 us | 80 % | grids of one wave by the occupancy of the build; sums in a second kernel |
+| neighbors 50000x512, k = 20 | 9.6 ms | 4.5 ms | 75 % | queries in shared memory; lists without loads |
+| neighbors 20000x512, k = 20 | 4.1 ms | 1.1 ms | 50 % | thresholds from the first tile; eight sums at a time |
+| scan_loss 10x1024x1000 float32 | 106 us | 70 us | 80 % | grids of one wave; sums in a second kernel |
 | scan_loss 1024x10 | 11 us | 6 us | | no memset, no ticket |
 | self_label 1024x1000 float32 | 24 us | 10 us | 40 % | no atomics on global memory, no memset |
 | self_label 1000x10 | 16 us | 7 us | | |

@@ -1,8 +1,9 @@
-"""A convolution's forward pass and both gradients in bfloat16: ``python -m benchmarks.convolution --device cpu``.
+"""A convolution's passes for which there are kernels: ``python -m benchmarks.convolution --device cpu``.
 
-A size is N x C x O x S x k x s: images, input and output channels, side, kernel, stride; the padding is k // 2. Weights
-are float32, as in training under autocast: every contender rounds them, and returns their gradient in float32. There is
-no CUDA kernel.
+A size is N x C x O x S x k x s: images, input and output channels, side, kernel, stride; the padding is k // 2.
+Forward pass and both gradients in bfloat16: weights are float32, as in training under autocast; every contender rounds
+them, and returns their gradient in float32. With the suffix ``-float32``, the weight gradient alone. There is no CUDA
+kernel.
 """
 
 from __future__ import annotations
@@ -11,16 +12,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scan_fast.ops.convolution import conv2d, pays
+from scan_fast.ops.convolution import conv2d, grad_weight, pays
 
 from . import peers
 from .ceilings import Work
 from .family import Family, main
 from .harness import Case, Contender, Tensors
 
+FLOAT32 = "-float32"
+
 
 def case(size: str, device: str) -> Case:
-    """Build the case of a size such as ``128x64x64x32x3x1``."""
+    """Build the case of a size such as ``128x64x64x32x3x1`` or ``128x64x64x32x3x1-float32``."""
+    return _weight_gradient(size, device) if size.endswith(FLOAT32) else _bfloat16(size, device)
+
+
+def _weight_gradient(size: str, device: str) -> Case:
+    images, in_channels, out_channels, side, kernel, stride = (
+        int(part) for part in size.removesuffix(FLOAT32).split("x")
+    )
+    padding = kernel // 2
+    out_side = (side + 2 * padding - kernel) // stride + 1
+    like = torch.empty(out_channels, in_channels, kernel, kernel).contiguous(memory_format=torch.channels_last)
+
+    def inputs(seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (images, in_channels, side, side), (images, out_channels, out_side, out_side)
+        drawn = (torch.randn(shape, generator=generator) for shape in shapes)
+        return tuple(x.to(device).contiguous(memory_format=torch.channels_last) for x in drawn)
+
+    def of_pytorch(x: Tensor, grad: Tensor) -> Tensors:
+        found = torch.ops.aten.convolution_backward(
+            grad, x, like.to(x), None, (stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1, (False, True, False)
+        )
+        return (found[1],)
+
+    def exact(x: Tensor, grad: Tensor) -> Tensors:
+        return of_pytorch(x.double(), grad.double())
+
+    def ours(x: Tensor, grad: Tensor) -> Tensors:
+        return (grad_weight(grad, x, kernel, stride, padding),)
+
+    products = 2.0 * images * out_side**2 * in_channels * out_channels * kernel**2
+    elements = images * (in_channels * side**2 + out_channels * out_side**2)
+    work = Work(flops=products, bytes=4 * float(elements))
+    contenders = [
+        Contender("scan-fast", ours, 1e-4, work, skipped=peers.no_kernel("convolution", device)),
+        Contender("eager", of_pytorch, 1e-4),
+    ]
+    return Case(size, inputs, exact, contenders)
+
+
+def _bfloat16(size: str, device: str) -> Case:
     images, in_channels, out_channels, side, kernel, stride = (int(part) for part in size.split("x"))
     padding = kernel // 2
     out_side = (side + 2 * padding - kernel) // stride + 1
@@ -72,7 +115,7 @@ def case(size: str, device: str) -> Case:
 
 FAMILY = Family(
     name="convolution",
-    title="Convolution forward and backward, bfloat16",
+    title="Convolution forward and backward in bfloat16, weight gradient in float32",
     case=case,
     # The convolutions of a ResNet-18 for 32-pixel images, at the batch of a SCAN step.
     sizes={
@@ -84,10 +127,15 @@ FAMILY = Family(
             "128x256x256x8x3x1",
             "128x256x512x8x3x2",
             "128x512x512x4x3x1",
+            "128x64x64x32x3x1-float32",
+            "128x64x128x32x3x2-float32",
+            "128x128x128x16x3x1-float32",
+            "128x256x256x8x3x1-float32",
+            "128x512x512x4x3x1-float32",
         ),
         "cuda": (),
     },
-    quick_sizes=("32x32x64x4x3x1",),
+    quick_sizes=("32x32x64x4x3x1", "32x32x64x4x3x1-float32"),
     memory_sizes={"cpu": ("128x128x128x16x3x1",), "cuda": ()},
 )
 

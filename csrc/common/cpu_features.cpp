@@ -54,6 +54,29 @@ bool cpu_has_amx_bf16() {
 #endif
 }
 
+bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // CPUID leaf 7, subleaf 1, EAX bit 5; subleaf 0 gives the number of subleaves.
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  if (eax == 0) return false;
+  eax = 7, ecx = 1;
+  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return cpu_isa() == CpuIsa::kAvx512 && (eax & (1u << 5));
+#else
+  return false;
+#endif
+}
+
+bool cpu_multiplies_bf16_vectors() {
+  static const bool yes = [] {
+    const char* wanted = std::getenv("SCAN_FAST_CPU_BF16");
+    return wanted == nullptr ? cpu_has_avx512_bf16() : std::strcmp(wanted, "1") == 0;
+  }();
+  return yes;
+}
+
 bool cpu_is_from_intel() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -17,4 +17,10 @@ bool cpu_has_amx_bf16();
 
 bool cpu_is_from_intel();
 
+// Returns whether kernels should multiply bfloat16 pairs in vectors: on a processor with AVX-512-BF16. For tests,
+// SCAN_FAST_CPU_BF16=0 says no, and SCAN_FAST_CPU_BF16=1 says yes on any processor, on which float32 instructions then
+// compute the same sums.
+bool cpu_multiplies_bf16_vectors();
+bool cpu_has_avx512_bf16();
+
 }  // namespace scan_fast

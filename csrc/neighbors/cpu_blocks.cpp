@@ -18,12 +18,12 @@ struct Block {
 
 }  // namespace
 
-std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, bool amx,
+std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, TileProducts products,
                                    int64_t capacity) {
   const TopkProblem& problem = search.problem;
   const int64_t dim = problem.dim, total = static_cast<int64_t>(wanted.size());
   if (total == 0) return {};
-  const TileEngine engine(amx, dim);
+  const TileEngine engine(products, dim);
   const PackedDatabase packed = pack_database(engine, search.database, problem.n_database, /*both_sides=*/false);
   // At most 512 KiB for the packed block and 64 MiB for its lists, and enough tasks for all threads.
   int64_t block_rows = std::min<int64_t>({512, (512 << 10) * engine.panel_rows / engine.panel_bytes,
@@ -45,8 +45,8 @@ std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = wanted[begin + r];
       if (!search.queries.usable(i)) continue;
-      const RoundedRow rounded =
-          kernels().round(problem.queries + i * dim, search.queries.scale[i], dim, amx, block.rounded.data());
+      const RoundedRow rounded = kernels().round(problem.queries + i * dim, search.queries.scale[i], dim,
+                                                 engine.rounds_to_bf16(), block.rounded.data());
       search.open(i, rounded, packed, lists, r);
       engine.pack_left(block.rounded.data(), r, block.packed.data());
     }

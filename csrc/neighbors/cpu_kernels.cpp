@@ -158,6 +158,79 @@ void product(const float* a, const float* b, int64_t dim, float* c) {
   }
 }
 
+// ---- products of bfloat16 pairs -----------------------------------------------------------------------------------
+
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+
+inline Words load_words(const uint32_t* p) {
+  Words v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vector low_halves(Words v) { return reinterpret_cast<Vector>(v << 16); }
+inline Vector high_halves(Words v) { return reinterpret_cast<Vector>(v & 0xffff0000u); }
+
+// On any processor: the products are exact in float32, so only the sums are rounded, as in the instruction.
+void product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c) {
+  Vector sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = broadcast(0.0f);
+  }
+  const int64_t panel = pairs * kLanes;
+  for (int64_t d = 0; d < pairs; ++d) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Words column = load_words(b + v * panel + d * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Words row = Words{} + a[d * kLanes + r];
+        sum[r][v] = multiply_add(high_halves(row), high_halves(column), sum[r][v]);
+        sum[r][v] = multiply_add(low_halves(row), low_halves(column), sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(c + r * kColumns + v * kLanes, sum[r][v]);
+  }
+}
+
+#if defined(SCAN_FAST_ISA_avx512)
+// Two multiply-adds per lane and instruction, twice the rate of float32.
+__attribute__((target("avx512bf16"))) void product_avx512_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs,
+                                                               float* c) {
+  __m512 sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+  }
+  const int64_t panel = pairs * kLanes;
+  for (int64_t d = 0; d < pairs; ++d) {
+    __m512i column[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) column[v] = _mm512_loadu_si512(b + v * panel + d * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i row = _mm512_set1_epi32(static_cast<int>(a[d * kLanes + r]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)row, (__m512bh)column[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * kColumns + v * kLanes, sum[r][v]);
+  }
+}
+#else
+constexpr decltype(&product_bf16) product_avx512_bf16 = nullptr;
+#endif
+
 // ---- candidate lists ----------------------------------------------------------------------------------------------
 
 int64_t count_at_least(const float* value, int64_t n, float bound) {
@@ -272,8 +345,9 @@ void filter_both(const float* c, int64_t rows, int64_t columns, int64_t first_ro
 }  // namespace
 
 const CpuKernels& neighbor_kernels() {
-  static constexpr CpuKernels kernels = {kRows,    kColumns, kLanes,       &dot,    &round,
-                                         &product, &filter,  &filter_both, &tighten};
+  static constexpr CpuKernels kernels = {kRows,   kColumns,     kLanes,        &dot,
+                                         &round,  &product,     &product_bf16, product_avx512_bf16,
+                                         &filter, &filter_both, &tighten};
   return kernels;
 }
 

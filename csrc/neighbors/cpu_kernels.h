@@ -45,6 +45,11 @@ struct CpuKernels {
 
   // c (tile_rows, tile_columns). a points to the first row within its panel, b to the first of its panels.
   void (*product)(const float* a, const float* b, int64_t dim, float* c);
+  // The same tile for rows of bfloat16. A 32-bit word holds two consecutive elements of a row, the first in its low half;
+  // panels are (pairs, panel_rows) words. product_bf16 runs everywhere, product_avx512_bf16 only if
+  // cpu_has_avx512_bf16(), and is null in the other sets.
+  void (*product_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
+  void (*product_avx512_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
 
   // Adds every element of a tile that reaches its row's threshold to the row's list. Rows beyond the end of the lists
   // must exist and be closed.

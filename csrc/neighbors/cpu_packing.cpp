@@ -1,24 +1,36 @@
 // Operands and candidate lists of the CPU neighbour search.
 //
 // Rows are scaled, rounded and packed once, in the order in which the tile products read them. AMX needs its left
-// operand by rows and its right one by pairs of columns (cpu_amx.cpp). float32 vectors need panels (dim, lanes) on both
+// operand by rows and its right one by pairs of columns (cpu_amx.cpp). Vectors need panels (dim, lanes) on both
 // sides (cpu_kernels.cpp), so one packed copy serves both.
+#include <cstring>
+
 #include "neighbors/cpu_search.h"
 
 namespace scan_fast::neighbors {
 
-TileEngine::TileEngine(bool use_amx, int64_t n_columns)
-    : amx(use_amx),
+TileEngine::TileEngine(TileProducts which, int64_t n_columns)
+    : products(which),
       dim(n_columns),
-      tile_rows(amx ? kAmxTile : kernels().tile_rows),
-      tile_columns(amx ? kAmxTile : kernels().tile_columns),
-      panel_rows(amx ? kAmxTile : kernels().panel_rows),
-      panel_bytes(amx ? amx_panel_size(dim) * 2 : panel_rows * dim * 4) {}
+      tile_rows(amx() ? kAmxTile : kernels().tile_rows),
+      tile_columns(amx() ? kAmxTile : kernels().tile_columns),
+      panel_rows(amx() ? kAmxTile : kernels().panel_rows),
+      panel_bytes(amx()                                    ? amx_panel_size(dim) * 2
+                  : products == TileProducts::kBf16Vectors ? panel_rows * ((dim + 1) / 2) * 4
+                                                           : panel_rows * dim * 4),
+      vector_product_(cpu_has_avx512_bf16() ? kernels().product_avx512_bf16 : kernels().product_bf16) {}
 
 void TileEngine::pack_left(const float* rounded, int64_t row, uint8_t* packed) const {
   uint8_t* const panel = packed + row / panel_rows * panel_bytes;
-  if (amx) {
+  if (amx()) {
     amx_pack_query(rounded, dim, row % panel_rows, reinterpret_cast<uint16_t*>(panel));
+  } else if (products == TileProducts::kBf16Vectors) {
+    uint16_t* const out = reinterpret_cast<uint16_t*>(panel) + row % panel_rows * 2;
+    for (int64_t d = 0; d < dim; ++d) {
+      uint32_t bits;
+      std::memcpy(&bits, rounded + d, sizeof(bits));
+      out[d / 2 * 2 * panel_rows + d % 2] = static_cast<uint16_t>(bits >> 16);
+    }
   } else {
     float* const out = reinterpret_cast<float*>(panel) + row % panel_rows;
     for (int64_t d = 0; d < dim; ++d) out[d * panel_rows] = rounded[d];
@@ -26,7 +38,7 @@ void TileEngine::pack_left(const float* rounded, int64_t row, uint8_t* packed) c
 }
 
 void TileEngine::pack_right(const float* rounded, int64_t row, uint8_t* packed) const {
-  if (!amx) return pack_left(rounded, row, packed);
+  if (!amx()) return pack_left(rounded, row, packed);
   amx_pack_database(rounded, dim, row % panel_rows,
                     reinterpret_cast<uint16_t*>(packed + row / panel_rows * panel_bytes));
 }
@@ -38,8 +50,8 @@ PackedDatabase pack_database(const TileEngine& engine, const Rows& database, int
   packed.rounded.resize(n);
   packed.right_bytes.grow(panels * engine.panel_bytes);
   packed.right = packed.right_bytes.data();
-  packed.left = engine.amx ? nullptr : packed.right;
-  if (both_sides && engine.amx) {
+  packed.left = engine.amx() ? nullptr : packed.right;
+  if (both_sides && engine.amx()) {
     packed.left_bytes.grow(panels * engine.panel_bytes);
     packed.left = packed.left_bytes.data();
   }
@@ -51,8 +63,8 @@ PackedDatabase pack_database(const TileEngine& engine, const Rows& database, int
     }
     for (int64_t j = panel * engine.panel_rows; j < std::min(n, (panel + 1) * engine.panel_rows); ++j) {
       if (!database.usable(j)) continue;
-      packed.rounded[j] =
-          kernels().round(database.data + j * engine.dim, database.scale[j], engine.dim, engine.amx, rounded.data());
+      packed.rounded[j] = kernels().round(database.data + j * engine.dim, database.scale[j], engine.dim,
+                                          engine.rounds_to_bf16(), rounded.data());
       engine.pack_right(rounded.data(), j, packed.right_bytes.data());
       if (packed.left_bytes.data() != nullptr) engine.pack_left(rounded.data(), j, packed.left_bytes.data());
     }

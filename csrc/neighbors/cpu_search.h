@@ -65,33 +65,43 @@ struct Rows {
 
 inline double cosine_length(double length) { return std::max(length, 1e-12); }
 
-// One of two ways to multiply tiles: bfloat16 on AMX tiles, or float32 in vector registers. Rows are packed in panels
-// of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows of the right one.
+// Ways to multiply tiles: float32 or bfloat16 pairs in vector registers, or bfloat16 on AMX tiles.
+enum class TileProducts { kFloat32, kBf16Vectors, kBf16Amx };
+
+// One of them. Rows are packed in panels of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows of the right one.
 struct TileEngine {
-  bool amx;
+  TileProducts products;
   int64_t dim, tile_rows, tile_columns, panel_rows, panel_bytes;
 
-  TileEngine(bool use_amx, int64_t dim);
-  // Writes one rounded row into its zeroed panel. The two layouts are the same for float32.
+  TileEngine(TileProducts which, int64_t dim);
+  bool amx() const { return products == TileProducts::kBf16Amx; }
+  bool rounds_to_bf16() const { return products != TileProducts::kFloat32; }
+  // Writes one rounded row into its zeroed panel. The two layouts are the same but for AMX.
   void pack_left(const float* rounded, int64_t row, uint8_t* packed) const;
   void pack_right(const float* rounded, int64_t row, uint8_t* packed) const;
   // Computes c (tile_rows, tile_columns) for the tile that begins at row `left` of a and row `right` of b.
   void multiply(const uint8_t* a, int64_t left, const uint8_t* b, int64_t right, float* c) const {
     const uint8_t* const a_panel = a + left / panel_rows * panel_bytes;
     const uint8_t* const b_panel = b + right / panel_rows * panel_bytes;
-    if (amx) {
+    if (amx()) {
       amx_product(reinterpret_cast<const uint16_t*>(a_panel), reinterpret_cast<const uint16_t*>(b_panel), dim, c);
+    } else if (products == TileProducts::kBf16Vectors) {
+      vector_product_(reinterpret_cast<const uint32_t*>(a_panel) + left % panel_rows,
+                      reinterpret_cast<const uint32_t*>(b_panel), (dim + 1) / 2, c);
     } else {
       kernels().product(reinterpret_cast<const float*>(a_panel) + left % panel_rows,
                         reinterpret_cast<const float*>(b_panel), dim, c);
     }
   }
+
+ private:
+  decltype(CpuKernels::product_bf16) vector_product_;
 };
 
 // Configures AMX tiles for the calling thread if the engine uses them.
 class EngineSession {
  public:
-  explicit EngineSession(const TileEngine& engine) : amx_(engine.amx ? std::make_unique<AmxSession>() : nullptr) {}
+  explicit EngineSession(const TileEngine& engine) : amx_(engine.amx() ? std::make_unique<AmxSession>() : nullptr) {}
 
  private:
   std::unique_ptr<AmxSession> amx_;
@@ -153,9 +163,9 @@ struct Search {
 
 // Each returns the queries that it could not decide, in ascending order.
 // Searches the given queries against all rows, in blocks of queries.
-std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, bool amx,
+std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64_t>& wanted, TileProducts products,
                                    int64_t capacity);
 // Searches all rows of a database against each other; each pair is multiplied once.
-std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t capacity);
+std::vector<int64_t> search_symmetric(const Search& search, TileProducts products, int64_t capacity);
 
 }  // namespace scan_fast::neighbors

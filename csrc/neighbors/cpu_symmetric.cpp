@@ -49,10 +49,10 @@ void multiply_blocks(const TileEngine& engine, const PackedDatabase& packed, int
 
 }  // namespace
 
-std::vector<int64_t> search_symmetric(const Search& search, bool amx, int64_t capacity) {
+std::vector<int64_t> search_symmetric(const Search& search, TileProducts products, int64_t capacity) {
   const TopkProblem& problem = search.problem;
   const int64_t n = problem.n_database;
-  const TileEngine engine(amx, problem.dim);
+  const TileEngine engine(products, problem.dim);
   const PackedDatabase packed = pack_database(engine, search.database, n, /*both_sides=*/true);
   ListMemory memory;
   CandidateLists lists =

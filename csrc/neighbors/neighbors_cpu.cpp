@@ -1,7 +1,7 @@
 // Exact top-k neighbours on the CPU. neighbors.h has the definition, and explains why a fast search can be exact.
 //
 // Searches in order, each for the rows that the previous ones could not decide:
-//   bfloat16 on AMX tiles (if the CPU has them), short lists;
+//   bfloat16 on AMX tiles or in vectors (if the CPU has one of them), short lists;
 //   float32, long lists (its bound is about 100 times tighter);
 //   float64 brute force.
 // The fast searches process queries in blocks (cpu_blocks.cpp). If the queries are the database and many are undecided,
@@ -154,7 +154,8 @@ constexpr int64_t kSymmetricBytes = int64_t{256} << 20;
 
 // Searches the open queries with one kind of product. Returns those that are still open. The capacity of a list is
 // twice what is usually kept, and holds what the final threshold of hard rows lets through.
-std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t>& wanted, bool self_search, bool amx) {
+std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t>& wanted, bool self_search,
+                                 TileProducts products) {
   const TopkProblem& problem = search.problem;
   const int64_t n = problem.n_database, open = static_cast<int64_t>(wanted.size());
   // A symmetric search does half the work for all rows and keeps the lists of all rows. So its lists are shorter and
@@ -162,8 +163,8 @@ std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t
   const int64_t symmetric_capacity = 256 + 4 * problem.k;
   const bool symmetric =
       self_search && 2 * open > n && n * symmetric_capacity * 8 <= std::max(kSymmetricBytes, 16 * n * problem.dim);
-  std::vector<int64_t> rest = symmetric ? search_symmetric(search, amx, symmetric_capacity) : wanted;
-  return search_blocks(search, rest, amx, (amx ? 1024 : 8192) + 8 * problem.k);
+  std::vector<int64_t> rest = symmetric ? search_symmetric(search, products, symmetric_capacity) : wanted;
+  return search_blocks(search, rest, products, (products == TileProducts::kFloat32 ? 8192 : 1024) + 8 * problem.k);
 }
 
 }  // namespace
@@ -182,10 +183,12 @@ SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, 
   SearchedAgain again{};
   // If most rows are neighbours, a fast search has nothing to exclude.
   if (2 * problem.k < problem.n_database) {
-    const bool amx = amx_is_usable();
-    wanted = search_fast(search, wanted, same, amx);
+    const TileProducts first = amx_is_usable()                 ? TileProducts::kBf16Amx
+                               : cpu_multiplies_bf16_vectors() ? TileProducts::kBf16Vectors
+                                                               : TileProducts::kFloat32;
+    wanted = search_fast(search, wanted, same, first);
     again.finely = static_cast<int64_t>(wanted.size());
-    if (amx) wanted = search_fast(search, wanted, same, /*amx=*/false);
+    if (first != TileProducts::kFloat32) wanted = search_fast(search, wanted, same, TileProducts::kFloat32);
     again.exactly = static_cast<int64_t>(wanted.size());
   }
   search_exactly(search, wanted);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu_check.h"
+#include "neighbors/cpu_search.h"
 #include "neighbors/neighbors.h"
 
 namespace {
@@ -92,6 +93,39 @@ void rows_that_are_not_finite() {
   search({{}, x, 10, 6});
 }
 
+// Tiles of rows that are rounded and packed, by every product that this processor has.
+void products_of_packed_rows() {
+  using neighbors::TileProducts;
+  for (const auto which : {TileProducts::kFloat32, TileProducts::kBf16Vectors, TileProducts::kBf16Amx}) {
+    if (which == TileProducts::kBf16Amx && !amx_is_usable()) continue;
+    for (const int64_t dim : {1, 2, 33, 64, 129}) {
+      const neighbors::TileEngine engine(which, dim);
+      const neighbors::EngineSession session(engine);
+      const int64_t rows = 2 * engine.tile_columns, panels = rows / engine.panel_rows;
+      const std::vector<float> x = normal(rows, dim, 11);
+      std::vector<float> rounded(rows * dim), tile(engine.tile_rows * engine.tile_columns, NAN);
+      neighbors::Buffer<uint8_t> left, right;
+      for (auto* side : {&left, &right}) {
+        side->grow(panels * engine.panel_bytes);
+        std::fill_n(side->data(), panels * engine.panel_bytes, uint8_t{0});
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        neighbors::kernels().round(&x[i * dim], 1.0, dim, engine.rounds_to_bf16(), &rounded[i * dim]);
+        engine.pack_left(&rounded[i * dim], i, left.data());
+        engine.pack_right(&rounded[i * dim], i, right.data());
+      }
+      const int64_t first_row = engine.tile_rows, first_column = engine.tile_columns;
+      engine.multiply(left.data(), first_row, right.data(), first_column, tile.data());
+      for (int64_t i = 0; i < engine.tile_rows; ++i) {
+        for (int64_t j = 0; j < engine.tile_columns; ++j) {
+          const double exact = lane_sum(&rounded[(first_row + i) * dim], &rounded[(first_column + j) * dim], dim);
+          CHECK_NEAR(tile[i * engine.tile_columns + j], exact, 1e-6 * static_cast<double>(dim + 1));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -100,5 +134,6 @@ int main() {
   RUN(several_blocks);
   RUN(ties_and_duplicates);
   RUN(rows_that_are_not_finite);
+  RUN(products_of_packed_rows);
   return check::finish();
 }

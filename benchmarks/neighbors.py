@@ -10,7 +10,6 @@ k-th must be as good as the true k-th, and nobody may be their own neighbour.
 from __future__ import annotations
 
 import functools
-import os
 
 import numpy as np
 import torch
@@ -147,7 +146,8 @@ def case(size: str, device: str) -> Case:
 
 
 def _searches_in_bfloat16() -> bool:
-    return bool(native.build_info().get("cpu_amx_bf16")) and "SCAN_FAST_CPU_ISA" not in os.environ
+    build = native.build_info()
+    return bool(build.get("cpu_amx_bf16") or build.get("cpu_bf16_vectors"))
 
 
 FAMILY = Family(

@@ -218,7 +218,8 @@ def case(size: str, device: str) -> Case:
 
 
 def _cpu_has_bf16() -> bool:
-    return bool(native.build_info().get("cpu_gemm_bf16"))
+    build = native.build_info()
+    return bool(build.get("cpu_gemm_bf16") or build.get("cpu_bf16_vectors"))
 
 
 WITHOUT_AMX = (

@@ -50,6 +50,7 @@ py::dict build_info() {
   info["cpu_amx_bf16"] = scan_fast::amx_is_usable();
   info["cpu_gemm"] = scan_fast::cpu_gemm_is_used() ? "mkl" : "tiles";
   info["cpu_gemm_bf16"] = scan_fast::cpu_gemm_has_bf16();
+  info["cpu_bf16_vectors"] = scan_fast::cpu_multiplies_bf16_vectors();
   return info;
 }
 

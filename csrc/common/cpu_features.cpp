@@ -56,14 +56,16 @@ bool cpu_has_amx_bf16() {
 
 bool cpu_has_avx512_bf16() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  // CPUID leaf 7, subleaf 1, EAX bit 5; subleaf 0 gives the number of subleaves.
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  if (eax == 0) return false;
-  eax = 7, ecx = 1;
-  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return cpu_isa() == CpuIsa::kAvx512 && (eax & (1u << 5));
+  static const bool has = [] {
+    // CPUID leaf 7, subleaf 1, EAX bit 5; subleaf 0 gives the number of subleaves.
+    unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    if (eax == 0) return false;
+    eax = 7, ecx = 1;
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    return cpu_isa() == CpuIsa::kAvx512 && (eax & (1u << 5)) != 0;
+  }();
+  return has;
 #else
   return false;
 #endif

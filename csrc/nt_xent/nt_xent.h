@@ -43,8 +43,8 @@ void nt_xent_normalize_cpu(const NTXentProblem& problem, const float* z0, const 
                            float* inv_norm);
 
 // losses and shifted_lse: local_anchors() values, first of the handled samples' first views, then with both_anchors of
-// their second views. `reduced` rounds the operands of the similarity products to bfloat16 if cpu_gemm_has_bf16();
-// otherwise it is ignored.
+// their second views. `reduced` rounds the operands of the products to bfloat16 if cpu_gemm_has_bf16() or
+// cpu_multiplies_bf16_vectors(); otherwise it is ignored.
 void nt_xent_forward_cpu(const NTXentProblem& problem, const float* unit, bool reduced, float* losses,
                          float* shifted_lse);
 

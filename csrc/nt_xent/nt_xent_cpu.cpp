@@ -29,6 +29,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "nt_xent/nt_xent.h"
+#include "nt_xent/nt_xent_cpu_bf16.h"
 #include "nt_xent/nt_xent_cpu_kernel.h"
 #include "nt_xent/schedule.h"
 
@@ -73,15 +74,20 @@ struct Piece {
   int64_t skipped;  // rows of the block before the first
 };
 
-// Unit rows as operands of the products, and tiles of similarities computed from them. Three ways to multiply:
+// Unit rows as operands of the products, and tiles of similarities computed from them. Four ways to multiply:
 //   register tiles (common/register_tiles.h) of rows that are packed once, block by block
 //   float32 products of MKL, which packs its operands in every call
 //   bfloat16 products of MKL on AMX tiles, for reduced precision
+//   register tiles of bfloat16 pairs, for reduced precision on processors with AVX-512-BF16 but no AMX
 class Similarities {
  public:
   Similarities(const NTXentProblem& problem, const float* unit, bool reduced, const std::vector<RowBlock>& blocks,
                bool gathers)
-      : problem_(problem), unit_(unit), reduced_(reduced && cpu_gemm_has_bf16()), tiles_(uses_tiles(reduced)) {
+      : problem_(problem),
+        unit_(unit),
+        reduced_(reduced && cpu_gemm_has_bf16()),
+        tiles_(uses_tiles(reduced)),
+        words_(uses_words(reduced)) {
     const int64_t dim = problem.dim;
     if (tiles_) {
       int64_t rows = 0;
@@ -91,9 +97,17 @@ class Similarities {
         padded_.push_back(padded(block.size));
       }
       slice_dim_ = (dim + kNTXentMaxWidth - 1) / kNTXentMaxWidth * kNTXentMaxWidth;
-      panels_ = Scratch<float>(rows * dim);
+      panel_dim_ = words_ ? (dim + 1) / 2 : dim;
+      if (words_) slice_dim_ /= 2;
+      panels_ = Scratch<float>(rows * panel_dim_);
       if (gathers) slices_ = Scratch<float>(rows * slice_dim_);
       parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t b, int) {
+        if (words_) {
+          SCAN_FAST_BF16_ISA(nt_xent_pack_bf16)
+          (unit_ + blocks[b].begin * dim, blocks[b].size, dim, words(panels_, first_[b] * panel_dim_),
+           gathers ? words(slices_, first_[b] * slice_dim_) : nullptr);
+          return;
+        }
         SCAN_FAST_BEST_ISA(nt_xent_pack)
         (unit_ + blocks[b].begin * dim, blocks[b].size, dim, panels_.get() + first_[b] * dim,
          gathers ? slices_.get() + first_[b] * slice_dim_ : nullptr);
@@ -106,9 +120,13 @@ class Similarities {
     });
   }
 
-  static bool uses_tiles(bool reduced) { return !(reduced && cpu_gemm_has_bf16()) && !cpu_gemm_is_used(); }
+  static bool uses_words(bool reduced) { return reduced && !cpu_gemm_has_bf16() && cpu_multiplies_bf16_vectors(); }
+  static bool uses_tiles(bool reduced) {
+    if (uses_words(reduced)) return true;
+    return !(reduced && cpu_gemm_has_bf16()) && !cpu_gemm_is_used();
+  }
   bool reduced() const { return reduced_; }
-  bool tiles() const { return tiles_; }
+  bool words() const { return words_; }
   // Columns of a tile that are written and finite or -infinity, and its leading dimension, which is not a power of two:
   // a column of the tile should not fall into a few sets of the L1 cache.
   static int64_t used(int64_t columns) { return (columns + 15) / 16 * 16; }
@@ -118,7 +136,11 @@ class Similarities {
   // tile (rows x columns) = the cosines. The diagonal, positive pairs and padding are -infinity.
   void make(const Piece& rows, const Piece& columns, float* tile) const {
     const int64_t dim = problem_.dim, step = ld(columns.size);
-    if (tiles_) {
+    if (words_) {
+      SCAN_FAST_BF16_ISA(nt_xent_similarities_bf16)
+      (words(panels_, (first_[rows.block] + rows.skipped) * panel_dim_), rows.size,
+       words(panels_, (first_[columns.block] + columns.skipped) * panel_dim_), columns.size, dim, tile, step);
+    } else if (tiles_) {
       SCAN_FAST_BEST_ISA(nt_xent_similarities)
       (panels_.get() + (first_[rows.block] + rows.skipped) * dim, rows.size,
        panels_.get() + (first_[columns.block] + columns.skipped) * dim, columns.size, dim, tile, step);
@@ -146,7 +168,13 @@ class Similarities {
     const int64_t dim = problem_.dim, step = ld(columns.size);
     const Piece& from = transposed ? rows : columns;
     const int64_t m = transposed ? columns.size : rows.size;
-    if (tiles_) {
+    if (words_) {
+      // The words that pair columns, then those that pair rows.
+      const uint32_t* const weights = reinterpret_cast<const uint32_t*>(tile16);
+      SCAN_FAST_BF16_ISA(nt_xent_gather_bf16)
+      (transposed ? weights + padded(rows.size) * (step / 2) : weights, step, m, from.size, transposed,
+       words(slices_, first_[from.block] * slice_dim_), padded_[from.block], dim, to);
+    } else if (tiles_) {
       SCAN_FAST_BEST_ISA(nt_xent_gather)
       (tile, step, m, from.size, transposed, slices_.get() + first_[from.block] * slice_dim_, padded_[from.block], dim,
        to);
@@ -162,9 +190,14 @@ class Similarities {
  private:
   const NTXentProblem& problem_;
   const float* unit_;
-  bool reduced_, tiles_;
-  int64_t slice_dim_ = 0;
-  std::vector<int64_t> first_, padded_;  // of each block: packed rows before it, and its own
+  static uint32_t* words(const Scratch<float>& memory, int64_t at) {
+    static_assert(sizeof(uint32_t) == sizeof(float));
+    return static_cast<uint32_t*>(static_cast<void*>(memory.get() + at));
+  }
+
+  bool reduced_, tiles_, words_;
+  int64_t panel_dim_ = 0, slice_dim_ = 0;  // words or floats per packed row
+  std::vector<int64_t> first_, padded_;    // of each block: packed rows before it, and its own
   Scratch<float> panels_, slices_;
   Scratch<uint16_t> rounded_;
 };
@@ -331,7 +364,9 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
   const auto piece = [&](int64_t b) { return Piece{b, blocks[b].begin, blocks[b].size, 0}; };
   const int64_t tile_size = similarities.tile_size(block, block);
   const Scratch<float> scratch(max_threads() * tile_size);
-  const Scratch<uint16_t> scratch16(similarities.reduced() ? max_threads() * tile_size : 0);
+  // Rounded weights: once, or as words in both orders.
+  const int64_t size16 = similarities.reduced() ? tile_size : similarities.words() ? 2 * tile_size : 0;
+  const Scratch<uint16_t> scratch16(max_threads() * size16);
 
   const auto gradient = [&](int64_t local_row) {
     return local_row < problem.sample_count ? grad_z0 + local_row * dim
@@ -356,12 +391,17 @@ void nt_xent_backward_cpu(const NTXentProblem& problem, const float* unit, const
       (tile, x.size, columns, ld, scale, shift.data() + x.begin, weight.data() + x.begin, shift.data() + y.begin,
        weight.data() + y.begin);
     }
+    uint16_t* const tile16 = scratch16.get() + thread * size16;
     if (similarities.reduced()) {
-      SCAN_FAST_BEST_ISA(nt_xent_to_bf16)(tile, x.size * ld, scratch16.get() + thread * tile_size);
+      SCAN_FAST_BEST_ISA(nt_xent_to_bf16)(tile, x.size * ld, tile16);
+    } else if (similarities.words()) {
+      uint32_t* const across = reinterpret_cast<uint32_t*>(tile16);
+      SCAN_FAST_BF16_ISA(nt_xent_pair_weights)
+      (tile, x.size, columns, ld, across, across + padded(x.size) * (ld / 2));
     }
   };
   const auto add = [&](int64_t x, int64_t y, bool transposed, float* to, int thread) {
-    similarities.apply(scratch.get() + thread * tile_size, scratch16.get() + thread * tile_size, piece(x), piece(y),
+    similarities.apply(scratch.get() + thread * tile_size, scratch16.get() + thread * size16, piece(x), piece(y),
                        transposed, to);
   };
 

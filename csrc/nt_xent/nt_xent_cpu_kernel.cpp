@@ -1,6 +1,6 @@
 #include "nt_xent/nt_xent_cpu_kernel.h"
 
-#include "common/register_tiles.h"
+#include "nt_xent/nt_xent_cpu_tiles.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
@@ -168,57 +168,8 @@ void nt_xent_finish_row(const float* unit, const float* positive, int64_t dim, d
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-namespace {
-
-constexpr int kWideColumns = kWideVectors * kLanes, kNarrowColumns = kNarrowVectors * kLanes;
-static_assert(kNTXentPadding % kWideColumns == 0 && kLanes % kWideRows == 0);
-static_assert(kNarrowColumns <= kNTXentMaxWidth);
-
-// Rows and columns of a tile that are multiples of both shapes: of W Z, and of W^T Z.
-constexpr int64_t kWholeRows = 24;
-constexpr int64_t kWholeColumns = kWideColumns % kNarrowRows == 0 ? kWideColumns : kNTXentPadding;
-static_assert(kWholeRows % kWideRows == 0 && kWholeRows % kNarrowRows == 0 && kNTXentPadding % kWholeRows == 0);
-static_assert(kWholeColumns % kWideColumns == 0 && kWholeColumns % kNarrowRows == 0);
-static_assert(kNTXentPadding % kWholeColumns == 0);
-
-inline int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-template <bool kTransposed>
-void gather(const float* tile, int64_t ld, int64_t rows, int64_t depth, const float* slices, int64_t padded_depth,
-            int64_t dim, float* to) {
-  const int64_t a_row = kTransposed ? 1 : ld, a_step = kTransposed ? ld : 1;
-  for (int64_t d = 0; d < dim; d += kNarrowColumns, slices += padded_depth * kNarrowColumns) {
-    for (int64_t i = 0; i < rows; i += kNarrowRows) {
-      Vec sum[kNarrowRows][kNarrowVectors] = {};
-      add_products(sum, depth, tile + i * a_row, a_row, a_step, slices, kLanes, kNarrowColumns);
-      float* const out = to + i * dim + d;
-      if (rows - i >= kNarrowRows && dim - d >= kNarrowColumns) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kNarrowRows; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kNarrowVectors; ++v) {
-            store(out + r * dim + v * kLanes, load(out + r * dim + v * kLanes) + sum[r][v]);
-          }
-        }
-        continue;
-      }
-      float edge[kNarrowRows * kNarrowColumns];
-#pragma GCC unroll 16
-      for (int r = 0; r < kNarrowRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kNarrowVectors; ++v) store(edge + r * kNarrowColumns + v * kLanes, sum[r][v]);
-      }
-      for (int64_t r = 0; r < kNarrowRows && i + r < rows; ++r) {
-        for (int64_t c = 0; c < kNarrowColumns && d + c < dim; ++c) out[r * dim + c] += edge[r * kNarrowColumns + c];
-      }
-    }
-  }
-}
-
-}  // namespace
-
 void nt_xent_pack(const float* unit, int64_t rows, int64_t dim, float* panels, float* slices) {
-  const int64_t padded = rounded_up(rows, kNTXentPadding);
+  const int64_t padded = nt_xent_padded(rows);
   for (int64_t first = 0; first < padded; first += kLanes, panels += kLanes * dim) {
     for (int64_t k = 0; k < dim; ++k) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -238,28 +189,27 @@ void nt_xent_pack(const float* unit, int64_t rows, int64_t dim, float* panels, f
 
 void nt_xent_similarities(const float* row_panels, int64_t rows, const float* column_panels, int64_t columns,
                           int64_t dim, float* tile, int64_t ld) {
-  const int64_t whole_rows = rounded_up(rows, kWholeRows), whole_columns = rounded_up(columns, kWholeColumns);
-  for (int64_t j = 0; j < whole_columns; j += kWideColumns) {
-    const float* const right = column_panels + j * dim;
-    for (int64_t i = 0; i < whole_rows; i += kWideRows) {
-      Vec sum[kWideRows][kWideVectors] = {};
-      add_products(sum, dim, row_panels + i / kLanes * kLanes * dim + i % kLanes, 1, kLanes, right, dim * kLanes,
-                   kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kWideRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kWideVectors; ++v) store(tile + (i + r) * ld + j + v * kLanes, sum[r][v]);
-      }
-    }
-  }
+  for_wide_tiles(rows, columns, tile, ld,
+                 [&](int64_t i, int64_t j, Vec(&sum)[kWideRows][kWideVectors]) __attribute__((always_inline)) {
+                   add_products(sum, dim, row_panels + i / kLanes * kLanes * dim + i % kLanes, 1, kLanes,
+                                column_panels + j * dim, dim * kLanes, kLanes);
+                 });
 }
 
 void nt_xent_gather(const float* tile, int64_t ld, int64_t rows, int64_t depth, bool transposed, const float* slices,
                     int64_t padded_depth, int64_t dim, float* to) {
+  // Two loops, because one of the two steps through the tile is constant in each.
   if (transposed) {
-    gather<true>(tile, ld, rows, depth, slices, padded_depth, dim, to);
+    for_narrow_tiles(rows, dim, to,
+                     [&](int64_t i, int64_t d, Vec(&sum)[kNarrowRows][kNarrowVectors]) __attribute__((always_inline)) {
+                       add_products(sum, depth, tile + i, 1, ld, slices + d * padded_depth, kLanes, kNarrowColumns);
+                     });
   } else {
-    gather<false>(tile, ld, rows, depth, slices, padded_depth, dim, to);
+    for_narrow_tiles(rows, dim, to,
+                     [&](int64_t i, int64_t d, Vec(&sum)[kNarrowRows][kNarrowVectors]) __attribute__((always_inline)) {
+                       add_products(sum, depth, tile + i * ld, ld, 1, slices + d * padded_depth, kLanes,
+                                    kNarrowColumns);
+                     });
   }
 }
 

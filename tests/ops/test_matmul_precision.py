@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -56,7 +57,8 @@ def reset():
     torch.backends.fp32_precision = "none"
 
 device = sys.argv[1]
-rounds = device == "cuda" or native.build_info()["cpu_gemm_bf16"]
+info = native.build_info()
+rounds = device == "cuda" or info["cpu_gemm_bf16"] or info["cpu_bf16_vectors"]
 exact, plain, failed = results("cpu", "reference"), results(device, "native"), 0
 for setting, allowed in CASES.items():
     reset()
@@ -79,4 +81,13 @@ sys.exit(failed > 0)
 @pytest.mark.parametrize("device", DEVICES)
 def test_nt_xent_follows_the_precision_settings(device: str) -> None:
     result = subprocess.run([sys.executable, "-c", CODE, device], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_nt_xent_in_bfloat16_pairs_follows_the_precision_settings(isa: str) -> None:
+    """The products of AVX-512-BF16, computed by float32 instructions if the processor does not have it."""
+    environment = {**os.environ, "SCAN_FAST_CPU_BF16": "1", "SCAN_FAST_CPU_ISA": isa}
+    command = [sys.executable, "-c", CODE, "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr

@@ -8,9 +8,13 @@ autograd are registered by the compiled module (``csrc/convolution/convolution_o
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import native
 
@@ -136,7 +140,31 @@ def _images(like: Tensor, sizes: list[int]) -> Tensor:
     return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _flops(y: Sequence[int], channels: int, kernel: int) -> int:
+    return 2 * math.prod(y) * channels * kernel * kernel
+
+
+# What torch.utils.flop_counter counts; each is called with the shapes of the operator's tensors.
+def _forward_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return _flops(out_shape, weight[1], weight[2])
+
+
+def _grad_input_flops(grad_y: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return _flops(grad_y, weight[1], weight[2])
+
+
+def _grad_weight_flops(grad_y: Sequence[int], x: Sequence[int], kernel: int, *_: Any, **__: Any) -> int:
+    return _flops(grad_y, x[1], kernel)
+
+
 if native.is_available():
+    for _operator, _formula in (
+        (torch.ops.scan_fast.conv2d_forward, _forward_flops),
+        (torch.ops.scan_fast.conv2d_grad_input, _grad_input_flops),
+        (torch.ops.scan_fast.conv2d_grad_weight, _grad_weight_flops),
+        (torch.ops.scan_fast.conv2d_grad_weight_float32, _grad_weight_flops),
+    ):
+        register_flop_formula(_operator)(_formula)
     torch.library.register_fake("scan_fast::conv2d_forward", _fake_forward)
     torch.library.register_fake("scan_fast::conv2d_grad_input", _fake_grad_input)
     torch.library.register_fake("scan_fast::conv2d_grad_weight", _fake_grad_weight)

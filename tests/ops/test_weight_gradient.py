@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from scan_fast.ops import native
 from scan_fast.ops.convolution import grad_weight
@@ -107,6 +108,18 @@ for grad_y, x, expected, geometry in torch.load(sys.argv[1]):
     environment = {**os.environ, "SCAN_FAST_CPU_ISA": isa}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_flops_are_counted_as_those_of_pytorch() -> None:
+    grad_y, x, _ = operands(2, 16, 8, 9, 7, 3, 2, 1)
+    weight = torch.empty(8, 16, 3, 3)
+    with FlopCounterMode(display=False) as counter:
+        grad_weight(grad_y, x, 3, 2, 1)
+    with FlopCounterMode(display=False) as plain:
+        torch.ops.aten.convolution_backward(
+            grad_y, x, weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+        )
+    assert counter.get_total_flops() == plain.get_total_flops() == 2 * grad_y.numel() * 16 * 9
 
 
 def test_bad_operands_are_named() -> None:

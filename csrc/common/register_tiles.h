@@ -23,21 +23,76 @@ constexpr int kWideRows = 4, kWideVectors = 4, kNarrowRows = 8, kNarrowVectors =
 constexpr int kWideRows = 2, kWideVectors = 4, kNarrowRows = 4, kNarrowVectors = 2;
 #endif
 
+// Operands are floats, or words of two bfloat16 values that are consecutive along the sum, the first in the low half.
+// Products of bfloat16 values are exact in float32, so only the sums of a word are rounded. A source that is compiled for
+// AVX-512-BF16 defines SCAN_FAST_BF16_INSTRUCTION.
+inline Vec load_operand(const float* p) { return load(p); }
+inline Vec splat_operand(float x) { return splat(x); }
+inline Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
+
+inline UnsignedVec load_operand(const uint32_t* p) {
+  UnsignedVec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline UnsignedVec splat_operand(uint32_t x) { return UnsignedVec{} + x; }
+inline Vec multiply_add(Vec sum, UnsignedVec x, UnsignedVec y) {
+#if defined(SCAN_FAST_BF16_INSTRUCTION)
+  return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+#else
+  sum += reinterpret_cast<Vec>(x & 0xffff0000u) * reinterpret_cast<Vec>(y & 0xffff0000u);
+  return sum + reinterpret_cast<Vec>(x << 16) * reinterpret_cast<Vec>(y << 16);
+#endif
+}
+
 // sum[r][v] += sum over k < depth of a[r * a_row + k * a_step] * b[v * b_vector + k * b_step ...], one vector of b.
-template <int kRows, int kVectors>
-inline __attribute__((always_inline)) void add_products(Vec (&sum)[kRows][kVectors], int64_t depth, const float* a,
-                                                        int64_t a_row, int64_t a_step, const float* b, int64_t b_vector,
-                                                        int64_t b_step) {
+template <int kRows, int kVectors, typename Operand>
+inline __attribute__((always_inline)) void add_products(Vec (&sum)[kRows][kVectors], int64_t depth, const Operand* a,
+                                                        int64_t a_row, int64_t a_step, const Operand* b,
+                                                        int64_t b_vector, int64_t b_step) {
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    Vec column[kVectors];
+    decltype(load_operand(b)) column[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * b_vector);
+    for (int v = 0; v < kVectors; ++v) column[v] = load_operand(b + v * b_vector);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec row = splat(a[r * a_row]);
+      const auto row = splat_operand(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += row * column[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], row, column[v]);
     }
+  }
+}
+
+// Stores the sums as rows that are `step` floats apart.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void store_rows(const Vec (&sum)[kRows][kVectors], float* to, int64_t step) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + r * step + v * kLanes, sum[r][v]);
+  }
+}
+
+// Adds the sums to such rows, of which `rows` and `columns` remain; both may be more than the tile has.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void add_to_rows(const Vec (&sum)[kRows][kVectors], float* to, int64_t step,
+                                                       int64_t rows, int64_t columns) {
+  constexpr int kColumns = kVectors * kLanes;
+  if (rows >= kRows && columns >= kColumns) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* const out = to + r * step + v * kLanes;
+        store(out, load(out) + sum[r][v]);
+      }
+    }
+    return;
+  }
+  float edge[kRows * kColumns];
+  store_rows(sum, edge, kColumns);
+  for (int64_t r = 0; r < kRows && r < rows; ++r) {
+    for (int64_t c = 0; c < kColumns && c < columns; ++c) to[r * step + c] += edge[r * kColumns + c];
   }
 }
 

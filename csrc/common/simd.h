@@ -129,14 +129,18 @@ inline IntVec first_lanes(int n) {
   return lane < n;
 }
 
-// A sum of floats in double, lane by lane.
+// A sum of floats, or of products of floats, in double, lane by lane.
 class DoubleSum {
  public:
   void add(Vec v) {
-    HalfFloats half[2];
-    std::memcpy(half, &v, sizeof(v));
-    low_ += __builtin_convertvector(half[0], HalfDoubles);
-    high_ += __builtin_convertvector(half[1], HalfDoubles);
+    const Halves half(v);
+    low_ += half.low;
+    high_ += half.high;
+  }
+  void add_product(Vec x, Vec y) {
+    const Halves a(x), b(y);
+    low_ += a.low * b.low;
+    high_ += a.high * b.high;
   }
   double total() const {
     double sum = 0;
@@ -147,28 +151,15 @@ class DoubleSum {
  private:
   typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
   typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
-  HalfDoubles low_{}, high_{};
-};
-
-// A sum of products of floats in double, lane by lane.
-class DoubleProducts {
- public:
-  void add(Vec x, Vec y) {
-    HalfFloats a[2], b[2];
-    std::memcpy(a, &x, sizeof(x));
-    std::memcpy(b, &y, sizeof(y));
-    low_ += __builtin_convertvector(a[0], HalfDoubles) * __builtin_convertvector(b[0], HalfDoubles);
-    high_ += __builtin_convertvector(a[1], HalfDoubles) * __builtin_convertvector(b[1], HalfDoubles);
-  }
-  double total() const {
-    double sum = 0;
-    for (int i = 0; i < kLanes / 2; ++i) sum += low_[i] + high_[i];
-    return sum;
-  }
-
- private:
-  typedef float HalfFloats __attribute__((vector_size(kLanes * 2)));
-  typedef double HalfDoubles __attribute__((vector_size(kLanes * 4)));
+  struct Halves {
+    HalfDoubles low, high;
+    explicit Halves(const Vec& v) {
+      HalfFloats half[2];
+      std::memcpy(half, &v, sizeof(v));
+      low = __builtin_convertvector(half[0], HalfDoubles);
+      high = __builtin_convertvector(half[1], HalfDoubles);
+    }
+  };
   HalfDoubles low_{}, high_{};
 };
 

@@ -40,11 +40,11 @@ const uint16_t* images(const at::Tensor& tensor, const char* name) {
   return static_cast<const uint16_t*>(tensor.const_data_ptr());
 }
 
-const float* weights(const at::Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat && weight.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    "weight must be float32 in channels-last layout, got ", weight.scalar_type(), " with strides ",
-                    weight.strides());
-  return weight.const_data_ptr<float>();
+const float* float_values(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
+                    " must be float32 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
+                    tensor.strides());
+  return tensor.const_data_ptr<float>();
 }
 
 at::Tensor like(const at::Tensor& tensor, at::IntArrayRef sizes) {
@@ -69,7 +69,8 @@ at::Tensor conv2d_forward(const at::Tensor& x, const at::Tensor& weight, int64_t
   const ConvolutionShape shape = checked(x.sizes(), weight.sizes(), stride, padding);
   at::Tensor y = like(x, {shape.batch, shape.out_channels, shape.out_height, shape.out_width});
   const Workspace workspace(shape, ConvolutionPass::kForward);
-  convolution_forward(shape, images(x, "x"), weights(weight), static_cast<uint16_t*>(y.data_ptr()), workspace.get());
+  convolution_forward(shape, images(x, "x"), float_values(weight, "weight"), static_cast<uint16_t*>(y.data_ptr()),
+                      workspace.get());
   return y;
 }
 
@@ -88,8 +89,9 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_y, const at::Tensor& weight,
   TORCH_CHECK_VALUE(!adds || addend->sizes() == sizes, "addend must have shape ", sizes, ", got ", addend->sizes());
   at::Tensor grad_x = like(grad_y, sizes);
   const Workspace workspace(shape, ConvolutionPass::kGradInput);
-  convolution_grad_input(shape, images(grad_y, "grad_y"), weights(weight), adds ? images(*addend, "addend") : nullptr,
-                         static_cast<uint16_t*>(grad_x.data_ptr()), workspace.get());
+  convolution_grad_input(shape, images(grad_y, "grad_y"), float_values(weight, "weight"),
+                         adds ? images(*addend, "addend") : nullptr, static_cast<uint16_t*>(grad_x.data_ptr()),
+                         workspace.get());
   return grad_x;
 }
 
@@ -107,13 +109,6 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_y, const at::Tensor& x, int
   return grad_weight;
 }
 
-const float* float_images(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
-                    " must be float32 in channels-last layout, got ", tensor.scalar_type(), " with strides ",
-                    tensor.strides());
-  return tensor.const_data_ptr<float>();
-}
-
 // The weight gradient of a float32 convolution, on any CPU.
 at::Tensor conv2d_grad_weight_float32(const at::Tensor& grad_y, const at::Tensor& x, int64_t kernel, int64_t stride,
                                       int64_t padding) {
@@ -127,7 +122,7 @@ at::Tensor conv2d_grad_weight_float32(const at::Tensor& grad_y, const at::Tensor
                     "x must not be empty, nor smaller than the kernel, got shape ", x.sizes(), " for a kernel of ",
                     kernel, " with padding ", padding);
   check_gradient(grad_y, shape);
-  const float *of_y = float_images(grad_y, "grad_y"), *of_x = float_images(x, "x");
+  const float *of_y = float_values(grad_y, "grad_y"), *of_x = float_values(x, "x");
   at::Tensor grad_weight = at::empty(sizes, x.options(), at::MemoryFormat::ChannelsLast);
   convolution_grad_weight_float32(shape, of_y, of_x, grad_weight.data_ptr<float>());
   return grad_weight;

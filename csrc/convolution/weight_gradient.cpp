@@ -12,7 +12,6 @@
 // Limit: 2 N H' W' k^2 C O flops at the rate of the multiply-add units.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -27,14 +26,6 @@ constexpr int64_t kGroupBytes = int64_t{4} << 20;  // of the packed chunks of a 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows and columns of output positions that one phase of the images adds for the taps beyond the first.
-struct Phases {
-  int64_t stride, kernel, count;  // count: phases that a tap reads, in each direction
-  explicit Phases(const ConvolutionShape& s)
-      : stride(s.stride), kernel(s.kernel), count(std::min(s.stride, s.kernel)) {}
-  int64_t more(int64_t phase) const { return (kernel - 1 - phase) / stride; }
-};
-
 }  // namespace
 
 void convolution_grad_weight_float32(const ConvolutionShape& s, const float* grad_y, const float* x,
@@ -43,9 +34,9 @@ void convolution_grad_weight_float32(const ConvolutionShape& s, const float* gra
   const int64_t panel_rows = SCAN_FAST_BEST_ISA(weight_gradient_rows)();
   const int64_t slice_columns = SCAN_FAST_BEST_ISA(weight_gradient_columns)();
   const int64_t panels = ceil_div(s.out_channels, panel_rows), slices = ceil_div(s.in_channels, slice_columns);
-  const Phases phases(s);
-  // All phases have the borders of the largest.
-  const int64_t border = phases.more(0), grid_width = s.out_width + border;
+  // Phases that a tap reads, in each direction; and the positions that the first, the largest, has beyond the output's.
+  const int64_t phases = std::min(s.stride, s.kernel), border = (s.kernel - 1) / s.stride;
+  const int64_t grid_width = s.out_width + border;
 
   // A chunk: some rows of an image, or some images.
   const int64_t image_positions = (s.out_height + border) * grid_width;
@@ -54,7 +45,7 @@ void convolution_grad_weight_float32(const ConvolutionShape& s, const float* gra
       images > 1 ? s.out_height : std::clamp<int64_t>(kSlicePositions / grid_width - border, 1, s.out_height);
   const int64_t row_chunks = ceil_div(s.out_height, rows), chunks = ceil_div(s.batch, images) * row_chunks;
   const int64_t grid_image = (rows + border) * grid_width * slice_columns, grid = images * grid_image;
-  const int64_t slice_size = grid * phases.count * phases.count, panel_size = images * rows * s.out_width * panel_rows;
+  const int64_t slice_size = grid * phases * phases, panel_size = images * rows * s.out_width * panel_rows;
   const int64_t chunk_size = slices * slice_size + panels * panel_size;
   const int64_t group = std::clamp<int64_t>(kGroupBytes / (chunk_size * 4), 1, chunks);
   const Scratch<float> packed(group * chunk_size);
@@ -71,8 +62,8 @@ void convolution_grad_weight_float32(const ConvolutionShape& s, const float* gra
   const auto pack_slice = [&](int64_t index, int64_t slice, float* to) {
     const auto c = chunk_of(index);
     const int64_t channel = slice * slice_columns, columns = std::min(slice_columns, s.in_channels - channel);
-    for (int64_t py = 0; py < phases.count; ++py) {
-      for (int64_t px = 0; px < phases.count; ++px, to += grid) {
+    for (int64_t py = 0; py < phases; ++py) {
+      for (int64_t px = 0; px < phases; ++px, to += grid) {
         for (int64_t image = 0; image < c.images; ++image) {
           float* at = to + image * grid_image;
           for (int64_t y = 0; y < c.rows + border; ++y) {
@@ -134,7 +125,7 @@ void convolution_grad_weight_float32(const ConvolutionShape& s, const float* gra
           const int64_t out = panel * panel_rows;
           for (int64_t kh = 0; kh < s.kernel; ++kh) {
             for (int64_t kw = 0; kw < s.kernel; ++kw) {
-              const int64_t phase = kh % s.stride * phases.count + kw % s.stride;
+              const int64_t phase = kh % s.stride * phases + kw % s.stride;
               const int64_t first = kh / s.stride * grid_width + kw / s.stride;
               tile(chunk, at + slices * slice_size + panel * panel_size,
                    at + slice * slice_size + phase * grid + first * slice_columns, s.out_channels - out,

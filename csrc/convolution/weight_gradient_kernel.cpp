@@ -21,26 +21,7 @@ void weight_gradient_tile(const WeightGradientChunk& chunk, const float* panel, 
       add_products(sum, chunk.width, panel, 1, kRows, line, kLanes, kColumns);
     }
   }
-  if (rows >= kRows && columns >= kColumns) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* const out = to + r * step + v * kLanes;
-        store(out, load(out) + sum[r][v]);
-      }
-    }
-    return;
-  }
-  float edge[kRows * kColumns];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(edge + r * kColumns + v * kLanes, sum[r][v]);
-  }
-  for (int64_t r = 0; r < kRows && r < rows; ++r) {
-    for (int64_t c = 0; c < kColumns && c < columns; ++c) to[r * step + c] += edge[r * kColumns + c];
-  }
+  add_to_rows(sum, to, step, rows, columns);
 }
 
 }  // namespace scan_fast::SCAN_FAST_ISA

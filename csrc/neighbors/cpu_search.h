@@ -68,7 +68,8 @@ inline double cosine_length(double length) { return std::max(length, 1e-12); }
 // Ways to multiply tiles: float32 or bfloat16 pairs in vector registers, or bfloat16 on AMX tiles.
 enum class TileProducts { kFloat32, kBf16Vectors, kBf16Amx };
 
-// One of them. Rows are packed in panels of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows of the right one.
+// One of them. Rows are packed in panels of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows
+// of the right one.
 struct TileEngine {
   TileProducts products;
   int64_t dim, tile_rows, tile_columns, panel_rows, panel_bytes;

@@ -6,6 +6,7 @@
 // exact in float32, so only the sums are rounded. That is for tests; it is slower than float32.
 #if defined(SCAN_FAST_ISA_avx512)
 // This set is called only if cpu_has_avx512_bf16().
+#define SCAN_FAST_BF16_INSTRUCTION 1
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512bf16"))), apply_to = function)
 #else
@@ -19,39 +20,6 @@
 
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
-
-inline UnsignedVec load_words(const uint32_t* p) {
-  UnsignedVec v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-inline __attribute__((always_inline)) Vec add_pairs(Vec sum, UnsignedVec a, UnsignedVec b) {
-#if defined(SCAN_FAST_ISA_avx512)
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#else
-  sum += reinterpret_cast<Vec>(a & 0xffff0000u) * reinterpret_cast<Vec>(b & 0xffff0000u);
-  return sum + reinterpret_cast<Vec>(a << 16) * reinterpret_cast<Vec>(b << 16);
-#endif
-}
-
-// As add_products of register_tiles.h, for words.
-template <int kRows, int kVectors>
-inline __attribute__((always_inline)) void add_word_products(Vec (&sum)[kRows][kVectors], int64_t depth,
-                                                             const uint32_t* a, int64_t a_row, int64_t a_step,
-                                                             const uint32_t* b, int64_t b_vector, int64_t b_step) {
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    UnsignedVec column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load_words(b + v * b_vector);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const UnsignedVec row = UnsignedVec{} + a[r * a_row];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = add_pairs(sum[r][v], row, column[v]);
-    }
-  }
-}
 
 // Rounds to bfloat16: to nearest, ties to even; NaN stays NaN.
 inline uint32_t rounded(float x) { return narrow<Bf16>(x).bits; }
@@ -89,8 +57,8 @@ void nt_xent_similarities_bf16(const uint32_t* row_panels, int64_t rows, const u
   const int64_t pairs = (dim + 1) / 2;
   for_wide_tiles(rows, columns, tile, ld,
                  [&](int64_t i, int64_t j, Vec(&sum)[kWideRows][kWideVectors]) __attribute__((always_inline)) {
-                   add_word_products(sum, pairs, row_panels + i / kLanes * kLanes * pairs + i % kLanes, 1, kLanes,
-                                     column_panels + j * pairs, pairs * kLanes, kLanes);
+                   add_products(sum, pairs, row_panels + i / kLanes * kLanes * pairs + i % kLanes, 1, kLanes,
+                                column_panels + j * pairs, pairs * kLanes, kLanes);
                  });
 }
 
@@ -124,8 +92,8 @@ void nt_xent_gather_bf16(const uint32_t* words, int64_t ld, int64_t rows, int64_
   const int64_t a_row = transposed ? 1 : ld / 2, a_step = transposed ? ld : 1, pairs = (depth + 1) / 2;
   for_narrow_tiles(rows, dim, to,
                    [&](int64_t i, int64_t d, Vec(&sum)[kNarrowRows][kNarrowVectors]) __attribute__((always_inline)) {
-                     add_word_products(sum, pairs, words + i * a_row, a_row, a_step, slices + d * (padded_depth / 2),
-                                       kLanes, kNarrowColumns);
+                     add_products(sum, pairs, words + i * a_row, a_row, a_step, slices + d * (padded_depth / 2), kLanes,
+                                  kNarrowColumns);
                    });
 }
 

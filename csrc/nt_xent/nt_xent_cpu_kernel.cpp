@@ -129,9 +129,9 @@ void nt_xent_to_bf16(const float* from, int64_t count, uint16_t* to) {
 // ---- rows --------------------------------------------------------------------------------------------------------
 
 double nt_xent_dot(const float* x, const float* y, int64_t dim) {
-  DoubleProducts sum;
+  DoubleSum sum;
   int64_t k = 0;
-  for (; k + kLanes <= dim; k += kLanes) sum.add(load(x + k), load(y + k));
+  for (; k + kLanes <= dim; k += kLanes) sum.add_product(load(x + k), load(y + k));
   double rest = 0;
   for (; k < dim; ++k) rest += static_cast<double>(x[k]) * static_cast<double>(y[k]);
   return sum.total() + rest;

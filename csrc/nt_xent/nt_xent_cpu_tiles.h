@@ -31,11 +31,7 @@ inline __attribute__((always_inline)) void for_wide_tiles(int64_t rows, int64_t 
     for (int64_t i = 0; i < whole_rows; i += kWideRows) {
       Vec sum[kWideRows][kWideVectors] = {};
       add(i, j, sum);
-#pragma GCC unroll 16
-      for (int r = 0; r < kWideRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kWideVectors; ++v) store(tile + (i + r) * ld + j + v * kLanes, sum[r][v]);
-      }
+      store_rows(sum, tile + i * ld + j, ld);
     }
   }
 }
@@ -48,26 +44,7 @@ inline __attribute__((always_inline)) void for_narrow_tiles(int64_t rows, int64_
     for (int64_t i = 0; i < rows; i += kNarrowRows) {
       Vec sum[kNarrowRows][kNarrowVectors] = {};
       add(i, d, sum);
-      float* const out = to + i * dim + d;
-      if (rows - i >= kNarrowRows && dim - d >= kNarrowColumns) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kNarrowRows; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kNarrowVectors; ++v) {
-            store(out + r * dim + v * kLanes, load(out + r * dim + v * kLanes) + sum[r][v]);
-          }
-        }
-        continue;
-      }
-      float edge[kNarrowRows * kNarrowColumns];
-#pragma GCC unroll 16
-      for (int r = 0; r < kNarrowRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kNarrowVectors; ++v) store(edge + r * kNarrowColumns + v * kLanes, sum[r][v]);
-      }
-      for (int64_t r = 0; r < kNarrowRows && i + r < rows; ++r) {
-        for (int64_t c = 0; c < kNarrowColumns && d + c < dim; ++c) out[r * dim + c] += edge[r * kNarrowColumns + c];
-      }
+      add_to_rows(sum, to + i * dim + d, dim, rows - i, dim - d);
     }
   }
 }

@@ -29,21 +29,22 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
+        out: Tensor
         if not _in_bfloat16_on_cpu(x):
             if self._use_weight_gradient(x):
-                y: Tensor = _FloatConvolution.apply(x, self.weight, self.stride[0], int(self.padding[0]))
-                return y
+                out = _FloatConvolution.apply(x, self.weight, *self._geometry())
+                return out
             return super().forward(x)
         if self._use_kernel(x):
             return conv2d(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
-        stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
+        stride, padding = self._geometry()
         sizes = zip(x.shape[-2:], self.kernel_size, stride, padding, strict=True)
         height, width = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
         if height * width > LARGEST_MAP:
             return super().forward(x)
-        out: Tensor = _SmallMapConvolution.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding)
+        out = _SmallMapConvolution.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding)
         return out
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,9 @@ class Conv2d(nn.Conv2d):
         if _in_bfloat16_on_cpu(x) and self._use_kernel(x):
             return conv2d_fork(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         return self(x), x
+
+    def _geometry(self) -> tuple[Pair, Pair]:
+        return (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
 
     def _use_weight_gradient(self, x: Tensor) -> bool:
         return (
@@ -84,44 +88,46 @@ def _in_bfloat16_on_cpu(x: Tensor) -> bool:
     )
 
 
-class _FloatConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, stride=stride, padding=padding)
+class _Convolution(torch.autograd.Function):
+    """PyTorch's forward pass, and its gradients as far as a subclass does not have its own."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        # With create_graph this pass is differentiated in turn, which PyTorch's own gradients allow.
-        ours = not torch.is_grad_enabled()
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1), False, (0, 0), 1,
-            (ctx.needs_input_grad[0], not ours, False),
-        )  # fmt: skip
-        if ours:
-            grad_w = grad_weight(grad, x, weight.shape[2], ctx.stride, ctx.padding)
-        return grad_x, grad_w, None, None
-
-
-class _SmallMapConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, weight, stride=stride, padding=padding)
 
+
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, of_weight: bool) -> tuple[Tensor | None, ...]:
+    """Return PyTorch's gradients of x, if it needs one, and of the weights, if asked for."""
+    if not (ctx.needs_input_grad[0] or of_weight):
+        return None, None
+    wanted = ctx.needs_input_grad[0], of_weight, False
+    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, wanted
+    )
+    return found[:2]
+
+
+class _FloatConvolution(_Convolution):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        # With create_graph this pass is differentiated in turn, which PyTorch's own gradients allow.
+        ours = not torch.is_grad_enabled()
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_w = _gradients(ctx, grad, x, weight, of_weight=not ours)
+        if ours:
+            grad_w = grad_weight(grad, x, weight.shape[2], ctx.stride[0], ctx.padding[0])
+        return grad_x, grad_w, None, None
+
+
+class _SmallMapConvolution(_Convolution):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
-            )[0]
+        grad_x, _ = _gradients(ctx, grad, x, weight, of_weight=False)
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         # The transposed copy costs less than it saves in the product.
         product = rows.t().contiguous() @ patches(x, weight.shape[-2:], ctx.stride, ctx.padding)

@@ -55,8 +55,8 @@ def _multiplies_in_tiles() -> bool:
 def grad_weight_pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether :func:`grad_weight` supports these operands and is faster than PyTorch's.
 
-    It is on processors on which the kernels multiply in their own register tiles, those not of Intel: oneDNN's weight
-    gradient runs there at half the rate of its forward pass. Under torch.compile the answer is False.
+    It is on processors on which the kernels multiply in their own register tiles, those not of Intel. Under
+    torch.compile the answer is False.
     """
     return (
         not torch.compiler.is_compiling()

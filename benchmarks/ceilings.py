@@ -41,8 +41,11 @@ def limit(work: Work, ceilings: dict[str, float]) -> tuple[float, str]:
     return times[bound], bound
 
 
-def best_seconds(body: Callable[[], object], device: str, repeats: int) -> float:
-    """Return the shortest time of a call, after one that is not timed."""
+def best_seconds(body: Callable[[], object], device: str, repeats: int, enough: float = 20.0) -> float:
+    """Return the shortest time of at most ``repeats`` calls, after one that is not timed.
+
+    After ``enough`` seconds no further call begins, but one is always timed.
+    """
 
     def once() -> float:
         if device == "cpu":
@@ -56,12 +59,37 @@ def best_seconds(body: Callable[[], object], device: str, repeats: int) -> float
         end_event.synchronize()
         return float(begin_event.elapsed_time(end_event)) / 1e3
 
+    begin = time.monotonic()
     once()
-    return min(once() for _ in range(repeats))
+    best = once()
+    for _ in range(repeats - 1):
+        if time.monotonic() - begin > enough:
+            break
+        best = min(best, once())
+    return best
 
 
 def _best_rate(amount: float, body: Callable[[], object], device: str, repeats: int) -> float:
     return amount / best_seconds(body, device, repeats)
+
+
+def _product_rate(dtype: torch.dtype, n: int, device: str, repeats: int) -> float:
+    """Return the rate of a product of two n x n matrices, or of smaller ones if it would take more than a second.
+
+    PyTorch's bfloat16 products take a thousand times longer on a processor without instructions for them.
+    """
+    rate = 0.0
+    for size in (n // 8, n // 4, n // 2, n):
+        if rate and 2.0 * size**3 / rate > 1.0:
+            break
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
+            return torch.mm(a, b, out=out)
+
+        rate = _best_rate(2.0 * size**3, product, device, repeats if size == n else 1)
+    return rate
 
 
 @functools.cache
@@ -82,13 +110,7 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
     torch.set_float32_matmul_precision("highest")
     try:
         for dtype in dtypes:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            out = torch.empty_like(a)
-
-            def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
-                return torch.mm(a, b, out=out)
-
-            rates[f"gemm_{str(dtype).removeprefix('torch.')}"] = _best_rate(2.0 * n**3, product, device, repeats)
+            rates[f"gemm_{str(dtype).removeprefix('torch.')}"] = _product_rate(dtype, n, device, repeats)
     finally:
         torch.set_float32_matmul_precision(before)
     if device == "cpu" and native.is_available() and (tiles := native.amx_peak_rate()) > 0:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager, environment, family, harness, memory, neighbors, nt_xent, targets
+from benchmarks import ceilings, eager, environment, family, harness, memory, neighbors, nt_xent, targets
 from benchmarks.ceilings import Work, limit
 from benchmarks.family import Target
 from benchmarks.harness import Case, Contender, Effort
@@ -89,6 +89,30 @@ def test_the_limit_is_the_longest_of_what_must_be_done() -> None:
     assert limit(Work(flops=1e12, bytes=1e9, unit="gemm_bfloat16"), CEILINGS) == (0.25, "products")
     assert limit(Work(flops=1e9, bytes=1e10, exponentials=1e30), CEILINGS) == (1.0, "memory")
     assert limit(Work(flops=0, bytes=0, exponentials=2e12), CEILINGS | {"exp": 1e12}) == (2.0, "exponentials")
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(1e6, [256]), (2.0 * 1024**3, [256, 512, 1024]), (1e15, [256, 512, 1024, 2048])]
+)
+def test_slow_products_are_measured_at_a_smaller_size(
+    rate: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def measured(amount: float, *_: object) -> float:
+        sizes.append(round((amount / 2) ** (1 / 3)))
+        return rate
+
+    monkeypatch.setattr(ceilings, "_best_rate", measured)
+    assert ceilings._product_rate(torch.float32, 2048, "cpu", 8) == rate
+    assert sizes == expected
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(0.0, 2), (60.0, 6)])
+def test_a_slow_call_is_not_repeated(enough: float, expected: int) -> None:
+    calls = []
+    assert ceilings.best_seconds(lambda: calls.append(time.sleep(1e-3)), "cpu", 5, enough) >= 1e-3
+    assert len(calls) == expected
 
 
 def test_precision_holds_only_while_a_contender_runs() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scan_fast.ops import dispatch
 from scan_fast.ops.batch_norm import batch_norm
-from scan_fast.ops.self_tests.comparison import with_gradients
+from scan_fast.ops.self_tests.comparison import Slack, with_gradients
 
 from . import Case, Tensors
 from .gradients import gradient_cases, pair, shape_label
@@ -65,7 +65,9 @@ def cases(size: str, kernels: str) -> Iterator[Case]:
         odd = (Layer(residual=True, relu=True, training=True, unaligned=True),)
         for layer in (*LAYERS, *(odd if shape[1] % 8 == 0 and shape[0] <= 64 else ())):
             kernel, plain = partial(layer, "native"), partial(layer, "reference")
-            yield from gradient_cases(f"{shape_label(shape)} {layer}", size, partial(_draw, shape), kernel, plain)
+            label, draw = f"{shape_label(shape)} {layer}", partial(_draw, shape)
+            # The gradient of x is a small remainder: of a channel of a few values, plain PyTorch errs by chance.
+            yield from gradient_cases(label, size, draw, kernel, plain, slack=Slack(cpu=4))
 
 
 @lru_cache(maxsize=4)
@@ -85,4 +87,5 @@ def _draw(shape: tuple[int, int, int, int], seed: int) -> Tensors:
     n, _, h, w = (torch.arange(size) for size in shape)
     side = 1.0 - 2 * ((n[:, None, None, None] + h[:, None] + w) % 2)
     first, second = side * (1 + first.abs() / 4), side * (second - first).abs()
+    upstream = upstream * (1 + side / 2)  # related to x: the sums of the gradients do not cancel
     return tuple(x.contiguous(memory_format=torch.channels_last) for x in (first, second, upstream))

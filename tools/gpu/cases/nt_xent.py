@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -12,11 +13,12 @@ import scan_fast
 from benchmarks.nt_xent import TEMPERATURE, exact_losses
 from scan_fast.ops import reference
 from scan_fast.ops.self_tests.comparison import with_gradients
-from scan_fast.ops.self_tests.nt_xent import SLACK
+from scan_fast.ops.self_tests.nt_xent import SLACK as ELEMENT_SLACK
 
 from . import Case, Tensors
 from .gradients import gradient_cases, pair, shape_label
 
+SLACK = replace(ELEMENT_SLACK, cpu=2)  # errors are in norm here
 SHAPES = {
     "tiny": [(3, 5), (37, 40)],
     "smoke": [(37, 40), (4096, 128), (2048, 256), (2048, 512)],

@@ -6,6 +6,9 @@
 // broadcast fit into the registers: 16 of AVX2, 32 of AVX-512 and NEON.
 #pragma once
 
+#if defined(__SSE2__)
+#include "common/intrinsics.h"
+#endif
 #include "common/simd.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
@@ -23,9 +26,10 @@ constexpr int kWideRows = 4, kWideVectors = 4, kNarrowRows = 8, kNarrowVectors =
 constexpr int kWideRows = 2, kWideVectors = 4, kNarrowRows = 4, kNarrowVectors = 2;
 #endif
 
-// Operands are floats, or words of two bfloat16 values that are consecutive along the sum, the first in the low half.
-// Products of bfloat16 values are exact in float32, so only the sums of a word are rounded. A source that is compiled for
-// AVX-512-BF16 defines SCAN_FAST_BF16_INSTRUCTION.
+// Operands are floats, or words of two 16-bit values that are consecutive along the sum, the first in the low half:
+// unsigned words of bfloat16 values, or signed words of integers. Products of bfloat16 values are exact in float32, so only
+// the sums of a word are rounded. A source that is compiled for AVX-512-BF16 defines SCAN_FAST_BF16_INSTRUCTION. Sums of
+// integers are exact in 32 bits if the last one fits; -2^15 is not an operand, because two of its squares do not.
 inline Vec load_operand(const float* p) { return load(p); }
 inline Vec splat_operand(float x) { return splat(x); }
 inline Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
@@ -45,9 +49,28 @@ inline Vec multiply_add(Vec sum, UnsignedVec x, UnsignedVec y) {
 #endif
 }
 
+inline IntVec load_operand(const int32_t* p) {
+  IntVec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline IntVec splat_operand(int32_t x) { return IntVec{} + x; }
+inline IntVec multiply_add(IntVec sum, IntVec x, IntVec y) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return sum + reinterpret_cast<IntVec>(_mm512_madd_epi16((__m512i)x, (__m512i)y));
+#elif defined(SCAN_FAST_ISA_avx2)
+  return sum + reinterpret_cast<IntVec>(_mm256_madd_epi16((__m256i)x, (__m256i)y));
+#elif defined(__SSE2__)
+  return sum + reinterpret_cast<IntVec>(_mm_madd_epi16((__m128i)x, (__m128i)y));
+#else
+  const auto low_half = [](IntVec v) { return reinterpret_cast<IntVec>(reinterpret_cast<UnsignedVec>(v) << 16) >> 16; };
+  return sum + low_half(x) * low_half(y) + (x >> 16) * (y >> 16);
+#endif
+}
+
 // sum[r][v] += sum over k < depth of a[r * a_row + k * a_step] * b[v * b_vector + k * b_step ...], one vector of b.
-template <int kRows, int kVectors, typename Operand>
-inline __attribute__((always_inline)) void add_products(Vec (&sum)[kRows][kVectors], int64_t depth, const Operand* a,
+template <int kRows, int kVectors, typename Sum, typename Operand>
+inline __attribute__((always_inline)) void add_products(Sum (&sum)[kRows][kVectors], int64_t depth, const Operand* a,
                                                         int64_t a_row, int64_t a_step, const Operand* b,
                                                         int64_t b_vector, int64_t b_step) {
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {

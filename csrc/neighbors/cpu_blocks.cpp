@@ -46,7 +46,7 @@ std::vector<int64_t> search_blocks(const Search& search, const std::vector<int64
       const int64_t i = wanted[begin + r];
       if (!search.queries.usable(i)) continue;
       const RoundedRow rounded = kernels().round(problem.queries + i * dim, search.queries.scale[i], dim,
-                                                 engine.rounds_to_bf16(), block.rounded.data());
+                                                 engine.rounding(), block.rounded.data());
       search.open(i, rounded, packed, lists, r);
       engine.pack_left(block.rounded.data(), r, block.packed.data());
     }

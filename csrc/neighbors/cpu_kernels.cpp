@@ -1,21 +1,14 @@
 // Inner loops of the CPU neighbour search, compiled once per instruction set (SCAN_FAST_ISA).
 //
-// product: a register tile of kRows x kColumns float32 sums over the whole of dim. Nothing is spilled, and the tile is
-// written once, to a few KiB that stay in the L1 cache. AVX-512: 8 x 48 = 24 accumulators, with 3 loads and 8
-// broadcasts per 24 multiply-adds. So it is bound by the two multiply-add ports (16 lanes x 2 ports x 2 flops per
-// cycle), not by loads. Both operands are panels of kLanes rows, so one packed copy of a row serves either side.
+// product_*: a register tile of sums over the whole of dim (common/register_tiles.h). The tile is written once, to a few
+// KiB that stay in the L1 cache. Both operands are panels of kLanes rows, so one packed copy of a row serves either side.
 // filter: one comparison per vector of the tile and side. Candidates are rare (about k + k ln(N / k) per row), so the
 // scalar code for a candidate costs little.
 #include <cmath>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 #include "neighbors/cpu_kernels.h"
+#include "neighbors/cpu_tile.h"
 
 namespace scan_fast::SCAN_FAST_ISA {
 namespace {
@@ -23,74 +16,48 @@ namespace {
 using neighbors::CandidateLists;
 using neighbors::CpuKernels;
 using neighbors::RoundedRow;
+using neighbors::Rounding;
 
-// ---- vectors ------------------------------------------------------------------------------------------------------
-
+inline unsigned at_least(Vec v, Vec bound) {
 #if defined(SCAN_FAST_ISA_avx512)
-constexpr int kRows = 8, kVectors = 3, kLanes = 16;
-using Vector = __m512;
-inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-inline Vector broadcast(float v) { return _mm512_set1_ps(v); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline unsigned at_least(Vector v, Vector bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ); }
+  return _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ);
+#else
+  return lane_bits(v >= bound);
+#endif
+}
+
+// Half a vector of floats, widened: one register of doubles. GCC passes wider vectors through memory.
+constexpr int kDoubles = kLanes / 2;
+typedef float Floats __attribute__((vector_size(kDoubles * 4)));
+typedef uint32_t FloatBits __attribute__((vector_size(kDoubles * 4)));
+typedef double Doubles __attribute__((vector_size(kDoubles * 8)));
+
+// GCC splits __builtin_convertvector for AVX2 into halves.
+inline Doubles widened(Floats v) {
+#if defined(SCAN_FAST_ISA_avx512)
+  return _mm512_cvtps_pd(v);
 #elif defined(SCAN_FAST_ISA_avx2)
-constexpr int kRows = 4, kVectors = 3, kLanes = 8;
-using Vector = __m256;
-inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-inline Vector broadcast(float v) { return _mm256_set1_ps(v); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline unsigned at_least(Vector v, Vector bound) {
-  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, bound, _CMP_GE_OQ)));
-}
+  return _mm256_cvtps_pd(v);
 #else
-#if defined(__aarch64__)
-constexpr int kRows = 4, kVectors = 4, kLanes = 4;  // 16 of 32 registers accumulate
-#else
-constexpr int kRows = 2, kVectors = 4, kLanes = 4;
+  return __builtin_convertvector(v, Doubles);
 #endif
-typedef float Vector __attribute__((vector_size(16)));
-inline Vector load(const float* p) {
-  Vector v;
+}
+inline Doubles load_widened(const float* p) {
+  Floats v;
   std::memcpy(&v, p, sizeof(v));
-  return v;
+  return widened(v);
 }
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
-inline Vector broadcast(float v) { return Vector{v, v, v, v}; }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-inline unsigned at_least(Vector v, Vector bound) {
-  const auto hit = v >= bound;
-#if defined(__aarch64__)
-  return vaddvq_u32(reinterpret_cast<uint32x4_t>(hit & decltype(hit){1, 2, 4, 8}));
-#endif
-  return (hit[0] ? 1u : 0u) | (hit[1] ? 2u : 0u) | (hit[2] ? 4u : 0u) | (hit[3] ? 8u : 0u);
-}
-#endif
-constexpr int kColumns = kVectors * kLanes;
-
-// Eight lanes of any width. The compiler splits them if registers are narrower, which changes no result.
-typedef float Float8 __attribute__((vector_size(32)));
-typedef uint32_t Bits8 __attribute__((vector_size(32)));
-typedef double Double8 __attribute__((vector_size(64)));
-
-// Macros instead of functions: passing wide vectors by value would change the calling convention.
-#define SCAN_FAST_LOAD8(name, pointer) \
-  Float8 name;                         \
-  std::memcpy(&(name), (pointer), sizeof(name))
-#define SCAN_FAST_WIDEN(v) __builtin_convertvector(v, Double8)
 
 // ---- exact sum ----------------------------------------------------------------------------------------------------
 
 double dot(const float* a, const float* b, int64_t dim) {
-  Double8 sum[4] = {};
+  constexpr int kParts = 32 / kDoubles;
+  Doubles sum[kParts] = {};
   int64_t d = 0;
   for (; d + 32 <= dim; d += 32) {
-#pragma GCC unroll 4
-    for (int part = 0; part < 4; ++part) {
-      SCAN_FAST_LOAD8(x, a + d + 8 * part);
-      SCAN_FAST_LOAD8(y, b + d + 8 * part);
-      sum[part] += SCAN_FAST_WIDEN(x) * SCAN_FAST_WIDEN(y);
+#pragma GCC unroll 16
+    for (int part = 0; part < kParts; ++part) {
+      sum[part] += load_widened(a + d + kDoubles * part) * load_widened(b + d + kDoubles * part);
     }
   }
   double lane[32];
@@ -105,141 +72,72 @@ double dot(const float* a, const float* b, int64_t dim) {
 
 // ---- rounding -----------------------------------------------------------------------------------------------------
 
-RoundedRow round(const float* x, double scale, int64_t dim, bool to_bfloat16, float* rounded) {
-  Double8 residual = {}, norm = {};
-  for (int64_t d = 0; d < dim; d += 8) {
-    Float8 piece = {};
-    const int64_t rest = dim - d < 8 ? dim - d : 8;
+RoundedRow round(const float* x, double scale, int64_t dim, Rounding rounding, float* rounded) {
+  Doubles residual = {}, norm = {};
+  for (int64_t d = 0; d < dim; d += kDoubles) {
+    Floats piece = {};
+    const int64_t rest = dim - d < kDoubles ? dim - d : kDoubles;
     std::memcpy(&piece, x + d, static_cast<size_t>(rest) * sizeof(float));
-    const Double8 exact = SCAN_FAST_WIDEN(piece) * scale;
-    Bits8 bits = reinterpret_cast<Bits8>(__builtin_convertvector(exact, Float8));
-    if (to_bfloat16) bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    const Doubles exact = widened(piece) * scale;
+    Doubles near = exact;
+    if (rounding == Rounding::kInt16) {
+      near = exact * 0x1p15 + 0x1.8p52 - 0x1.8p52;  // to the nearest integer
+      near = near > 32767.0 ? Doubles{} + 32767.0 : near;
+      near = (near < -32767.0 ? Doubles{} - 32767.0 : near) * 0x1p-15;
+    }
+    FloatBits bits = reinterpret_cast<FloatBits>(__builtin_convertvector(near, Floats));
+    if (rounding == Rounding::kBf16) bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
     // AMX reads subnormals as zero. Flushing them here makes this part of the residual.
-    bits &= reinterpret_cast<Bits8>((bits & 0x7f800000u) != 0u);
-    const Float8 kept = reinterpret_cast<Float8>(bits);
-    const Double8 wide = SCAN_FAST_WIDEN(kept);
+    bits &= reinterpret_cast<FloatBits>((bits & 0x7f800000u) != 0u);
+    const Floats kept = reinterpret_cast<Floats>(bits);
+    const Doubles wide = widened(kept);
     residual += (exact - wide) * (exact - wide);
     norm += wide * wide;
     std::memcpy(rounded + d, &kept, static_cast<size_t>(rest) * sizeof(float));
   }
   RoundedRow result = {0, 0};
-  for (int l = 0; l < 8; ++l) {
+  for (int l = 0; l < kDoubles; ++l) {
     result.residual_squared += residual[l];
     result.norm_squared += norm[l];
   }
   return result;
 }
 
-// ---- float32 product ----------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------------------------
 
-void product(const float* a, const float* b, int64_t dim, float* c) {
-  Vector sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = broadcast(0.0f);
-  }
-  const int64_t panel = dim * kLanes;
-  for (int64_t d = 0; d < dim; ++d) {
-    Vector column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * panel + d * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vector row = broadcast(a[d * kLanes + r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(row, column[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + r * kColumns + v * kLanes, sum[r][v]);
-  }
+void product_float32(const float* a, const float* b, int64_t dim, float* c) { multiply_tile<Vec>(a, b, dim, c); }
+void product_int16(const int32_t* a, const int32_t* b, int64_t pairs, float* c) {
+  multiply_tile<IntVec>(a, b, pairs, c);
 }
+void product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c) { multiply_tile<Vec>(a, b, pairs, c); }
 
-// ---- products of bfloat16 pairs -----------------------------------------------------------------------------------
-
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-
-inline Words load_words(const uint32_t* p) {
-  Words v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-inline Vector low_halves(Words v) { return reinterpret_cast<Vector>(v << 16); }
-inline Vector high_halves(Words v) { return reinterpret_cast<Vector>(v & 0xffff0000u); }
-
-// On any processor: the products are exact in float32, so only the sums are rounded, as in the instruction.
-void product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c) {
-  Vector sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = broadcast(0.0f);
-  }
-  const int64_t panel = pairs * kLanes;
-  for (int64_t d = 0; d < pairs; ++d) {
-    for (int v = 0; v < kVectors; ++v) {
-      const Words column = load_words(b + v * panel + d * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Words row = Words{} + a[d * kLanes + r];
-        sum[r][v] = multiply_add(high_halves(row), high_halves(column), sum[r][v]);
-        sum[r][v] = multiply_add(low_halves(row), low_halves(column), sum[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + r * kColumns + v * kLanes, sum[r][v]);
-  }
-}
-
+// One instruction multiplies twice as many integers as floats, but a second one adds the sums. AVX2: faster if the processor
+// has more units for sums than for products, otherwise no slower. SSE2: twice as fast, because float products take a second
+// instruction as well. AVX-512: sums and products share two units, so integers gain nothing (a prediction).
 #if defined(SCAN_FAST_ISA_avx512)
-// Two multiply-adds per lane and instruction, twice the rate of float32.
-__attribute__((target("avx512bf16"))) void product_avx512_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs,
-                                                               float* c) {
-  __m512 sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
-  }
-  const int64_t panel = pairs * kLanes;
-  for (int64_t d = 0; d < pairs; ++d) {
-    __m512i column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = _mm512_loadu_si512(b + v * panel + d * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i row = _mm512_set1_epi32(static_cast<int>(a[d * kLanes + r]));
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)row, (__m512bh)column[v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * kColumns + v * kLanes, sum[r][v]);
-  }
-}
+constexpr auto product_avx512_bf16 = &neighbor_product_bf16;
+constexpr bool kPrefersInt16 = false;
 #else
 constexpr decltype(&product_bf16) product_avx512_bf16 = nullptr;
+#if defined(__SSE2__)
+constexpr bool kPrefersInt16 = true;
+#else
+constexpr bool kPrefersInt16 = false;
+#endif
 #endif
 
 // ---- candidate lists ----------------------------------------------------------------------------------------------
 
 int64_t count_at_least(const float* value, int64_t n, float bound) {
-  const Vector wide = broadcast(bound);
+  const Vec wide = splat(bound);
   int64_t hits = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) hits += __builtin_popcount(at_least(load(value + i), wide));
   for (; i < n; ++i) hits += value[i] >= bound;
   return hits;
 }
+
+// A list is tightened when it has twice what was kept, or this many more.
+constexpr int64_t kFewestNew = 32;
 
 void tighten(CandidateLists& lists, int64_t row, bool final) {
   float* value = lists.value + row * lists.capacity;
@@ -286,8 +184,7 @@ void tighten(CandidateLists& lists, int64_t row, bool final) {
     lists.overflow[row] = 1;
     lists.threshold[row] = INFINITY;
   }
-  const int64_t wanted = 2 * kept > 4 * lists.k ? 2 * kept : 4 * lists.k;
-  const int64_t limit = wanted < 128 ? 128 : wanted;
+  const int64_t limit = kept + (kept > kFewestNew ? kept : kFewestNew);
   lists.limit[row] = static_cast<int32_t>(limit < lists.capacity ? limit : lists.capacity);
 }
 
@@ -302,52 +199,55 @@ inline void offer(float value, int64_t row, int64_t candidate, CandidateLists& l
 }
 
 // Adds the columns in row_hits to the list of the row, and the row to the lists of the columns in column_hits.
-__attribute__((noinline)) void enter(const float* c, unsigned row_hits, unsigned column_hits, int64_t row,
+__attribute__((noinline)) void enter(const float* line, uint64_t row_hits, uint64_t column_hits, int64_t row,
                                      int64_t first_column, CandidateLists& lists) {
   for (; row_hits != 0; row_hits &= row_hits - 1) {
-    const int lane = __builtin_ctz(row_hits);
-    offer(c[lane], row, first_column + lane, lists);
+    const int lane = __builtin_ctzll(row_hits);
+    offer(line[lane], row, first_column + lane, lists);
   }
   for (; column_hits != 0; column_hits &= column_hits - 1) {
-    const int lane = __builtin_ctz(column_hits);
-    offer(c[lane], first_column + lane, row, lists);
+    const int lane = __builtin_ctzll(column_hits);
+    offer(line[lane], first_column + lane, row, lists);
   }
 }
 
-void filter(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
-            CandidateLists& lists) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = first_row + r;
-    const float* line = c + r * columns;
+template <bool kBoth>
+inline __attribute__((always_inline)) void filter_lines(const float* c, int64_t rows, int64_t columns,
+                                                        int64_t first_row, int64_t first_column,
+                                                        CandidateLists& lists) {
+  for (int64_t row = first_row; row < first_row + rows; ++row, c += columns) {
+    const Vec row_bound = splat(lists.threshold[row]);
+    uint64_t row_hits = 0, column_hits = 0;
+#pragma GCC unroll 4
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const unsigned hits = at_least(load(line + j), broadcast(lists.threshold[row]));
-      if (__builtin_expect(hits != 0, 0)) enter(line + j, hits, 0, row, first_column + j, lists);
-    }
-  }
-}
-
-void filter_both(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
-                 CandidateLists& lists) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = first_row + r;
-    const float* line = c + r * columns;
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vector value = load(line + j);
-      const unsigned row_hits = at_least(value, broadcast(lists.threshold[row]));
-      const unsigned column_hits = at_least(value, load(lists.threshold + first_column + j));
-      if (__builtin_expect((row_hits | column_hits) != 0, 0)) {
-        enter(line + j, row_hits, column_hits, row, first_column + j, lists);
+      const Vec value = load(c + j);
+      row_hits |= static_cast<uint64_t>(at_least(value, row_bound)) << j;
+      if (kBoth) {
+        const Vec bounds = load(lists.threshold + first_column + j);
+        column_hits |= static_cast<uint64_t>(at_least(value, bounds)) << j;
       }
     }
+    if ((row_hits | column_hits) != 0) enter(c, row_hits, column_hits, row, first_column, lists);
+  }
+}
+
+template <bool kBoth>
+void filter(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
+            CandidateLists& lists) {
+  if (columns == kTileColumns) {
+    filter_lines<kBoth>(c, rows, kTileColumns, first_row, first_column, lists);
+  } else {
+    filter_lines<kBoth>(c, rows, columns, first_row, first_column, lists);
   }
 }
 
 }  // namespace
 
 const CpuKernels& neighbor_kernels() {
-  static constexpr CpuKernels kernels = {kRows,   kColumns,     kLanes,        &dot,
-                                         &round,  &product,     &product_bf16, product_avx512_bf16,
-                                         &filter, &filter_both, &tighten};
+  static constexpr CpuKernels kernels = {
+      kWideRows,      kTileColumns,     kLanes,         kPrefersInt16, &dot,
+      &round,         &product_float32, &product_int16, &product_bf16, product_avx512_bf16,
+      &filter<false>, &filter<true>,    &tighten};
   return kernels;
 }
 

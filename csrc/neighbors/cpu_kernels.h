@@ -24,6 +24,9 @@ struct CandidateLists {
   int64_t k;
 };
 
+// Formats of rounded rows: all are exact in float32. kInt16: multiples of 2^-15, of which each row is shorter than 1.2.
+enum class Rounding { kFloat32, kBf16, kInt16 };
+
 // Residual and norm of a rounded row, in the units of the fast search.
 struct RoundedRow {
   double residual_squared;  // |u - u^|^2
@@ -31,28 +34,31 @@ struct RoundedRow {
 };
 
 struct CpuKernels {
-  // product() multiplies a float32 tile of tile_rows rows with tile_columns rows. Operands are packed in panels (dim,
-  // panel_rows); tile_rows divides panel_rows, and panel_rows divides tile_columns.
+  // A product computes a tile of tile_rows rows with tile_columns rows. Operands are packed in panels (depth, panel_rows);
+  // tile_rows divides panel_rows, and panel_rows divides tile_columns.
   int64_t tile_rows;
   int64_t tile_columns;
   int64_t panel_rows;
+  // Whether product_int16 is faster than product_float32.
+  bool prefers_int16;
 
   // The exact sum of neighbors.h.
   double (*dot)(const float* a, const float* b, int64_t dim);
 
-  // u = x * scale, rounded to float32 or bfloat16. Subnormal results become zero.
-  RoundedRow (*round)(const float* x, double scale, int64_t dim, bool to_bfloat16, float* rounded);
+  // u = x * scale, rounded. Subnormal results become zero.
+  RoundedRow (*round)(const float* x, double scale, int64_t dim, Rounding rounding, float* rounded);
 
   // c (tile_rows, tile_columns). a points to the first row within its panel, b to the first of its panels.
-  void (*product)(const float* a, const float* b, int64_t dim, float* c);
-  // The same tile for rows of bfloat16. A 32-bit word holds two consecutive elements of a row, the first in its low half;
-  // panels are (pairs, panel_rows) words. product_bf16 runs everywhere, product_avx512_bf16 only if
-  // cpu_has_avx512_bf16(), and is null in the other sets.
+  void (*product_float32)(const float* a, const float* b, int64_t dim, float* c);
+  // The same for rows of 16-bit values. A 32-bit word holds two consecutive elements of a row, the first in its low half;
+  // panels are (pairs, panel_rows) words. Integers are in units of 2^-15. product_bf16 runs everywhere,
+  // product_avx512_bf16 only if cpu_has_avx512_bf16(), and is null in the other sets.
+  void (*product_int16)(const int32_t* a, const int32_t* b, int64_t pairs, float* c);
   void (*product_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
   void (*product_avx512_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
 
   // Adds every element of a tile that reaches its row's threshold to the row's list. Rows beyond the end of the lists
-  // must exist and be closed.
+  // must exist and be closed. A tile has at most 64 columns.
   void (*filter)(const float* c, int64_t rows, int64_t columns, int64_t first_row, int64_t first_column,
                  CandidateLists& lists);
   // The same for the rows and the columns of a tile; the columns are rows of the lists as well.
@@ -66,6 +72,12 @@ struct CpuKernels {
 }  // namespace scan_fast::neighbors
 
 SCAN_FAST_DECLARE_PER_ISA(const neighbors::CpuKernels& neighbor_kernels())
+
+#if defined(__x86_64__)
+namespace scan_fast::avx512 {
+void neighbor_product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);  // cpu_bf16.cpp
+}
+#endif
 
 namespace scan_fast::neighbors {
 

@@ -15,15 +15,20 @@ TileEngine::TileEngine(TileProducts which, int64_t n_columns)
       tile_rows(amx() ? kAmxTile : kernels().tile_rows),
       tile_columns(amx() ? kAmxTile : kernels().tile_columns),
       panel_rows(amx() ? kAmxTile : kernels().panel_rows),
-      panel_bytes(amx()                                    ? amx_panel_size(dim) * 2
-                  : products == TileProducts::kBf16Vectors ? panel_rows * ((dim + 1) / 2) * 4
-                                                           : panel_rows * dim * 4),
-      vector_product_(cpu_has_avx512_bf16() ? kernels().product_avx512_bf16 : kernels().product_bf16) {}
+      panel_bytes(amx()                                ? amx_panel_size(dim) * 2
+                  : products == TileProducts::kFloat32 ? panel_rows * dim * 4
+                                                       : panel_rows * ((dim + 1) / 2) * 4),
+      bf16_product_(cpu_has_avx512_bf16() ? kernels().product_avx512_bf16 : kernels().product_bf16) {}
 
 void TileEngine::pack_left(const float* rounded, int64_t row, uint8_t* packed) const {
   uint8_t* const panel = packed + row / panel_rows * panel_bytes;
   if (amx()) {
     amx_pack_query(rounded, dim, row % panel_rows, reinterpret_cast<uint16_t*>(panel));
+  } else if (products == TileProducts::kInt16Vectors) {
+    int16_t* const out = reinterpret_cast<int16_t*>(panel) + row % panel_rows * 2;
+    for (int64_t d = 0; d < dim; ++d) {
+      out[d / 2 * 2 * panel_rows + d % 2] = static_cast<int16_t>(rounded[d] * 0x1p15f);
+    }
   } else if (products == TileProducts::kBf16Vectors) {
     uint16_t* const out = reinterpret_cast<uint16_t*>(panel) + row % panel_rows * 2;
     for (int64_t d = 0; d < dim; ++d) {
@@ -64,7 +69,7 @@ PackedDatabase pack_database(const TileEngine& engine, const Rows& database, int
     for (int64_t j = panel * engine.panel_rows; j < std::min(n, (panel + 1) * engine.panel_rows); ++j) {
       if (!database.usable(j)) continue;
       packed.rounded[j] = kernels().round(database.data + j * engine.dim, database.scale[j], engine.dim,
-                                          engine.rounds_to_bf16(), rounded.data());
+                                          engine.rounding(), rounded.data());
       engine.pack_right(rounded.data(), j, packed.right_bytes.data());
       if (packed.left_bytes.data() != nullptr) engine.pack_left(rounded.data(), j, packed.left_bytes.data());
     }
@@ -89,7 +94,7 @@ CandidateLists ListMemory::open(int64_t rows, int64_t capacity, int64_t k, const
   overflow.grow(rows);
   std::fill_n(threshold.data(), rows, std::numeric_limits<float>::infinity());
   std::fill_n(count.data(), rows, 0);
-  std::fill_n(limit.data(), rows, static_cast<int32_t>(std::min<int64_t>(capacity, std::max<int64_t>(4 * k, 128))));
+  std::fill_n(limit.data(), rows, static_cast<int32_t>(std::min<int64_t>(capacity, k + std::max<int64_t>(k, 32))));
   std::fill_n(margin.data(), rows, 0.0);
   std::fill_n(self.data(), rows, int64_t{-1});
   std::fill_n(overflow.data(), rows, uint8_t{0});

@@ -58,6 +58,7 @@ struct Rows {
   std::vector<double> length;  // sqrt(v.v), not clamped; non-finite if and only if the row has a non-finite entry
   std::vector<double> scale;   // factor to the units of the fast search
   double longest = 0;          // the largest finite length
+  double shortest = 0;         // the smallest one that is not 0
   double unit = 1;             // "dot": the power of two in scale
 
   bool usable(int64_t row) const { return std::isfinite(length[row]); }
@@ -65,8 +66,8 @@ struct Rows {
 
 inline double cosine_length(double length) { return std::max(length, 1e-12); }
 
-// Ways to multiply tiles: float32 or bfloat16 pairs in vector registers, or bfloat16 on AMX tiles.
-enum class TileProducts { kFloat32, kBf16Vectors, kBf16Amx };
+// Ways to multiply tiles: float32, or pairs of integers or bfloat16 values, in vector registers, or bfloat16 on AMX tiles.
+enum class TileProducts { kFloat32, kInt16Vectors, kBf16Vectors, kBf16Amx };
 
 // One of them. Rows are packed in panels of panel_rows. A tile is tile_rows rows of the left operand by tile_columns rows
 // of the right one.
@@ -76,7 +77,11 @@ struct TileEngine {
 
   TileEngine(TileProducts which, int64_t dim);
   bool amx() const { return products == TileProducts::kBf16Amx; }
-  bool rounds_to_bf16() const { return products != TileProducts::kFloat32; }
+  Rounding rounding() const {
+    return products == TileProducts::kFloat32        ? Rounding::kFloat32
+           : products == TileProducts::kInt16Vectors ? Rounding::kInt16
+                                                     : Rounding::kBf16;
+  }
   // Writes one rounded row into its zeroed panel. The two layouts are the same but for AMX.
   void pack_left(const float* rounded, int64_t row, uint8_t* packed) const;
   void pack_right(const float* rounded, int64_t row, uint8_t* packed) const;
@@ -86,17 +91,20 @@ struct TileEngine {
     const uint8_t* const b_panel = b + right / panel_rows * panel_bytes;
     if (amx()) {
       amx_product(reinterpret_cast<const uint16_t*>(a_panel), reinterpret_cast<const uint16_t*>(b_panel), dim, c);
+    } else if (products == TileProducts::kInt16Vectors) {
+      kernels().product_int16(reinterpret_cast<const int32_t*>(a_panel) + left % panel_rows,
+                              reinterpret_cast<const int32_t*>(b_panel), (dim + 1) / 2, c);
     } else if (products == TileProducts::kBf16Vectors) {
-      vector_product_(reinterpret_cast<const uint32_t*>(a_panel) + left % panel_rows,
-                      reinterpret_cast<const uint32_t*>(b_panel), (dim + 1) / 2, c);
+      bf16_product_(reinterpret_cast<const uint32_t*>(a_panel) + left % panel_rows,
+                    reinterpret_cast<const uint32_t*>(b_panel), (dim + 1) / 2, c);
     } else {
-      kernels().product(reinterpret_cast<const float*>(a_panel) + left % panel_rows,
-                        reinterpret_cast<const float*>(b_panel), dim, c);
+      kernels().product_float32(reinterpret_cast<const float*>(a_panel) + left % panel_rows,
+                                reinterpret_cast<const float*>(b_panel), dim, c);
     }
   }
 
  private:
-  decltype(CpuKernels::product_bf16) vector_product_;
+  decltype(CpuKernels::product_bf16) bf16_product_;
 };
 
 // Configures AMX tiles for the calling thread if the engine uses them.

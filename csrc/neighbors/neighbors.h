@@ -21,12 +21,13 @@
 // list overflows (many duplicates or near ties) is searched again with a finer product and a longer list, and finally
 // by brute force:
 //
-//          first        second, eps about 100 times smaller                           last
-//   CPU    bfloat16     float32                                                       float64 (from float32 rows)
+//          first        second, eps about 100 times smaller (CPU after integers: 5)   last
+//   CPU    16 bits      float32                                                       float64 (from float32 rows)
 //   GPU    float16      float16 in two parts, u^ + u~ = u to 22 bits, three products  the same
 //
-// Without bfloat16 units the CPU begins with float32. Brute force is never needed for data whose neighbours differ by
-// more than about 1e-5 of |u_i||u_j|, nor for up to 2,000 (GPU) or 8,000 (CPU) equal or nearly equal rows.
+// The 16 bits are bfloat16 if the CPU has instructions for it, or integers (neighbors_cpu.cpp). If neither is faster than
+// float32, the CPU begins with float32. Brute force is never needed for data whose neighbours differ by more than about
+// 1e-5 of |u_i||u_j|, nor for up to 2,000 (GPU) or 8,000 (CPU) equal or nearly equal rows.
 #pragma once
 
 #include <cstddef>

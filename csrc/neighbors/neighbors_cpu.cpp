@@ -1,12 +1,19 @@
 // Exact top-k neighbours on the CPU. neighbors.h has the definition, and explains why a fast search can be exact.
 //
 // Searches in order, each for the rows that the previous ones could not decide:
-//   bfloat16 on AMX tiles or in vectors (if the CPU has one of them), short lists;
-//   float32, long lists (its bound is about 100 times tighter);
+//   16-bit values, short lists: bfloat16 on AMX tiles or in vectors if the CPU has one of them, otherwise integers if
+//   they are faster than float32 (AVX2, SSE2) and the lengths of the rows are similar;
+//   float32, long lists (its bound is about 100 times tighter than that of bfloat16);
 //   float64 brute force.
 // The fast searches process queries in blocks (cpu_blocks.cpp). If the queries are the database and many are undecided,
 // they multiply every pair of rows once (cpu_symmetric.cpp). Packing costs N D, the exact similarities of the
 // candidates about 2 k Q D.
+//
+// Why integers. Rows of length one have elements in [-1, 1]. In units of 2^-15 these are 16-bit integers, with a residual
+// of about sqrt(D / 12) 2^-15: a fifth of that of bfloat16 for D = 512. One instruction multiplies pairs of them and adds
+// the two products, so a register holds twice as many factors as in float32. The sums are exact: by Cauchy-Schwarz they
+// and all partial sums are at most |u^_i| |u^_j| 2^30 < 2^31. Only their conversion to float32 rounds. Measured on Zen 3,
+// for tiles in the L1 cache: 150 G operations per second and core, and 90 with float32. The limits are 162 and 97.
 //
 // Every search ends with the same exact similarities. So the result does not depend on the CPU, on the number of
 // threads or on which search decided a row.
@@ -110,13 +117,25 @@ Rows measure(const float* data, int64_t n, int64_t dim, bool normalize) {
     }
   });
   for (const double length : rows.length) {
-    if (std::isfinite(length)) rows.longest = std::max(rows.longest, length);
+    if (!std::isfinite(length)) continue;
+    rows.longest = std::max(rows.longest, length);
+    if (length > 0) rows.shortest = rows.shortest > 0 ? std::min(rows.shortest, length) : length;
   }
   int exponent = 0;
   if (rows.longest > 0) std::frexp(rows.longest, &exponent);
   rows.unit = std::ldexp(1.0, -exponent);
   for (int64_t i = 0; i < n; ++i) rows.scale[i] = normalize ? 1 / cosine_length(rows.length[i]) : rows.unit;
   return rows;
+}
+
+// Returns whether the first search should multiply integers of 16 bits. They have the same spacing for all rows, so for
+// "dot" the rows must be of similar lengths: the bound of a short row would hardly exclude anything.
+bool int16_serves(const Search& search) {
+  constexpr double kRange = 2;
+  constexpr int64_t kMaxDim = int64_t{1} << 24;  // keeps rounded rows shorter than 1.2, so that no product overflows
+  return kernels().prefers_int16 && search.problem.dim <= kMaxDim &&
+         (search.problem.normalize || (search.queries.longest <= kRange * search.queries.shortest &&
+                                       search.database.longest <= kRange * search.database.shortest));
 }
 
 void search_exactly(const Search& search, const std::vector<int64_t>& wanted) {
@@ -164,6 +183,8 @@ std::vector<int64_t> search_fast(const Search& search, const std::vector<int64_t
   const bool symmetric =
       self_search && 2 * open > n && n * symmetric_capacity * 8 <= std::max(kSymmetricBytes, 16 * n * problem.dim);
   std::vector<int64_t> rest = symmetric ? search_symmetric(search, products, symmetric_capacity) : wanted;
+  // If most rows are too close for integers, a symmetric search by float32 decides more at the same cost.
+  if (symmetric && products == TileProducts::kInt16Vectors && 2 * static_cast<int64_t>(rest.size()) > n) return rest;
   return search_blocks(search, rest, products, (products == TileProducts::kFloat32 ? 8192 : 1024) + 8 * problem.k);
 }
 
@@ -185,6 +206,7 @@ SearchedAgain topk_neighbors_cpu(const TopkProblem& problem, float* similarity, 
   if (2 * problem.k < problem.n_database) {
     const TileProducts first = amx_is_usable()                 ? TileProducts::kBf16Amx
                                : cpu_multiplies_bf16_vectors() ? TileProducts::kBf16Vectors
+                               : int16_serves(search)          ? TileProducts::kInt16Vectors
                                                                : TileProducts::kFloat32;
     wanted = search_fast(search, wanted, same, first);
     again.finely = static_cast<int64_t>(wanted.size());

@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "common/device.h"
-#include "neighbors/neighbors.h"
+#include "neighbors_reference.h"
 
 namespace neighbor_cases {
 
@@ -17,24 +17,6 @@ using namespace scan_fast;
 
 // The first search that the cases run.
 inline TileSearch* tile_search = search_tiles_portable;
-
-// The sum of neighbors.h.
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("O3")))
-#endif
-__attribute__((no_sanitize("address", "undefined"))) inline double lane_sum(const float* a, const float* b,
-                                                                            int64_t dim) {
-  double lane[32] = {};
-  int64_t first = 0;
-  for (; first + 32 <= dim; first += 32) {
-    for (int64_t l = 0; l < 32; ++l) lane[l] += static_cast<double>(a[first + l]) * static_cast<double>(b[first + l]);
-  }
-  for (int64_t d = first; d < dim; ++d) lane[d % 32] += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-  for (int half = 16; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
-}
 
 struct Case {
   std::vector<float> queries, database;  // queries empty: a self-search
@@ -75,40 +57,9 @@ inline Found search(const Case& c) {
   topk_neighbors_cuda(problem, found.similarity.data(), found.index.data(), &found.again, workspace.get(), nullptr,
                       *tile_search, c.list_bytes);
 
-  std::vector<double> length(n), query_length(n_queries);
-  const auto measure = [&](const float* v) { return std::sqrt(lane_sum(v, v, c.dim)); };
-  for (int64_t j = 0; j < n; ++j) length[j] = measure(&c.database[j * c.dim]);
-  for (int64_t i = 0; i < n_queries; ++i) query_length[i] = measure(&q[i * c.dim]);
-  for (int64_t i = 0; i < n_queries; ++i) {
-    std::vector<std::pair<float, int64_t>> all;
-    for (int64_t j = 0; j < n; ++j) {
-      if (!std::isfinite(length[j]) || !std::isfinite(query_length[i]) || (problem.exclude_self && i == j)) continue;
-      double sum = lane_sum(&q[i * c.dim], &c.database[j * c.dim], c.dim);
-      if (c.normalize) sum /= std::max(query_length[i], 1e-12) * std::max(length[j], 1e-12);
-      if (static_cast<float>(sum) > -INFINITY) all.emplace_back(-static_cast<float>(sum), j);
-    }
-    std::partial_sort(all.begin(), all.begin() + std::min<int64_t>(c.k, all.size()), all.end());
-    all.resize(c.k, {INFINITY, -1});
-    for (int64_t rank = 0; rank < c.k; ++rank) {
-      CHECK(found.similarity[i * c.k + rank] == -all[rank].first);
-      CHECK(found.index[i * c.k + rank] == all[rank].second);
-    }
-  }
+  check_found({q.data(), c.database.data(), n_queries, n, c.dim, c.k, c.normalize, problem.exclude_self},
+              found.similarity, found.index);
   return found;
-}
-
-inline std::vector<float> normal(int64_t rows, int64_t dim, uint64_t seed, double scale = 1) {
-  check::Random random{seed};
-  std::vector<float> x(rows * dim);
-  for (float& value : x) value = static_cast<float>(scale * random.normal());
-  return x;
-}
-
-inline std::vector<float> integers(int64_t rows, int64_t dim, uint64_t seed) {
-  check::Random random{seed};
-  std::vector<float> x(rows * dim);
-  for (float& value : x) value = static_cast<float>(static_cast<int>(random.bits() % 5) - 2);
-  return x;
 }
 
 // `copies` copies of each of `kinds` rows.
@@ -116,14 +67,6 @@ inline std::vector<float> duplicates(int64_t kinds, int64_t copies, int64_t dim)
   const std::vector<float> base = normal(kinds, dim, 5);
   std::vector<float> x;
   for (int64_t c = 0; c < copies; ++c) x.insert(x.end(), base.begin(), base.end());
-  return x;
-}
-
-// Rows of length about one around a center, `spread` from it.
-inline std::vector<float> cluster(int64_t rows, int64_t dim, double spread, uint64_t seed) {
-  const std::vector<float> center = normal(1, dim, 99, 1 / std::sqrt(dim));
-  std::vector<float> x = normal(rows, dim, seed, spread / std::sqrt(dim));
-  for (int64_t e = 0; e < rows * dim; ++e) x[e] += center[e % dim];
   return x;
 }
 

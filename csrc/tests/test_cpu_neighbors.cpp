@@ -3,20 +3,16 @@
 
 #include "cpu_check.h"
 #include "neighbors/cpu_search.h"
-#include "neighbors/neighbors.h"
+#include "neighbors_reference.h"
 
 namespace {
 
 using namespace scan_fast;
-
-double lane_sum(const float* a, const float* b, int64_t dim) {
-  double lane[32] = {};
-  for (int64_t d = 0; d < dim; ++d) lane[d % 32] += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-  for (int half = 16; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
-}
+using neighbor_cases::check_found;
+using neighbor_cases::cluster;
+using neighbor_cases::integers;
+using neighbor_cases::lane_sum;
+using neighbor_cases::normal;
 
 struct Case {
   std::vector<float> queries, database;  // queries empty: a self-search
@@ -32,33 +28,8 @@ SearchedAgain search(const Case& c) {
   std::vector<float> similarity(rows * c.k, NAN);
   std::vector<int64_t> index(rows * c.k, -7);
   const SearchedAgain again = topk_neighbors_cpu(problem, similarity.data(), index.data());
-  std::vector<double> length(n), query_length(rows);
-  for (int64_t j = 0; j < n; ++j)
-    length[j] = std::sqrt(lane_sum(&c.database[j * c.dim], &c.database[j * c.dim], c.dim));
-  for (int64_t i = 0; i < rows; ++i) query_length[i] = std::sqrt(lane_sum(&q[i * c.dim], &q[i * c.dim], c.dim));
-  for (int64_t i = 0; i < rows; ++i) {
-    std::vector<std::pair<float, int64_t>> all;
-    for (int64_t j = 0; j < n; ++j) {
-      if (!std::isfinite(length[j]) || !std::isfinite(query_length[i]) || (self && i == j)) continue;
-      double sum = lane_sum(&q[i * c.dim], &c.database[j * c.dim], c.dim);
-      if (c.normalize) sum /= std::max(query_length[i], 1e-12) * std::max(length[j], 1e-12);
-      all.emplace_back(-static_cast<float>(sum), j);
-    }
-    std::sort(all.begin(), all.end());
-    all.resize(c.k, {INFINITY, -1});
-    for (int64_t rank = 0; rank < c.k; ++rank) {
-      CHECK(similarity[i * c.k + rank] == -all[rank].first);
-      CHECK(index[i * c.k + rank] == all[rank].second);
-    }
-  }
+  check_found(problem, similarity, index);
   return again;
-}
-
-std::vector<float> normal(int64_t rows, int64_t dim, uint64_t seed) {
-  check::Random random{seed};
-  std::vector<float> x(rows * dim);
-  for (float& value : x) value = static_cast<float>(random.normal());
-  return x;
 }
 
 // The float32 search decides every row: none is left to brute force.
@@ -78,12 +49,41 @@ void several_blocks() {
 }
 
 void ties_and_duplicates() {
-  check::Random random{8};
-  std::vector<float> integers(520 * 5);
-  for (float& value : integers) value = static_cast<float>(static_cast<int>(random.bits() % 5) - 2);
   for (const bool normalize : {true, false}) {
-    search({{}, integers, 5, 20, normalize});
+    search({{}, integers(520, 5, 8), 5, 20, normalize});
     search({{}, std::vector<float>(140 * 8, 0.0f), 8, 5, normalize});
+  }
+}
+
+// Too many rows are close for the spacing of 16-bit values, so the float32 search decides.
+void rows_that_are_close() {
+  const bool coarse = amx_is_usable() || cpu_multiplies_bf16_vectors() || neighbors::kernels().prefers_int16;
+  const std::vector<float> x = cluster(1500, 24, 0.01, 9);
+  for (const Case& c : {Case{{}, x, 24, 5}, Case{cluster(30, 24, 0.01, 10), x, 24, 5}}) {
+    const SearchedAgain again = search(c);
+    CHECK((again.finely > 0) == coarse);
+    CHECK(again.exactly == 0);
+  }
+}
+
+// Rows near the axes: their largest element rounds to 1, which is one more than the largest 16-bit integer.
+void rows_along_axes() {
+  std::vector<float> x = normal(700, 6, 12, 0.01);
+  for (int64_t i = 0; i < 700; ++i) x[i * 6 + i % 6] = i % 4 < 2 ? 1.0f : -1.0f;
+  for (int64_t i = 0; i < 60; ++i) std::fill_n(&x[i * 6], 6, 0.0f), x[i * 6 + i % 6] = i % 5 < 2 ? 3.0f : -2.0f;
+  for (const bool normalize : {true, false}) CHECK(search({{}, x, 6, 8, normalize}).exactly == 0);
+}
+
+// "dot": rows of similar lengths, and rows that would lose every bit in the spacing of the longest one.
+void rows_of_different_lengths() {
+  for (const double range : {1.9, 1e6}) {
+    std::vector<float> x = normal(400, 20, 13);
+    for (int64_t i = 0; i < 400; ++i) {
+      const double length = std::sqrt(lane_sum(&x[i * 20], &x[i * 20], 20));
+      const double wanted = std::pow(range, static_cast<double>(i) / 400);
+      for (int64_t d = 0; d < 20; ++d) x[i * 20 + d] = static_cast<float>(x[i * 20 + d] * wanted / length);
+    }
+    CHECK(search({{}, x, 20, 6, false}).exactly == 0);
   }
 }
 
@@ -96,7 +96,8 @@ void rows_that_are_not_finite() {
 // Tiles of rows that are rounded and packed, by every product that this processor has.
 void products_of_packed_rows() {
   using neighbors::TileProducts;
-  for (const auto which : {TileProducts::kFloat32, TileProducts::kBf16Vectors, TileProducts::kBf16Amx}) {
+  for (const auto which :
+       {TileProducts::kFloat32, TileProducts::kInt16Vectors, TileProducts::kBf16Vectors, TileProducts::kBf16Amx}) {
     if (which == TileProducts::kBf16Amx && !amx_is_usable()) continue;
     for (const int64_t dim : {1, 2, 33, 64, 129}) {
       const neighbors::TileEngine engine(which, dim);
@@ -110,7 +111,8 @@ void products_of_packed_rows() {
         std::fill_n(side->data(), panels * engine.panel_bytes, uint8_t{0});
       }
       for (int64_t i = 0; i < rows; ++i) {
-        neighbors::kernels().round(&x[i * dim], 1.0, dim, engine.rounds_to_bf16(), &rounded[i * dim]);
+        const double length = std::sqrt(lane_sum(&x[i * dim], &x[i * dim], dim));
+        neighbors::kernels().round(&x[i * dim], 1 / length, dim, engine.rounding(), &rounded[i * dim]);
         engine.pack_left(&rounded[i * dim], i, left.data());
         engine.pack_right(&rounded[i * dim], i, right.data());
       }
@@ -119,7 +121,7 @@ void products_of_packed_rows() {
       for (int64_t i = 0; i < engine.tile_rows; ++i) {
         for (int64_t j = 0; j < engine.tile_columns; ++j) {
           const double exact = lane_sum(&rounded[(first_row + i) * dim], &rounded[(first_column + j) * dim], dim);
-          CHECK_NEAR(tile[i * engine.tile_columns + j], exact, 1e-6 * static_cast<double>(dim + 1));
+          CHECK_NEAR(tile[i * engine.tile_columns + j], exact, 1e-7 * static_cast<double>(dim + 16));
         }
       }
     }
@@ -133,6 +135,9 @@ int main() {
   RUN(odd_sizes);
   RUN(several_blocks);
   RUN(ties_and_duplicates);
+  RUN(rows_that_are_close);
+  RUN(rows_along_axes);
+  RUN(rows_of_different_lengths);
   RUN(rows_that_are_not_finite);
   RUN(products_of_packed_rows);
   return check::finish();

@@ -1,4 +1,4 @@
-// Inner loop of the float32 weight gradient, compiled once per instruction set.
+// Inner loops of the float32 weight gradient, compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,20 @@ struct WeightGradientChunk {
 SCAN_FAST_DECLARE_PER_ISA(int64_t weight_gradient_rows())
 SCAN_FAST_DECLARE_PER_ISA(int64_t weight_gradient_columns())
 
-// to[r * step + c] += sum over the chunk's positions of panel[position][r] slice[position][c], for r < rows, c < columns.
-// The slice begins at the first position that the kernel's tap reads.
+// Packs `count` pixels of `channels` values, from_step floats apart, at to[slice * slice_size + pixel * columns]. The
+// last slice is filled up with zeros.
+SCAN_FAST_DECLARE_PER_ISA(void weight_gradient_pack_pixels(const float* from, int64_t from_step, int64_t count,
+                                                           int64_t channels, int64_t slice_size, float* to))
+// The same with zeros for pixels.
+SCAN_FAST_DECLARE_PER_ISA(void weight_gradient_pack_zeros(int64_t count, int64_t channels, int64_t slice_size,
+                                                          float* to))
+// Packs the gradients of `count` positions at to[panel * panel_size + position * rows].
+SCAN_FAST_DECLARE_PER_ISA(void weight_gradient_pack_gradients(const float* from, int64_t count, int64_t channels,
+                                                              int64_t panel_size, float* to))
+
+// to[r * step + c] = before[r * columns + c] + sum over the chunk's positions of panel[position][r] slice[position][c],
+// for r < rows_left, c < columns_left. The slice begins at the first position that the kernel's tap reads. Without
+// `before` there is only the sum. `to` may be `before`.
 SCAN_FAST_DECLARE_PER_ISA(void weight_gradient_tile(const ::scan_fast::WeightGradientChunk& chunk, const float* panel,
-                                                    const float* slice, int64_t rows, int64_t columns, float* to,
-                                                    int64_t step))
+                                                    const float* slice, const float* before, int64_t rows_left,
+                                                    int64_t columns_left, float* to, int64_t step))

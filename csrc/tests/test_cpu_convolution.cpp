@@ -75,7 +75,8 @@ struct Geometry {
   int64_t batch, in_channels, out_channels, height, width, kernel, stride, padding;
 };
 
-// Chunks of rows and of images, register tiles that are whole and not, phases of strides, borders of every width.
+// Chunks of rows and of images, register tiles that are whole and not, phases of strides, borders of every width: zeros
+// that rows and images share, a chunk with fewer images than the others, and no image at all.
 void float32_weight_gradient() {
   for (const Geometry& g : {Geometry{3, 16, 24, 8, 8, 3, 1, 1},
                             {2, 17, 7, 30, 12, 3, 2, 1},
@@ -83,7 +84,15 @@ void float32_weight_gradient() {
                             {1, 1, 1, 1, 1, 1, 1, 0},
                             {2, 5, 9, 11, 40, 5, 3, 2},
                             {2, 8, 5, 10, 10, 2, 4, 0},
-                            {1, 3, 6, 3, 400, 3, 1, 1}}) {
+                            {1, 3, 6, 3, 400, 3, 1, 1},
+                            {20, 19, 8, 5, 3, 5, 1, 2},
+                            {25, 4, 7, 4, 5, 3, 1, 2},
+                            {25, 5, 7, 5, 5, 4, 2, 2},
+                            {25, 5, 9, 5, 5, 3, 2, 1},
+                            {9, 16, 6, 6, 7, 4, 2, 1},
+                            {40, 3, 5, 6, 5, 2, 3, 2},
+                            {2, 33, 12, 30, 9, 5, 2, 2},
+                            {0, 3, 5, 4, 4, 3, 1, 1}}) {
     const auto out = [&](int64_t in) { return (in + 2 * g.padding - g.kernel) / g.stride + 1; };
     const int64_t out_height = out(g.height), out_width = out(g.width), taps = g.kernel * g.kernel;
     check::Random random{static_cast<uint64_t>(g.batch * 100 + g.in_channels)};

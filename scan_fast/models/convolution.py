@@ -30,6 +30,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         out: Tensor
+        if _is_transformed():
+            return super().forward(x)
         if not _in_bfloat16_on_cpu(x):
             if self._use_weight_gradient(x):
                 out = _FloatConvolution.apply(x, self.weight, *self._geometry())
@@ -49,7 +51,7 @@ class Conv2d(nn.Conv2d):
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the result of :meth:`forward`, and x itself for a shortcut around this layer."""
-        if _in_bfloat16_on_cpu(x) and self._use_kernel(x):
+        if not _is_transformed() and _in_bfloat16_on_cpu(x) and self._use_kernel(x):
             return conv2d_fork(_images(x), self.weight, self.stride[0], int(self.padding[0]))
         return self(x), x
 
@@ -78,6 +80,11 @@ class Conv2d(nn.Conv2d):
 
 def _images(x: Tensor) -> Tensor:
     return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def _is_transformed() -> bool:
+    """Return whether a transform of torch.func runs, such as vmap or jvp. Only PyTorch's convolution has its rules."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
 def _in_bfloat16_on_cpu(x: Tensor) -> bool:

@@ -133,6 +133,35 @@ def test_float32_convolution_is_differentiable_twice_and_without_an_input_gradie
     torch.testing.assert_close(weight_grad, torch.autograd.grad(plain(image).sum(), plain.weight)[0])
 
 
+@needs_native
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_transforms_of_torch_func(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    torch.manual_seed(0)
+    layer = Conv2d(32, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(32, 64, 3, padding=1, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    images = torch.randn(32, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    found = []
+    for each in (layer, plain):
+
+        def loss(weight: Tensor, x: Tensor, each: nn.Conv2d = each) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                return torch.func.functional_call(each, {"weight": weight}, (x,)).float().square().mean()
+
+        weight = layer.weight.detach()
+        gradient = torch.func.grad(loss)
+        found.append(
+            (
+                gradient(weight, images),
+                torch.func.vmap(gradient, in_dims=(None, 0))(weight, images.unflatten(0, (4, 8))),
+                torch.func.jvp(loss, (weight, images), (weight, images))[1],
+            )
+        )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_frozen_input_and_a_frozen_weight() -> None:
     layer = Conv2d(8, 16, 3, padding=1, bias=False)
     x = torch.randn(4, 8, 4, 4)

@@ -34,6 +34,8 @@
 //   ldmatrix_x4(r, p), ldmatrix_x4_trans(r, p)   p: this lane's 16-byte row (lane l gives row l%8 of matrix l/8)
 //   mma_16816<T>(d, a, b)            d[4] += a[4] x b[2], mma.sync.m16n8k16 row.col, T = half_t or bf16_t, float32 sums
 //   exp2_approx, log2_approx, rsqrt_approx, rcp_approx      the unit's .approx.ftz instructions
+//   exp2_polynomial(x)               2^x on the units for additions and products, see below
+//   max_nan(x, y)                    the larger one; NaN if one of them is NaN
 //   half_t, bf16_t; to_float(x), from_float<T>(f), pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u) -> float2
 //   warp_sum, warp_max, warp_min     butterfly over 32 lanes in a fixed order (float, int); every lane gets the result
 //   launch(kernel, grid, block, smem, stream, args...)   throws std::runtime_error with CUDA's message
@@ -214,6 +216,12 @@ __device__ __forceinline__ float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -403,6 +411,28 @@ void launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   } else {
     start_kernel(kernel, grid, block, smem, stream, arguments...);
   }
+}
+
+// Returns 2^x for x < 127.5: like exp2_approx, but on the units for additions and products. A multiprocessor has 128 of
+// these and 16 units for exp2_approx, so a kernel that is limited by exponentials computes a part of them here.
+//   - The relative error is at most 1.5 * 2^-23 if the result is a normal number; that of exp2_approx is 2 * 2^-23.
+//   - Integers give exact powers. Below 2^-126 the error is at most 2^-126; from -126.5 downwards the result is 0.
+//   - NaN gives NaN, and minus infinity gives 0. Arguments from 127.5 on are not allowed.
+// x = j + r with an integer j and |r| <= 1/2. Adding 1.5 * 2^23 rounds to an integer, and 127 more leaves the exponent
+// field of 2^j in the low bits of the sum. The polynomial approximates 2^r; its first coefficient is 1. The result is a
+// product, so that NaN remains NaN; if sums follow, the compiler fuses it with them. Without it there are ten
+// instructions: a maximum, three sums, five FFMA and a shift.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRounding = 12582912.0f + 127.0f;
+  const float above = max_nan(x, -127.0f);
+  const float rounded = above + kRounding;
+  const float r = above - (rounded - kRounding);
+  float of_r = fmaf(0.00132647273f, r, 0.00967151299f);
+  of_r = fmaf(of_r, r, 0.0555073358f);
+  of_r = fmaf(of_r, r, 0.240222424f);
+  of_r = fmaf(of_r, r, 0.693147004f);
+  of_r = fmaf(of_r, r, 1.0f);
+  return of_r * __uint_as_float(__float_as_uint(rounded) << 23);
 }
 
 template <typename V, typename T>

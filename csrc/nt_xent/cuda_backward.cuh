@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Rows of the second view that are not anchors have non-zero weights only in the columns of the first view.
   const bool first_view_only = first_local >= p.sample_count && p.anchors < p.rows();
   const int column_end = first_view_only ? p.samples : p.rows();
-  const int tiles = (column_end + kColumns - 1) / kColumns, split = static_cast<int>(blockIdx.y);
+  const int tiles = ceil_div(column_end, kColumns), split = static_cast<int>(blockIdx.y);
   const int begin = tiles * split / p.splits, end = tiles * (split + 1) / p.splits;
   const auto load_columns = [&](int tile) {
     load_tile<kSplit, kColumns, kNarrow>(b_tiles + (tile - begin) % 2 * (kParts * kTile), packed, p, 0, [&](int r) {

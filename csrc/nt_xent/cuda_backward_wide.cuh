@@ -13,7 +13,7 @@ constexpr int kSlice = 128;     // dimensions of dZ per block of gather_kernel
 struct WideRows {
   int begin, rows, stride;
 
-  __host__ __device__ int row_tiles() const { return (rows + kRows - 1) / kRows; }
+  __host__ __device__ int row_tiles() const { return ceil_div(rows, kRows); }
   __host__ __device__ int64_t elements() const { return int64_t{row_tiles()} * kRows * stride; }
 };
 

@@ -41,6 +41,11 @@ struct Upstream : NTXentUpstream {
   __device__ __forceinline__ float at(int anchor) const { return gradient[anchor * stride]; }
 };
 
+template <typename X, typename Y>
+__host__ __device__ constexpr auto ceil_div(X x, Y y) {
+  return (x + y - 1) / y;
+}
+
 __device__ __forceinline__ int warp_index() {
   return static_cast<int>(blockIdx.x) * (kRowThreads / 32) + static_cast<int>(threadIdx.x) / 32;
 }
@@ -67,6 +72,42 @@ struct PackedFour {
 __device__ __forceinline__ void follow_previous_kernel() {
   wait_for_previous_kernel();
   let_next_kernel_start();
+}
+
+// Columns of a tile that are masked for a row: the row itself, its positive, and all from `end` on. Rows and columns are
+// numbered so that first views (below `count`) come first, and the positive of one is `offset` behind it. Stored as
+// offsets from one column, so that the test of an element compares with constants.
+struct Excluded {
+  int self, positive, end;
+
+  __device__ __forceinline__ Excluded(int row, int count, int offset, int from, int end_)
+      : self(row - from),
+        positive((row < count            ? row + offset
+                  : row - offset < count ? row - offset
+                                         : -1) -
+                 from),
+        end(end_ - from) {}
+  __device__ __forceinline__ bool holds(int column) const {
+    return (column == self) | (column == positive) | (column >= end);  // no branches
+  }
+};
+
+// The exponential of a thread's element number `element`, a constant of unrolled code. Every kEvery-th one is computed by
+// the polynomial; kEvery = 0 means none. One in four suits a kernel that is limited by exponentials. In cycles of a
+// multiprocessor for 8,192 elements, at 16 exponentials and four warp instructions per cycle, if an element takes one
+// FFMA, one exponential and two sums (the polynomial's last product is fused with these), so four instructions, or 13:
+//   share   exponentials   instructions
+//   none        512             256
+//   1/8         448             328
+//   1/4         384             400
+//   1/3         341             448
+// A prediction from these counts, not a measurement.
+template <int kEvery>
+__device__ __forceinline__ float exp2_element(float x, int element) {
+  if constexpr (kEvery > 0) {
+    if (element % kEvery == kEvery - 1) return exp2_polynomial(x);
+  }
+  return exp2_approx(x);
 }
 
 // ---- rows in registers ----------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const half_t* __restrict__ packed, const float* __restrict__ shift, float* __restrict__ partial,
                    ForwardSchedule<kInner> schedule, Params p) {
   constexpr int kM = kInner / 32, kColumns = kOuter / 16;  // 16-row and 8-column products per warp
+  // See exp2_element. In cycles of a multiprocessor of an A100 (1,024 multiply-adds and 16 exponentials per cycle), a tile
+  // of 64 x 128 takes 8 D of products, three times that if split, and 512 of exponentials, or 1,024 for kShiftedSums. So
+  // exponentials matter up to 64 dimensions, which have kernels of their own (kChunk), and at low temperatures.
+  constexpr bool kManyExponentials = kPass == Pass::kSums ? kResident && kChunk == 64 : kPass == Pass::kShiftedSums;
+  [[maybe_unused]] constexpr int kEvery = kManyExponentials && !kSplit ? 4 : 0;
   SCAN_FAST_SHARED(float, inner_part, 2 * kInner);
   SCAN_FAST_SHARED(float, outer_part, 2 * kOuter);
   const Positions at(p);
@@ -96,13 +101,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
-              for (int n = 0; n < kColumns; ++n) {
+              for (int h = 0; h < 2; ++h) {
+                const int i = first + warp_row<kInner>() + 16 * m + fragment_row(h);
+                const int from = first_column + warp_column<kOuter>() + fragment_column(0, 0);
+                const Excluded out(i, at.count, offset, from, i < end ? anchors : 0);
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                  const int i = first + warp_row<kInner>() + 16 * m + fragment_row(r / 2);
-                  const int j = first_column + warp_column<kOuter>() + fragment_column(n, r);
-                  const bool positive = (j < at.count && i == j + offset) || (i < at.count && j == i + offset);
-                  if (i >= end || j >= anchors || i == j || positive) s[m][n][r] = -INFINITY;
+                for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+                  for (int c = 0; c < 2; ++c) {
+                    float& value = s[m][n][2 * h + c];
+                    value = out.holds(8 * n + c) ? -INFINITY : value;
+                  }
                 }
               }
             }
@@ -112,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              float sum = nothing<kPass>(), inner_shift = 0;
+              float sum = nothing<kPass>(), inner_shift = INFINITY;  // `sum` is not used unless `transposed`
               if constexpr (kPass == Pass::kShiftedSums) {
                 const int i = first + warp_row<kInner>() + 16 * m + fragment_row(h);
                 if (transposed && i < end) inner_shift = shift[i];
@@ -123,15 +132,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                 for (int c = 0; c < 2; ++c) {
                   const float value = s[m][n][2 * h + c];
                   if constexpr (kPass == Pass::kSums) {
-                    const float e = exp2_approx(value * p.scale - limit);
+                    const float e = exp2_element<kEvery>(value * p.scale - limit, 2 * n + c);
                     column_sum[n][c] += e;
                     sum += e;
                   } else if constexpr (kPass == Pass::kMaxima) {
                     column_sum[n][c] = fmaxf(column_sum[n][c], value * p.scale);
                     sum = fmaxf(sum, value * p.scale);
                   } else {
-                    column_sum[n][c] += exp2_approx(value * p.scale - column_shift[n][c]);
-                    sum += exp2_approx(value * p.scale - inner_shift);
+                    column_sum[n][c] += exp2_element<kEvery>(value * p.scale - column_shift[n][c], 2 * n + c);
+                    sum += exp2_element<kEvery>(value * p.scale - inner_shift, 2 * n + c);
                   }
                 }
               }

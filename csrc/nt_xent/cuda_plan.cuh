@@ -11,8 +11,6 @@ namespace {
 
 constexpr double kFixedShiftTemperature = 0.03;  // exp(-2 / 0.03) = 1e-29
 
-inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // Parameters of a launch that handles `local_rows` rows with `splits` column splits.
 inline Params make_params(const NTXentProblem& problem, int64_t local_rows, int64_t splits) {
   // The kernels count rows and dimensions in 32 bits; addresses are 64-bit.

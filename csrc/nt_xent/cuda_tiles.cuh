@@ -120,7 +120,7 @@ __device__ __forceinline__ void for_inner_tiles(const half_t* __restrict__ packe
   constexpr int kParts = kSplit ? 2 : 1, kOuterTile = kOuter * kChunk * kParts, kInnerTile = kInner * kChunk * kParts;
   constexpr int kStage = kResident ? kInnerTile : kOuterTile + kInnerTile;
   const Shared<half_t> memory = dynamic.as<half_t>(), stages = memory + (kResident ? kOuterTile : 0);
-  const int chunks = kResident ? 1 : (p.padded + kChunk - 1) / kChunk;
+  const int chunks = kResident ? 1 : ceil_div(p.padded, kChunk);
   const auto load = [&](int tile, int chunk, int stage) {
     const Shared<half_t> to = stages + stage * kStage;
     if constexpr (!kResident) load_tile<kSplit, kOuter, kChunk>(to + kInnerTile, packed, p, chunk, outer_row);

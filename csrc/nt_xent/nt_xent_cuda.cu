@@ -16,9 +16,11 @@
 // most 2^14, and are split like the operands. |W_ij| <= |g_i| + |g_j|, and values below float16's range are below 2^-38
 // of the largest.
 //
-// Work: M^2 D + 4 M^2 D flops (three times that for split operands), M^2 / 2 + M^2 exponentials. Shared memory: up to
-// 96 KB, which sm_89 has. Memory besides inputs and results: the operands, 64 sums per row, and 64 MB of W beyond 128
-// dimensions.
+// Work: M^2 D + 4 M^2 D flops (three times that for split operands), M^2 / 2 + M^2 exponentials. In 16 bits, a quarter of
+// the forward exponentials are polynomials up to 64 dimensions and at low temperatures (exp2_element). In the backward
+// pass the products take longer: for 64 x 64 elements, 8 D cycles of an A100's multiprocessor, and 256 of exponentials.
+// Shared memory: up to 96 KB, which sm_89 has. Memory besides inputs and results: the operands, 64 sums per row, and
+// 64 MB of W beyond 128 dimensions.
 //
 // Rows of up to 512 dimensions are read once by the first and last kernels, in vectors of 16 bytes, and stay in
 // registers (cuda_common.cuh).
@@ -61,10 +63,10 @@ struct ForwardPlan : PortablePlan {
         outer_width(2 * kInner) {
     // Wide outer tiles read the inner tiles less often. If there are too few of them, narrow ones occupy every
     // multiprocessor.
-    outer_tiles = (anchors + outer_width - 1) / outer_width;
+    outer_tiles = ceil_div(anchors, outer_width);
     if (!reduced || !p.fixed_shift || schedule(0, std::min(outer_tiles, kMaxTransposedSlots)).total() < max_blocks) {
       outer_width = kInner;
-      outer_tiles = (anchors + outer_width - 1) / outer_width;
+      outer_tiles = ceil_div(anchors, outer_width);
     }
   }
   ForwardSchedule<kInner> schedule(int begin, int end) const {
@@ -94,13 +96,15 @@ ForwardLaunch forward_launch() {
 template <Pass kPass>
 ForwardLaunch choose_forward(const ForwardPlan& plan) {
   if constexpr (kPass == Pass::kSums) {
-    const bool resident = plan.p.padded <= 128;
+    const bool resident = plan.p.padded <= 128, narrow = plan.p.padded <= 64;
     if (!plan.reduced) {
       return resident ? forward_launch<true, 64, 128, true, kPass>() : forward_launch<true, 64, 64, false, kPass>();
     }
     if (plan.outer_width == 128) {
+      if (narrow) return forward_launch<false, 128, 64, true, kPass>();
       return resident ? forward_launch<false, 128, 128, true, kPass>() : forward_launch<false, 128, 64, false, kPass>();
     }
+    if (narrow) return forward_launch<false, 64, 64, true, kPass>();
     if (resident) return forward_launch<false, 64, 128, true, kPass>();
   }
   return plan.reduced ? forward_launch<false, 64, 64, false, kPass>() : forward_launch<true, 64, 64, false, kPass>();
@@ -123,12 +127,12 @@ struct BackwardPlan : PortablePlan {
       const int64_t most = std::max<int64_t>(1, kMaxWeightBytes / row_bytes / kRows) * kRows;
       chunk = static_cast<int>(std::min<int64_t>(rows, most));
     }
-    const int64_t blocks = ceil_div(chunk, kRows) * (narrow ? 1 : ceil_div(p.dim, kSlice));
+    const int64_t blocks = ceil_div(int64_t{chunk}, kRows) * (narrow ? 1 : ceil_div(p.dim, kSlice));
     const int64_t room = 2 * multiprocessors();
     p.splits = column_splits(blocks, tiles, room, split_cost(chunk, room, kRows, kColumns, !reduced));
   }
   WideRows wide(int begin) const {
-    return {begin, std::min(chunk, rows - begin), (p.rows() + kColumns - 1) / kColumns * kColumns};
+    return {begin, std::min(chunk, rows - begin), ceil_div(p.rows(), kColumns) * kColumns};
   }
   int positions() const { return p.rows(); }
   int64_t transposed_elements() const { return 0; }

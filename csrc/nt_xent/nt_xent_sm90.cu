@@ -21,8 +21,9 @@
 // of 240 registers. Steady state of a backward tile at D = 128, per warpgroup: 16 HGMMA back to back, then about 380
 // instructions for 64 elements per thread, of which 64 are EX2. Predictions, not measurements:
 //   tile of 128 x 128 x 128, two warpgroups, 790 TFLOP/s over 132 multiprocessors, 16 EX2 per cycle at 1.8 GHz:
-//     forward   0.70 us of products, 0.57 us of EX2, 32 KB from L2: 6.2 TB/s if nothing else limited it, about the
-//               bandwidth of L2, so expect 70 % of the products' limit
+//     forward   0.70 us of products, 0.43 us of EX2 (0.57 us without polynomials), 0.44 us of instructions, 32 KB from
+//               L2: 6.2 TB/s if nothing else limited it, about the bandwidth of L2, so expect 75 % of the products'
+//               limit. At D = 64: 0.35 us of products, 16 KB; expect 80 % of the limit by instructions
 //     backward  1.40 us of products, 0.57 us of EX2, 32 KB: 3.1 TB/s
 //   beyond 256 dimensions, per 64 dimensions of a tile: forward and W read 16 KB (32 KB if both operands stream) for
 //   2.1 MFLOP, W Z 48 KB for 4.2 MFLOP. At 6 TB/s of L2 both operands streaming allow 390 TFLOP/s, W Z 520.
@@ -30,16 +31,16 @@
 //                     prepare  forward    collect  prepare  backward           finish   sum   share of the limit
 //     1024 x 128         2     3 (0.27)      2        2     4 (0.24)             2       18 (with two launches that
 //                                                                                        do not overlap)   5 %
-//     8192 x 128         4     17 (1)        3        3     66 (0.97)            4       97    58 %
-//     65536 x 128       25     1000 (1)     15       20     3000 (3.9)          25     4100    84 %
+//     8192 x 64          3      9 (1)        3        2     25 (0.97)            3       45    60 %
+//     8192 x 128         4     16 (1)        3        3     66 (0.97)            4       96    59 %
+//     65536 x 128       25     940 (1)      15       20     3000 (3.9)          25     4000    85 %
 //     8192 x 512         8     50 (1)        3       10     W 109, W Z 136      12      330    67 %
 //   float32: 1024 x 128 23 us; 8192 x 128 200 us; 65536 x 128 12.5 ms; 8192 x 512 1.25 ms (53 %).
 //   The backward pass of 65536 rows has 512 blocks (column_splits chooses a single split), 3.9 times 132.
 //   Of an earlier version, with other kernels before and after the products and without overlap, 1024 x 128 took 36 us
 //   on an H200 (float32 42), and 8192 x 128 took 122 us (float32 223).
 // Possible next: a cluster that shares the inner tiles by multicast, which would halve the L2 traffic of the forward
-// pass; exponentials by polynomials for a part of the elements; the backward of the normalisation in the products'
-// kernel if there is a single split.
+// pass; the backward of the normalisation in the products' kernel if there is a single split.
 #include <algorithm>
 
 #include "nt_xent/cuda_passes.cuh"

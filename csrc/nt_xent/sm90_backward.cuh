@@ -7,6 +7,10 @@
 // columns is read a second time, transposed. The product W Z of tile t - 1 is issued after the similarities of tile t
 // and runs while the exponentials of tile t are computed. The two warpgroups also alternate (ping-pong).
 //
+// In cycles of a multiprocessor, 128 x 128 similarities take 16 D of products (48 D if split), 1,024 of exponentials and
+// about 760 of instructions. So at D = 128 exponentials do not limit the kernel, and no polynomial replaces them as in
+// the forward pass. At D = 64, where the two are equal, one in eight would give 896 of each (a prediction).
+//
 // A tile has 128 columns, or 64 if D > 128 or operands are split, because of registers and shared memory. The weights
 // of a tile's columns are copied with it. Operands and weights of padding positions are zero and need no test.
 #pragma once

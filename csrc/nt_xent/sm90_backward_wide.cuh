@@ -19,7 +19,7 @@ namespace {
 struct StoredWeights {
   int begin, rows, column_tiles, splits;
 
-  __host__ __device__ int row_tiles() const { return (rows + kPanelRows - 1) / kPanelRows; }
+  __host__ __device__ int row_tiles() const { return ceil_div(rows, kPanelRows); }
   __host__ __device__ int split_tiles() const { return column_tiles / splits; }
   __host__ __device__ int split_panels() const { return split_tiles() * (kPanelRows / kPanelDims); }
   __host__ __device__ int64_t elements() const { return int64_t{row_tiles()} * kPanelRows * column_tiles * kPanelRows; }

@@ -3,9 +3,17 @@
 // The 128 columns of an outer tile stay in shared memory while the rows of the inner tiles stream through
 // (cuda_schedule.cuh). A thread has 2 rows and 32 columns of a tile. It keeps the sums of its columns in registers over
 // a whole segment. The sums of its rows are completed by four lanes and stored after each tile. So a tile costs, per
-// element, one FFMA, one exponential and two additions. At 16 exponentials per cycle, the exponentials take 79 % of the
-// time of the products at D = 128; hence the ping-pong schedule of the two warpgroups. Beyond 512 dimensions (256
-// split) the outer tile does not fit, and both tiles stream (StreamedRuns).
+// element, one FFMA, one exponential and two additions. The two warpgroups take turns (ping-pong): one multiplies while
+// the other one computes exponentials. Beyond 512 dimensions (256 split) the outer tile does not fit, and both tiles
+// stream (StreamedRuns).
+//
+// In cycles of a multiprocessor, a tile of 128 x 128 takes at least 8 D of products (2,048 multiply-adds per cycle; three
+// times that if split) and 1,024 of exponentials (16 per cycle). One warpgroup's tile takes the products and then the
+// exponentials of its half, so a tile takes
+//   max(8 D, 1024, 4 D + 512 + x) with x for the latencies between the two, about 100 to 200.
+// Up to D = 128 the exponentials limit this. So every fourth one is a polynomial there, which makes it
+//   max(8 D, 800, 4 D + 400 + x):   D = 64: 1,024 -> 800;  D = 128: about 1,170 -> 1,060.
+// Beyond, and for split operands, the products alone take longer. Predictions, not measurements.
 #pragma once
 
 #include "common/tile_products.cuh"
@@ -45,7 +53,11 @@ struct ForwardRuns {
 
 constexpr int kForwardPartBytes = kMultipliers / 32 * kPanelRows * static_cast<int>(sizeof(float));
 
-template <bool kTurns>
+// See exp2_element.
+template <typename P>
+constexpr int kPolynomialEvery = P::kResident == Resident::kColumns && P::kMaxPanels == 2 && !P::kSplit ? 4 : 0;
+
+template <bool kTurns, int kPolynomialEvery>
 struct ForwardSums {
   static constexpr int kColumnGroups = kPanelRows / 8;  // groups of 8 columns, 2 of which belong to this thread
   float* partial;                                       // (slots, anchors)
@@ -81,19 +93,7 @@ struct ForwardSums {
     const bool positives = (distance > offset - kPanelRows && distance < offset + kPanelRows) ||
                            (distance > -offset - kPanelRows && distance < kPanelRows - offset);
     if (inner == run.fixed || positives || first_row + kPanelRows > row_end || first_column + kPanelRows > anchors) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = first_row + tile_row(2 * h);
-        const Excluded out(i, count, offset, first_column + accumulator_column(0), i < row_end ? anchors : 0);
-#pragma unroll
-        for (int t = 0; t < kColumnGroups; ++t) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& value = s[4 * t + 2 * h + c];
-            value = out.holds(8 * t + c) ? -INFINITY : value;
-          }
-        }
-      }
+      exclude_pairs<kPanelRows>(s, first_row, first_column, count, offset, row_end, anchors);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -102,7 +102,7 @@ struct ForwardSums {
       for (int t = 0; t < kColumnGroups; ++t) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float e = exp2_approx(s[4 * t + 2 * h + c] * scale - limit);
+          const float e = exp2_element<kPolynomialEvery>(s[4 * t + 2 * h + c] * scale - limit, 2 * t + c);
           column_sum[t][c] += e;
           sum += e;
         }
@@ -174,12 +174,12 @@ struct StreamedRuns {
 };
 
 struct StreamedSums {
-  ForwardSums<false>& sums;
+  ForwardSums<false, 0>& sums;
 
   __device__ __forceinline__ static ForwardRuns::Run of_columns(const StreamedRuns::Run& run) {
     return {run.begin, run.fixed, run.fixed + 1};
   }
-  __device__ __forceinline__ explicit StreamedSums(ForwardSums<false>& sums_) : sums(sums_) { sums.begin({}); }
+  __device__ __forceinline__ explicit StreamedSums(ForwardSums<false, 0>& sums_) : sums(sums_) { sums.begin({}); }
   __device__ __forceinline__ void begin(const StreamedRuns::Run&) {}
   __device__ __forceinline__ void tile(float (&s)[kPanelRows / 2], const StreamedRuns::Run& run, int) {
     sums.tile(s, of_columns(run), run.fixed);
@@ -198,7 +198,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
                         const PanelSchedule schedule, PackedPositions positions, Params p) {
   SCAN_FAST_DYNAMIC_SHARED(dynamic);
   const Shared<unsigned char> memory = aligned_to_panels(dynamic);
-  ForwardSums<P::kTurns> sums(partial, (memory + P::kSharedBytes).template as<float>(), schedule, positions, p);
+  ForwardSums<P::kTurns, kPolynomialEvery<P>> sums(partial, (memory + P::kSharedBytes).template as<float>(), schedule,
+                                                   positions, p);
   const PackedOperand<half_t> operand{packed, panels};
   const ForwardRuns runs(schedule);
   follow_previous_kernel();

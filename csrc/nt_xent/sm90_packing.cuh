@@ -18,10 +18,8 @@ struct PackedPositions {
 
   __host__ __device__ int anchors() const { return both ? 2 * count : count; }
   __host__ __device__ int others() const { return 2 * samples - anchors(); }
-  __host__ __device__ int first_other() const { return (anchors() + kPanelRows - 1) / kPanelRows * kPanelRows; }
-  __host__ __device__ int total() const {
-    return first_other() + (others() + kPanelRows - 1) / kPanelRows * kPanelRows;
-  }
+  __host__ __device__ int first_other() const { return ceil_div(anchors(), kPanelRows) * kPanelRows; }
+  __host__ __device__ int total() const { return first_other() + ceil_div(others(), kPanelRows) * kPanelRows; }
   __device__ int position(int row) const {
     const bool second = row >= samples;
     const int sample = second ? row - samples : row;
@@ -34,34 +32,15 @@ struct PackedPositions {
   __device__ int positive_offset() const { return both ? count : first_other() + samples - count + begin; }
 };
 
-// Columns of a tile that are masked for a row: the row itself, its positive, and all from `end` on. Stored as offsets
-// from one column, so that the test of element r compares with constants.
-struct Excluded {
-  int self, positive, end;
-
-  __device__ __forceinline__ Excluded(int row, int count, int offset, int from, int end_)
-      : self(row - from),
-        positive((row < count            ? row + offset
-                  : row - offset < count ? row - offset
-                                         : -1) -
-                 from),
-        end(end_ - from) {}
-  __device__ __forceinline__ bool holds(int column) const {
-    return (column == self) | (column == positive) | (column >= end);  // no branches
-  }
-};
-
-// Excludes the pairs of a row with itself and with its positive from a tile of products: 64 rows of a warpgroup in the
-// layout of wgmma, kColumns columns. All handled rows are the positions [0, 2 count).
+// Excludes from a tile of products (64 rows of a warpgroup in the layout of wgmma, kColumns columns) the pairs of a row
+// with itself and with its positive, and what is behind the ends of rows and columns.
 template <int kColumns>
-__device__ __forceinline__ void exclude_handled_pairs(float (&s)[kColumns / 2], int first_row, int first_column,
-                                                      int count) {
-  const int distance = first_column - first_row;
-  const auto meets = [&](int offset) { return distance > offset - kColumns && distance < offset + kPanelRows; };
-  if (!meets(0) && !meets(count) && !meets(-count)) return;
+__device__ __forceinline__ void exclude_pairs(float (&s)[kColumns / 2], int first_row, int first_column, int count,
+                                              int offset, int row_end, int column_end) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const Excluded out(first_row + tile_row(2 * h), count, count, first_column + accumulator_column(0), 1 << 30);
+    const int i = first_row + tile_row(2 * h);
+    const Excluded out(i, count, offset, first_column + accumulator_column(0), i < row_end ? column_end : 0);
 #pragma unroll
     for (int t = 0; t < kColumns / 8; ++t) {
 #pragma unroll
@@ -71,6 +50,17 @@ __device__ __forceinline__ void exclude_handled_pairs(float (&s)[kColumns / 2], 
       }
     }
   }
+}
+
+// The same in the backward pass, where all handled rows are the positions [0, 2 count), and padding needs no test.
+template <int kColumns>
+__device__ __forceinline__ void exclude_handled_pairs(float (&s)[kColumns / 2], int first_row, int first_column,
+                                                      int count) {
+  constexpr int kNoEnd = 1 << 30;
+  const int distance = first_column - first_row;
+  const auto meets = [&](int offset) { return distance > offset - kColumns && distance < offset + kPanelRows; };
+  if (!meets(0) && !meets(count) && !meets(-count)) return;
+  exclude_pairs<kColumns>(s, first_row, first_column, count, count, kNoEnd, kNoEnd);
 }
 
 // Stores the row of half h of an accumulator with kColumns columns, of which `columns` exist. pairs: the address of a

@@ -147,7 +147,7 @@ struct BackwardPlan : Sm90Plan {
     return dim <= 64 ? 1 : dim <= 128 ? 2 : 4;
   }
   int parts() const { return reduced ? 1 : 2; }
-  int slices() const { return (panels + 3) / 4; }  // of up to 256 dimensions
+  int slices() const { return ceil_div(panels, 4); }  // of up to 256 dimensions
   // Rows [begin, begin + rows) whose W is stored.
   StoredWeights stored(int begin) const { return {begin, std::min(chunk, rows - begin), column_tiles, p.splits}; }
   // Calls body.operator()<BackwardTiles>() with the variant of the kernel, if `narrow`.

@@ -283,6 +283,7 @@ float2 unpack2(uint32_t bits) {
 inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
 inline float log2_approx(float x) { return std::log2(flush(x)); }
+inline float max_nan(float x, float y) { return x != x ? x : y != y || y > x ? y : x; }
 inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(flush(x)); }
 inline float rcp_approx(float x) { return flush(1.0f / flush(x)); }
 

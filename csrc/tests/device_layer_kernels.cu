@@ -123,6 +123,11 @@ __global__ void round_trip_kernel(const float* x, float* out, int n) {
   }
 }
 
+__global__ void powers_of_two_kernel(const float* x, float* out, int n) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < n) out[i] = exp2_polynomial(x[i]);
+}
+
 }  // namespace
 
 void block_sum(const float* x, float* out, int blocks, int n, int threads, Fault fault) {
@@ -166,6 +171,10 @@ int resident_blocks_of_a_kernel() { return resident_blocks(first_of_chain_kernel
 
 void round_trip(DType dtype, const float* x, float* out, int n) {
   dispatch_dtype(dtype, [&]<typename T>() { launch(round_trip_kernel<T>, dim3(1), dim3(64), 0, nullptr, x, out, n); });
+}
+
+void powers_of_two(const float* x, float* out, int n) {
+  launch(powers_of_two_kernel, dim3((n + 255) / 256), dim3(256), 0, nullptr, x, out, n);
 }
 
 }  // namespace scan_fast::device_layer_test

@@ -30,5 +30,7 @@ void chain_of_kernels(float* values, float* out, Chain chain);
 int resident_blocks_of_a_kernel();
 // out[i] = x[i] converted to the 16-bit type and back; packed pairs.
 void round_trip(DType dtype, const float* x, float* out, int n);
+// out[i] = 2^x[i] by exp2_polynomial.
+void powers_of_two(const float* x, float* out, int n);
 
 }  // namespace scan_fast::device_layer_test

@@ -144,4 +144,38 @@ inline void compare(const NTXentGpuKernels& kernels, int64_t n, int64_t d, doubl
   }
 }
 
+// Forward pass by 16-bit products that are exact: the elements of all unit rows are +-1/8 (+-1/4), with 64 (16) of them.
+// So the losses are as accurate as the exponentials and sums, of which a part is computed by exp2_polynomial.
+inline void exact_products(const NTXentGpuKernels& kernels, int64_t n, int64_t d, double temperature) {
+  check::Random random{static_cast<uint64_t>(n + d)};
+  std::vector<float> z0(n * d), z1(n * d);
+  for (float& x : z0) x = random.normal() < 0 ? -1.0f : 1.0f;
+  for (float& x : z1) x = random.normal() < 0 ? -1.0f : 1.0f;
+  const NTXentProblem problem{n, d, temperature, true, 0, n};
+  const Result expected = oracle(z0, z1, n, d, temperature, true, std::vector<float>(2 * n, 1.0f), 2 * n);
+  std::vector<float> losses(2 * n, NAN), lse(2 * n, NAN), unit(2 * n * d, NAN), inv_norm(2 * n, NAN);
+  const Buffer workspace(kernels.forward_workspace(problem, true));
+  kernels.forward(problem, z0.data(), z1.data(), DType::kFloat32, true, losses.data(), lse.data(), unit.data(),
+                  inv_norm.data(), workspace.aligned, nullptr);
+  for (int64_t i = 0; i < 2 * n; ++i)
+    CHECK_NEAR(losses[i], expected.losses[i], 1e-7 * (10 + expected.losses[i] + 1 / temperature));
+}
+
+// A row of NaN makes all losses NaN, by whichever exponential; also the forward pass by 16-bit products.
+inline void nan_row(const NTXentGpuKernels& kernels, int64_t n, int64_t d, double temperature, int64_t row) {
+  check::Random random{5};
+  std::vector<float> z0(n * d), z1(n * d);
+  for (float& x : z0) x = static_cast<float>(random.normal());
+  for (float& x : z1) x = static_cast<float>(random.normal());
+  z0[row * d + d / 2] = NAN;
+  const NTXentProblem problem{n, d, temperature, true, 0, n};
+  for (const bool reduced : {true, false}) {
+    std::vector<float> losses(2 * n, 0.0f), lse(2 * n, 0.0f), unit(2 * n * d), inv_norm(2 * n);
+    const Buffer workspace(kernels.forward_workspace(problem, reduced));
+    kernels.forward(problem, z0.data(), z1.data(), DType::kFloat32, reduced, losses.data(), lse.data(), unit.data(),
+                    inv_norm.data(), workspace.aligned, nullptr);
+    for (const float loss : losses) CHECK(std::isnan(loss));
+  }
+}
+
 }  // namespace scan_fast::nt_xent_test

@@ -193,6 +193,41 @@ void conversions() {
   }
 }
 
+// The error of exp2_polynomial, also on both sides of each change of the integer part, and the ends of its range.
+void powers_by_polynomial() {
+  emu::options() = {};
+  std::vector<float> x;
+  for (uint32_t bits = 0; bits <= 0x3f000000u; bits += 10007) {  // up to 1/2, where the polynomial is used
+    x.push_back(__uint_as_float(bits));
+    x.push_back(-__uint_as_float(bits));
+  }
+  for (int i = -152 * 512; i < 127 * 512 + 256; ++i) x.push_back(static_cast<float>(i) / 512);
+  for (int j = -130; j < 127; ++j) {
+    const float half = static_cast<float>(j) + 0.5f;
+    x.push_back(std::nextafter(half, -200.0f));
+    x.push_back(std::nextafter(half, 200.0f));
+  }
+  std::vector<float> power(x.size(), -1.0f);
+  powers_of_two(x.data(), power.data(), static_cast<int>(x.size()));
+  const double smallest = std::ldexp(1.0, -126);
+  double largest = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = std::exp2(static_cast<double>(x[i])), error = std::fabs(power[i] - exact);
+    if (exact < smallest) {
+      CHECK(power[i] >= 0 && error <= smallest);
+    } else {
+      largest = std::max(largest, error / exact);
+    }
+    if (x[i] <= -126.5f) CHECK(power[i] == 0);
+    if (x[i] >= -126 && x[i] == std::round(x[i])) CHECK(power[i] == static_cast<float>(exact));
+  }
+  CHECK(largest <= 1.5 * std::ldexp(1.0, -23));
+  const std::vector<float> ends = {NAN, -NAN, -INFINITY, -3.4e38f, -1e-45f, 0.0f, -0.0f, 127.0f};
+  powers_of_two(ends.data(), power.data(), static_cast<int>(ends.size()));
+  CHECK(std::isnan(power[0]) && std::isnan(power[1]) && power[2] == 0 && power[3] == 0);
+  CHECK(power[4] == 1 && power[5] == 1 && power[6] == 1 && power[7] == std::ldexp(1.0f, 127));
+}
+
 }  // namespace
 
 int main() {
@@ -207,5 +242,6 @@ int main() {
   RUN(chains_of_kernels);
   RUN(resident_blocks_are_asked_for);
   RUN(conversions);
+  RUN(powers_by_polynomial);
   return check::finish();
 }

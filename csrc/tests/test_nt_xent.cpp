@@ -313,6 +313,21 @@ void unusual_rows() {
   }
 }
 
+// Exponentials of which every fourth is a polynomial: tiles of both widths up to 64 dimensions, and low temperatures.
+void exponentials_by_polynomial() {
+  for (const int multiprocessors : {1, 132}) {
+    emu::options() = {.detect_races = true, .seed = 13, .multiprocessors = multiprocessors};
+    exact_products(kNTXentPortable, 200, 64, 0.1);
+    exact_products(kNTXentPortable, 70, 16, 0.5);
+    exact_products(kNTXentPortable, 70, 64, 0.02);
+    for (const int64_t row : {0, 3, 69}) nan_row(kNTXentPortable, 70, 20, 0.1, row);
+  }
+  emu::options() = {};
+  for (const double temperature : {0.0301, 0.02, 0.005}) {
+    compare(kNTXentPortable, 70, 48, temperature, true, true, {0, 70}, 2e-3);
+  }
+}
+
 // Every ordered pair (anchor, other row) is served exactly once, and nothing else is.
 void forward_tasks_cover_every_pair_once() {
   for (const int64_t n : {1, 5, 17, 40}) {
@@ -390,5 +405,6 @@ int main() {
   RUN(half_inputs);
   RUN(bfloat16_inputs);
   RUN(unusual_rows);
+  RUN(exponentials_by_polynomial);
   return check::finish();
 }

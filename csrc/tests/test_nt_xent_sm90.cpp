@@ -37,6 +37,14 @@ void parts_of_the_samples() {
   for (const bool both : {true, false}) compare(kNTXentSM90, 150, 24, 0.1, both, false, {0, 1, 100, 150}, 3e-6);
 }
 
+// Exponentials of which every fourth is a polynomial, up to 128 dimensions.
+void exponentials_by_polynomial() {
+  emu::options() = {.detect_races = true, .seed = 13, .multiprocessors = 2};
+  exact_products(kNTXentSM90, 200, 64, 0.1);
+  exact_products(kNTXentSM90, 70, 16, 0.5);
+  for (const int64_t row : {0, 3, 149}) nan_row(kNTXentSM90, 150, 20, 0.1, row);
+}
+
 // Samples that nobody handles, with zeros for the gradient, loss and lse of their anchors.
 void queue_of_negatives() {
   emu::options() = {.detect_races = true, .seed = 11};
@@ -245,6 +253,7 @@ int main() {
   RUN(parts_of_the_samples);
   RUN(queue_of_negatives);
   RUN(repeated_runs_give_the_same_bits);
+  RUN(exponentials_by_polynomial);
   RUN(covers_what_fits);
   RUN(columns_are_divided_where_it_pays);
   RUN(sizes_that_wrap_on_a_gpu);

@@ -223,9 +223,18 @@ def measure_mining(context: Context, images: Images, model: nn.Module, effort: E
 
 
 def measure(
-    config: Config, images: Images, opened: float, device: str, effort: Effort, stages: Sequence[str]
+    config: Config,
+    images: Images,
+    opened: float,
+    device: str,
+    effort: Effort,
+    stages: Sequence[str],
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure the stages in order, each from what the former learned; ``effort.case_seconds`` is for each."""
+    """Measure the stages in order, each from what the former learned; ``effort.case_seconds`` is for each.
+
+    ``file`` gets the result after every stage, so that an interruption loses one stage at most.
+    """
     entries: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "benchmark": "end_to_end",
@@ -255,6 +264,8 @@ def measure(
                     entry, model = measure_learned(name, context, images, model, effort)
                 entries.append(entry)
                 print(describe_stage(entry), flush=True)
+                if file is not None:
+                    write_json(file, result)
     return result
 
 
@@ -304,7 +315,13 @@ def settings(name: str, device: str, overrides: Sequence[str]) -> Config:
 
 
 def run(
-    config: Config, device: str, effort: Effort, folder: Path | None, limit: int | None, stages: Sequence[str]
+    config: Config,
+    device: str,
+    effort: Effort,
+    folder: Path | None,
+    limit: int | None,
+    stages: Sequence[str],
+    file: Path | None = None,
 ) -> dict[str, Any]:
     """Open or make the images and measure the stages and the search."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -314,7 +331,7 @@ def run(
         images = open_images(config, folder, limit)
         opened = time.perf_counter() - begin
         print(f"{config.name}, {config.preset}, {device}, {images.what}, opened in {opened:.2f} s")
-        return measure(config, images, opened, device, effort, stages)
+        return measure(config, images, opened, device, effort, stages, file)
 
 
 def main() -> None:
@@ -333,7 +350,7 @@ def main() -> None:
     config = settings(options.config, options.device, options.overrides)
     effort = QUICK if options.quick else Effort(options.rounds, case_seconds=options.budget / (len(STAGES) + 1))
     stages = STAGES[: STAGES.index(options.until) + 1]
-    result = run(config, options.device, effort, options.data, options.images, stages)
+    result = run(config, options.device, effort, options.data, options.images, stages, options.json)
     print()
     size = neighbors.FAMILY.quick_sizes[-1] if options.quick else SEARCH_SIZE
     search = run_family(neighbors.FAMILY, options.device, [size], effort, ["scan-fast", "faiss IndexFlatIP"])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import baseline, baseline_images, end_to_end, layers, targets
+from benchmarks import baseline, baseline_images, end_to_end, family, layers, targets
 from benchmarks.stage_pairs import (
     Images,
     Pair,
@@ -189,8 +189,16 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
     words = [*SMALL, "--device", "cpu", "--images", "48", "--quick", "--json", str(file), "mining.k=5"]
     monkeypatch.setattr("sys.argv", ["end_to_end", *words])
     monkeypatch.setattr(end_to_end, "default_workers", lambda: 1)
+    kept = []
+
+    def last(*words: Any) -> dict[str, Any]:
+        kept.extend(json.loads(file.read_text())["stages"])  # an interruption from here on loses no stage
+        return family.run_family(*words)
+
+    monkeypatch.setattr(end_to_end, "run_family", last)
     end_to_end.main()
     result = json.loads(file.read_text())
+    assert kept == result["stages"]
     assert [entry["stage"] for entry in result["stages"]] == list(end_to_end.STAGES)
     for entry in result["stages"]:
         assert entry["ratio"] == pytest.approx(entry["baseline"]["seconds"] / entry["ours"]["seconds"])

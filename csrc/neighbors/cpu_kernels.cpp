@@ -15,6 +15,7 @@ namespace {
 
 using neighbors::CandidateLists;
 using neighbors::CpuKernels;
+using neighbors::kFewestNew;
 using neighbors::RoundedRow;
 using neighbors::Rounding;
 
@@ -135,9 +136,6 @@ int64_t count_at_least(const float* value, int64_t n, float bound) {
   for (; i < n; ++i) hits += value[i] >= bound;
   return hits;
 }
-
-// A list is tightened when it has twice what was kept, or this many more.
-constexpr int64_t kFewestNew = 32;
 
 void tighten(CandidateLists& lists, int64_t row, bool final) {
   float* value = lists.value + row * lists.capacity;

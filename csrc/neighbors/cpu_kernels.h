@@ -8,6 +8,9 @@
 
 namespace scan_fast::neighbors {
 
+// A list is tightened when it has twice what was kept, or this many more.
+constexpr int64_t kFewestNew = 32;
+
 // Candidate lists of a block of query rows. Row r uses value[r * capacity ..] and index[r * capacity ..].
 struct CandidateLists {
   float* threshold;     // (rows,) lowest fast similarity that enters the list; +inf: the row is closed

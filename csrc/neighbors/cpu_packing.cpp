@@ -94,7 +94,7 @@ CandidateLists ListMemory::open(int64_t rows, int64_t capacity, int64_t k, const
   overflow.grow(rows);
   std::fill_n(threshold.data(), rows, std::numeric_limits<float>::infinity());
   std::fill_n(count.data(), rows, 0);
-  std::fill_n(limit.data(), rows, static_cast<int32_t>(std::min<int64_t>(capacity, k + std::max<int64_t>(k, 32))));
+  std::fill_n(limit.data(), rows, static_cast<int32_t>(std::min(capacity, k + std::max(k, kFewestNew))));
   std::fill_n(margin.data(), rows, 0.0);
   std::fill_n(self.data(), rows, int64_t{-1});
   std::fill_n(overflow.data(), rows, uint8_t{0});

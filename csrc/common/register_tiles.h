@@ -96,10 +96,10 @@ inline __attribute__((always_inline)) void store_rows(const Vec (&sum)[kRows][kV
   }
 }
 
-// Adds the sums to such rows, of which `rows` and `columns` remain; both may be more than the tile has.
-template <int kRows, int kVectors>
-inline __attribute__((always_inline)) void add_to_rows(const Vec (&sum)[kRows][kVectors], float* to, int64_t step,
-                                                       int64_t rows, int64_t columns) {
+// Stores the sums in such rows, of which `rows` and `columns` remain; both may be more than the tile has. kAdd: adds them.
+template <bool kAdd, int kRows, int kVectors>
+inline __attribute__((always_inline)) void write_rows(const Vec (&sum)[kRows][kVectors], float* to, int64_t step,
+                                                      int64_t rows, int64_t columns) {
   constexpr int kColumns = kVectors * kLanes;
   if (rows >= kRows && columns >= kColumns) {
 #pragma GCC unroll 16
@@ -107,7 +107,7 @@ inline __attribute__((always_inline)) void add_to_rows(const Vec (&sum)[kRows][k
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* const out = to + r * step + v * kLanes;
-        store(out, load(out) + sum[r][v]);
+        store(out, kAdd ? load(out) + sum[r][v] : sum[r][v]);
       }
     }
     return;
@@ -115,7 +115,10 @@ inline __attribute__((always_inline)) void add_to_rows(const Vec (&sum)[kRows][k
   float edge[kRows * kColumns];
   store_rows(sum, edge, kColumns);
   for (int64_t r = 0; r < kRows && r < rows; ++r) {
-    for (int64_t c = 0; c < kColumns && c < columns; ++c) to[r * step + c] += edge[r * kColumns + c];
+    for (int64_t c = 0; c < kColumns && c < columns; ++c) {
+      float& out = to[r * step + c];
+      out = kAdd ? out + edge[r * kColumns + c] : edge[r * kColumns + c];
+    }
   }
 }
 

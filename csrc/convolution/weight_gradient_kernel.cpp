@@ -72,12 +72,7 @@ void weight_gradient_tile(const WeightGradientChunk& chunk, const float* panel, 
       for (int v = 0; v < kVectors; ++v) sum[r][v] += load(before + r * kColumns + v * kLanes);
     }
   }
-  if (rows_left >= kRows && columns_left >= kColumns) return store_rows(sum, to, step);
-  float edge[kRows * kColumns];
-  store_rows(sum, edge, kColumns);
-  for (int64_t r = 0; r < kRows && r < rows_left; ++r) {
-    for (int64_t c = 0; c < kColumns && c < columns_left; ++c) to[r * step + c] = edge[r * kColumns + c];
-  }
+  write_rows<false>(sum, to, step, rows_left, columns_left);
 }
 
 }  // namespace scan_fast::SCAN_FAST_ISA

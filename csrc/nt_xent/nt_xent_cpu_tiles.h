@@ -44,7 +44,7 @@ inline __attribute__((always_inline)) void for_narrow_tiles(int64_t rows, int64_
     for (int64_t i = 0; i < rows; i += kNarrowRows) {
       Vec sum[kNarrowRows][kNarrowVectors] = {};
       add(i, d, sum);
-      add_to_rows(sum, to + i * dim + d, dim, rows - i, dim - d);
+      write_rows<true>(sum, to + i * dim + d, dim, rows - i, dim - d);
     }
   }
 }

@@ -12,8 +12,8 @@ epoch is reported as cold (start of threads and workers, compilation, caches), t
 network, forward and backward, would need at the rate of a large matrix product (of AMX tiles in the first-level cache,
 if there are any), and at that of one forward convolution of PyTorch in the middle of the network, measured in this
 process at the contender's precision. ``of convolutions`` is the share of our epoch that the network's own convolutions,
-forward and backward, take when they are measured alone in this process (:mod:`benchmarks.layers`). The parts of a step
-are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts,
+forward and backward, take when they are measured alone (:mod:`benchmarks.layers`), before and after the epoch. The parts
+of a step are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts,
 and for the baseline the time that its loop waits for the workers.
 
 Before that, both make a few float32 steps on the same rendered views, and the losses of every step are compared.
@@ -55,7 +55,7 @@ from .environment import describe
 from .family import human_seconds, run_family
 from .files import write_json
 from .harness import QUICK, Effort
-from .layers import convolution_seconds
+from .layers import Convolutions
 from .stage_pairs import (
     Images,
     Pair,
@@ -116,33 +116,70 @@ class Clock:
         }
 
 
-def interleave(pair: Pair, context: Context, rounds: int, seconds: float) -> tuple[Clock, Clock]:
-    """Train both in turns, an epoch each: one cold round, then ``rounds`` more, or until ``seconds`` have passed."""
+@dataclass
+class Turns:
+    """What was measured in turns.
+
+    Attributes:
+        ours: our epochs.
+        baseline: those of the baseline.
+        convolutions: seconds of our network's convolutions alone, in a step, before and after each warm epoch of ours.
+    """
+
+    ours: Clock
+    baseline: Clock
+    convolutions: list[tuple[float, float]] = field(default_factory=list)
+
+    def convolution_result(self, steps: int) -> dict[str, float]:
+        """Return the seconds of the convolutions in an epoch of ``steps``, and their share of it: medians of the turns.
+
+        The speed of a shared machine changes by the minute, so each epoch is compared with what was measured around it.
+        """
+        alone = [steps * statistics.mean(around) for around in self.convolutions]
+        shares = [part / epoch for part, epoch in zip(alone, self.ours.wall[1:], strict=True)]
+        return {"convolution_seconds": statistics.median(alone), "of_convolutions": statistics.median(shares)}
+
+
+def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
+    """Train both in turns, an epoch each: one cold round, then ``effort.rounds`` more.
+
+    After ``effort.case_seconds`` no further round begins, but one warm round is always measured.
+    """
     begin = time.perf_counter()
-    ours, theirs = Clock(context.device), Clock(context.device)
+    turns = Turns(Clock(context.device), Clock(context.device))
+    repeats = 1 if effort is QUICK else 3
+    convolutions: Convolutions | None = None
+    before = 0.0
     # A run keeps its freed memory; the baseline uses the default allocator.
     memory = contextlib.ExitStack()
 
     def other_side(epoch: int, last: bool) -> dict[str, float]:
-        ours.stop()
+        nonlocal convolutions, before
+        turns.ours.stop()
+        if convolutions is None:
+            convolutions = Convolutions.of(pair.ours, context)
+        else:
+            turns.convolutions.append((before, convolutions.seconds(repeats)))
         memory.close()
-        theirs.start()
-        pair.baseline.epoch(len(theirs.wall))
-        theirs.stop()
-        spent, done = time.perf_counter() - begin, len(theirs.wall)
-        if done > rounds or (done > 1 and spent * (done + 1) / done > seconds):
+        done = len(turns.baseline.wall)
+        turns.baseline.start()
+        pair.baseline.epoch(done)
+        turns.baseline.stop()
+        spent, done = time.perf_counter() - begin, done + 1
+        if done > effort.rounds or (done > 1 and spent * (done + 1) / done > effort.case_seconds):
             raise Enough
         memory.enter_context(kept_memory())
-        ours.start()
+        before = convolutions.seconds(repeats)
+        turns.ours.start()
         return {}
 
     # Instead of the evaluation of the stage: only training is timed.
     pair.ours.end_epoch = other_side  # type: ignore[method-assign]
     with contextlib.suppress(Enough), memory:
         memory.enter_context(kept_memory())
-        ours.start()
+        turns.ours.start()
         train(pair.ours, context)
-    return ours, theirs
+    return turns
 
 
 def measure_learned(
@@ -156,7 +193,7 @@ def measure_learned(
     stage, theirs = pair.ours, pair.baseline
     batch = min(stage.training.batch_size, stage.n_images)
     count = steps_per_epoch(stage.n_images, batch) * batch
-    our_clock, their_clock = interleave(pair, context, effort.rounds, effort.case_seconds)
+    turns = interleave(pair, context, effort)
     views = images.splits.train.size
     flops = training_flops(theirs, views) * count
     result: dict[str, Any] = {
@@ -167,7 +204,7 @@ def measure_learned(
         "losses": losses,
         "loss_difference": largest_difference(losses),
     }
-    for side, clock, dtype in (("ours", our_clock, context.precision), ("baseline", their_clock, torch.float32)):
+    for side, clock, dtype in (("ours", turns.ours, context.precision), ("baseline", turns.baseline, torch.float32)):
         entry = clock.result()
         entry["precision"] = str(dtype).removeprefix("torch.")
         entry["images_per_second"] = count / entry["seconds"]
@@ -178,10 +215,9 @@ def measure_learned(
         result[side] = entry
     result["ratio"] = result["baseline"]["seconds"] / result["ours"]["seconds"]
     steps = count // batch
+    result["ours"] |= turns.convolution_result(steps)
     with kept_memory():
-        result["ours"]["convolution_seconds"] = steps * convolution_seconds(stage, context, 1 if effort is QUICK else 3)
         parts = our_parts(stage, context, 3)
-    result["ours"]["of_convolutions"] = result["ours"]["convolution_seconds"] / result["ours"]["seconds"]
     parts["waiting"] = max(0.0, result["ours"]["seconds"] / steps - sum(parts.values()))
     result["ours"]["parts"] = parts
     result["baseline"]["parts"] = baseline_parts(theirs, 3)

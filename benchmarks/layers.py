@@ -70,20 +70,40 @@ def convolutions_of_step(stage: Stage[Any], context: Context) -> tuple[Counter[C
 
     indices = next(iter(epoch_batches(stream_key(0, "layers"), 0, stage.n_images, stage.training.batch_size)))
     stage.train_mode()
-    handle = register_module_forward_pre_hook(note)
-    try:
-        # The kernel that hands its input on is no call of a module; the layer by itself does the same products.
-        with mock.patch.object(Conv2d, "fork", fork), context.autocast():
-            stage.step(stage.batch(0, indices))
-    finally:
-        handle.remove()
+    # The kernel that hands its input on is no call of a module; the layer by itself does the same products.
+    with mock.patch.object(Conv2d, "fork", fork), context.autocast():
+        batch = stage.batch(0, indices)
+        # From here on only: the choice of a precision runs convolutions of its own.
+        handle = register_module_forward_pre_hook(note)
+        try:
+            stage.step(batch)
+        finally:
+            handle.remove()
     return counts, layers
 
 
-def convolution_seconds(stage: Stage[Any], context: Context, repeats: int) -> float:
-    """Return the seconds of the convolutions of a step alone, by the fastest of ``repeats`` runs of each kind."""
-    counts, layers = convolutions_of_step(stage, context)
-    return sum(count * _seconds(call, layers[call], context, repeats) for call, count in counts.items())
+@dataclass(frozen=True)
+class Convolutions:
+    """The convolutions of one step of a stage, to be timed by themselves.
+
+    Attributes:
+        context: of the stage.
+        counts: how often each kind occurs in a step.
+        layers: one of each kind.
+    """
+
+    context: Context
+    counts: Counter[Call]
+    layers: dict[Call, nn.Conv2d]
+
+    @classmethod
+    def of(cls, stage: Stage[Any], context: Context) -> Convolutions:
+        """Return those of the first step of ``stage``; its forward pass is made, its weights stay as they are."""
+        return cls(context, *convolutions_of_step(stage, context))
+
+    def seconds(self, repeats: int) -> float:
+        """Return the seconds of those of a step alone, by the fastest of ``repeats`` runs of each kind."""
+        return sum(count * _seconds(c, self.layers[c], self.context, repeats) for c, count in self.counts.items())
 
 
 def _seconds(call: Call, layer: nn.Conv2d, context: Context, repeats: int) -> float:

@@ -244,7 +244,7 @@ def test_the_convolutions_of_a_step_are_those_of_the_network(name: str, opened: 
     # Beyond them, the network has the products of its heads.
     all_products = training_flops(both.baseline, images.splits.train.size) * both.ours.training.batch_size
     assert 0.97 * all_products < flops < all_products
-    assert layers.convolution_seconds(both.ours, context, 1) > 0
+    assert layers.Convolutions(context, counts, kinds).seconds(1) > 0
 
 
 def test_stage_targets_are_missed_by_less_and_by_nothing() -> None:

@@ -12,9 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/amx.h"
 #include "common/parallel.h"
-#include "convolution/amx_tiles.h"
+#include "convolution/bf16_tiles.h"
 #include "convolution/convolution.h"
 
 namespace scan_fast {
@@ -183,12 +182,14 @@ class ImageTask {
         first_(first_image),
         ring_(ring),
         sums_(sums),
-        slots_(product.ring_rows()) {}
+        slots_(product.ring_rows()),
+        around_caches_(stores_around_caches(product.batch * product.to.size() * 2, target)) {}
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += product_.rows_of_sweep()) {
       sweep(row, std::min(end, row + product_.rows_of_sweep()));
     }
+    if (around_caches_) complete_stores();
   }
 
  private:
@@ -227,7 +228,7 @@ class ImageTask {
           for (int64_t column = left; column < right; ++column, sums += kBlock) {
             const Pixel out = product_.to.pixel(target_, product_.batch, first_, row, column, block * kStep);
             store_block(sums, addend_ == nullptr ? nullptr : addend_ + (out.base - target_),
-                        target_ + (out.base - target_), out.stride, out.count);
+                        target_ + (out.base - target_), out.stride, out.count, around_caches_);
           }
         }
       }
@@ -259,6 +260,7 @@ class ImageTask {
   uint16_t* ring_;
   float* sums_;
   int64_t slots_, packed_ = 0;
+  bool around_caches_;
 };
 
 void run(const ImageProduct& product, const uint16_t* source, const float* weight, const uint16_t* addend,
@@ -272,7 +274,7 @@ void run(const ImageProduct& product, const uint16_t* source, const float* weigh
   const int64_t bands = std::min(ceil_div(2 * max_threads(), blocks), sweeps);
   const int64_t band_rows = ceil_div(sweeps, bands) * product.rows_of_sweep();
   parallel_for(blocks * bands, [&](int64_t task, int thread) {
-    const AmxSession session;
+    const TileSession session;
     const int64_t begin = task % bands * band_rows;
     ImageTask(product, source, memory.weights, addend, target, task / bands * kImages,
               memory.rings + thread * product.ring_rows() * product.row_size(),
@@ -429,7 +431,7 @@ bool reaches(int64_t out, int64_t in, int64_t kernel, int64_t stride, int64_t pa
 
 bool convolution_is_usable(const ConvolutionShape& s) {
   auto channels = [](int64_t c) { return c > 0 && c % kStep == 0; };
-  return amx_is_usable() && channels(s.in_channels) && channels(s.out_channels) && s.kernel >= 1 &&
+  return bf16_tiles_are_usable() && channels(s.in_channels) && channels(s.out_channels) && s.kernel >= 1 &&
          s.kernel <= kConvolutionKernel && s.stride >= 1 && s.padding >= 0 && s.padding < s.kernel && s.batch >= 1 &&
          s.in_height >= 1 && s.in_width >= 1 && reaches(s.out_height, s.in_height, s.kernel, s.stride, s.padding) &&
          reaches(s.out_width, s.in_width, s.kernel, s.stride, s.padding);
@@ -459,7 +461,7 @@ void convolution_grad_weight(const ConvolutionShape& shape, const uint16_t* grad
   Arena arena(workspace);
   const WeightGradient::Memory memory = g.take(arena);
   parallel_for(g.blocks() * g.parts, [&](int64_t task, int thread) {
-    const AmxSession session;
+    const TileSession session;
     float* sums = memory.sums + task * g.sums_size();
     std::fill(sums, sums + g.sums_size(), 0.0f);
     const int64_t begin = task % g.parts * g.images_per_part;

@@ -1,12 +1,20 @@
 // The only file of its family that is compiled with AMX and AVX-512.
 //
-// One step of multiply() has two left tiles and two right tiles: 4 tile loads of 8 cycles against 4 tile products of 16
-// cycles. It reaches 3.3 Tflop/s per core if both operands come from the L1 cache, and 2.2 if both come from L2
-// (Sapphire Rapids). Hence runs of about eight steps over operands that the next call uses again.
-#include "convolution/amx_tiles.h"
+// One step of multiply() has two left tiles and two right tiles. With AMX these are 4 tile loads of 8 cycles against 4 tile
+// products of 16 cycles. It reaches 3.3 Tflop/s per core if both operands come from the L1 cache, and 2.2 if both come from
+// L2 (Sapphire Rapids). Hence runs of about eight steps over operands that the next call uses again.
+//
+// In vectors, the sums of 11 rows and 32 columns fill 22 registers. A pair of k costs 2 loads and 11 broadcasts against 22
+// products; Zen 5 begins two of either per cycle. So a run is read three times, from the L1 cache. The broadcasts of a pair
+// of k are neighbours in memory: with rows of 64 bytes, as AMX wants them, two at a time would need the same bank of the
+// cache, and the products took 1.2 times as long.
+#include "convolution/bf16_tiles.h"
 
 #if defined(__AMX_BF16__)
 
+#include <cstring>
+
+#include "common/cpu_features.h"
 #include "common/intrinsics.h"
 
 namespace scan_fast::convolution {
@@ -68,9 +76,107 @@ inline __m512 widened(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+void multiply_amx(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
+                  float* block) {
+  constexpr int64_t kResult = kBlock / 4;
+  if (accumulate) {
+    _tile_loadd(0, block, 64);
+    _tile_loadd(1, block + kResult, 64);
+    _tile_loadd(2, block + 2 * kResult, 64);
+    _tile_loadd(3, block + 3 * kResult, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (const Run* run = runs; run < runs + count; ++run) {
+    const uint16_t *left = run->left, *right = run->right;
+    for (int64_t i = run->count; i > 0; --i, left += left_stride, right += right_stride) {
+      _tile_loadd(4, left, 64);
+      _tile_loadd(6, right, 64);
+      _tile_loadd(7, right + kTileElements, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, left + kTileElements, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, block, 64);
+  _tile_stored(1, block + kResult, 64);
+  _tile_stored(2, block + 2 * kResult, 64);
+  _tile_stored(3, block + 3 * kResult, 64);
+}
+
+// pack_left() for multiply_rows(). The images lie far apart, so no hardware prefetcher follows: each line of the pixel after
+// the next is requested here.
+void pack_left_pairs(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t stride) {
+  for (int64_t half = 0; half < 2; ++half, tiles += kTileElements) {
+    for (int64_t s = 0; s < steps; ++s) {
+      __m512i v[16];
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t image = half * kTile + i;
+        v[i] = row_of(pixel, image, s * kStep);
+        if (image < pixel.count) _mm_prefetch(pixel.base + image * pixel.stride + (s + 2 * steps) * kStep, _MM_HINT_T0);
+      }
+      transpose(v);
+      store_tile(v, tiles + s * stride);
+    }
+  }
+}
+
+// The place of a row in a pair of left tiles [16 pairs of k][16 rows][2].
+constexpr int64_t left_row(int64_t row) { return row / kTile * kTileElements + row % kTile * 2; }
+
+// Computes rows kFirst to kFirst + kRows - 1 of the block.
+template <int kFirst, int kRows>
+void multiply_rows(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
+                   float* block) {
+  const auto row_of_block = [&](int r) {
+    return block + (kFirst + r) / kTile * (kBlock / 2) + (kFirst + r) % kTile * kTile;
+  };
+  __m512 sum[kRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = accumulate ? _mm512_loadu_ps(row_of_block(r)) : _mm512_setzero_ps();
+    sum[r][1] = accumulate ? _mm512_loadu_ps(row_of_block(r) + kBlock / 4) : _mm512_setzero_ps();
+  }
+  for (const Run* run = runs; run < runs + count; ++run) {
+    const uint16_t *left = run->left, *right = run->right;
+    for (int64_t i = run->count; i > 0; --i, left += left_stride, right += right_stride) {
+      for (int64_t k = 0; k < kTile; ++k) {
+        const __m512bh low = (__m512bh)_mm512_loadu_si512(right + k * kStep);
+        const __m512bh high = (__m512bh)_mm512_loadu_si512(right + kTileElements + k * kStep);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          int pair;
+          std::memcpy(&pair, left + left_row(kFirst + r) + k * kStep, sizeof(pair));
+          const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], row, low);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], row, high);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    _mm512_storeu_ps(row_of_block(r), sum[r][0]);
+    _mm512_storeu_ps(row_of_block(r) + kBlock / 4, sum[r][1]);
+  }
+}
+
+bool multiplies_by_amx() {
+  static const bool amx = amx_is_usable();
+  return amx;
+}
+
 }  // namespace
 
+bool bf16_tiles_are_usable() { return amx_is_usable() || (cpu_has_avx512_bf16() && cpu_multiplies_bf16_vectors()); }
+
 void pack_left(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t stride) {
+  if (!multiplies_by_amx()) return pack_left_pairs(pixel, steps, tiles, stride);
   for (int64_t i = 0; i < 2 * kTile; ++i) {
     uint16_t* out = tiles + i * kStep;
     for (int64_t s = 0; s < steps; ++s, out += stride) _mm512_storeu_si512(out, row_of(pixel, i, s * kStep));
@@ -78,6 +184,7 @@ void pack_left(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t strid
 }
 
 void pack_left_transposed(const Pixel& pixel, int64_t channels, uint16_t* tiles) {
+  if (!multiplies_by_amx()) return pack_right(pixel, channels, tiles);
   for (int64_t c = 0; c < channels; c += kStep, tiles += 2 * kTileElements) {
     __m512i low[16], high[16];
     for (int i = 0; i < 16; ++i) {
@@ -127,38 +234,14 @@ void pack_weight_pairs(const float* base, int64_t row_stride, uint16_t* tiles) {
 
 void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
               float* block) {
-  constexpr int64_t kResult = kBlock / 4;
-  if (accumulate) {
-    _tile_loadd(0, block, 64);
-    _tile_loadd(1, block + kResult, 64);
-    _tile_loadd(2, block + 2 * kResult, 64);
-    _tile_loadd(3, block + 3 * kResult, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (const Run* run = runs; run < runs + count; ++run) {
-    const uint16_t *left = run->left, *right = run->right;
-    for (int64_t i = run->count; i > 0; --i, left += left_stride, right += right_stride) {
-      _tile_loadd(4, left, 64);
-      _tile_loadd(6, right, 64);
-      _tile_loadd(7, right + kTileElements, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + kTileElements, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, block, 64);
-  _tile_stored(1, block + kResult, 64);
-  _tile_stored(2, block + 2 * kResult, 64);
-  _tile_stored(3, block + 3 * kResult, 64);
+  if (multiplies_by_amx()) return multiply_amx(runs, count, left_stride, right_stride, accumulate, block);
+  multiply_rows<0, 11>(runs, count, left_stride, right_stride, accumulate, block);
+  multiply_rows<11, 11>(runs, count, left_stride, right_stride, accumulate, block);
+  multiply_rows<22, 10>(runs, count, left_stride, right_stride, accumulate, block);
 }
 
-void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count) {
+void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count,
+                 bool around_caches) {
   for (int64_t i = 0; i < count; ++i) {
     const float* from = block + i / kTile * (kBlock / 2) + i % kTile * kTile;
     __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kBlock / 4);
@@ -166,9 +249,20 @@ void store_block(const float* block, const uint16_t* addend, uint16_t* base, int
       low = _mm512_add_ps(low, widened(addend + i * stride));
       high = _mm512_add_ps(high, widened(addend + i * stride + kTile));
     }
-    _mm512_storeu_si512(base + i * stride, rounded(low, high));
+    if (around_caches) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(base + i * stride), rounded(low, high));
+    } else {
+      _mm512_storeu_si512(base + i * stride, rounded(low, high));
+    }
   }
 }
+
+bool stores_around_caches(int64_t bytes, const void* target) {
+  constexpr int64_t kFewest = int64_t{64} << 20;
+  return !multiplies_by_amx() && bytes >= kFewest && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+}
+
+void complete_stores() { _mm_sfence(); }
 
 void sum_blocks(const float* block, int64_t parts, int64_t part_stride, float* out, int64_t row_stride) {
   for (int64_t i = 0; i < 2 * kTile; ++i) {
@@ -190,13 +284,16 @@ void sum_blocks(const float* block, int64_t parts, int64_t part_stride, float* o
 // convolution_is_usable() is false in such a build.
 namespace scan_fast::convolution {
 
+bool bf16_tiles_are_usable() { return false; }
 void pack_left(const Pixel&, int64_t, uint16_t*, int64_t) { std::abort(); }
 void pack_left_transposed(const Pixel&, int64_t, uint16_t*) { std::abort(); }
 void pack_right(const Pixel&, int64_t, uint16_t*) { std::abort(); }
 void pack_weight_rows(const float*, int64_t, uint16_t*) { std::abort(); }
 void pack_weight_pairs(const float*, int64_t, uint16_t*) { std::abort(); }
 void multiply(const Run*, int64_t, int64_t, int64_t, bool, float*) { std::abort(); }
-void store_block(const float*, const uint16_t*, uint16_t*, int64_t, int64_t) { std::abort(); }
+void store_block(const float*, const uint16_t*, uint16_t*, int64_t, int64_t, bool) { std::abort(); }
+void complete_stores() { std::abort(); }
+bool stores_around_caches(int64_t, const void*) { std::abort(); }
 void sum_blocks(const float*, int64_t, int64_t, float*, int64_t) { std::abort(); }
 
 }  // namespace scan_fast::convolution

@@ -1,16 +1,34 @@
 // Products of packed bfloat16 tiles, and the packing. A tile has 512 elements, 1 KiB:
-//   left operands    [16 rows][32 k]                  (16 x 32, k contiguous)
+//   left operands    [16 rows][32 k]                  (16 x 32, k contiguous) with AMX,
+//                    [16 pairs of k][16 rows][2]      otherwise
 //   right operands   [16 pairs of k][16 columns][2]   (32 x 16, pairs of k adjacent, as the instruction requires)
-// All functions require a CPU with AMX (common/amx.h); multiply() also requires an AmxSession.
+// All functions require bf16_tiles_are_usable(); multiply() also requires a TileSession.
 #pragma once
 
 #include <cstdint>
+#include <optional>
+
+#include "common/amx.h"
 
 namespace scan_fast::convolution {
 
 constexpr int64_t kTile = 16, kStep = 32, kTileElements = 512;
 // Result of one call of multiply(): 32 x 32 floats as tiles (0, 0), (0, 1), (1, 0), (1, 1).
 constexpr int64_t kBlock = 1024;
+
+// Returns whether the CPU multiplies such tiles: with AMX, or in vectors with AVX-512-BF16.
+bool bf16_tiles_are_usable();
+
+// Prepares the calling thread for multiply().
+class TileSession {
+ public:
+  TileSession() {
+    if (amx_is_usable()) amx_.emplace();
+  }
+
+ private:
+  std::optional<AmxSession> amx_;
+};
 
 // One pixel of 32 images: that of image i is at base + i * stride. Images from `count` on count as zeros.
 struct Pixel {
@@ -40,12 +58,18 @@ struct Run {
   int64_t count;
 };
 
-// block = (accumulate ? block : 0) + sum over runs and their pairs of left * right. Strides are between pairs.
+// block = (accumulate ? block : 0) + sum over runs and their pairs of left * right. Strides are between pairs. Uses AMX if
+// it is usable.
 void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate, float* block);
 
 // Rounds the rows of a block to bfloat16 and stores row i < count <= 32 at base + i * stride. If `addend`, of the same
-// layout, is not null, it is added first.
-void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count);
+// layout, is not null, it is added first. around_caches: does not read the lines that it overwrites; a thread that did so
+// ends with complete_stores().
+void store_block(const float* block, const uint16_t* addend, uint16_t* base, int64_t stride, int64_t count,
+                 bool around_caches);
+void complete_stores();
+// Returns whether that is faster and possible: for a result that the caches could not keep for the next reader.
+bool stores_around_caches(int64_t bytes, const void* target);
 
 // Sums `parts` blocks, part_stride floats apart, into 32 rows of 32 floats, row_stride apart.
 void sum_blocks(const float* block, int64_t parts, int64_t part_stride, float* out, int64_t row_stride);

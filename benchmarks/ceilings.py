@@ -97,7 +97,8 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
     """Measure the best rates over several runs, on random data, once per process.
 
     Returns:
-        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second; ``tiles_bfloat16`` on
+        ``gemm_float32`` and ``gemm_bfloat16`` (and ``gemm_float16`` on CUDA) in flops per second: of a large matrix
+        product, or on a CPU of a convolution if that is faster, as in float32 on AMD's; ``tiles_bfloat16`` on
         a CPU with AMX: products of tiles in the first-level cache, an upper bound of all products; ``copy_bytes`` in
         bytes read plus written per second; and on CUDA ``exp``, evaluations per second by the number of units and the
         highest clock (16 per clock and multiprocessor).
@@ -113,6 +114,12 @@ def measure_ceilings(device: str, quick: bool = False) -> dict[str, float]:
             rates[f"gemm_{str(dtype).removeprefix('torch.')}"] = _product_rate(dtype, n, device, repeats)
     finally:
         torch.set_float32_matmul_precision(before)
+    if device == "cpu":
+        for dtype in dtypes:
+            name = f"gemm_{str(dtype).removeprefix('torch.')}"
+            # A slower bfloat16 product means that there are no instructions for it; then a convolution takes minutes.
+            if rates[name] >= rates["gemm_float32"]:
+                rates[name] = max(rates[name], measure_convolution(device, dtype))
     if device == "cpu" and native.is_available() and (tiles := native.amx_peak_rate()) > 0:
         # Library products reach half of it; ours can exceed that.
         rates["tiles_bfloat16"] = tiles * torch.get_num_threads()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scan_fast.ops import native
 from scan_fast.ops.convolution import conv2d, grad_weight, pays
 
 from . import peers
@@ -100,11 +101,12 @@ def _bfloat16(size: str, device: str) -> Case:
     products = 2.0 * images * out_side**2 * in_channels * out_channels * kernel**2
     elements = images * (in_channels * side**2 + out_channels * out_side**2)
     # x and grad_y are read twice, y and grad_x written. Taps that fall outside of the images count.
-    work = Work(flops=3 * products, bytes=2 * 3 * float(elements), unit="tiles_bfloat16")
+    unit = "tiles_bfloat16" if native.is_available() and native.build_info()["cpu_amx_bf16"] else "gemm_bfloat16"
+    work = Work(flops=3 * products, bytes=2 * 3 * float(elements), unit=unit)
     x, weight, _ = inputs(0)
     missing = peers.no_kernel("convolution", device)
     if not missing and not pays(x, weight, stride, padding):
-        missing = "it needs AMX, and channels that are multiples of 32"
+        missing = "it needs AMX or AVX-512-BF16, and channels that are multiples of 32"
     contenders = [
         Contender("scan-fast", ours, 0.004, work, skipped=missing),
         Contender("eager", eager, 0.006),

@@ -12,9 +12,9 @@ epoch is reported as cold (start of threads and workers, compilation, caches), t
 network, forward and backward, would need at the rate of a large matrix product (of AMX tiles in the first-level cache,
 if there are any), and at that of one forward convolution of PyTorch in the middle of the network, measured in this
 process at the contender's precision. ``of convolutions`` is the share of our epoch that the network's own convolutions,
-forward and backward, take when they are measured alone (:mod:`benchmarks.layers`), before and after the epoch. The parts
-of a step are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch beyond its parts,
-and for the baseline the time that its loop waits for the workers.
+forward and backward, take when they are measured alone (:mod:`benchmarks.layers`), before and after the epoch. The
+parts of a step are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch
+beyond its parts, and for the baseline the time that its loop waits for the workers.
 
 Before that, both make a few float32 steps on the same rendered views, and the losses of every step are compared.
 

@@ -1,5 +1,5 @@
-// Interface of the bfloat16 convolutions on AMX tiles, forward and both gradients. CPU only: on other CPUs and on GPUs,
-// PyTorch's convolutions are used.
+// Interface of the bfloat16 convolutions, forward and both gradients, on CPUs with AMX or AVX-512-BF16. On other CPUs and
+// on GPUs, PyTorch's convolutions are used.
 //
 // Images are channels-last: x (batch, in_height, in_width, in_channels), y (batch, out_height, out_width,
 // out_channels), both bfloat16. Weights and their gradient are float32, (out_channels, kernel, kernel, in_channels);
@@ -16,8 +16,8 @@ struct ConvolutionShape {
   int64_t batch, in_height, in_width, in_channels, out_height, out_width, out_channels, kernel, stride, padding;
 };
 
-// Returns whether the kernel supports this shape on this CPU: AMX, channels that are multiples of 32, kernels up to
-// kConvolutionKernel.
+// Returns whether the kernel supports this shape on this CPU: AMX or AVX-512-BF16, channels that are multiples of 32,
+// kernels up to kConvolutionKernel.
 bool convolution_is_usable(const ConvolutionShape& shape);
 constexpr int64_t kConvolutionKernel = 7;
 

@@ -29,7 +29,7 @@ ConvolutionShape shape_of(at::IntArrayRef x, at::IntArrayRef weight, int64_t str
 ConvolutionShape checked(at::IntArrayRef x, at::IntArrayRef weight, int64_t stride, int64_t padding) {
   const ConvolutionShape shape = shape_of(x, weight, stride, padding);
   TORCH_CHECK_VALUE(convolution_is_usable(shape), "there is no kernel for shapes ", x, " and ", weight,
-                    " on this CPU: it needs AMX, and channels that are multiples of 32");
+                    " on this CPU: it needs AMX or AVX-512-BF16, and channels that are multiples of 32");
   return shape;
 }
 

@@ -1,6 +1,6 @@
-// The bfloat16 convolutions, usable with AMX only, and the float32 weight gradient, against the definition in double
+// The bfloat16 convolutions, usable with AMX or AVX-512-BF16 only, and the float32 weight gradient, against the definition in double
 // precision.
-#include "common/amx.h"
+#include "convolution/bf16_tiles.h"
 #include "convolution/convolution.h"
 #include "cpu_check.h"
 #include "logits.h"
@@ -10,9 +10,9 @@ namespace {
 using namespace scan_fast;
 using check::Elements;
 
-void only_with_amx() {
+void only_with_bfloat16_products() {
   const ConvolutionShape shape{32, 8, 8, 32, 8, 8, 64, 3, 1, 1};
-  CHECK(convolution_is_usable(shape) == amx_is_usable());
+  CHECK(convolution_is_usable(shape) == convolution::bf16_tiles_are_usable());
   ConvolutionShape odd = shape;
   odd.out_channels = 65;
   CHECK(!convolution_is_usable(odd));
@@ -127,7 +127,7 @@ void float32_weight_gradient() {
 
 int main() {
   SKIP_WITHOUT_ISA();
-  RUN(only_with_amx);
+  RUN(only_with_bfloat16_products);
   RUN(matches_the_definition);
   RUN(float32_weight_gradient);
   return check::finish();

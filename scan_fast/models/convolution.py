@@ -1,10 +1,10 @@
 """Convolution that on a CPU uses faster algorithms than PyTorch's own.
 
 In float32, on processors whose weight gradient in oneDNN is slow, it uses that of :mod:`scan_fast.ops.convolution`.
-In bfloat16 with AMX, it uses the kernel of that module. Without AMX, it computes the weight gradient of convolutions
-with small output maps as one matrix product, patches times gradients, in a fifth of the time. (Such a map is 4x4, in
-the last stage of a ResNet for 32-pixel images, which has most of its weights. There, oneDNN's weight gradient runs at
-a tenth of the rate of a matrix product.)
+In bfloat16 with AMX or AVX-512-BF16, it uses the kernel of that module. If that does not serve, it computes the weight
+gradient of convolutions with small output maps as one matrix product, patches times gradients, in a fifth of the time.
+(Such a map is 4x4, in the last stage of a ResNet for 32-pixel images, which has most of its weights. There, oneDNN's
+weight gradient runs at a tenth of the rate of a matrix product.)
 """
 
 from __future__ import annotations

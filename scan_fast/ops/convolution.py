@@ -1,4 +1,4 @@
-"""Convolutions on a CPU: in bfloat16 on AMX tiles, and the weight gradient of float32 ones.
+"""Convolutions on a CPU: in bfloat16 with AMX or AVX-512-BF16, and the weight gradient of float32 ones.
 
 The operators ``scan_fast::conv2d``, ``conv2d_forward``, ``conv2d_grad_input`` and ``conv2d_grad_weight`` and their
 autograd are registered by the compiled module (``csrc/convolution/convolution_op.cpp``). Their reference is
@@ -23,7 +23,7 @@ _BLOCK = 32
 
 
 def is_usable(device: str) -> bool:
-    """Return whether a device has kernels for :func:`conv2d`. Only CPUs with AMX do."""
+    """Return whether a device has kernels for :func:`conv2d`. Only CPUs with AMX or AVX-512-BF16 do."""
     return native.has_kernel("conv2d_forward", device) and bool(
         torch.ops.scan_fast.conv2d_is_usable.default((_BLOCK, 32, 1, 1), (32, 32, 1, 1), 1, 0)
     )
@@ -32,8 +32,8 @@ def is_usable(device: str) -> bool:
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Return whether :func:`conv2d` supports these operands and is faster than PyTorch's convolution.
 
-    It needs AMX, channels that are multiples of 32, a square kernel, and a batch that fills most of its last block of
-    32 images. Under torch.compile the answer is False.
+    It needs AMX or AVX-512-BF16, channels that are multiples of 32, a square kernel, and a batch that fills most of its
+    last block of 32 images. Under torch.compile the answer is False.
     """
     batch = x.shape[0]
     return (
@@ -104,7 +104,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
         (N, O, H', W') bfloat16 in channels-last layout.
 
     Raises:
-        ValueError: for another dtype, layout or shape, or a CPU without AMX.
+        ValueError: for another dtype, layout or shape, or a CPU without AMX and AVX-512-BF16.
     """
     return torch.ops.scan_fast.conv2d.default(x, weight, stride, padding)
 

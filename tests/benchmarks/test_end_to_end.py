@@ -220,6 +220,8 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
     values = {target: target.value(result) for target in of_all}
     share = result["stages"][0]["ours"]["of_convolutions"]
     assert values[targets.StageTarget("pretext", convolutions=0.9)] == share
+    peak = result["stages"][0]["ours"]["of_convolution_peak"]
+    assert values[targets.StageTarget("pretext", peak=0.9)] == peak
     assert values[targets.StageTarget("pretext", times=4.0)] == result["stages"][0]["ratio"]
     # The search of a rehearsal is too small to be judged.
     search = targets.StageTarget("search", times=3.0)
@@ -248,13 +250,16 @@ def test_the_convolutions_of_a_step_are_those_of_the_network(name: str, opened: 
 
 
 def test_stage_targets_are_missed_by_less_and_by_nothing() -> None:
-    ours = {"of_convolutions": 0.89}
+    ours = {"of_convolutions": 0.89, "of_convolution_peak": 0.9}
     result = {"stages": [{"stage": "pretext", "ratio": 3.9, "losses": [[1.0, 1.1]], "ours": ours}]}
     near = targets.StageTarget("pretext", convolutions=0.9)
     for target in (targets.StageTarget("pretext", times=4.0), targets.StageTarget("pretext", differ=1e-5), near):
         assert not target.is_met(target.value(result))
         assert not target.is_met(target.value({"stages": []}))
     assert targets.StageTarget("pretext", times=3.9).is_met(3.9)
+    peak = targets.StageTarget("pretext", peak=0.9)
+    assert peak.is_met(peak.value(result)) and not peak.is_met(0.89)
+    assert str(peak) == "end_to_end pretext: 90% of the rate of PyTorch's convolution"
     assert near.value(result) == 0.89 and near.is_met(0.9) and not near.is_met(None)
     assert str(near) == "end_to_end pretext: 90% of an epoch in the network's convolutions"
     # A result that is older than the figure.

@@ -1,8 +1,12 @@
-"""bfloat16 convolutions on AMX tiles against float64 convolutions of the same rounded values."""
+"""bfloat16 convolutions of a CPU against float64 convolutions of the same rounded values."""
 
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,9 +19,10 @@ from torch.nn import grad as conv2d_gradients
 from scan_fast.models import convolution
 from scan_fast.models.backbones import BasicBlock
 from scan_fast.models.convolution import Conv2d
+from scan_fast.ops import native
 from scan_fast.ops.convolution import conv2d, conv2d_fork, is_usable, pays
 
-pytestmark = pytest.mark.skipif(not is_usable("cpu"), reason="this CPU has no AMX")
+pytestmark = pytest.mark.skipif(not is_usable("cpu"), reason="this CPU has neither AMX nor AVX-512-BF16")
 
 CASES = [  # (batch, in channels, out channels, height, width, kernel, stride, padding)
     (32, 64, 64, 32, 32, 3, 1, 1),
@@ -127,6 +132,24 @@ def test_non_finite_values_do_not_spread() -> None:
     expected = F.conv2d(x.float(), weight.bfloat16().float(), padding=1)
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isnan(), expected.isnan())
+
+
+def test_a_large_result_has_the_bits_of_its_parts() -> None:
+    # From 64 MiB on, results may be written around the caches.
+    x, weight = images(1200, 32, 32, 32), weights(32, 32, 1)
+    whole = conv2d(x, weight)
+    assert whole.numel() * whole.element_size() > 64 << 20
+    assert torch.equal(whole, torch.cat([conv2d(part, weight) for part in x.split(480)]))
+
+
+@pytest.mark.skipif(not native.build_info()["cpu_amx_bf16"], reason="without AMX, all tests here run in vectors")
+def test_the_same_in_vectors() -> None:
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    env = {**os.environ, "SCAN_FAST_CPU_ISA": "avx512", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > len(CASES), done.stdout
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:

@@ -59,5 +59,5 @@ def test_the_emulator_does_not_count_as_source_of_a_kernel(tmp_path: Path) -> No
 @pytest.mark.skipif(not native.is_available(), reason="no compiled module")
 def test_what_the_cpu_kernels_require_is_a_fact_of_the_build() -> None:
     required = {family.cpu_requires for family in FAMILIES.values()} - {None}
-    assert required == {"cpu_amx_bf16"}
+    assert required == {"cpu_bf16_convolutions"}
     assert required <= set(native.build_info())

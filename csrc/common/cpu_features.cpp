@@ -71,6 +71,20 @@ bool cpu_has_avx512_bf16() {
 #endif
 }
 
+bool cpu_has_avx512_vnni() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    __builtin_cpu_init();
+    const char* wanted = std::getenv("SCAN_FAST_CPU_VNNI");
+    return cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512vnni") &&
+           (wanted == nullptr || std::strcmp(wanted, "0") != 0);
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 bool cpu_multiplies_bf16_vectors() {
   static const bool yes = [] {
     const char* wanted = std::getenv("SCAN_FAST_CPU_BF16");

@@ -23,4 +23,8 @@ bool cpu_is_from_intel();
 bool cpu_multiplies_bf16_vectors();
 bool cpu_has_avx512_bf16();
 
+// Returns whether the CPU has AVX-512-VNNI, whose instruction multiplies pairs of 16-bit integers and adds both products to
+// the sums. SCAN_FAST_CPU_VNNI=0 says no.
+bool cpu_has_avx512_vnni();
+
 }  // namespace scan_fast

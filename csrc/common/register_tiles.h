@@ -28,8 +28,9 @@ constexpr int kWideRows = 2, kWideVectors = 4, kNarrowRows = 4, kNarrowVectors =
 
 // Operands are floats, or words of two 16-bit values that are consecutive along the sum, the first in the low half:
 // unsigned words of bfloat16 values, or signed words of integers. Products of bfloat16 values are exact in float32, so only
-// the sums of a word are rounded. A source that is compiled for AVX-512-BF16 defines SCAN_FAST_BF16_INSTRUCTION. Sums of
-// integers are exact in 32 bits if the last one fits; -2^15 is not an operand, because two of its squares do not.
+// the sums of a word are rounded. Sums of integers are exact in 32 bits if the last one fits; -2^15 is not an operand, because
+// two of its squares do not. A source that is compiled for AVX-512-BF16 defines SCAN_FAST_BF16_INSTRUCTION, one for
+// AVX-512-VNNI defines SCAN_FAST_VNNI_INSTRUCTION.
 inline Vec load_operand(const float* p) { return load(p); }
 inline Vec splat_operand(float x) { return splat(x); }
 inline Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
@@ -56,7 +57,9 @@ inline IntVec load_operand(const int32_t* p) {
 }
 inline IntVec splat_operand(int32_t x) { return IntVec{} + x; }
 inline IntVec multiply_add(IntVec sum, IntVec x, IntVec y) {
-#if defined(SCAN_FAST_ISA_avx512)
+#if defined(SCAN_FAST_VNNI_INSTRUCTION)
+  return reinterpret_cast<IntVec>(_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)y));
+#elif defined(SCAN_FAST_ISA_avx512)
   return sum + reinterpret_cast<IntVec>(_mm512_madd_epi16((__m512i)x, (__m512i)y));
 #elif defined(SCAN_FAST_ISA_avx2)
   return sum + reinterpret_cast<IntVec>(_mm256_madd_epi16((__m256i)x, (__m256i)y));

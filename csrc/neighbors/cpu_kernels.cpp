@@ -114,12 +114,15 @@ void product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c)
 
 // One instruction multiplies twice as many integers as floats, but a second one adds the sums. AVX2: faster if the processor
 // has more units for sums than for products, otherwise no slower. SSE2: twice as fast, because float products take a second
-// instruction as well. AVX-512: sums and products share two units, so integers gain nothing (a prediction).
+// instruction as well. AVX-512: sums and products share two units, so integers gain nothing (a prediction) without
+// AVX-512-VNNI.
 #if defined(SCAN_FAST_ISA_avx512)
 constexpr auto product_avx512_bf16 = &neighbor_product_bf16;
+constexpr auto product_avx512_vnni = &neighbor_product_vnni;
 constexpr bool kPrefersInt16 = false;
 #else
 constexpr decltype(&product_bf16) product_avx512_bf16 = nullptr;
+constexpr decltype(&product_int16) product_avx512_vnni = nullptr;
 #if defined(__SSE2__)
 constexpr bool kPrefersInt16 = true;
 #else
@@ -242,10 +245,20 @@ void filter(const float* c, int64_t rows, int64_t columns, int64_t first_row, in
 }  // namespace
 
 const CpuKernels& neighbor_kernels() {
-  static constexpr CpuKernels kernels = {
-      kWideRows,      kTileColumns,     kLanes,         kPrefersInt16, &dot,
-      &round,         &product_float32, &product_int16, &product_bf16, product_avx512_bf16,
-      &filter<false>, &filter<true>,    &tighten};
+  static constexpr CpuKernels kernels = {kWideRows,
+                                         kTileColumns,
+                                         kLanes,
+                                         kPrefersInt16,
+                                         &dot,
+                                         &round,
+                                         &product_float32,
+                                         &product_int16,
+                                         product_avx512_vnni,
+                                         &product_bf16,
+                                         product_avx512_bf16,
+                                         &filter<false>,
+                                         &filter<true>,
+                                         &tighten};
   return kernels;
 }
 

@@ -42,7 +42,7 @@ struct CpuKernels {
   int64_t tile_rows;
   int64_t tile_columns;
   int64_t panel_rows;
-  // Whether product_int16 is faster than product_float32.
+  // Whether product_int16 is faster than product_float32. product_avx512_vnni always is.
   bool prefers_int16;
 
   // The exact sum of neighbors.h.
@@ -54,9 +54,11 @@ struct CpuKernels {
   // c (tile_rows, tile_columns). a points to the first row within its panel, b to the first of its panels.
   void (*product_float32)(const float* a, const float* b, int64_t dim, float* c);
   // The same for rows of 16-bit values. A 32-bit word holds two consecutive elements of a row, the first in its low half;
-  // panels are (pairs, panel_rows) words. Integers are in units of 2^-15. product_bf16 runs everywhere,
-  // product_avx512_bf16 only if cpu_has_avx512_bf16(), and is null in the other sets.
+  // panels are (pairs, panel_rows) words. Integers are in units of 2^-15. product_int16 and product_bf16 run
+  // everywhere, product_avx512_vnni only if cpu_has_avx512_vnni(), product_avx512_bf16 only if cpu_has_avx512_bf16(); they are
+  // null in the other sets.
   void (*product_int16)(const int32_t* a, const int32_t* b, int64_t pairs, float* c);
+  void (*product_avx512_vnni)(const int32_t* a, const int32_t* b, int64_t pairs, float* c);
   void (*product_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
   void (*product_avx512_bf16)(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);
 
@@ -79,7 +81,8 @@ SCAN_FAST_DECLARE_PER_ISA(const neighbors::CpuKernels& neighbor_kernels())
 #if defined(__x86_64__)
 namespace scan_fast::avx512 {
 void neighbor_product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c);  // cpu_bf16.cpp
-}
+void neighbor_product_vnni(const int32_t* a, const int32_t* b, int64_t pairs, float* c);    // cpu_vnni.cpp
+}  // namespace scan_fast::avx512
 #endif
 
 namespace scan_fast::neighbors {

@@ -18,6 +18,7 @@ TileEngine::TileEngine(TileProducts which, int64_t n_columns)
       panel_bytes(amx()                                ? amx_panel_size(dim) * 2
                   : products == TileProducts::kFloat32 ? panel_rows * dim * 4
                                                        : panel_rows * ((dim + 1) / 2) * 4),
+      int16_product_(cpu_has_avx512_vnni() ? kernels().product_avx512_vnni : kernels().product_int16),
       bf16_product_(cpu_has_avx512_bf16() ? kernels().product_avx512_bf16 : kernels().product_bf16) {}
 
 void TileEngine::pack_left(const float* rounded, int64_t row, uint8_t* packed) const {

@@ -92,8 +92,8 @@ struct TileEngine {
     if (amx()) {
       amx_product(reinterpret_cast<const uint16_t*>(a_panel), reinterpret_cast<const uint16_t*>(b_panel), dim, c);
     } else if (products == TileProducts::kInt16Vectors) {
-      kernels().product_int16(reinterpret_cast<const int32_t*>(a_panel) + left % panel_rows,
-                              reinterpret_cast<const int32_t*>(b_panel), (dim + 1) / 2, c);
+      int16_product_(reinterpret_cast<const int32_t*>(a_panel) + left % panel_rows,
+                     reinterpret_cast<const int32_t*>(b_panel), (dim + 1) / 2, c);
     } else if (products == TileProducts::kBf16Vectors) {
       bf16_product_(reinterpret_cast<const uint32_t*>(a_panel) + left % panel_rows,
                     reinterpret_cast<const uint32_t*>(b_panel), (dim + 1) / 2, c);
@@ -104,6 +104,7 @@ struct TileEngine {
   }
 
  private:
+  decltype(CpuKernels::product_int16) int16_product_;
   decltype(CpuKernels::product_bf16) bf16_product_;
 };
 

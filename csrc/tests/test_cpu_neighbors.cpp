@@ -57,7 +57,8 @@ void ties_and_duplicates() {
 
 // Too many rows are close for the spacing of 16-bit values, so the float32 search decides.
 void rows_that_are_close() {
-  const bool coarse = amx_is_usable() || cpu_multiplies_bf16_vectors() || neighbors::kernels().prefers_int16;
+  const bool coarse =
+      amx_is_usable() || cpu_multiplies_bf16_vectors() || cpu_has_avx512_vnni() || neighbors::kernels().prefers_int16;
   const std::vector<float> x = cluster(1500, 24, 0.01, 9);
   for (const Case& c : {Case{{}, x, 24, 5}, Case{cluster(30, 24, 0.01, 10), x, 24, 5}}) {
     const SearchedAgain again = search(c);

@@ -342,17 +342,28 @@ def digests() -> dict[str, str]:
 @needs_native
 def test_every_instruction_set_gives_the_same_bits() -> None:
     # "avx512" is AVX-512 without AMX. If the CPU lacks an instruction set, the child uses the best available one.
-    children = {
-        isa: subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, "SCAN_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            text=True,
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    wanted = (
+        ("avx512", {}),
+        ("avx512", {"SCAN_FAST_CPU_VNNI": "0"}),
+        ("avx512", {"SCAN_FAST_CPU_VNNI": "0", "SCAN_FAST_CPU_BF16": "0"}),
+        ("avx2", {}),
+        ("baseline", {}),
+    )
+    children = [
+        (
+            isa,
+            subprocess.Popen(
+                [sys.executable, __file__],
+                env={**os.environ, "SCAN_FAST_CPU_ISA": isa, **paths, **without},
+                stdout=subprocess.PIPE,
+                text=True,
+            ),
         )
-        for isa in ("avx512", "avx2", "baseline")
-    }
+        for isa, without in wanted
+    ]
     expected = digests()
-    for isa, child in children.items():
+    for isa, child in children:
         output, _ = child.communicate()
         assert child.returncode == 0
         found = json.loads(output)

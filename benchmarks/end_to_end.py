@@ -12,8 +12,9 @@ epoch is reported as cold (start of threads and workers, compilation, caches), t
 network, forward and backward, would need at the rate of a large matrix product (of AMX tiles in the first-level cache,
 if there are any), and at that of one forward convolution of PyTorch in the middle of the network, measured in this
 process at the contender's precision. ``of convolutions`` is the share of our epoch that the network's own convolutions,
-forward and backward, take when they are measured alone (:mod:`benchmarks.layers`), before and after the epoch. The
-parts of a step are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch
+forward and backward, take when they are measured alone (:mod:`benchmarks.layers`), before and after the epoch, and
+``of PyTorch's`` the same with PyTorch's algorithms: above 100 % if the epoch is faster than those alone. The parts of a
+step are measured in separate steps, waiting for each part. ``waiting`` is, for ours, the time of an epoch
 beyond its parts, and for the baseline the time that its loop waits for the workers.
 
 Before that, both make a few float32 steps on the same rendered views, and the losses of every step are compared.
@@ -124,20 +125,26 @@ class Turns:
         ours: our epochs.
         baseline: those of the baseline.
         convolutions: seconds of our network's convolutions alone, in a step, before and after each warm epoch of ours.
+        pytorch: the same with PyTorch's algorithms.
     """
 
     ours: Clock
     baseline: Clock
     convolutions: list[tuple[float, float]] = field(default_factory=list)
+    pytorch: list[tuple[float, float]] = field(default_factory=list)
 
     def convolution_result(self, steps: int) -> dict[str, float]:
         """Return the seconds of the convolutions in an epoch of ``steps``, and their share of it: medians of the turns.
 
         The speed of a shared machine changes by the minute, so each epoch is compared with what was measured around it.
         """
-        alone = [steps * statistics.mean(around) for around in self.convolutions]
-        shares = [part / epoch for part, epoch in zip(alone, self.ours.wall[1:], strict=True)]
-        return {"convolution_seconds": statistics.median(alone), "of_convolutions": statistics.median(shares)}
+        result = {}
+        for name, measured in (("convolution", self.convolutions), ("pytorch_convolution", self.pytorch)):
+            alone = [steps * statistics.mean(around) for around in measured]
+            shares = [part / epoch for part, epoch in zip(alone, self.ours.wall[1:], strict=True)]
+            result[f"{name}_seconds"] = statistics.median(alone)
+            result[f"of_{name}s"] = statistics.median(shares)
+        return result
 
 
 def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
@@ -149,7 +156,11 @@ def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
     turns = Turns(Clock(context.device), Clock(context.device))
     repeats = 1 if effort is QUICK else 3
     convolutions: Convolutions | None = None
-    before = 0.0
+    before = (0.0, 0.0)
+
+    def alone(of: Convolutions) -> tuple[float, float]:
+        return of.seconds(repeats), of.seconds(repeats, pytorch=True)
+
     # A run keeps its freed memory; the baseline uses the default allocator.
     memory = contextlib.ExitStack()
 
@@ -159,7 +170,9 @@ def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
         if convolutions is None:
             convolutions = Convolutions.of(pair.ours, context)
         else:
-            turns.convolutions.append((before, convolutions.seconds(repeats)))
+            after = alone(convolutions)
+            turns.convolutions.append((before[0], after[0]))
+            turns.pytorch.append((before[1], after[1]))
         memory.close()
         done = len(turns.baseline.wall)
         turns.baseline.start()
@@ -169,7 +182,7 @@ def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
         if done > effort.rounds or (done > 1 and spent * (done + 1) / done > effort.case_seconds):
             raise Enough
         memory.enter_context(kept_memory())
-        before = convolutions.seconds(repeats)
+        before = alone(convolutions)
         turns.ours.start()
         return {}
 
@@ -314,7 +327,8 @@ def describe_stage(entry: dict[str, Any]) -> str:
         line += f"  {r['images_per_second']:9,.0f} images/s"
         if "of_product_peak" in r:
             line += f"  {r['of_product_peak']:.0%} of product, {r['of_convolution_peak']:.0%} of convolution peak"
-            line += f", {r['of_convolutions']:.0%} of convolutions" if "of_convolutions" in r else ""
+            if "of_convolutions" in r:
+                line += f", {r['of_convolutions']:.0%} of convolutions, {r['of_pytorch_convolutions']:.0%} of PyTorch's"
             line += f" ({r['precision']})"
         lines.append(line)
         if "parts" in r:

@@ -8,6 +8,7 @@ normalisation, views, loss or optimiser.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +102,13 @@ class Convolutions:
         """Return those of the first step of ``stage``; its forward pass is made, its weights stay as they are."""
         return cls(context, *convolutions_of_step(stage, context))
 
-    def seconds(self, repeats: int) -> float:
-        """Return the seconds of those of a step alone, by the fastest of ``repeats`` runs of each kind."""
-        return sum(count * _seconds(c, self.layers[c], self.context, repeats) for c, count in self.counts.items())
+    def seconds(self, repeats: int, pytorch: bool = False) -> float:
+        """Return the seconds of those of a step alone, by the fastest of ``repeats`` runs of each kind.
+
+        ``pytorch``: with PyTorch's algorithms, on the same operands.
+        """
+        with mock.patch.object(Conv2d, "forward", nn.Conv2d.forward) if pytorch else contextlib.nullcontext():
+            return sum(count * _seconds(c, self.layers[c], self.context, repeats) for c, count in self.counts.items())
 
 
 def _seconds(call: Call, layer: nn.Conv2d, context: Context, repeats: int) -> float:

@@ -48,20 +48,22 @@ def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
 
 
 @functools.cache
-def _multiplies_in_tiles() -> bool:
-    return native.build_info().get("cpu_gemm") == "tiles"
+def _is_slow_in_onednn() -> bool:
+    build = native.build_info()
+    return build["cpu_gemm"] == "tiles" and build["cpu_isa"] != "avx512"
 
 
 def grad_weight_pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether :func:`grad_weight` supports these operands and is faster than PyTorch's.
 
-    It is on processors on which the kernels multiply in their own register tiles, those not of Intel. Under
-    torch.compile the answer is False.
+    It is on processors that are not Intel's, on which the kernels multiply in their own register tiles, and that have
+    no AVX-512: over a ResNet-18 it takes 0.55 of PyTorch's time on Zen 3, and 1.2 of it on Zen 5. Under torch.compile
+    the answer is False.
     """
     return (
         not torch.compiler.is_compiling()
         and native.has_kernel("conv2d_forward", x.device.type)
-        and _multiplies_in_tiles()
+        and _is_slow_in_onednn()
         and x.dtype == weight.dtype == torch.float32
         and x.shape[1] % 16 == 0
         and x.numel() > 0

@@ -91,7 +91,7 @@ def test_without_autocast_it_is_pytorchs_in_every_bit() -> None:
 def test_float32_weight_gradient_of_the_kernel(
     monkeypatch: pytest.MonkeyPatch, side: int, kernel: int, stride: int, padding: int
 ) -> None:
-    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    monkeypatch.setattr(ops, "_is_slow_in_onednn", lambda: True)
     torch.manual_seed(0)
     layer = Conv2d(32, 40, kernel, stride=stride, padding=padding, bias=False).to(memory_format=torch.channels_last)
     exact = nn.Conv2d(32, 40, kernel, stride=stride, padding=padding, bias=False).double()
@@ -116,7 +116,7 @@ def test_float32_weight_gradient_of_the_kernel(
 def test_float32_convolution_is_differentiable_twice_and_without_an_input_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    monkeypatch.setattr(ops, "_is_slow_in_onednn", lambda: True)
     torch.manual_seed(0)
     layer = Conv2d(16, 8, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     plain = nn.Conv2d(16, 8, 3, padding=1, bias=False)
@@ -136,7 +136,7 @@ def test_float32_convolution_is_differentiable_twice_and_without_an_input_gradie
 @needs_native
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_transforms_of_torch_func(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
-    monkeypatch.setattr(ops, "_multiplies_in_tiles", lambda: True)
+    monkeypatch.setattr(ops, "_is_slow_in_onednn", lambda: True)
     torch.manual_seed(0)
     layer = Conv2d(32, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     plain = nn.Conv2d(32, 64, 3, padding=1, bias=False)

@@ -343,7 +343,7 @@ def digests() -> dict[str, str]:
 def test_every_instruction_set_gives_the_same_bits() -> None:
     # "avx512" is AVX-512 without AMX. If the CPU lacks an instruction set, the child uses the best available one.
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    wanted = (
+    wanted: tuple[tuple[str, dict[str, str]], ...] = (
         ("avx512", {}),
         ("avx512", {"SCAN_FAST_CPU_VNNI": "0"}),
         ("avx512", {"SCAN_FAST_CPU_VNNI": "0", "SCAN_FAST_CPU_BF16": "0"}),

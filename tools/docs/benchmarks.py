@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FILLED = (ROOT / "docs" / "recipes.md", ROOT / "docs" / "own-images.md", ROOT / "docs" / "reproducing.md")
 ORDER = ("targets", "accuracy", "gpu_run", "end_to_end", "gpu_suite", "step", *FAMILIES, "views")
-SHARES = ("of_product_peak", "of_convolution_peak", "of_convolutions")
+SHARES = ("of_product_peak", "of_convolution_peak", "of_convolutions", "of_pytorch_convolutions")
 APART = ("gpu_run", "gpu_suite", "step")
 """Results of tools that tools.docs.record does not run: they need a GPU, or are made on another machine."""
 INTRODUCTION = """# Benchmarks
@@ -152,9 +152,10 @@ def _end_to_end(result: dict[str, Any]) -> str:
         f"\nSettings of `{config['name']}`, preset `{config['preset']}`, {result['images']}; both sides in turns, an "
         f"epoch each, the baseline with {result['workers']} loader workers. Ours opened the images in "
         f"{result['open_seconds']:.2f} s. The peaks are the rates of a large matrix product and of one forward "
-        "convolution; the network's convolutions, forward and backward, were measured alone.\n\n"
+        "convolution; the network's convolutions, forward and backward, were measured alone, and so were PyTorch's for the "
+        "same layers.\n\n"
         "| stage | | median | range | cold | images/s | of product peak | of convolution peak | in convolutions "
-        f"| x baseline |\n|---|---|{'---:|' * 8}\n"
+        f"| PyTorch's alone | x baseline |\n|---|---|{'---:|' * 9}\n"
     ]
     for entry in result["stages"]:
         for side in ("ours", "baseline"):

@@ -152,8 +152,8 @@ def _end_to_end(result: dict[str, Any]) -> str:
         f"\nSettings of `{config['name']}`, preset `{config['preset']}`, {result['images']}; both sides in turns, an "
         f"epoch each, the baseline with {result['workers']} loader workers. Ours opened the images in "
         f"{result['open_seconds']:.2f} s. The peaks are the rates of a large matrix product and of one forward "
-        "convolution; the network's convolutions, forward and backward, were measured alone, and so were PyTorch's for the "
-        "same layers.\n\n"
+        "convolution; the network's convolutions, forward and backward, were measured alone, and so were PyTorch's for "
+        "the same layers.\n\n"
         "| stage | | median | range | cold | images/s | of product peak | of convolution peak | in convolutions "
         f"| PyTorch's alone | x baseline |\n|---|---|{'---:|' * 9}\n"
     ]

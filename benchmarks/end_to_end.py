@@ -119,7 +119,7 @@ class Clock:
 
 @dataclass
 class Turns:
-    """What was measured in turns.
+    """Times of both sides and of the convolutions, measured in turns.
 
     Attributes:
         ours: our epochs.

@@ -74,7 +74,7 @@ def convolutions_of_step(stage: Stage[Any], context: Context) -> tuple[Counter[C
     # The kernel that hands its input on is no call of a module; the layer by itself does the same products.
     with mock.patch.object(Conv2d, "fork", fork), context.autocast():
         batch = stage.batch(0, indices)
-        # From here on only: the choice of a precision runs convolutions of its own.
+        # Before this, the choice of a precision may run convolutions, which are not those of the step.
         handle = register_module_forward_pre_hook(note)
         try:
             stage.step(batch)

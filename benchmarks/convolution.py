@@ -101,7 +101,7 @@ def _bfloat16(size: str, device: str) -> Case:
     products = 2.0 * images * out_side**2 * in_channels * out_channels * kernel**2
     elements = images * (in_channels * side**2 + out_channels * out_side**2)
     # x and grad_y are read twice, y and grad_x written. Taps that fall outside of the images count.
-    unit = "tiles_bfloat16" if native.is_available() and native.build_info()["cpu_amx_bf16"] else "gemm_bfloat16"
+    unit = "tiles_bfloat16" if native.build_info().get("cpu_amx_bf16") else "gemm_bfloat16"
     work = Work(flops=3 * products, bytes=2 * 3 * float(elements), unit=unit)
     x, weight, _ = inputs(0)
     missing = peers.no_kernel("convolution", device)

@@ -56,7 +56,7 @@ from .environment import describe
 from .family import human_seconds, run_family
 from .files import write_json
 from .harness import QUICK, Effort
-from .layers import Convolutions
+from .layers import Convolutions, convolutions_of_step
 from .stage_pairs import (
     Images,
     Pair,
@@ -168,17 +168,16 @@ def interleave(pair: Pair, context: Context, effort: Effort) -> Turns:
         nonlocal convolutions, before
         turns.ours.stop()
         if convolutions is None:
-            convolutions = Convolutions.of(pair.ours, context)
+            convolutions = convolutions_of_step(pair.ours, context)
         else:
             after = alone(convolutions)
             turns.convolutions.append((before[0], after[0]))
             turns.pytorch.append((before[1], after[1]))
         memory.close()
-        done = len(turns.baseline.wall)
         turns.baseline.start()
-        pair.baseline.epoch(done)
+        pair.baseline.epoch(len(turns.baseline.wall))
         turns.baseline.stop()
-        spent, done = time.perf_counter() - begin, done + 1
+        spent, done = time.perf_counter() - begin, len(turns.baseline.wall)
         if done > effort.rounds or (done > 1 and spent * (done + 1) / done > effort.case_seconds):
             raise Enough
         memory.enter_context(kept_memory())

@@ -46,8 +46,31 @@ class Call:
     gradients: tuple[bool, bool]
 
 
-def convolutions_of_step(stage: Stage[Any], context: Context) -> tuple[Counter[Call], dict[Call, nn.Conv2d]]:
-    """Make the forward pass of a step; return how often each kind of convolution occurs, and a layer of each kind."""
+@dataclass(frozen=True)
+class Convolutions:
+    """The convolutions of one step of a stage, to be timed by themselves.
+
+    Attributes:
+        context: of the stage.
+        counts: how often each kind occurs in a step.
+        layers: one of each kind.
+    """
+
+    context: Context
+    counts: Counter[Call]
+    layers: dict[Call, nn.Conv2d]
+
+    def seconds(self, repeats: int, pytorch: bool = False) -> float:
+        """Return the seconds of those of a step alone, by the fastest of ``repeats`` runs of each kind.
+
+        ``pytorch``: with PyTorch's algorithms, on the same operands.
+        """
+        with mock.patch.object(Conv2d, "forward", nn.Conv2d.forward) if pytorch else contextlib.nullcontext():
+            return sum(count * _seconds(c, self.layers[c], self.context, repeats) for c, count in self.counts.items())
+
+
+def convolutions_of_step(stage: Stage[Any], context: Context) -> Convolutions:
+    """Make the forward pass of a step and return its convolutions."""
     counts: Counter[Call] = Counter()
     layers: dict[Call, nn.Conv2d] = {}
 
@@ -80,35 +103,7 @@ def convolutions_of_step(stage: Stage[Any], context: Context) -> tuple[Counter[C
             stage.step(batch)
         finally:
             handle.remove()
-    return counts, layers
-
-
-@dataclass(frozen=True)
-class Convolutions:
-    """The convolutions of one step of a stage, to be timed by themselves.
-
-    Attributes:
-        context: of the stage.
-        counts: how often each kind occurs in a step.
-        layers: one of each kind.
-    """
-
-    context: Context
-    counts: Counter[Call]
-    layers: dict[Call, nn.Conv2d]
-
-    @classmethod
-    def of(cls, stage: Stage[Any], context: Context) -> Convolutions:
-        """Return those of the first step of ``stage``; its forward pass is made, its weights stay as they are."""
-        return cls(context, *convolutions_of_step(stage, context))
-
-    def seconds(self, repeats: int, pytorch: bool = False) -> float:
-        """Return the seconds of those of a step alone, by the fastest of ``repeats`` runs of each kind.
-
-        ``pytorch``: with PyTorch's algorithms, on the same operands.
-        """
-        with mock.patch.object(Conv2d, "forward", nn.Conv2d.forward) if pytorch else contextlib.nullcontext():
-            return sum(count * _seconds(c, self.layers[c], self.context, repeats) for c, count in self.counts.items())
+    return Convolutions(context, counts, layers)
 
 
 def _seconds(call: Call, layer: nn.Conv2d, context: Context, repeats: int) -> float:

@@ -1,7 +1,8 @@
 """Exact top-k neighbours: ``python -m benchmarks.neighbors [--device cpu|cuda] [--sizes 20000x512x20 ...]``.
 
-A size is N x D x K: the K nearest of N rows of D dimensions by cosine, for all N, self excluded. On processors with
-AMX the search uses it; ``SCAN_FAST_CPU_ISA=avx512`` in the environment measures the float32 search instead.
+A size is N x D x K: the K nearest of N rows of D dimensions by cosine, for all N, self excluded. On a processor
+the search uses AMX or other 16-bit products if it has them; ``SCAN_FAST_CPU_ISA=avx512`` in the environment excludes
+AMX.
 
 Results are checked on a sample of the queries against float64: the similarity of every returned pair must be right, the
 k-th must be as good as the true k-th, and nobody may be their own neighbour.
@@ -124,7 +125,7 @@ def case(size: str, device: str) -> Case:
         return _faiss(x, k)
 
     cuda = device == "cuda"
-    # Every pair once with 16-bit operands: the search may use the symmetry. On the CPU without AMX, float32.
+    # Every pair once with 16-bit operands: the search may use the symmetry. Float32 on a CPU without bfloat16.
     unit = "gemm_float16" if cuda else "gemm_bfloat16" if _searches_in_bfloat16() else "gemm_float32"
     work = Work(flops=float(rows) * rows * dim, bytes=4.0 * rows * dim + 12.0 * rows * k, unit=unit)
     no_faiss = peers.missing("faiss")

@@ -10,7 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "common/intrinsics.h"
+#include "common/amx_products.h"
 
 namespace scan_fast {
 
@@ -51,14 +51,7 @@ double amx_peak_rate() {
     constexpr int kSteps = 4000;
     const auto begin = std::chrono::steady_clock::now();
     for (int i = 0; i < kSteps; ++i) {
-      _tile_loadd(4, tiles, 64);
-      _tile_loadd(6, tiles + 1024, 64);
-      _tile_loadd(7, tiles + 1536, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, tiles + 512, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      add_tile_products(tiles, tiles + 1024);
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     const double rate = kSteps * 4.0 * (2 * 16 * 16 * 32) / seconds.count();

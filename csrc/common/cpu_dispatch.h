@@ -25,6 +25,17 @@
    : ::scan_fast::cpu_isa() == ::scan_fast::CpuIsa::kAvx2 ? ::scan_fast::avx2::function   \
                                                           : ::scan_fast::baseline::function)
 
+// Around includes and functions that need an extension beyond the flags of their source, such as "avx512bf16".
+#define SCAN_FAST_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define SCAN_FAST_BEGIN_EXTENSION(name) \
+  SCAN_FAST_PRAGMA(clang attribute push(__attribute__((target(name))), apply_to = function))
+#define SCAN_FAST_END_EXTENSION SCAN_FAST_PRAGMA(clang attribute pop)
+#else
+#define SCAN_FAST_BEGIN_EXTENSION(name) SCAN_FAST_PRAGMA(GCC target(name))
+#define SCAN_FAST_END_EXTENSION
+#endif
+
 #else
 
 #define SCAN_FAST_DECLARE_PER_ISA(declaration) \

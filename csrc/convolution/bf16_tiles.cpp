@@ -14,8 +14,8 @@
 
 #include <cstring>
 
+#include "common/amx_products.h"
 #include "common/cpu_features.h"
-#include "common/intrinsics.h"
 
 namespace scan_fast::convolution {
 namespace {
@@ -85,22 +85,12 @@ void multiply_amx(const Run* runs, int64_t count, int64_t left_stride, int64_t r
     _tile_loadd(2, block + 2 * kResult, 64);
     _tile_loadd(3, block + 3 * kResult, 64);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tile_sums();
   }
   for (const Run* run = runs; run < runs + count; ++run) {
     const uint16_t *left = run->left, *right = run->right;
     for (int64_t i = run->count; i > 0; --i, left += left_stride, right += right_stride) {
-      _tile_loadd(4, left, 64);
-      _tile_loadd(6, right, 64);
-      _tile_loadd(7, right + kTileElements, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + kTileElements, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      add_tile_products(left, right);
     }
   }
   _tile_stored(0, block, 64);
@@ -166,17 +156,12 @@ void multiply_rows(const Run* runs, int64_t count, int64_t left_stride, int64_t 
   }
 }
 
-bool multiplies_by_amx() {
-  static const bool amx = amx_is_usable();
-  return amx;
-}
-
 }  // namespace
 
 bool bf16_tiles_are_usable() { return amx_is_usable() || (cpu_has_avx512_bf16() && cpu_multiplies_bf16_vectors()); }
 
 void pack_left(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t stride) {
-  if (!multiplies_by_amx()) return pack_left_pairs(pixel, steps, tiles, stride);
+  if (!amx_is_usable()) return pack_left_pairs(pixel, steps, tiles, stride);
   for (int64_t i = 0; i < 2 * kTile; ++i) {
     uint16_t* out = tiles + i * kStep;
     for (int64_t s = 0; s < steps; ++s, out += stride) _mm512_storeu_si512(out, row_of(pixel, i, s * kStep));
@@ -184,7 +169,7 @@ void pack_left(const Pixel& pixel, int64_t steps, uint16_t* tiles, int64_t strid
 }
 
 void pack_left_transposed(const Pixel& pixel, int64_t channels, uint16_t* tiles) {
-  if (!multiplies_by_amx()) return pack_right(pixel, channels, tiles);
+  if (!amx_is_usable()) return pack_right(pixel, channels, tiles);
   for (int64_t c = 0; c < channels; c += kStep, tiles += 2 * kTileElements) {
     __m512i low[16], high[16];
     for (int i = 0; i < 16; ++i) {
@@ -234,7 +219,7 @@ void pack_weight_pairs(const float* base, int64_t row_stride, uint16_t* tiles) {
 
 void multiply(const Run* runs, int64_t count, int64_t left_stride, int64_t right_stride, bool accumulate,
               float* block) {
-  if (multiplies_by_amx()) return multiply_amx(runs, count, left_stride, right_stride, accumulate, block);
+  if (amx_is_usable()) return multiply_amx(runs, count, left_stride, right_stride, accumulate, block);
   multiply_rows<0, 11>(runs, count, left_stride, right_stride, accumulate, block);
   multiply_rows<11, 11>(runs, count, left_stride, right_stride, accumulate, block);
   multiply_rows<22, 10>(runs, count, left_stride, right_stride, accumulate, block);
@@ -259,7 +244,7 @@ void store_block(const float* block, const uint16_t* addend, uint16_t* base, int
 
 bool stores_around_caches(int64_t bytes, const void* target) {
   constexpr int64_t kFewest = int64_t{64} << 20;
-  return !multiplies_by_amx() && bytes >= kFewest && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+  return !amx_is_usable() && bytes >= kFewest && reinterpret_cast<uintptr_t>(target) % 64 == 0;
 }
 
 void complete_stores() { _mm_sfence(); }

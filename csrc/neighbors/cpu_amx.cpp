@@ -10,11 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/amx_products.h"
 #include "neighbors/cpu_kernels.h"
-
-#if defined(__AMX_BF16__)
-#include <immintrin.h>
-#endif
 
 namespace scan_fast::neighbors {
 namespace {
@@ -49,19 +46,9 @@ void amx_pack_database(const float* rounded, int64_t dim, int64_t row_in_panel, 
 #if defined(__AMX_BF16__)
 
 void amx_product(const uint16_t* a, const uint16_t* b, int64_t dim, float* c) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_tile_sums();
   for (int64_t step = steps(dim); step > 0; --step, a += 2 * kTileSize, b += 2 * kTileSize) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + kTileSize, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + kTileSize, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    add_tile_products(a, b);
   }
   const int stride = kAmxTile * sizeof(float);
   _tile_stored(0, c, stride);

@@ -2,11 +2,9 @@
 // Other instruction sets compute the same sums by float32 instructions (cpu_kernels.cpp).
 #if defined(SCAN_FAST_ISA_avx512)
 #define SCAN_FAST_BF16_INSTRUCTION 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512bf16")
-#endif
+#include "common/cpu_dispatch.h"
+
+SCAN_FAST_BEGIN_EXTENSION("avx512bf16")
 
 #include "neighbors/cpu_kernels.h"
 #include "neighbors/cpu_tile.h"
@@ -19,7 +17,5 @@ void neighbor_product_bf16(const uint32_t* a, const uint32_t* b, int64_t pairs, 
 
 }  // namespace scan_fast::avx512
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+SCAN_FAST_END_EXTENSION
 #endif

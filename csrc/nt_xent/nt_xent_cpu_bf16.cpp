@@ -7,11 +7,9 @@
 #if defined(SCAN_FAST_ISA_avx512)
 // This set is called only if cpu_has_avx512_bf16().
 #define SCAN_FAST_BF16_INSTRUCTION 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512bf16")
-#endif
+#include "common/cpu_dispatch.h"
+
+SCAN_FAST_BEGIN_EXTENSION("avx512bf16")
 #endif
 
 #include "nt_xent/nt_xent_cpu_bf16.h"
@@ -99,6 +97,6 @@ void nt_xent_gather_bf16(const uint32_t* words, int64_t ld, int64_t rows, int64_
 
 }  // namespace scan_fast::SCAN_FAST_ISA
 
-#if defined(SCAN_FAST_ISA_avx512) && defined(__clang__)
-#pragma clang attribute pop
+#if defined(SCAN_FAST_ISA_avx512)
+SCAN_FAST_END_EXTENSION
 #endif

@@ -1,5 +1,5 @@
-// The bfloat16 convolutions, usable with AMX or AVX-512-BF16 only, and the float32 weight gradient, against the definition in double
-// precision.
+// The bfloat16 convolutions, usable with AMX or AVX-512-BF16 only, and the float32 weight gradient, against the definition
+// in double precision.
 #include "convolution/bf16_tiles.h"
 #include "convolution/convolution.h"
 #include "cpu_check.h"

@@ -57,8 +57,8 @@ def grad_weight_pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether :func:`grad_weight` supports these operands and is faster than PyTorch's.
 
     It is on processors that are not Intel's, on which the kernels multiply in their own register tiles, and that have
-    no AVX-512: over a ResNet-18 it takes 0.55 of PyTorch's time on Zen 3, and 1.2 of it on Zen 5. Under torch.compile
-    the answer is False.
+    no AVX-512, with which PyTorch's is faster (Zen 5: benchmarks/results/cpu-convolution-avx512.json). Under
+    torch.compile the answer is False.
     """
     return (
         not torch.compiler.is_compiling()

@@ -237,17 +237,16 @@ def test_the_command_measures_all_stages(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_convolutions_of_a_step_are_those_of_the_network(name: str, opened: tuple[Context, Images]) -> None:
     context, images = opened
     both = pair(name, context, images)
-    counts, kinds = layers.convolutions_of_step(both.ours, context)
+    alone = layers.convolutions_of_step(both.ours, context)
     flops = 0.0
-    for call, count in counts.items():
-        layer = kinds[call]
+    for call, count in alone.counts.items():
+        layer = alone.layers[call]
         height, width = (-(-size // layer.stride[0]) for size in call.shape[-2:])  # the padding is that of "same"
         products = 2 * call.shape[0] * height * width * layer.weight.numel()
         flops += count * products * (1 + sum(call.gradients))
     # Beyond them, the network has the products of its heads.
     all_products = training_flops(both.baseline, images.splits.train.size) * both.ours.training.batch_size
     assert 0.97 * all_products < flops < all_products
-    alone = layers.Convolutions(context, counts, kinds)
     called = []
 
     def note(layer: Conv2d, x: Tensor) -> Tensor:

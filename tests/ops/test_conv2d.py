@@ -142,7 +142,7 @@ def test_a_large_result_has_the_bits_of_its_parts() -> None:
     assert torch.equal(whole, torch.cat([conv2d(part, weight) for part in x.split(480)]))
 
 
-@pytest.mark.skipif(not native.build_info()["cpu_amx_bf16"], reason="without AMX, all tests here run in vectors")
+@pytest.mark.skipif(not native.build_info().get("cpu_amx_bf16"), reason="without AMX, all tests here run in vectors")
 def test_the_same_in_vectors() -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "SCAN_FAST_CPU_ISA": "avx512", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -33,3 +33,7 @@ class UsageError(ScanFastError, ValueError):
 
 class MissingPackageError(ScanFastError, ImportError):
     """An optional package that is not installed; the message says how to install it."""
+
+
+class RankError(ScanFastError, RuntimeError):
+    """Another process of the same run has failed, or cannot be reached."""

@@ -11,8 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema", "errors", "atomic", "gpu_status", "openmp", "parsing"),
-    ("devices", "completion", "threads"),
+    ("completion", "threads"),
     ("ops",),
+    ("distributed",),
+    ("devices",),
     ("random", "losses", "neighbors"),
     ("data",),
     ("views", "models", "evaluation"),

@@ -20,11 +20,18 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """Return the tensors of all ranks, of one shape, without a gradient: (world, *x.shape), by rank."""
+    # PyTorch 2.14 has renamed it, and warns of the old name.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gathered = x.new_empty((dist.get_world_size(), *x.shape))
+    collective(gathered.flatten(), x.detach().contiguous().flatten())
+    return gathered
+
+
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """Return the numbers of all ranks, by rank. The host waits for the device."""
-    gathered = torch.empty(dist.get_world_size() * len(numbers), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(gathered, torch.tensor(numbers, device=device))
-    rows: list[list[int]] = gathered.view(-1, len(numbers)).tolist()
+    rows: list[list[int]] = all_gather(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
     return rows
 
 
@@ -66,9 +73,7 @@ class _Rows(torch.autograd.Function):
         # The collective wants tensors of one size.
         local = x.new_zeros((max(counts), x.shape[1]))
         local[: len(x)] = x
-        gathered = x.new_empty(len(counts) * local.numel())
-        dist.all_gather_into_tensor(gathered, local.flatten())
-        return torch.cat([rows[:n] for rows, n in zip(gathered.view(len(counts), *local.shape), counts, strict=True)])
+        return torch.cat([rows[:n] for rows, n in zip(all_gather(local), counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

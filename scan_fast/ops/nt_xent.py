@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch, native, reference
+from .collectives import all_gather
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -226,13 +227,6 @@ class _NTXent(torch.autograd.Function):
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
-def _all_gather(local: Tensor) -> Tensor:
-    """Gather the tensors of all ranks: (world, *local.shape), by rank."""
-    gathered = local.new_empty((dist.get_world_size(), *local.shape))
-    dist.all_gather_into_tensor(gathered.flatten(), local.contiguous().flatten())
-    return gathered
-
-
 _local_choices: dict[tuple[object, ...], bool] = {}
 """The first choice of this process (kernel or reference), by number of ranks, impl, dtype and device."""
 _common_choices: dict[tuple[object, ...], tuple[Tensor, bool]] = {}
@@ -256,7 +250,7 @@ def _check_ranks_agree(z: Tensor, queue: Tensor | None, with_kernel: bool, *, ev
         local = torch.tensor([*z.shape, _DTYPES.index(z.dtype), rows, int(with_kernel)], device=z.device)
     else:
         local = known[0]
-    gathered = _all_gather(local)
+    gathered = all_gather(local)
     if known is not None and not every_time:
         return known[1]
     described = gathered.tolist()
@@ -282,7 +276,7 @@ class _DistributedNTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z0: Tensor, z1: Tensor, pairs: Tensor | None, temperature: float, both: bool) -> Tensor:
         n = z0.shape[0]
-        all0, all1 = _with_halves(*_views_of_all_ranks(_all_gather(torch.stack([z0, z1]))), pairs)
+        all0, all1 = _with_halves(*_views_of_all_ranks(all_gather(torch.stack([z0, z1]))), pairs)
         begin = dist.get_rank() * n
         losses, lse, unit, inv_norm = torch.ops.scan_fast.nt_xent_forward(all0, all1, temperature, both, begin, n)
         ctx.save_for_backward(losses, lse, unit, inv_norm)
@@ -295,7 +289,7 @@ class _DistributedNTXent(torch.autograd.Function):
         losses, lse, unit, inv_norm = ctx.saved_tensors
         n, views = ctx.samples, 2 if ctx.both else 1
         # (world, 3, views, n) -> per quantity the anchors of all samples: all first views, then all second views.
-        gathered = _all_gather(torch.stack([grad_losses, losses, lse]).view(3, views, n)).permute(1, 2, 0, 3)
+        gathered = all_gather(torch.stack([grad_losses, losses, lse]).view(3, views, n)).permute(1, 2, 0, 3)
         grad_all, losses_all, lse_all = (
             _with_zeros(values, ctx.both, unit.shape[0] // 2) for values in gathered.reshape(3, -1).unbind()
         )
@@ -311,7 +305,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        return _all_gather(local)
+        return all_gather(local)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

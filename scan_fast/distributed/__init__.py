@@ -1,0 +1,45 @@
+"""The processes of a run that torchrun has started: their parts, what they agree on, and how they end together."""
+
+from .guard import announce, end
+from .joining import join, leave
+from .ranks import (
+    Ranks,
+    agreed,
+    all_rows,
+    alone,
+    current,
+    first_of_machine,
+    gathered,
+    is_first,
+    mean,
+    on_first,
+    rows_on_first,
+    several,
+    share,
+    shares,
+    total,
+    wait,
+)
+
+__all__ = [
+    "Ranks",
+    "agreed",
+    "all_rows",
+    "alone",
+    "announce",
+    "current",
+    "end",
+    "first_of_machine",
+    "gathered",
+    "is_first",
+    "join",
+    "leave",
+    "mean",
+    "on_first",
+    "rows_on_first",
+    "several",
+    "share",
+    "shares",
+    "total",
+    "wait",
+]

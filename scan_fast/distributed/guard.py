@@ -1,0 +1,244 @@
+"""The end of the ranks of a run: together, within a minute, and with one message.
+
+A rank that fails leaves the others waiting for it in a collective, for as long as the backend allows. So a thread on
+each rank looks every second whether another one has failed, and whether the next rank still lives. The processes talk
+through the store by which they met. Whoever fails first prints why; the others end without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import RankError
+from . import ranks
+
+POLL_SECONDS = 1.0
+"""Time between two looks at the store."""
+BEAT_SECONDS = 4.0
+"""Time between two signs of life of a rank."""
+SILENT_SECONDS = 40.0
+"""A rank without a sign of life for so long is taken for dead."""
+GRACE_SECONDS = 5.0
+"""Time in which a rank that has failed says why, if another one already notices that it is gone."""
+EXIT_OF_OTHERS = 3
+"""Exit code of a rank that ends because another one has failed."""
+
+_CLAIMS, _MESSAGE = "failures", "failed"
+
+
+class Guard:
+    """Watches the other ranks in a thread, and ends this process if one of them has failed.
+
+    Args:
+        store: a connection to the store that nothing else uses.
+        meeting: what to say if the ranks never get as far as :meth:`joined`, and after how many seconds.
+    """
+
+    def __init__(self, store: Any, meeting: tuple[str, float]) -> None:
+        self._store = store
+        self._meeting = meeting
+        self._begin = time.monotonic()
+        self._joined = False
+        self._leaving = threading.Event()
+        self._beats = 0
+        place = ranks.current()
+        self._rank, self._world = place.rank, place.world
+        self._store.set(f"process/{self._rank}", f"{os.getpid()} {socket.gethostname()}")
+        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self._thread.start()
+
+    def joined(self) -> None:
+        """Note that all ranks have met."""
+        self._joined = True
+
+    def leaving(self) -> None:
+        """Note that this rank has done its work, so that nobody misses it."""
+        self._store.set(f"ended/{self._rank}", "1")
+        self._leaving.set()
+        self._thread.join()
+
+    def claim(self, message: str) -> bool:
+        """Tell the others that this rank has failed; return if it is the first one, which prints the message."""
+        try:
+            first = self._store.add(_CLAIMS, 1) == 1
+            if first:
+                self._store.set(_MESSAGE, message)
+        except Exception:  # the store is gone, and with it whoever might print
+            return True
+        return bool(first)
+
+    def has_failed(self, seconds: float = 0.0) -> bool:
+        """Return whether a rank has failed, after waiting some seconds for it to say so."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if self._store.check([_MESSAGE]):
+                    return True
+            except Exception:
+                return False
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+
+    def dead(self) -> str | None:
+        """Return in words which process of this machine has ended without a word, None if all live."""
+        for rank in range(self._world):
+            found = self._process(rank)
+            if rank == self._rank or found is None or found[1] != socket.gethostname() or _lives(found[0]):
+                continue
+            if not self._store.check([f"ended/{rank}"]):
+                return f"rank {rank} (process {found[0]}) was killed or ran out of memory"
+        return None
+
+    def _process(self, rank: int) -> tuple[int, str] | None:
+        key = f"process/{rank}"
+        if not self._store.check([key]):
+            return None
+        number, _, host = self._store.get(key).decode().partition(" ")
+        return int(number), host
+
+    def _watch(self) -> None:
+        watched, last, seen, beat = (self._rank + 1) % self._world, time.monotonic(), b"", 0.0
+        while not self._leaving.wait(POLL_SECONDS):
+            try:
+                now = time.monotonic()
+                if now - beat >= BEAT_SECONDS:
+                    beat, self._beats = now, self._beats + 1
+                    self._store.set(f"beat/{self._rank}", str(self._beats))
+                if self._store.check([_MESSAGE]):
+                    # Whoever can end by itself, does: rank 0 may be writing a checkpoint.
+                    if not self._leaving.wait(GRACE_SECONDS):
+                        exit_now(EXIT_OF_OTHERS)
+                    return
+                if not self._joined:
+                    if now - self._begin > self._meeting[1]:
+                        self._end(self._meeting[0])
+                    continue
+                key = f"beat/{watched}"
+                found = self._store.get(key) if self._store.check([key]) else b""
+                if found != seen:
+                    seen, last = found, now
+                elif now - last > SILENT_SECONDS and not self._store.check([f"ended/{watched}"]):
+                    process = self._process(watched)
+                    where = f" (process {process[0]} on {process[1]})" if process else ""
+                    self._end(
+                        f"rank {watched}{where} has given no sign of life for {SILENT_SECONDS:.0f} s: it was killed, "
+                        "it hangs, or its machine is gone; the same command continues"
+                    )
+                # Its last words may be on their way.
+                elif (words := self.dead()) is not None and not self.has_failed(GRACE_SECONDS / 2):
+                    self._end(f"{words}; the same command continues")
+            except Exception as error:
+                if self._leaving.is_set():
+                    return
+                self._end(
+                    f"the store by which the ranks have met is gone, and with it the process or the machine that held "
+                    f"it ({type(error).__name__}); the same command continues"
+                )
+
+    def _end(self, message: str) -> None:
+        if self.claim(message):
+            print(f"scan-fast: {message}", file=sys.stderr, flush=True)
+            record(message)
+        exit_now(EXIT_OF_OTHERS)
+
+
+def _lives(process: int) -> bool:
+    """Return whether a process of this machine lives; one whose parent has not yet noticed its end does not."""
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return not Path("/proc").is_dir()
+    except (OSError, IndexError):
+        return True
+
+
+def exit_now(code: int) -> None:
+    """End this process: what waits for other ranks would wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def record(message: str) -> None:
+    """Leave the message in the file that torchrun reads, so that its own summary shows it."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(RankError(message))
+
+
+_guard: Guard | None = None
+
+
+def start(store: Any, meeting: tuple[str, float]) -> Guard:
+    """Start the guard of this process."""
+    global _guard
+    _guard = Guard(store, meeting)
+    return _guard
+
+
+def stop() -> None:
+    """End the guard of this process, after its work is done."""
+    global _guard
+    if _guard is not None:
+        _guard.leaving()
+        _guard = None
+
+
+def announce(message: str, error: BaseException) -> str | None:
+    """Tell the other ranks that this one has failed.
+
+    Args:
+        message: why, in words.
+        error: the exception.
+
+    Returns:
+        The message to print, which names the rank; None if another rank prints why the run has ended.
+    """
+    place = ranks.current()
+    if _guard is None:
+        return message if is_first_by_environment() else None
+    if _of_connection(error):
+        # This rank has only noticed that another one is gone.
+        words = None if _guard.has_failed() else _guard.dead()
+        if words is None and _guard.has_failed(GRACE_SECONDS / 2):
+            return None
+        words = words or _guard.dead()
+        message = f"{words}; the same command continues" if words else f"the ranks have lost each other: {message}"
+    else:
+        message = f"rank {place.rank}: {message}" if place.rank else message
+    if not _guard.claim(message):
+        return None
+    record(message)
+    return message
+
+
+def end(code: int) -> int:
+    """Return an exit code; with several ranks, end this process with it."""
+    if _guard is not None:
+        exit_now(code)
+    return code
+
+
+def is_first_by_environment() -> bool:
+    """Return whether this process is rank 0 by what torchrun has told it, or was started without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _of_connection(error: BaseException) -> bool:
+    """Return whether an error only says that another rank cannot be reached."""
+    import torch.distributed as dist
+
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        word in str(error)
+        for word in ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL")
+    )

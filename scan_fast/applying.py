@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from . import data_option
+from . import data_option, distributed
 from .errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -158,9 +158,13 @@ def predict(options: argparse.Namespace) -> int:
         table = replace(table, names=run.group_names(run.read(ASSIGNMENTS)))
     if options.out is None:
         sys.stdout.write(table.to_csv())
-    else:
+        return 0
+
+    def write() -> None:
         with atomic_file(options.out) as file:
             table.dump(file)
+
+    distributed.on_first(write)
     return 0
 
 
@@ -172,8 +176,12 @@ def embed(options: argparse.Namespace) -> int:
 
     network, source = _network_and_source(options)
     features = network.features(source).numpy()
-    with atomic_file(options.out) as file:
-        np.savez(file, features=features, paths=np.array(source.paths))
+
+    def write() -> None:
+        with atomic_file(options.out) as file:
+            np.savez(file, features=features, paths=np.array(source.paths))
+
+    distributed.on_first(write)
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from . import __version__, applying, commands, experiments, queries
+from . import __version__, applying, commands, distributed, experiments, queries
 from .completion import SHELLS
 from .errors import ScanFastError
 from .parsing import EXIT_USAGE, Parser, split_overrides
@@ -20,6 +22,10 @@ CONFIGURATION = "a configuration: a YAML file, or the name of a shipped one such
 REFERENCE = "a finished run folder or its model.pt; with --config, a weight file of the SCAN project or of MoCo v2"
 
 EXIT_DEFECT, EXIT_INTERRUPTED = 1, 130
+
+STAGES = ("run", "pretext", "mine", "cluster", "selflabel", "suggest-k")
+TOGETHER = (*STAGES, "evaluate", "predict", "embed", "probe", "sweep", "ablate")
+"""Commands that several processes carry out together; rank 0 alone carries out the others."""
 
 DEFECT = (
     "this is a defect of scan-fast and no mistake of yours; please report it to the project's issue tracker, with the "
@@ -402,24 +408,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 is success. An error that the user can act on is one line on standard error, and exit code 2. Any other error is a
     defect of the program: a traceback, and exit code 1. An interrupted command exits with 130.
+
+    Of several processes, as torchrun starts them, rank 0 prints, and the rank that fails says why.
     """
-    parser = build_parser()
-    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments, parser)
-    options = parser.parse_args(rest)
-    options.overrides = overrides
+    with ExitStack() as stack:
+        if not distributed.is_first_by_environment():
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return distributed.end(_main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
     try:
-        return int(options.run(options))
+        if options.command in TOGETHER:
+            distributed.join()
+        elif not distributed.is_first_by_environment():
+            return 0
+        code = int(options.run(options))
+        distributed.leave()
+        return code
     except KeyboardInterrupt:
         again = " without --again" if getattr(options, "again", False) else ""
         early = ", and with --finish it groups by what was learned so far" if options.command == "run" else ""
-        print(f"scan-fast: interrupted; the same command{again} continues{early}", file=sys.stderr)
+        if distributed.is_first_by_environment():
+            print(f"scan-fast: interrupted; the same command{again} continues{early}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception as error:
+    except Exception as raised:
+        error = distributed.cause(raised)
         message = explain(error)
-        if message is None or options.traceback:
-            traceback.print_exc()
-        print(f"scan-fast: {message or DEFECT}", file=sys.stderr)
+        shown = distributed.announce(message or f"{type(error).__name__}: {error}", error)
+        if shown is not None:
+            if message is None or options.traceback:
+                traceback.print_exc()
+            print(f"scan-fast: {DEFECT if message is None else shown}", file=sys.stderr)
         return EXIT_DEFECT if message is None else EXIT_USAGE
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the words of a command; rank 0 alone says what is wrong with them."""
+    parser = build_parser()
+    with ExitStack() as stack:
+        if not distributed.is_first_by_environment():
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        rest, overrides = split_overrides(arguments, parser)
+        options = parser.parse_args(rest)
+    options.overrides = overrides
+    return options
 
 
 def explain(error: Exception) -> str | None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import data_option, queries
+from . import data_option, distributed, queries
 from .errors import ConfigError, RunError, UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def train(options: argparse.Namespace) -> int:
     from .training.context import open_context
     from .training.images import check_images
 
-    config, folder = _configuration(options)
+    # Rank 0 reads the configuration, and the run folder that may hold it, for all.
+    config, folder = distributed.on_first(lambda: _configuration(options))
     folder = options.out or folder
     if options.finish:
         from .finishing import finish_early
@@ -39,7 +41,9 @@ def train(options: argparse.Namespace) -> int:
             finish_early(unfinished, quiet=options.quiet)
         return 0
     if options.minutes is not None:
-        config = _fitted(config, folder, options)
+        config = distributed.on_first(lambda: _fitted(config, folder, options))
+    # A launcher that starts failed processes again means them to go on.
+    options.again = options.again and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if options.again and RunFolder(folder).has(CONFIG):
         # Repeating is the one way to change a configuration: only what is done again may differ.
         run = RunFolder.existing(folder)
@@ -65,7 +69,9 @@ def train(options: argparse.Namespace) -> int:
         groups = "a suggested number of" if context.suggests_number else context.n_clusters
         backbone = context.model_config.backbone
         tracker.say(f"{config.name}: {context.counts}, {groups} clusters, {backbone} on {context.device}, {run.path}")
-        expected = estimate(context, run.summary().stages) if not options.stages else None
+        # An estimate times one process.
+        alone = not options.stages and not distributed.several()
+        expected = estimate(context, run.summary().stages) if alone else None
         if expected is not None:
             tracker.say(f"time: {expected}; --minutes M fits it into M minutes, Ctrl-C and --finish end it early")
             # Who has chosen a preset or minutes, or goes on with a run, has decided.
@@ -257,7 +263,7 @@ def suggest_k(options: argparse.Namespace) -> int:
     if options.clusters is not None:
         raise UsageError("suggest-k finds the number of groups itself; leave --clusters out")
     options.clusters = "auto"
-    config, folder = _configuration(options)
+    config, folder = distributed.on_first(lambda: _configuration(options))
     folder = options.out or folder
     run = RunFolder.existing(folder) if RunFolder(folder).has(EMBEDDINGS) else RunFolder.open(folder, config)
     _check_neighbors(config, run)
@@ -319,7 +325,6 @@ def benchmarks() -> dict[str, str]:
 
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark in another process."""
-    import os
     import subprocess
 
     names = benchmarks()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from . import distributed
 from .errors import ConfigError
 
 
 def choose_device(name: str, option: str = "runtime.device") -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device; ``auto`` is a GPU if there is one.
+
+    With several processes on a machine, each has a GPU of its machine: process N of a machine takes GPU N.
 
     Args:
         name: the device.
@@ -17,6 +20,15 @@ def choose_device(name: str, option: str = "runtime.device") -> torch.device:
     Raises:
         ConfigError: for another name, or a device that this machine does not have.
     """
+    if distributed.several() and name in ("auto", "cuda") and torch.cuda.is_available():
+        place = distributed.current()
+        if place.local_world > torch.cuda.device_count():
+            raise ConfigError(
+                f"{place.local_world} processes on this machine need as many GPUs, and it has "
+                f"{torch.cuda.device_count()} usable ones: start torchrun with --nproc-per-node "
+                f"{torch.cuda.device_count()}, or set {option}=cpu"
+            )
+        return torch.device("cuda", place.local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,4 +39,6 @@ def choose_device(name: str, option: str = "runtime.device") -> torch.device:
         raise ConfigError(f"{option} must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{option}={name}: this machine has {torch.cuda.device_count()} usable CUDA devices")
+    if device.type == "cuda" and device.index is not None and distributed.several():
+        raise ConfigError(f"{option}={name} would give all processes one GPU; {option}=cuda gives each its own")
     return device

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import distributed
 from .data.sources import Source
 from .errors import DataError, RunError, UsageError
 from .evaluation.matching import Match
@@ -238,8 +239,22 @@ def save_prototypes(
         names: the names that a user gave to clusters.
 
     Returns:
-        The path of the table.
+        The path of the table. With several ranks, rank 0 writes it.
     """
+    return distributed.on_first(
+        lambda: _save_prototypes(file, source, probabilities, features, assessment, split, names)
+    )
+
+
+def _save_prototypes(
+    file: Path,
+    source: Source,
+    probabilities: Tensor,
+    features: Tensor,
+    assessment: Assessment,
+    split: str,
+    names: Mapping[int, str] | None,
+) -> Path:
     match, class_names = assessment.match, assessment.class_names
     class_of = None if match is None or class_names is None else match.names(class_names)
     found = find_prototypes(source, probabilities, features, class_of, split)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import distributed
 from .atomic import link_or_copy
 from .errors import RunError
 from .models.weight_files import file_digest
@@ -157,6 +158,8 @@ def noted_files(run: RunFolder) -> dict[str, str]:
 def take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]) -> None:
     """Take the finished artifacts of another run for steps that are not finished, and note it in summary.json.
 
+    With several ranks, rank 0 does.
+
     Args:
         run: the run that takes, entered.
         source: the run that has finished these steps.
@@ -167,6 +170,10 @@ def take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]
         RunError: if the configurations differ in what the steps depend on, or so does the content of a file that they
             name, or a step of the source is not finished.
     """
+    distributed.on_first(lambda: _take(run, source, config, steps))
+
+
+def _take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str]) -> None:
     ours = dependencies(config, steps[-1])
     theirs = dependencies(source.read(artifacts.CONFIG), steps[-1], noted_files(source))
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
@@ -219,7 +226,7 @@ def run_all(plans: Sequence[Planned], shared: Path, *, share: Sequence[str], alw
         RunError: before anything is done, if a folder holds another experiment or its pretext stage is of another seed.
     """
     for plan in plans:
-        check(plan)
+        distributed.on_first(lambda plan=plan: check(plan))  # type: ignore[misc]
     stages = _Shared(plans, shared, share, always, quiet)
     summaries = []
     for plan in plans:

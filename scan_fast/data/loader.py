@@ -43,20 +43,23 @@ def epoch_batches(
         batch_size: samples per batch. Fewer samples than this form one batch, so that small sets can train.
         start_step: batches to skip, for a run that resumes within an epoch.
         drop_last: skip an incomplete last batch.
-        rank, world: yield every world-th sample of each batch, from the rank-th; the union over all ranks does not
-            depend on their number.
+        rank, world: yield the rank-th of ``world`` equal parts of each batch, so that the batches do not depend on the
+            number of ranks.
 
     Yields:
         (batch_size,) int64 sample numbers on the CPU; with several ranks, the part of this rank.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to world - 1, got {rank} of {world}")
+    if min(batch_size, n) % world:
+        raise ValueError(f"a batch of {min(batch_size, n)} samples cannot be divided among {world} ranks")
     steps = steps_per_epoch(n, batch_size, drop_last)
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
     order = permutation(key, epoch, n)
     for step in range(start_step, steps):
-        yield order[step * batch_size : (step + 1) * batch_size][rank::world]
+        batch = order[step * batch_size : (step + 1) * batch_size]
+        yield batch[len(batch) * rank // world : len(batch) * (rank + 1) // world]
 
 
 def prefetch(function: Callable[[S], T], items: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:

@@ -1,6 +1,6 @@
 """The processes of a run that torchrun has started: their parts, what they agree on, and how they end together."""
 
-from .guard import announce, end
+from .guard import announce, cause, end, is_first_by_environment
 from .joining import join, leave
 from .ranks import (
     Ranks,
@@ -27,11 +27,13 @@ __all__ = [
     "all_rows",
     "alone",
     "announce",
+    "cause",
     "current",
     "end",
     "first_of_machine",
     "gathered",
     "is_first",
+    "is_first_by_environment",
     "join",
     "leave",
     "mean",

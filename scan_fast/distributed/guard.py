@@ -26,6 +26,8 @@ SILENT_SECONDS = 40.0
 """A rank without a sign of life for so long is taken for dead."""
 GRACE_SECONDS = 5.0
 """Time in which a rank that has failed says why, if another one already notices that it is gone."""
+HEAD_START_SECONDS = 0.5
+"""Time by which rank 0 comes before the others if all fail at once."""
 EXIT_OF_OTHERS = 3
 """Exit code of a rank that ends because another one has failed."""
 
@@ -38,9 +40,11 @@ class Guard:
     Args:
         store: a connection to the store that nothing else uses.
         meeting: what to say if the ranks never get as far as :meth:`joined`, and after how many seconds.
+        holds: this process holds the store.
     """
 
-    def __init__(self, store: Any, meeting: tuple[str, float]) -> None:
+    def __init__(self, store: Any, meeting: tuple[str, float], holds: bool) -> None:
+        self.holds = holds
         self._store = store
         self._meeting = meeting
         self._begin = time.monotonic()
@@ -65,6 +69,9 @@ class Guard:
 
     def claim(self, message: str) -> bool:
         """Tell the others that this rank has failed; return if it is the first one, which prints the message."""
+        # If all ranks fail alike, as with a setting that is not possible, rank 0 says so.
+        if self._rank and self.has_failed(HEAD_START_SECONDS):
+            return False
         try:
             first = self._store.add(_CLAIMS, 1) == 1
             if first:
@@ -72,6 +79,17 @@ class Guard:
         except Exception:  # the store is gone, and with it whoever might print
             return True
         return bool(first)
+
+    def depart(self) -> None:
+        """Note that this rank ends after a failure. The rank whose process holds the store waits for the others."""
+        try:
+            self._store.set(f"departed/{self._rank}", "1")
+            keys = [f"departed/{rank}" for rank in range(self._world)]
+            end = time.monotonic() + (2 * GRACE_SECONDS if self.holds else 0.0)
+            while time.monotonic() < end and not self._store.check(keys):
+                time.sleep(0.1)
+        except Exception:  # the store is gone
+            return
 
     def has_failed(self, seconds: float = 0.0) -> bool:
         """Return whether a rank has failed, after waiting some seconds for it to say so."""
@@ -114,7 +132,7 @@ class Guard:
                 if self._store.check([_MESSAGE]):
                     # Whoever can end by itself, does: rank 0 may be writing a checkpoint.
                     if not self._leaving.wait(GRACE_SECONDS):
-                        exit_now(EXIT_OF_OTHERS)
+                        self._exit()
                     return
                 if not self._joined:
                     if now - self._begin > self._meeting[1]:
@@ -146,6 +164,10 @@ class Guard:
         if self.claim(message):
             print(f"scan-fast: {message}", file=sys.stderr, flush=True)
             record(message)
+        self._exit()
+
+    def _exit(self) -> None:
+        self.depart()
         exit_now(EXIT_OF_OTHERS)
 
 
@@ -177,10 +199,10 @@ def record(message: str) -> None:
 _guard: Guard | None = None
 
 
-def start(store: Any, meeting: tuple[str, float]) -> Guard:
-    """Start the guard of this process."""
+def start(store: Any, meeting: tuple[str, float], holds: bool) -> Guard:
+    """Start the guard of this process, see :class:`Guard`."""
     global _guard
-    _guard = Guard(store, meeting)
+    _guard = Guard(store, meeting, holds)
     return _guard
 
 
@@ -192,7 +214,18 @@ def stop() -> None:
         _guard = None
 
 
-def announce(message: str, error: BaseException) -> str | None:
+def cause(error: Exception) -> Exception:
+    """Return what has gone wrong: for an error of a connection between ranks, the reason why one of them is gone."""
+    if _guard is None or not _of_connection(error):
+        return error
+    words = None if _guard.has_failed() else _guard.dead()
+    if words is None and not _guard.has_failed(GRACE_SECONDS / 2):
+        words = _guard.dead()
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return RankError(f"{words or f'the ranks have lost each other ({first})'}; the same command continues")
+
+
+def announce(message: str, error: Exception) -> str | None:
     """Tell the other ranks that this one has failed.
 
     Args:
@@ -202,18 +235,11 @@ def announce(message: str, error: BaseException) -> str | None:
     Returns:
         The message to print, which names the rank; None if another rank prints why the run has ended.
     """
-    place = ranks.current()
     if _guard is None:
         return message if is_first_by_environment() else None
-    if _of_connection(error):
-        # This rank has only noticed that another one is gone.
-        words = None if _guard.has_failed() else _guard.dead()
-        if words is None and _guard.has_failed(GRACE_SECONDS / 2):
-            return None
-        words = words or _guard.dead()
-        message = f"{words}; the same command continues" if words else f"the ranks have lost each other: {message}"
-    else:
-        message = f"rank {place.rank}: {message}" if place.rank else message
+    rank = ranks.current().rank
+    if rank and not isinstance(error, RankError):
+        message = f"rank {rank}: {message}"
     if not _guard.claim(message):
         return None
     record(message)
@@ -223,6 +249,7 @@ def announce(message: str, error: BaseException) -> str | None:
 def end(code: int) -> int:
     """Return an exit code; with several ranks, end this process with it."""
     if _guard is not None:
+        _guard.depart()
         exit_now(code)
     return code
 

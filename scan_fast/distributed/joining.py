@@ -47,7 +47,7 @@ def join() -> ranks.Ranks:
     # A launcher that starts the ranks again uses the same store.
     name = f"scan-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     own = PrefixStore(name, store)
-    watching = guard.start(PrefixStore(f"{name}/guard", store.clone()), meeting)
+    watching = guard.start(PrefixStore(f"{name}/guard", store.clone()), meeting, _holds(place))
     _wait_for_all(own, place, seconds)
     gpu = torch.cuda.is_available() and place.local_rank < torch.cuda.device_count()
     if gpu:
@@ -116,8 +116,7 @@ def _store(place: ranks.Ranks, seconds: float) -> TCPStore:
             f"MASTER_ADDR and MASTER_PORT must name rank 0's machine and a free port of it, as torchrun sets them; got "
             f"{host!r} and {port!r}"
         )
-    # torchrun itself may hold the store, and then rank 0 is a client, too.
-    holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    holds = _holds(place)
     try:
         return TCPStore(
             host,
@@ -135,6 +134,11 @@ def _store(place: ranks.Ranks, seconds: float) -> TCPStore:
             f"{seconds:.0f} s ({_first_line(error)}); it must be an address of rank 0's machine with a port that the "
             "others may reach"
         ) from error
+
+
+def _holds(place: ranks.Ranks) -> bool:
+    """Return whether this process holds the store. torchrun itself may, and then rank 0 is a client, too."""
+    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _wait_for_all(store: Store, place: ranks.Ranks, seconds: float) -> None:

@@ -44,6 +44,8 @@ class Ranks:
 
 _ranks = Ranks()
 _thread = threading.local()
+_first_works = False
+"""True while rank 0 does something for all: its threads are alone then, too."""
 
 
 def current() -> Ranks:
@@ -59,7 +61,7 @@ def enter(ranks: Ranks) -> None:
 
 def several() -> bool:
     """Return whether what follows is done together with other ranks."""
-    return _ranks.world > 1 and not getattr(_thread, "alone", False)
+    return _ranks.world > 1 and not _first_works and not getattr(_thread, "alone", False)
 
 
 def is_first() -> bool:
@@ -84,15 +86,18 @@ def on_first(function: Callable[[], T]) -> T:
     The other ranks wait. The result is sent as a pickle, so its tensors should be on the CPU. An error of the function
     is raised on all ranks.
     """
+    global _first_works
     if not several():
         return function()
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_first():
+        _first_works = True
         try:
-            with alone():
-                outcome = function(), None
+            outcome = function(), None
         except Exception as error:
             outcome = None, error
+        finally:
+            _first_works = False
     own = outcome
     if own[1] is not None and not _can_travel(own[1]):
         outcome = None, RankError(f"rank 0: {type(own[1]).__name__}: {own[1]}")

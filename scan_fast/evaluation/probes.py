@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scan_fast.neighbors import topk_neighbors
+from scan_fast.ops.agreement import gather_checked, require_same
+from scan_fast.ops.collectives import rows_of_all_ranks, several_ranks
+from scan_fast.ops.sharded_neighbors import sharded_topk_neighbors
 from scan_fast.threads import on_all_cores
 
 from .arrays import as_array, as_matrix
 from .metrics import clustering_metrics
 
 _QUERIES_PER_CHUNK = 4096
+_NO_LABEL = "{} must hold at least one label (not -1)"
+_TOO_FEW = "bank must hold at least 2 labelled images if there are no queries, got {}"
 
 
 def knn_accuracy(
@@ -53,30 +59,107 @@ def knn_accuracy(
         ValueError: for wrong shapes, k or temperature, if the bank or the queries have no label, or if there are
             fewer than two labelled bank images and no queries.
     """
+    _check_vote(k, temperature)
+    bank, bank_labels = _with_labels(bank, bank_labels, "bank", "bank_labels")
+    if queries is None:
+        if bank.shape[0] < 2:
+            raise ValueError(_TOO_FEW.format(bank.shape[0]))
+        similarity, index = topk_neighbors(bank, min(k, bank.shape[0] - 1))
+        query_labels = bank_labels
+    else:
+        queries, query_labels = _with_labels(queries, query_labels, "queries", "query_labels")
+        similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
+    return _right_votes(similarity, index, bank_labels, query_labels, temperature) / query_labels.shape[0]
+
+
+def sharded_knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    *,
+    k: int = 100,
+    temperature: float = 0.1,
+) -> float:
+    """Compute :func:`knn_accuracy` of images that are spread over the ranks of the default process group.
+
+    Every rank passes its part, and gets what :func:`knn_accuracy` returns for all parts in the order of ranks. The bank
+    passes round a ring (:func:`scan_fast.ops.sharded_neighbors.sharded_topk_neighbors`). Only its labels are gathered:
+    8 bytes per image. Without a process group, or with one process, it is :func:`knn_accuracy`.
+
+    Args:
+        bank: (n_r, D) features of this rank, with known classes; n_r may differ between ranks, and be 0.
+        bank_labels: (n_r,) integers; -1 for no label. A rank may have no label, but not all ranks.
+        queries: (q_r, D) features of this rank, on the device of ``bank``; None, on every rank, for the bank's images,
+            each left out of its own vote.
+        query_labels: (q_r,) integers; None with ``queries``.
+        k: number of neighbours that vote; reduced to the number of labelled bank images (but the query) if larger.
+        temperature: positive.
+
+    Returns:
+        A fraction from 0 to 1, the same on every rank.
+
+    Raises:
+        ValueError: on every rank, for what :func:`knn_accuracy` raises it for on any of them, or if ranks disagree
+            about k, temperature, the features or whether there are queries.
+    """
+    if not several_ranks():
+        return knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=temperature)
+    numbers, fault = [0] * 5, None
+    try:
+        _check_vote(k, temperature)
+        bank, bank_labels = _labelled_only(bank, bank_labels, "bank", "bank_labels")
+        if queries is not None:
+            queries, query_labels = _labelled_only(queries, query_labels, "queries", "query_labels")
+        # A float has no place among integers, but its bits have.
+        (bits,) = struct.unpack("<q", struct.pack("<d", temperature))
+        asked = bank if queries is None else queries
+        numbers = [len(bank), len(asked), queries is not None, min(k, 2**62), bits]
+    except (ValueError, TypeError, RuntimeError) as error:  # torch.as_tensor raises all three
+        fault = str(error)
+    counts, asked_counts, given, ks, temperatures = zip(*gather_checked(numbers, fault), strict=True)
+    require_same(
+        {
+            "queries": ["queries" if has_queries else "queries=None" for has_queries in given],
+            "k": ks,
+            "temperature": [struct.unpack("<d", struct.pack("<q", bits))[0] for bits in temperatures],
+        }
+    )
+    total, n_queries = sum(counts), sum(asked_counts)
+    if total < 1 or n_queries < 1:
+        raise ValueError(_NO_LABEL.format("query_labels" if total else "bank_labels"))
+    if queries is None and total < 2:
+        raise ValueError(_TOO_FEW.format(total))
+    similarity, index = sharded_topk_neighbors(bank, min(k, total - int(queries is None)), queries=queries)
+    all_labels = rows_of_all_ranks(bank_labels[:, None], counts)[:, 0]
+    own_labels = bank_labels if queries is None else query_labels
+    assert own_labels is not None
+    right = _right_votes(similarity, index, all_labels, own_labels, temperature)
+    return sum(count for (count,) in gather_checked([right], None)) / n_queries
+
+
+def _check_vote(k: int, temperature: float) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    bank, bank_labels = _labelled(bank, bank_labels, "bank", "bank_labels")
+
+
+def _right_votes(
+    similarity: Tensor, index: Tensor, bank_labels: Tensor, query_labels: Tensor, temperature: float
+) -> int:
+    """Return how many queries get their own class from the votes of their neighbours, (Q, k) each."""
     n_classes = int(bank_labels.max()) + 1
-    if queries is None:
-        if bank.shape[0] < 2:
-            raise ValueError(f"bank must hold at least 2 labelled images if there are no queries, got {bank.shape[0]}")
-        similarity, index = topk_neighbors(bank, min(k, bank.shape[0] - 1))
-        queries, query_labels = bank, bank_labels
-    else:
-        queries, query_labels = _labelled(queries, query_labels, "queries", "query_labels")
-        similarity, index = topk_neighbors(bank, min(k, bank.shape[0]), queries=queries)
     # Relative to the nearest neighbour: the result is the same, and small temperatures do not overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp().masked_fill(index < 0, 0)
     correct = 0
-    for start in range(0, queries.shape[0], _QUERIES_PER_CHUNK):
+    for start in range(0, query_labels.shape[0], _QUERIES_PER_CHUNK):
         rows = slice(start, start + _QUERIES_PER_CHUNK)
         votes = weight.new_zeros((weight[rows].shape[0], n_classes))
         votes.scatter_add_(1, bank_labels[index[rows].clamp_min(0)], weight[rows])
         answered = index[rows, 0] >= 0
         correct += int(((votes.argmax(dim=1) == query_labels[rows]) & answered).sum())
-    return correct / queries.shape[0]
+    return correct
 
 
 def kmeans_baseline(
@@ -167,8 +250,8 @@ def linear_probe(
     Raises:
         ValueError: for wrong shapes or values, or if there are no labels.
     """
-    train, train_labels = _labelled(train, train_labels, "train", "train_labels")
-    test, test_labels = _labelled(test, test_labels, "test", "test_labels")
+    train, train_labels = _with_labels(train, train_labels, "train", "train_labels")
+    test, test_labels = _with_labels(test, test_labels, "test", "test_labels")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"test must have train's {train.shape[1]} features, got {test.shape[1]}")
     classifier = LinearClassifier.fit(train, train_labels, weight_decay=weight_decay, max_iterations=max_iterations)
@@ -256,7 +339,15 @@ class LinearClassifier:
         return F.linear(self.standardization(features), self.weight, self.bias)
 
 
-def _labelled(features: Any, labels: Any, name: str, labels_name: str) -> tuple[Tensor, Tensor]:
+def _with_labels(features: Any, labels: Any, name: str, labels_name: str) -> tuple[Tensor, Tensor]:
+    """Return the features that have a label, and the labels, at least one."""
+    features, labels = _labelled_only(features, labels, name, labels_name)
+    if labels.shape[0] < 1:
+        raise ValueError(_NO_LABEL.format(labels_name))
+    return features, labels
+
+
+def _labelled_only(features: Any, labels: Any, name: str, labels_name: str) -> tuple[Tensor, Tensor]:
     features, labels = torch.as_tensor(features), torch.as_tensor(labels)
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{name} must be floats of shape (N, D), got {features.dtype} {tuple(features.shape)}")
@@ -266,9 +357,8 @@ def _labelled(features: Any, labels: Any, name: str, labels_name: str) -> tuple[
         )
     labels = labels.to(features.device, torch.int64)
     keep = labels >= 0
-    if not bool(keep.any()):
-        raise ValueError(f"{labels_name} must hold at least one label (not -1)")
-    return features.detach()[keep], labels[keep]
+    # Features are large: those that all have a label are not copied.
+    return (features.detach(), labels) if bool(keep.all()) else (features.detach()[keep], labels[keep])
 
 
 def _unit_rows(values: ArrayLike | Tensor, name: str, columns: int | None = None) -> NDArray[np.float32]:

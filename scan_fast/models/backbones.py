@@ -64,6 +64,8 @@ class ModelConfig(Settings):
         unit_features: cluster heads see features of length one.
         cluster_head: ``linear``, or ``mlp`` (linear, ReLU, linear).
         cluster_hidden_dim: the hidden size of an ``mlp`` cluster head; None takes the backbone's feature size.
+        sync_batch_norm: with several processes, batch normalisation takes the statistics of the whole batch, so that
+            the result does not depend on their number. False: those of each process's images, which sends less.
     """
 
     backbone: str = "resnet18_cifar"
@@ -78,6 +80,7 @@ class ModelConfig(Settings):
     unit_features: bool = False
     cluster_head: Literal["linear", "mlp"] = "linear"
     cluster_hidden_dim: int | None = Field(default=None, ge=1)
+    sync_batch_norm: bool = True
 
     @field_validator("weights")
     @classmethod

@@ -12,7 +12,7 @@ from .dispatch import use_native
 from .native import is_available
 
 METRICS = ("cosine", "dot")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class NeighborResult:
     searched_exactly: Tensor
 
 
-def _validate(x: Tensor, k: int, queries: Tensor | None, metric: str, exclude_self: bool) -> None:
+def check_arguments(x: Tensor, k: int, queries: Tensor | None, metric: str) -> None:
+    """Raise a ValueError for arguments that are wrong for any number of rows."""
     for name, tensor in (("x", x), ("queries", queries)):
         if tensor is None:
             continue
@@ -42,10 +43,10 @@ def _validate(x: Tensor, k: int, queries: Tensor | None, metric: str, exclude_se
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != 2:
             raise ValueError(f"{name} must have two dimensions (rows, features), got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if x.shape[0] < 1 or x.shape[1] < 1:
-        raise ValueError(f"x must have at least one row and one column, got shape {tuple(x.shape)}")
+    if x.shape[1] < 1:
+        raise ValueError(f"x must have at least one column, got shape {tuple(x.shape)}")
     if queries is not None:
         if queries.shape[1] != x.shape[1]:
             raise ValueError(f"queries must have {x.shape[1]} columns like x, got shape {tuple(queries.shape)}")
@@ -57,7 +58,10 @@ def _validate(x: Tensor, k: int, queries: Tensor | None, metric: str, exclude_se
         raise ValueError(f'metric must be "cosine" or "dot", got {metric!r}')
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
         raise ValueError(f"k must be an integer, got {k!r}")
-    candidates = x.shape[0] - int(exclude_self and queries is None)
+
+
+def check_k(k: int, candidates: int) -> None:
+    """Raise a ValueError if there are fewer than k candidates."""
     if k < 1 or k > candidates:
         raise ValueError(f"k must be from 1 to the number of candidates, {candidates}, got {k}")
 
@@ -87,8 +91,11 @@ def search(
     Raises:
         ValueError: for a wrong shape, dtype, device, k, metric or impl.
     """
-    _validate(x, k, queries, metric, exclude_self)
+    check_arguments(x, k, queries, metric)
+    if x.shape[0] < 1:
+        raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}")
     exclude_self = exclude_self and queries is None
+    check_k(k, x.shape[0] - int(exclude_self))
     database = x.detach()
     wanted = database if queries is None else queries.detach()
     normalize = metric == "cosine"

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import yaml
 
+from .. import distributed
 from ..atomic import atomic_file
 from ..data.decode_cache import DecodeCache
 from ..errors import RunError, ScanFastError, WeightsError
@@ -92,13 +93,17 @@ class Artifact(Generic[T]):
 
 
 def write(artifact: Artifact[T], content: T, path: Path) -> None:
-    """Write an artifact to a file atomically.
+    """Write an artifact to a file atomically. With several ranks, rank 0 does.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    with atomic_file(path) as file:
-        artifact.dump(content, file)
+
+    def dump() -> None:
+        with atomic_file(path) as file:
+            artifact.dump(content, file)
+
+    distributed.on_first(dump)
 
 
 def read(artifact: Artifact[T], path: Path, advice: str = "") -> T:

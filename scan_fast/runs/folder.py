@@ -1,16 +1,22 @@
-"""The folder of a run: a lock, and atomic writing and reading of the artifacts in it."""
+"""The folder of a run: a lock, and atomic writing and reading of the artifacts in it.
+
+With several ranks, rank 0 alone reads and writes, and tells the others what it has found. So the folder need not be on
+a disk that all machines share, and no two ranks see it in different states. All ranks must call the same methods.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
+from .. import distributed
 from ..atomic import is_leftover, remove_leftovers
 from ..data.decode_cache import DecodeCache
 from ..errors import RunError
@@ -26,9 +32,20 @@ except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LOCK = ".lock"
 _TENSORBOARD = "tensorboard"
+
+
+def _by_rank_0(method: F) -> F:
+    """Let rank 0 do what a method does, and return its result on all ranks."""
+
+    @functools.wraps(method)
+    def on_first(*arguments: Any, **named: Any) -> Any:
+        return distributed.on_first(lambda: method(*arguments, **named))
+
+    return on_first  # type: ignore[return-value]
 
 
 class RunFolder:
@@ -67,6 +84,7 @@ class RunFolder:
             raise RunError(f"{run.path} is no run folder (it has no {CONFIG.name}); give the folder that a run printed")
         return run
 
+    @_by_rank_0
     def _check_fits(self, config: Config) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; choose another --out")
@@ -84,6 +102,10 @@ class RunFolder:
             )
 
     def __enter__(self) -> RunFolder:
+        distributed.on_first(self._open)
+        return self
+
+    def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
             handle = (self.path / _LOCK).open("w")
@@ -104,7 +126,6 @@ class RunFolder:
             except BaseException:
                 self.__exit__(None, None, None)
                 raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,10 +140,12 @@ class RunFolder:
         """Return the path of an artifact, whether or not it is there."""
         return self.path / artifact.name
 
+    @_by_rank_0
     def has(self, artifact: Artifact[Any]) -> bool:
         """Return whether an artifact is there."""
         return self.path_of(artifact).is_file()
 
+    @_by_rank_0
     def read(self, artifact: Artifact[T]) -> T:
         """Read an artifact.
 
@@ -135,6 +158,7 @@ class RunFolder:
         advice = artifact.repair.format(command=artifact.command, folder=self.path)
         return artifacts.read(artifact, self.path_of(artifact), advice)
 
+    @_by_rank_0
     def require(self, artifact: Artifact[Any]) -> None:
         """Check that an artifact is there and that its stage is finished.
 
@@ -151,6 +175,7 @@ class RunFolder:
                 return RunError(f"{self.path} has no {artifact.name} and no {artifact.stage} stage ({why})")
         return RunError(f"{self.path} has no {artifact.name}; run `scan-fast {artifact.command} {self.path}` first")
 
+    @_by_rank_0
     def write(self, artifact: Artifact[T], content: T) -> Path:
         """Write an artifact atomically and return its path.
 
@@ -161,10 +186,12 @@ class RunFolder:
         artifacts.write(artifact, content, path)
         return path
 
+    @_by_rank_0
     def decode_cache(self) -> DecodeCache:
         """Return the headers of the files that were found good, none if decode-cache.json is missing."""
         return self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
 
+    @_by_rank_0
     def group_names(self, assignments: Assignments) -> dict[int, str]:
         """Return the names of the groups, none if there are none or they were given to another grouping.
 
@@ -176,6 +203,7 @@ class RunFolder:
         known = self.read(artifacts.NAMES)
         return dict(known.names) if known.assignments == assignments.digest else {}
 
+    @_by_rank_0
     def write_assignments(self, assignments: Assignments) -> None:
         """Write assignments.csv, and assignments.parquet if pyarrow is installed, with the names of the groups.
 
@@ -187,6 +215,7 @@ class RunFolder:
             self.write(artifacts.ASSIGNMENTS_PARQUET, table)
         self.write(artifacts.ASSIGNMENTS, table)  # last: if it is there, both are
 
+    @_by_rank_0
     def set_names_aside(self, assignments: Assignments) -> Path | None:
         """Rename names.json if its names were given to another grouping; return its new path."""
         if not self.has(artifacts.NAMES) or self.read(artifacts.NAMES).assignments == assignments.digest:
@@ -195,6 +224,7 @@ class RunFolder:
         aside = next(a for n in numbers if not self.has(a := artifacts.former_names(n)))
         return self.path_of(artifacts.NAMES).rename(self.path_of(aside))
 
+    @_by_rank_0
     def remove(self, *removed: Artifact[Any]) -> None:
         """Remove artifacts if they are there."""
         for artifact in removed:
@@ -214,15 +244,18 @@ class RunFolder:
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 
+    @_by_rank_0
     def metrics(self) -> list[MetricsEntry]:
         """Return the entries of metrics.jsonl, none if it is missing."""
         return self.read(METRICS) if self.has(METRICS) else []
 
+    @_by_rank_0
     def append_metrics(self, entry: MetricsEntry) -> None:
         """Append one line to metrics.jsonl. A crash may cut it short; readers then leave it out."""
         with self.path_of(METRICS).open("a", encoding="utf-8") as file:
             file.write(entry.to_line())
 
+    @_by_rank_0
     def drop_metrics(self, stage: str, first_epoch: int) -> None:
         """Remove the metrics of a stage from an epoch on, and lines that were cut short."""
         if not self.has(METRICS):
@@ -233,18 +266,22 @@ class RunFolder:
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
+    @_by_rank_0
     def summary(self) -> Summary:
         """Return the content of summary.json, an empty one if it is missing."""
         return self.read(SUMMARY) if self.has(SUMMARY) else Summary()
 
+    @_by_rank_0
     def finished(self, stage: str) -> bool:
         """Return whether a stage has been entered into summary.json."""
         return stage in self.summary().stages
 
+    @_by_rank_0
     def has_results(self) -> bool:
         """Return whether a stage has finished or left a checkpoint."""
         return bool(self.summary().stages) or any((self.path / artifacts.CHECKPOINTS).glob("*.pt"))
 
+    @_by_rank_0
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
         """Enter a finished stage into summary.json."""
         summary = self.summary()
@@ -254,6 +291,7 @@ class RunFolder:
         summary.stages[stage] = {"seconds": round(seconds, 3), **results}
         self.write(SUMMARY, summary)
 
+    @_by_rank_0
     def forget(self, stages: Iterable[str]) -> None:
         """Remove the artifacts of stages, and those that follow the last stage, so that they are made again."""
         names = list(stages)

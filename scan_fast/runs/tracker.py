@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
+from .. import distributed
 from ..errors import MissingPackageError
 from .folder import RunFolder
 from .records import MetricsEntry
@@ -82,7 +83,7 @@ class Ticker:
 
 
 class Tracker:
-    """Prints and records; nothing else in a run does.
+    """Prints and records; nothing else in a run does. With several ranks, rank 0 does.
 
     Args:
         run: the folder that metrics go to.
@@ -96,11 +97,12 @@ class Tracker:
 
     def __init__(self, run: RunFolder, *, quiet: bool = False, tensorboard: bool = False, prefix: str = "") -> None:
         self.run = run
-        self.console = Console(quiet=quiet, highlight=False)
+        self._silent = not distributed.is_first()
+        self.console = Console(quiet=quiet or self._silent, highlight=False)
         self._prefix = prefix
         self._live: Progress | None = None
         self._writer: Any = None
-        if tensorboard:
+        if tensorboard and not self._silent:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -111,6 +113,8 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """Print one line, or log it if this tracker is quiet."""
+        if self._silent:
+            return
         if self.console.quiet:
             log.info("%s%s", self._prefix, text)
         else:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .. import distributed
 from .artifacts import Artifact
 from .folder import RunFolder
 from .records import map_tensors
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class BackgroundWriter:
-    """Writes artifacts of a run one after another in a thread.
+    """Writes artifacts of a run one after another in a thread; with several ranks, rank 0 does.
 
     Leaving the context waits for the last one. An error of a write (such as a full disk) is raised by the next
     :meth:`write`, by :meth:`join` or on leaving; if the context is left by another error, that one counts.
@@ -33,6 +34,8 @@ class BackgroundWriter:
 
         On a GPU the copy is only enqueued: it comes before whatever changes the tensors next, and nothing waits for it.
         """
+        if not distributed.is_first():
+            return
         self.join()
         copied = map_tensors(content, _copy_to_host)
         event = None
@@ -44,7 +47,8 @@ class BackgroundWriter:
             try:
                 if event is not None:
                     event.synchronize()
-                self._run.write(artifact, copied)
+                with distributed.alone():
+                    self._run.write(artifact, copied)
             except BaseException as error:
                 self._error = error
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import distributed
 from ..models.heads import ClusterModel
 from ..objectives import Objective
 from ..partitions.heads import fitted_heads
@@ -20,7 +21,7 @@ from ..training.inference import forward_all
 from ..training.loop import Stage, train
 from ..views.inference import forward_views
 from .assessment import assess
-from .embedding import backbone_features
+from .embedding import backbone_features, row_counts, rows_of
 from .given import run_given_heads
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
 from .inputs import mined_neighbors, pretext_model
@@ -133,10 +134,9 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         """Return the backbone, unless it only ran in advance."""
         return [] if self._cached is not None else [self.model.backbone]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the model and of the objective's own modules."""
-        modules = [self.model, *self.objective.modules()]
-        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    def modules(self) -> list[nn.Module]:
+        """Return the model and the objective's own modules."""
+        return [self.model, *self.objective.modules()]
 
     def batch(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return each anchor and one of its neighbours, drawn per epoch: rendered, or features of cached views."""
@@ -251,7 +251,8 @@ def logits_of(context: Context, model: ClusterModel, split: str, handover: Hando
     # In the batches of a whole forward pass, so that another process finds the same bits.
     rows = backbone_features(context, model, split, handover).split(context.config.evaluation.batch_size)
     with context.autocast():
-        return torch.cat([model.heads(features).float() for features in rows], dim=-2)
+        own = torch.cat([model.heads(features).float() for features in rows], dim=-2)
+    return distributed.all_rows(own, row_counts(context, split), dim=-2)
 
 
 @torch.no_grad()
@@ -261,18 +262,34 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
     Neighbours are searched there because they are purer there, and so are the clusters. Without embeddings, as with
     given neighbours, k-means runs on the unit features.
     """
+    order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(context.splits.train))
+    rows = order[:KMEANS_IMAGES].sort().values
+    features = _some_features(context, model, rows, handover)
+    context.tracker.say(f"{NAME}: k-means of {len(rows):,} images for the start of {model.n_heads} heads")
+    weights, biases = distributed.on_first(lambda: _fitted_to_kmeans(context, model, rows, features))
+    for head, weight, bias in zip(model.cluster_head, weights, biases, strict=True):
+        assert isinstance(head, nn.Linear)
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+
+
+def _some_features(context: Context, model: ClusterModel, rows: Tensor, handover: Handover) -> Tensor:
+    """Return the features of some training images, (n, D) float32 on the device, on every rank."""
+    features = backbone_features(context, model, "train", handover).float()
+    begin = rows_of(context, "train").start
+    own = rows[(rows >= begin) & (rows < begin + len(features))] - begin
+    return distributed.all_rows(features[own.to(features.device)], distributed.gathered(len(own)))
+
+
+def _fitted_to_kmeans(context: Context, model: ClusterModel, rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and biases, on the CPU, of the heads that start from k-means of some training images."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    features = backbone_features(context, model, "train", handover).float()
-    order = permutation(stream_key(context.config.seed, f"{NAME}/kmeans"), 0, len(features))
-    rows = order[:KMEANS_IMAGES].sort().values
-    features = features[rows.to(features.device)]
     if context.run.has(EMBEDDINGS):
         unit = context.run.read(EMBEDDINGS).rows["train"][rows.numpy()].astype(np.float64)
     else:
         unit = F.normalize(features, dim=1).cpu().numpy().astype(np.float64)
-    context.tracker.say(f"{NAME}: k-means of {len(unit):,} images for the start of {model.n_heads} heads")
     starts = []
     for number in range(model.n_heads):
         # One thread: several add up the centres in the order in which they finish, and no two runs agree in all bits.
@@ -280,8 +297,5 @@ def start_from_kmeans(context: Context, model: ClusterModel, handover: Handover)
             seed = (context.config.seed * 1000 + number) % 2**32  # scikit-learn takes 32 bits
             kmeans = KMeans(model.n_clusters, n_init=3, random_state=seed).fit(unit)
         starts.append(torch.from_numpy(kmeans.labels_).long())
-    fitted = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters)
-    for head, weight, bias in zip(model.cluster_head, *fitted, strict=True):
-        assert isinstance(head, nn.Linear)
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+    weights, biases = fitted_heads(features, torch.stack(starts).to(features.device), model.n_clusters)
+    return weights.cpu(), biases.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .. import distributed
 from ..data.neighbor_files import read_neighbors
 from ..errors import ConfigError, DataError, MissingPackageError, RunError
 from ..evaluation.metrics import PURITY_AT, neighbor_purity, purity_at
 from ..models.weight_files import file_digest
 from ..neighbors import topk_neighbors
+from ..ops.sharded_neighbors import sharded_topk_neighbors
 from ..runs import artifacts
 from ..runs.records import FILES, Embeddings, Neighbors
 from ..training.context import Context
-from .embedding import unit_embedding
+from .embedding import row_counts, rows_of, unit_embedding
 from .handover import Handover
 from .inputs import mined_neighbors, pretext_model
 from .stored import features_key
@@ -28,7 +31,11 @@ NAME = "mining"
 
 
 def run_mining(context: Context, handover: Handover) -> None:
-    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), each split apart."""
+    """Write embeddings.npz (unit rows) and neighbors.npz (indices without the image itself), each split apart.
+
+    With several ranks, each embeds its share of the images and searches the neighbours of these: its rows stay, and the
+    rows of the others pass by (:mod:`scan_fast.ops.sharded_neighbors`). Rank 0 collects what is written.
+    """
     begin = time.perf_counter()
     config = context.config.mining
     model = pretext_model(context)
@@ -38,32 +45,56 @@ def run_mining(context: Context, handover: Handover) -> None:
     for split, source in context.clustered.items():
         k = _kept(context, split)
         embedding = unit_embedding(context, model, split, handover)
-        if split == "train" and bool((embedding - embedding[0]).abs().max() < 1e-6):
+        if split == "train" and _all_the_same(embedding):
             raise RunError(
                 f"all {len(source)} images have the same {config.features} features, so that there is nothing to "
                 "group: the pretext stage has not learned to tell them apart; lower pretext.optimizer.lr, and repeat "
                 f"it with scan-fast pretext {context.run.path} --again"
             )
-        kind, file = _images(context, split), _file_of(context, split)
-        if file is None:
-            context.tracker.say(f"{NAME}: searching the {k} nearest of each of {len(source):,} {kind}")
-            wanted = k if source.labels is None else _searched(k, len(source))
-            similarity, index = search(embedding, wanted, config.backend)
-        else:
-            context.tracker.say(f"{NAME}: the {k} nearest of each of {len(source):,} {kind} are those of {file}")
-            index = read_given(context, split, file).to(embedding.device)
-            results.setdefault(FILES, {})[str(file)] = file_digest(file)
-            similarity = similarities(embedding, index)
-        embeddings[split] = embedding.cpu().numpy()
-        found.index[split], found.similarity[split] = index[:, :k].cpu().numpy(), similarity[:, :k].cpu().numpy()
+        mined = _mined(context, split, embedding, results)
+        if mined is None:
+            continue  # rank 0 has them
+        rows, similarity, index = mined
+        embeddings[split] = rows.numpy()
+        found.index[split], found.similarity[split] = index[:, :k].numpy(), similarity[:, :k].numpy()
         if source.labels is not None:
-            note_purity(results, split, found.index[split], index.cpu().numpy(), source.labels)
-    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, features_key(context)))
+            note_purity(results, split, found.index[split], index.numpy(), source.labels)
+    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, distributed.on_first(lambda: features_key(context))))
     context.run.write(artifacts.NEIGHBORS, found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
     context.tracker.record(NAME, 1, 1, {key: value for key, value in results.items() if isinstance(value, float)})
     context.run.finish_stage(NAME, seconds, results, context.config.seed)
+
+
+def _mined(
+    context: Context, split: str, embedding: Tensor, results: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return all rows, similarities and indices of a split on the CPU of rank 0, None on the others."""
+    k, kind, file = _kept(context, split), _images(context, split), _file_of(context, split)
+    counts, total = row_counts(context, split), len(context.clustered[split])
+    if file is None:
+        context.tracker.say(f"{NAME}: searching the {k} nearest of each of {total:,} {kind}")
+        wanted = k if context.clustered[split].labels is None else _searched(k, total)
+        found = search_shares(embedding, wanted, context.config.mining.backend, counts)
+        rows, similarity, index = (distributed.rows_on_first(part, counts) for part in (embedding, *found))
+        return None if rows is None or similarity is None or index is None else (rows, similarity, index)
+    context.tracker.say(f"{NAME}: the {k} nearest of each of {total:,} {kind} are those of {file}")
+    given = distributed.on_first(lambda: read_given(context, split, file))
+    results.setdefault(FILES, {})[str(file)] = distributed.on_first(lambda: file_digest(file))
+    rows = distributed.rows_on_first(embedding, counts)
+    if rows is None:
+        return None
+    return rows, similarities(rows.to(embedding.device), given.to(embedding.device)).cpu(), given
+
+
+def _all_the_same(embedding: Tensor) -> bool:
+    """Return whether the rows of all ranks are equal, up to rounding."""
+    first = distributed.agreed(embedding[0].cpu() if len(embedding) else None)
+    if first is None:
+        return False
+    furthest = (embedding - first.to(embedding.device)).abs().max() if len(embedding) else embedding.new_zeros(())
+    return max(distributed.gathered(float(furthest))) < 1e-6
 
 
 def _searched(kept: int, n_images: int) -> int:
@@ -94,9 +125,10 @@ def measure_purity(context: Context, results: dict[str, Any]) -> None:
         if source.labels is not None:
             index = mined[split]
             if _file_of(context, split) is None:
-                embedding = torch.from_numpy(rows[split]).to(context.device)
-                wanted = _searched(index.shape[1], len(source))
-                _, index = search(embedding, wanted, context.config.mining.backend)
+                embedding = torch.from_numpy(rows[split][rows_of(context, split)]).to(context.device)
+                wanted, counts = _searched(index.shape[1], len(source)), row_counts(context, split)
+                _, own = search_shares(embedding, wanted, context.config.mining.backend, counts)
+                index = distributed.all_rows(own, counts)
             note_purity(results, split, mined[split], index.cpu().numpy(), source.labels)
 
 
@@ -176,6 +208,31 @@ def similarities(embedding: Tensor, index: Tensor) -> Tensor:
         others = embedding[index[rows].clamp_min(0)]
         similarity[rows] = torch.einsum("nd,nkd->nk", embedding[rows], others)
     return similarity.masked_fill(index < 0, -torch.inf)
+
+
+def search_shares(embedding: Tensor, k: int, backend: str, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return what :func:`search` does for the rows of this rank, (n, k) each; indices are of the rows of all ranks.
+
+    Args:
+        embedding: (n, D) rows of this rank.
+        k: neighbours of each.
+        backend: as in :func:`search`; ``faiss`` runs on rank 0, with the rows of all.
+        counts: number of rows of each rank.
+    """
+    if not distributed.several():
+        return search(embedding, k, backend)
+    if backend != "faiss":
+        return sharded_topk_neighbors(embedding, k, impl=backend)
+    rows = distributed.rows_on_first(embedding, counts)
+
+    def on_rank_0() -> tuple[Tensor, Tensor]:
+        assert rows is not None
+        return search(rows, k, backend)
+
+    similarity, index = distributed.on_first(on_rank_0)
+    begin = sum(counts[: distributed.current().rank])
+    own = slice(begin, begin + len(embedding))
+    return similarity[own].to(embedding.device), index[own].to(embedding.device)
 
 
 def search(embedding: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import torch
 
+from .. import distributed
 from ..partitions import FeatureSpace, suggest_number
 from ..runs.artifacts import EMBEDDINGS, SUGGESTION
 from ..runs.records import SuggestedNumber
@@ -17,7 +18,11 @@ NAME = "number"
 
 
 def run_number(context: Context, handover: Handover | None = None) -> None:
-    """Write suggested-k.json."""
+    """Write suggested-k.json; with several ranks, rank 0 does."""
+    distributed.on_first(lambda: _suggest(context))
+
+
+def _suggest(context: Context) -> None:
     begin = time.perf_counter()
     rows = torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"])
     suggestion = suggest_number(FeatureSpace(rows, context.config.seed))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import distributed
 from ..models.heads import ClusterModel
 from ..partitions import Candidate, Choice, FeatureSpace, choose, refined
 from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS
@@ -23,11 +24,19 @@ from .inputs import pretext_model
 def run_partitioning(context: Context, name: str, handover: Handover) -> None:
     """Group the backbone's features in all configured ways and keep the best, with a head that reproduces it.
 
+    With several ranks, rank 0 does.
+
     Args:
         context: the run; ``clustering.update`` is ``features``.
         name: name of the stage.
         handover: takes the logits.
     """
+    for split, logits in distributed.on_first(lambda: _group(context, name)).items():
+        handover.put(CLUSTERING_LOGITS, split, logits)
+
+
+def _group(context: Context, name: str) -> dict[str, Tensor]:
+    """Do the stage, and return the logits by split."""
     begin = time.perf_counter()
     k, seed = context.n_clusters, context.config.seed
     space = FeatureSpace(torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"]), seed)
@@ -44,11 +53,12 @@ def run_partitioning(context: Context, name: str, handover: Handover) -> None:
     context.tracker.say(f"{name}: {chosen.name}; {reason(choice, chosen, heads)}")
     record: dict[str, Any] = {"head": 0, "epoch": 0, "loss": -chosen.score.total}
     results: dict[str, Any] = {"choice": described(choice, chosen, heads)}
-    for split, logits in frozen_logits(context, model).items():
-        handover.put(CLUSTERING_LOGITS, split, logits)
+    found = frozen_logits(context, model)
+    for split, logits in found.items():
         results[split] = assess(context, logits, split)
     context.run.write(CLUSTER_MODEL, StageResult(model.state_dict(), record))
     context.run.finish_stage(name, time.perf_counter() - begin, results, seed)
+    return found
 
 
 def described(choice: Choice, chosen: Candidate, heads: Sequence[Candidate]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import distributed
 from ..evaluation.metrics import metric_titles
 from ..methods import WeightsSettings
 from ..models.heads import ClusterModel
@@ -256,7 +257,11 @@ def evaluate(context: Context, *, features: bool = False) -> Evaluation:
 
 
 def make_report(context: Context) -> None:
-    """Write report.html."""
+    """Write report.html; with several ranks, rank 0 does."""
+    distributed.on_first(lambda: _write_report(context))
+
+
+def _write_report(context: Context) -> None:
     images = sum(len(source) for source in context.clustered.values())
     context.tracker.say(f"report: thumbnails, map and near-duplicates of {images:,} images")
     write_report(context.run, context.clustered, title=context.config.name)

@@ -47,10 +47,9 @@ class Pretext(Stage[Sequence[Tensor]]):
         self._handover = handover
         self._views = context.views_of(self.source, NAME)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the model and of the method's own modules."""
-        modules = [self.model, *self.method.modules()]
-        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    def modules(self) -> list[nn.Module]:
+        """Return the model and the method's own modules."""
+        return [self.model, *self.method.modules()]
 
     def batch(self, epoch: int, indices: Tensor) -> Sequence[Tensor]:
         """Render the method's views of each image, each (B, 3, S, S)."""
@@ -109,7 +108,10 @@ def build_method(context: Context, model: PretextModel) -> PretextMethod:
     settings = context.config.pretext
     images = len(context.splits.pretext or context.splits.train)
     steps = settings.epochs * steps_per_epoch(images, settings.batch_size)
-    return settings.method.for_run(images, steps).build(model, context.side)
+    method = settings.method.for_run(images, steps).build(model, context.side)
+    for module in method.modules():
+        context.place(module)
+    return method
 
 
 def start_model(context: Context) -> PretextModel:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import distributed
 from ..data.sources import Source, SubsetSource
 from ..evaluation.metrics import confusion, match_clusters
 from ..evaluation.probes import kmeans_baseline, kmeans_metrics
@@ -19,7 +20,7 @@ from ..runs import artifacts
 from ..runs.tables import Assignments, Confusion, Predictions, Skipped
 from ..training.context import Context, data_settings
 from ..training.inference import forward_all
-from .embedding import backbone_features, frozen_logits
+from .embedding import backbone_features, frozen_logits, row_counts
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
 
 MOST_PIXELS = 1 << 30
@@ -49,7 +50,7 @@ def final_logits(context: Context, model: ClusterModel, name: str, handover: Han
         return forward_all(context, model, model, source)[0].cpu()
 
     if name == CLUSTERING_LOGITS and not context.config.clustering.trains:
-        return frozen_logits(context, model)
+        return distributed.on_first(lambda: frozen_logits(context, model))
     return {
         split: handover.get(name, split, lambda source=source: compute(source))  # type: ignore[misc]
         for split, source in context.clustered.items()
@@ -60,12 +61,16 @@ def write_results(context: Context, model: ClusterModel, stage: str, handover: H
     """Write assignments.csv, model.pt and, with labels, confusion.csv and confusion.png, from the final model."""
     name = SELFLABEL_LOGITS if stage == "selflabel" else CLUSTERING_LOGITS
     logits = final_logits(context, model, name, handover)
+    typical = typicality(context, model, stage, logits["train"], handover)
+    distributed.on_first(lambda: _write(context, model, stage, logits, typical))
+
+
+def _write(context: Context, model: ClusterModel, stage: str, logits: dict[str, Tensor], typical: Typicality) -> None:
     table = assignments(context, logits)
     aside = context.run.set_names_aside(table)
     if aside is not None:
         context.tracker.say(f"the groups are not those that were named; their names are in {aside.name} now")
     context.run.write_assignments(table)
-    typical = typicality(context, model, stage, logits["train"], handover)
     context.run.write(artifacts.MODEL, saved_model(context, model, stage, typical))
     reported = context.clustered[context.reported]
     labels = reported.labels
@@ -110,9 +115,14 @@ def typicality(context: Context, model: ClusterModel, stage: str, logits: Tensor
     """
     clusters = logits.argmax(dim=1)
     if stage == "clustering" and context.config.clustering.update == "heads":
-        features = backbone_features(context, model, "train", handover)
+        own = backbone_features(context, model, "train", handover)
+        features = distributed.all_rows(own, row_counts(context, "train"))
     elif stage == "clustering" and not context.config.clustering.trains:
-        features = torch.from_numpy(context.run.read(artifacts.EMBEDDINGS).rows["train"])
+        return distributed.on_first(
+            lambda: Typicality.of(
+                torch.from_numpy(context.run.read(artifacts.EMBEDDINGS).rows["train"]), clusters, context.n_clusters
+            )
+        )
     else:
         source = context.splits.train
         order = permutation(stream_key(context.config.seed, "typicality"), 0, len(source))
@@ -165,8 +175,13 @@ def baselines(context: Context) -> dict[str, dict[str, float]]:
     """Return the metrics of k-means (mean and deviation over seeds) on pixels and on the mined features.
 
     They are of the reported split, by the centres of the training images. It is empty without labels. Images of more
-    than ``PIXEL_SIDE`` pixels are averaged down to that size. Pixels are left out if there are too many of them.
+    than ``PIXEL_SIDE`` pixels are averaged down to that size. Pixels are left out if there are too many of them. With
+    several ranks, rank 0 computes them.
     """
+    return distributed.on_first(lambda: _baselines(context))
+
+
+def _baselines(context: Context) -> dict[str, dict[str, float]]:
     train, reported = context.splits.train, context.clustered[context.reported]
     if reported.labels is None or context.n_classes is None:
         return {}

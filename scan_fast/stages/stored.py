@@ -52,7 +52,10 @@ def features_key(context: Context) -> str | None:
 
 
 def stored_features(context: Context) -> dict[str, Tensor] | None:
-    """Return by split the (N, D) float32 unit features that this run or one beside it has stored, None if none has."""
+    """Return by split the (N, D) float32 unit features that this run or one beside it has stored, None if none has.
+
+    They are on the CPU.
+    """
     key = features_key(context)
     if key is None:
         return None
@@ -61,7 +64,7 @@ def stored_features(context: Context) -> dict[str, Tensor] | None:
         if file.is_file() and _key_of(file) == key:
             rows = artifacts.read(artifacts.EMBEDDINGS, file).rows
             context.tracker.say(f"features: {file} holds those of these images by this network")
-            return {split: torch.from_numpy(array).to(context.device) for split, array in rows.items()}
+            return {split: torch.from_numpy(array) for split, array in rows.items()}
     return None
 
 

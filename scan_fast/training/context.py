@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .. import distributed
 from ..data.datasets import DataConfig, Splits, open_splits
 from ..data.placement import move_to_device
 from ..data.sources import Source
@@ -18,9 +19,10 @@ from ..devices import choose_device
 from ..errors import ConfigError, DataError
 from ..models.backbones import ModelConfig, check_image_size
 from ..models.pretrained import InputFormat, prepare_weights, pretrained_input
+from ..models.sync_batch_norm import synchronized
 from ..random import stream_key
 from ..runs import artifacts
-from ..runs.config import Config
+from ..runs.config import Config, TrainingConfig
 from ..runs.folder import RunFolder
 from ..runs.records import PrecisionRecord
 from ..runs.tracker import Tracker
@@ -120,8 +122,15 @@ class Context:
         return None if names is None or self.splits.train.labels is None else len(names)
 
     def place(self, model: M) -> M:
-        """Move a model to the device, in the channels-last layout of the views."""
-        return model.to(self.device).to(memory_format=torch.channels_last)
+        """Move a model to the device, in the channels-last layout of the views.
+
+        With several ranks its batch normalisation takes the statistics of all of them in training, unless
+        ``model.sync_batch_norm`` is false.
+        """
+        placed = model.to(self.device).to(memory_format=torch.channels_last)
+        if distributed.several() and self.config.model.sync_batch_norm:
+            synchronized(placed)
+        return placed
 
     def view(self, view: View) -> View:
         """Return the view with an open size set to :attr:`side`."""
@@ -141,7 +150,7 @@ class Context:
         """Compute dtype of convolutions and matrix products; resolves ``auto``.
 
         On a processor the choice (:mod:`.precision`) is noted in precision.json, so that a resumed run computes in the
-        same dtype, on another machine too.
+        same dtype, on another machine too. With several ranks it is bfloat16 only if all of them find that right.
         """
         wanted = self.config.precision
         if wanted != "auto":
@@ -154,7 +163,8 @@ class Context:
             record = self.run.read(artifacts.PRECISION)
             if record.tried == tried:
                 return Choice(record.precision, record.reason).dtype
-        choice = choose_on_cpu(model, side, trains=self.config.trains)
+        choices = distributed.gathered(choose_on_cpu(model, side, trains=self.config.trains))
+        choice = next((each for each in choices if each.precision == "float32"), choices[0])
         self.run.write(artifacts.PRECISION, PrecisionRecord(choice.precision, choice.reason, tried))
         self.tracker.say(f"precision: {choice.precision} ({choice.reason})")
         return choice.dtype
@@ -187,8 +197,16 @@ def open_context(
     """
     device = choose_device(config.runtime.device)
     set_threads(config.runtime.threads)
-    left_out = [] if run.finished("pretext") else prepare_weights(config.model)
-    expected = weights_input(config)
+    devices = distributed.gathered(device.type)
+    if len(set(devices)) > 1:
+        raise ConfigError(
+            f"rank 0 computes on {devices[0]}, rank {next(r for r, d in enumerate(devices) if d != devices[0])} does "
+            "not: give every rank a GPU, or set runtime.device=cpu"
+        )
+    finished = run.finished("pretext")
+    with distributed.first_of_machine():
+        left_out = [] if finished else prepare_weights(config.model)
+        expected = weights_input(config)
     if splits is None:
         tracker.say(f"images: reading {config.data.root or config.data.source}")
         decode_cache = run.decode_cache()
@@ -206,6 +224,9 @@ def open_context(
     if not other_images:
         check_images(run, context.clustered.values())
     check_sizes(context)
+    check_batches(context)
+    if distributed.several():
+        _ = context.precision  # chosen by all ranks together, now
     return context
 
 
@@ -242,6 +263,32 @@ def check_sizes(context: Context) -> None:
         check_image_size(context.model_config, size)
     if all_equal(context.splits.train):
         raise DataError(f"all {train} {images} are the same picture; there is nothing to group")
+
+
+def check_batches(context: Context) -> None:
+    """Refuse batches that the ranks cannot divide equally."""
+    world = distributed.current().world
+    if not distributed.several():
+        return
+    config = context.config
+    pretext = context.splits.pretext or context.splits.train
+    stages: list[tuple[str, TrainingConfig | None, Source]] = [
+        ("pretext", config.pretext if config.pretext.method.trains else None, pretext),
+        ("clustering", config.clustering if config.clustering.trains else None, context.splits.train),
+        ("selflabel", config.selflabel, context.splits.train),
+    ]
+    for name, training, source in stages:
+        if training is None or config.why_without(name) is not None:
+            continue
+        batch = min(training.batch_size, len(source))
+        if batch % world:
+            fitting = batch // world * world
+            few = f" ({len(source)} images make one batch)" if batch < training.batch_size else ""
+            wanted = f"set {name}.batch_size={fitting}" if fitting else "start fewer processes"
+            raise ConfigError(
+                f"{name}.batch_size={training.batch_size}{few} is the batch of all processes together, and {world} of "
+                f"them cannot divide {batch} images equally; {wanted}"
+            )
 
 
 def resolved_model(model: ModelConfig, size: int) -> ModelConfig:

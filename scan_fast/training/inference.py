@@ -12,7 +12,14 @@ from .compilation import uncompiled
 from .context import Context
 
 
-def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor], Tensor], source: Source) -> Tensor:
+def forward_all(
+    context: Context,
+    model: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    gather: bool = True,
+) -> Tensor:
     """Apply a part of a run's model to all images of a source; see :func:`.views.inference.forward_views`."""
     views = context.views_of(source, "evaluation")
     size = context.config.evaluation.batch_size
@@ -20,4 +27,6 @@ def forward_all(context: Context, model: nn.Module, function: Callable[[Tensor],
         uncompiled(context.config.runtime.compile),
         context.tracker.counted("images passed through the network", len(source)) as done,
     ):
-        return forward_views(model, function, views, context.plain_view, size, context.autocast(), done=done)
+        return forward_views(
+            model, function, views, context.plain_view, size, context.autocast(), done=done, gather=gather
+        )

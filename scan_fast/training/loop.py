@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import distributed
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
 from ..errors import DataError, RunError
 from ..random import stream_key
@@ -28,6 +29,7 @@ from ..runs.writer import BackgroundWriter
 from .compilation import compile_networks, timed_first_step
 from .context import Context
 from .optimizers import AnyOptimizer, build_optimizer, fit_to_device, write_learning_rate
+from .parallel import Due, on_all_ranks, same_buffers
 from .step import TrainingStep
 
 Batch = TypeVar("Batch")
@@ -62,9 +64,13 @@ class Stage(ABC, Generic[Batch]):
         """Return the modules to compile if ``runtime.compile`` is set."""
         return [self.model]
 
+    def modules(self) -> list[nn.Module]:
+        """Return the modules whose parameters the optimiser updates."""
+        return [self.model]
+
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser updates."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for module in self.modules() for parameter in module.parameters() if parameter.requires_grad]
 
     def prepare(self) -> None:
         """Run before the first step, after weights were initialised or loaded from a checkpoint."""
@@ -116,10 +122,11 @@ def train(stage: Stage[Any], context: Context) -> Training:
     key = stream_key(context.config.seed, stage.name)
     steps = steps_per_epoch(stage.n_images, training.batch_size)
     optimizer = build_optimizer(stage.parameters(), training.optimizer)
-    capture = context.config.runtime.cuda_graphs and context.device.type == "cuda"
-    do_step = TrainingStep(stage, optimizer, context.autocast, capture=capture, say=tracker.say)
+    # A graph that holds collectives of several processes is untested, so those run kernel by kernel.
+    capture = context.config.runtime.cuda_graphs and context.device.type == "cuda" and not distributed.several()
 
     epoch, step, seconds = 0, 0, 0.0
+    totals: Mapping[str, Tensor] | None = None
     if run.has(checkpoint):
         state = map_tensors(run.read(checkpoint), lambda tensor: tensor.to(context.device))
         if state.n_images != stage.n_images:
@@ -131,8 +138,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
         optimizer.load_state_dict(state.optimizer)
         fit_to_device(optimizer)
         stage.load_state(state.stage)
-        epoch, step, seconds = state.epoch, state.step, state.seconds
-        do_step.reset(state.totals)
+        epoch, step, seconds, totals = state.epoch, state.step, state.seconds, state.totals
         where = f", step {step}" if step else ""
         tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
     run.drop_metrics(stage.name, epoch + 1)
@@ -140,7 +146,13 @@ def train(stage: Stage[Any], context: Context) -> Training:
     if warmup < asked:
         tracker.say(f"{stage.name}: warm-up cut from {asked} to {warmup:g} epochs, a fifth of all {training.epochs}")
 
-    begin = saved = time.perf_counter()
+    own_buffers = not context.config.model.sync_batch_norm
+    compute = on_all_ranks(stage.step, stage.modules(), context.device, own_buffers=own_buffers)
+    do_step = TrainingStep(stage, optimizer, context.autocast, capture=capture, say=tracker.say, compute=compute)
+    if totals is not None:
+        do_step.reset(totals)
+
+    begin, due = time.perf_counter(), Due(context.config.runtime.checkpoint_seconds)
     if epoch < training.epochs and not stage.finished():
         stage.prepare()
 
@@ -150,7 +162,6 @@ def train(stage: Stage[Any], context: Context) -> Training:
     compiling = bool(networks)
 
     def save(writer: BackgroundWriter) -> None:
-        nonlocal saved
         check_finite(stage, do_step.totals, epoch)
         writer.write(
             checkpoint,
@@ -165,7 +176,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 seconds=seconds + time.perf_counter() - begin,
             ),
         )
-        saved = time.perf_counter()
+        due.saved()
 
     with (
         BackgroundWriter(run) as writer,
@@ -185,8 +196,12 @@ def train(stage: Stage[Any], context: Context) -> Training:
                         do_step(batch)
                     step += 1
                     ticker.step(size)
-                    if step < steps and time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+                    if step < steps and due.after_step():
+                        do_step.share_totals()
                         save(writer)
+                do_step.share_totals()
+                if own_buffers:
+                    same_buffers(stage.modules())
                 averages = do_step.averages(steps)
                 check_finite(stage, do_step.totals, epoch)
                 averages |= stage.end_epoch(epoch + 1, last=epoch + 1 == training.epochs)
@@ -198,7 +213,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
             tracker.record(stage.name, epoch, epoch * steps, averages)
             ticker.epoch(epoch, training.epochs, averages)
             ended = epoch == training.epochs or stage.finished()
-            if ended or time.perf_counter() - saved >= context.config.runtime.checkpoint_seconds:
+            if ended or due.after_epoch():
                 save(writer)
     return Training(seconds + time.perf_counter() - begin, notes)
 
@@ -232,10 +247,19 @@ def check_finite(stage: Stage[Any], totals: Mapping[str, Tensor], epoch: int) ->
 
 
 def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: int) -> Iterator[tuple[Any, int]]:
-    orders = epoch_batches(key, epoch, stage.n_images, stage.training.batch_size, start_step=start_step)
+    ranks = distributed.current()
+    orders = epoch_batches(
+        key,
+        epoch,
+        stage.n_images,
+        stage.training.batch_size,
+        start_step=start_step,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
 
     def prepare(indices: Tensor) -> tuple[Any, int]:
-        return stage.batch(epoch, indices), len(indices)
+        return stage.batch(epoch, indices), len(indices) * ranks.world
 
     return prefetch(prepare, orders) if stage.background else map(prepare, orders)
 

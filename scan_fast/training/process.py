@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from .. import distributed
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -21,11 +24,16 @@ def set_threads(wanted: int | None) -> None:
     """Use ``wanted`` threads, or at most as many as this process has cores.
 
     torch respects OMP_NUM_THREADS and the affinity mask, but not the CPU share of a container. More threads than that
-    wait for each other.
+    wait for each other. The processes of a run on one machine share its cores: torchrun gives each one thread if
+    OMP_NUM_THREADS is not set.
     """
     limit = core_limit(Path("/sys/fs/cgroup"))
+    local = distributed.current().local_world
     if wanted is not None:
         torch.set_num_threads(wanted)
+    elif local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(cores, limit or cores) // local))
     elif limit is not None and limit < torch.get_num_threads():
         torch.set_num_threads(limit)
 

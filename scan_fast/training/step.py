@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import distributed
 from .optimizers import AnyOptimizer
+from .parallel import Compute
 
 WARM_UP_STEPS = 3
 """Number of steps before a capture, in which libraries choose their kernels and allocate their workspaces."""
@@ -40,6 +42,7 @@ class TrainingStep:
         autocast: creates the mixed-precision context of the forward pass.
         capture: replay a CUDA graph; for models on a GPU only.
         say: gets a message if a capture fails; the steps then run kernel by kernel.
+        compute: computes the loss and the scalars; the stage's step by default.
 
     Attributes:
         totals: the sums of the stage's metrics since :meth:`reset`, float64 scalars on the device.
@@ -53,9 +56,11 @@ class TrainingStep:
         *,
         capture: bool = False,
         say: Callable[[str], None] = print,
+        compute: Compute | None = None,
     ) -> None:
         self.totals: dict[str, Tensor] = {}
         self._stage = stage
+        self._compute = compute or stage.step
         self._optimizer = optimizer
         self._autocast = autocast
         self._say = say
@@ -93,6 +98,14 @@ class TrainingStep:
             else:
                 total.zero_()
 
+    def share_totals(self) -> None:
+        """Replace the sums by their means over all ranks."""
+        if self.totals and distributed.several():
+            for total, common in zip(
+                self.totals.values(), distributed.mean(torch.stack(list(self.totals.values()))), strict=True
+            ):
+                total.copy_(common)
+
     def averages(self, steps: int) -> dict[str, float]:
         """Return the means over an epoch's steps. The host waits for the device here."""
         if not self.totals:
@@ -102,7 +115,7 @@ class TrainingStep:
     def _update(self, batch: Any) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss, metrics = self._stage.step(batch)
+            loss, metrics = self._compute(batch)
         loss.backward()
         self._optimizer.step()
         self._stage.after_step()

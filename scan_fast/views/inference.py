@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .. import distributed
 from ..data.loader import prefetch
 from .maker import ViewMaker
 from .parameters import View
@@ -23,8 +24,12 @@ def forward_views(
     precision: AbstractContextManager[None] | None = None,
     epoch: int = 0,
     done: Callable[[int], None] | None = None,
+    *,
+    gather: bool = True,
 ) -> Tensor:
     """Apply ``function`` to one view of every image of a source, in order, without a host synchronisation.
+
+    With several ranks, each takes its share of the batches (:func:`scan_fast.distributed.share`).
 
     Args:
         model: the network that ``function`` calls; in evaluation mode during the call, and its modes are restored.
@@ -35,13 +40,17 @@ def forward_views(
         precision: a context for the forward passes, such as autocast.
         epoch: selects the views' parameters if they are random.
         done: called with the number of images of each batch once it is on its way.
+        gather: return the rows of all ranks; otherwise those of this rank's share.
 
     Returns:
         (N, D), or (H, N, C), float32 on the views' device.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    rows = torch.arange(len(views.source)).split(batch_size)
+    total = len(views.source)
+    begin, end = distributed.share(total, batch_size)
+    # A rank without a share needs the shape of a result.
+    rows = torch.arange(begin, end).split(batch_size) if end > begin else (torch.arange(min(1, total)),)
 
     def images_of(indices: Tensor) -> Tensor:
         return views(view, indices, epoch=epoch, view_index=0)
@@ -53,8 +62,14 @@ def forward_views(
             for images in batches:
                 results.append(function(images).float())
                 if done is not None:
-                    done(len(images))
+                    # As many on the other ranks.
+                    done(len(images) * (distributed.current().world if distributed.several() else 1))
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(results, dim=-2)
+    result = torch.cat(results, dim=-2)
+    own = result if end > begin else result.narrow(-2, 0, 0)
+    if not gather:
+        return own
+    counts = [last - first for first, last in distributed.shares(total, batch_size)]
+    return distributed.all_rows(own, counts, dim=-2)

@@ -154,13 +154,14 @@ def test_prefetch_runs_ahead_and_side_by_side() -> None:
 
 def test_ranks_share_each_batch() -> None:
     whole = list(epoch_batches(KEY, 2, 50, 8, start_step=1))
-    parts = [list(epoch_batches(KEY, 2, 50, 8, start_step=1, rank=rank, world=3)) for rank in range(3)]
-    assert [len(part[0]) for part in parts] == [3, 3, 2]
+    parts = [list(epoch_batches(KEY, 2, 50, 8, start_step=1, rank=rank, world=4)) for rank in range(4)]
+    assert {len(share) for part in parts for share in part} == {2}
     for step, batch in enumerate(whole):
-        for rank in range(3):
-            assert torch.equal(parts[rank][step], batch[rank::3])
+        assert torch.equal(torch.cat([part[step] for part in parts]), batch)
     with pytest.raises(ValueError, match="rank must be from 0 to world - 1, got 3 of 3"):
         next(epoch_batches(KEY, 0, 50, 8, rank=3, world=3))
+    with pytest.raises(ValueError, match="a batch of 8 samples cannot be divided among 3 ranks"):
+        next(epoch_batches(KEY, 0, 50, 8, rank=0, world=3))
 
 
 @pytest.mark.parametrize("make_renderer", [TorchRenderer, FusedRenderer])

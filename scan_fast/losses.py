@@ -7,6 +7,10 @@ for it, so ``retain_graph=True`` works; a double backward raises RuntimeError. W
 (``torch.func.jvp``, ``torch.autograd.forward_ad``) ``impl="auto"`` computes the reference, and ``impl="native"``
 raises. The same input gives the same bits.
 
+With several processes a loss of a batch is that of all ranks' rows if it is told so (``gather_distributed=True``):
+:class:`NTXentLoss`, :class:`SCANLoss`, :class:`SelfLabelLoss`, :func:`sigreg_loss` and :func:`visreg_loss`. The mean of
+the ranks' results, and the gradients that DistributedDataParallel averages, are those of one process with all rows.
+
 ``impl`` picks the implementation: ``"native"`` is the compiled kernel, ``"reference"`` the same formula in plain
 PyTorch. ``"auto"`` takes the kernel if there is one for the device, and otherwise the reference, with one warning.
 
@@ -149,21 +153,29 @@ class SCANLoss(nn.Module):
 
     Args:
         entropy_weight: Weight of the entropy term. Set 5.0 to train as the configurations do; see :func:`scan_loss`.
+        gather_distributed: Take the entropy of the mean prediction over the rows of all ranks, each of which must have
+            as many rows as the others. The consistency is that of this rank's rows. So the mean over the ranks of each
+            of the three results is that of the whole batch. DistributedDataParallel averages gradients over ranks,
+            which gives the gradient of the whole batch if every rank minimizes the same function of the results. Only
+            the mean predictions are sent, C numbers per head. Has no effect without an initialized process group.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
     """
 
-    def __init__(self, entropy_weight: float = 2.0, *, impl: Impl = "auto") -> None:
+    def __init__(self, entropy_weight: float = 2.0, *, gather_distributed: bool = False, impl: Impl = "auto") -> None:
         super().__init__()
         self.entropy_weight = entropy_weight
+        self.gather_distributed = gather_distributed
         self.impl: Impl = impl
 
     def forward(self, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (total, consistency, entropy) of logits (B, C) or (H, B, C), see :func:`scan_loss`."""
+        if self.gather_distributed:
+            return _scan_loss.scan_loss_distributed(anchors, neighbors, self.entropy_weight, impl=self.impl)
         return scan_loss(anchors, neighbors, self.entropy_weight, impl=self.impl)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
-        return f"entropy_weight={self.entropy_weight}"
+        return f"entropy_weight={self.entropy_weight}, gather_distributed={self.gather_distributed}"
 
 
 def self_label_loss(
@@ -199,22 +211,39 @@ class SelfLabelLoss(nn.Module):
     Args:
         threshold: An image is confident if its largest weak probability is strictly above this.
         balance: Give each class that occurs among the confident images the same total weight.
+        gather_distributed: Weigh an image by the confident images of all ranks. Each rank returns the number of ranks
+            times the part of its own images, so the mean over the ranks is the loss of the whole batch. It is zero on a
+            rank without a confident image. DistributedDataParallel averages gradients over ranks, which gives the
+            gradient of the whole batch. Only the numbers of confident images are sent, one per class. Has no effect
+            without an initialized process group.
         impl: ``"auto"``, ``"native"`` or ``"reference"``.
     """
 
-    def __init__(self, threshold: float = 0.99, balance: bool = True, *, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        threshold: float = 0.99,
+        balance: bool = True,
+        *,
+        gather_distributed: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
         self.threshold = threshold
         self.balance = balance
+        self.gather_distributed = gather_distributed
         self.impl: Impl = impl
 
     def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
         """Return the loss of (B, C) logits, a float32 scalar; zero if no image is confident."""
+        if self.gather_distributed:
+            return _self_label.self_label_loss_distributed(
+                weak, strong, self.threshold, balance=self.balance, impl=self.impl
+            )[0]
         return self_label_loss(weak, strong, self.threshold, balance=self.balance, impl=self.impl)[0]
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
-        return f"threshold={self.threshold}, balance={self.balance}"
+        return f"threshold={self.threshold}, balance={self.balance}, gather_distributed={self.gather_distributed}"
 
 
 def sigreg_loss(z: Tensor, directions: Tensor, *, gather_distributed: bool = False) -> Tensor:

@@ -2,7 +2,8 @@
 
 The plain ``torch.distributed.all_reduce`` has none: a loss of its result gets a wrong gradient without a word. With
 those here, the gradient of a rank's tensor is that of the sum of all ranks' results. DistributedDataParallel divides by
-the number of ranks, so a loss that is the same on every rank gets its own gradient.
+the number of ranks, so a loss that is the same on every rank gets its own gradient. And if every rank's loss is that of
+its own rows, the mean over the ranks is the loss of all rows, with its gradient.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return result
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Return the mean of the tensors of all ranks, of one shape.
+
+    The backward pass sends nothing: every rank must compute the same from the mean, as for a loss of the mean itself.
+    Each part of the sum of all ranks' results then has the same gradient, and they add up to that of one.
+    """
+    result: Tensor = _Mean.apply(x)
+    return result
+
+
 def rows_of_all_ranks(x: Tensor, counts: Sequence[int]) -> Tensor:
     """Return the rows of all ranks in their order, (sum of counts, D).
 
@@ -64,6 +75,18 @@ class _Sum(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total.div_(dist.get_world_size())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _Rows(torch.autograd.Function):

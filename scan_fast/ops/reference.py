@@ -57,13 +57,24 @@ def scan_loss(anchors: Tensor, neighbors: Tensor, entropy_weight: float) -> tupl
     Returns:
         total, consistency and entropy, each (H,), with total = consistency - entropy_weight * entropy.
     """
+    consistency, mean_p = scan_loss_means(anchors, neighbors)
+    entropy = scan_loss_entropy(mean_p)
+    return consistency - entropy_weight * entropy, consistency, entropy
+
+
+def scan_loss_means(anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the consistency (H,) and the mean anchor prediction (H, C) of logits (H, B, C)."""
     dtype = _compute_dtype(anchors)
     log_p = anchors.to(dtype).log_softmax(dim=-1)
     log_q = neighbors.to(dtype).log_softmax(dim=-1)
     consistency = -(log_p + log_q).logsumexp(dim=-1).mean(dim=-1)
-    mean_p = log_p.exp().mean(dim=-2).clamp_min(1e-8)
-    entropy = -(mean_p * mean_p.log()).sum(dim=-1)
-    return consistency - entropy_weight * entropy, consistency, entropy
+    return consistency, log_p.exp().mean(dim=-2)
+
+
+def scan_loss_entropy(mean_p: Tensor) -> Tensor:
+    """Compute the entropy of mean predictions (..., C), each of which counts as at least 1e-8."""
+    bounded = mean_p.clamp_min(1e-8)
+    return -(bounded * bounded.log()).sum(dim=-1)
 
 
 def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: bool) -> tuple[Tensor, Tensor]:
@@ -81,20 +92,37 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float, balance: boo
     Returns:
         the loss (zero if no sample is confident) and the number of confident samples (int64).
     """
-    dtype = _compute_dtype(strong)
-    with torch.no_grad():
-        confidence, target = weak.detach().to(dtype).softmax(dim=1).max(dim=1)
-        confident = confidence > threshold
-        count = confident.sum()
-        weight = confident.to(dtype)
-        if balance:
-            per_class = torch.zeros(weak.shape[1], dtype=dtype, device=weak.device).index_add_(0, target, weight)
-            weight = weight / per_class[target].clamp_min(1)
-        weight = weight / weight.sum().clamp_min(torch.finfo(dtype).tiny)
-    losses = F.cross_entropy(strong.to(dtype), target, reduction="none")
+    confident, target = confident_rows(weak, threshold)
+    counts = confident_per_class(confident, target, weak.shape[1]).to(_compute_dtype(strong))
+    weight = self_label_weights(counts, balance)
+    return self_label_sum(strong, confident, target, weight), confident.sum()
+
+
+@torch.no_grad()
+def confident_rows(weak: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return for logits (B, C) which rows are confident (B,) bool, and the first largest class of each (B,) int64."""
+    confidence, target = weak.detach().to(_compute_dtype(weak)).softmax(dim=1).max(dim=1)
+    return confidence > threshold, target
+
+
+def confident_per_class(confident: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Return the number of confident rows of each class, (C,) float32, exact up to 2^24 rows."""
+    counts = torch.zeros(classes, dtype=torch.float32, device=confident.device)
+    return counts.index_add_(0, target, confident.float())
+
+
+def self_label_weights(counts: Tensor, balance: bool) -> Tensor:
+    """Return the weight of a confident row of each class, (C,), from the numbers of confident rows (C,)."""
+    if not balance:
+        return counts.sum().clamp_min(1).reciprocal().expand_as(counts)
+    return (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1)).reciprocal()
+
+
+def self_label_sum(strong: Tensor, confident: Tensor, target: Tensor, class_weight: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of the confident rows, each with the weight of its class."""
+    losses = F.cross_entropy(strong.to(_compute_dtype(strong)), target, reduction="none")
     # Select, do not multiply by zero: the loss of a row that is not confident may be infinite.
-    loss = torch.where(confident, losses * weight, torch.zeros_like(losses)).sum()
-    return loss, count
+    return torch.where(confident, losses * class_weight[target], torch.zeros_like(losses)).sum()
 
 
 SIGREG_SPACING = 2 / 3

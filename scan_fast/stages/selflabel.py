@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import distributed
 from ..losses import self_label_loss
 from ..models.heads import ClusterModel
 from ..models.moving_average import MovingAverage
 from ..neighbors import topk_neighbors
+from ..ops.self_label import self_label_loss_distributed
 from ..runs.artifacts import NEIGHBORS, SELFLABEL_MODEL
 from ..runs.records import StageResult
 from ..training.context import Context
@@ -82,14 +84,20 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         return weak, strong
 
     def step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the cross-entropy on confident images, zero if there is none."""
+        """Return the cross-entropy on confident images, zero if there is none; with several ranks, a share of it."""
         weak, strong = batch
         with torch.no_grad():
             weak_logits = self.result(weak)[0]
         threshold = self.config.threshold
         if self.config.confidence == "per_class":
             weak_logits, threshold = per_class(weak_logits, threshold, self.config.fraction), CERTAIN
-        loss, confident = self_label_loss(weak_logits, self.model(strong)[0], threshold, balance=self.config.balance)
+        strong_logits, balance = self.model(strong)[0], self.config.balance
+        if distributed.several():
+            loss, confident = self_label_loss_distributed(
+                weak_logits, strong_logits, threshold, balance=balance, impl="auto"
+            )
+        else:
+            loss, confident = self_label_loss(weak_logits, strong_logits, threshold, balance=balance)
         return loss, {"loss": loss, "confident": confident / len(weak)}
 
     def after_step(self) -> None:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -140,7 +140,8 @@ class Death:
     signal: int = signal.SIGKILL
 
 
-def _child(words: Sequence[str], log: str, death: Death | None) -> None:
+def _child(words: Sequence[str], log: str, death: Death | None, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         file = os.open(f"{log}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -172,12 +173,19 @@ def _arrange(death: Death) -> None:
 
 
 class Process:
-    """A command in a process of its own."""
+    """A command in a process of its own, with these environment variables besides those that it inherits."""
 
-    def __init__(self, *words: object, log: Path, death: Death | None = None) -> None:
+    def __init__(
+        self,
+        *words: object,
+        log: Path,
+        death: Death | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         _start_server()
         self._log = log
-        self.process = _processes.Process(target=_child, args=([str(word) for word in words], str(log), death))
+        arguments = ([str(word) for word in words], str(log), death, environment or {})
+        self.process = _processes.Process(target=_child, args=arguments)
         self.process.start()
 
     def signal(self, number: int) -> None:

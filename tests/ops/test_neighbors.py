@@ -443,7 +443,7 @@ def test_reference_chunks_do_not_matter() -> None:
         ({"x": [[1.0]]}, "x must be a tensor, got list"),
         ({"x": torch.zeros(5, 3, dtype=torch.int64)}, "x must be float32.* got torch.int64"),
         ({"x": torch.zeros(0, 3)}, "at least one row"),
-        ({"x": torch.zeros(5, 0)}, "at least one row and one column"),
+        ({"x": torch.zeros(5, 0)}, "at least one column"),
         ({"k": 0}, "k must be from 1 to the number of candidates, 4, got 0"),
         ({"k": 5}, "k must be from 1 to the number of candidates, 4, got 5"),
         ({"k": 6, "queries": torch.zeros(2, 3)}, "candidates, 5, got 6"),

@@ -39,7 +39,7 @@ class Guard:
 
     Args:
         store: a connection to the store that nothing else uses.
-        meeting: what to say if the ranks never get as far as :meth:`joined`, and after how many seconds.
+        meeting: what to say if the ranks get no further than :meth:`connecting`, and after how many seconds.
         holds: this process holds the store.
     """
 
@@ -47,7 +47,7 @@ class Guard:
         self.holds = holds
         self._store = store
         self._meeting = meeting
-        self._begin = time.monotonic()
+        self._begin: float | None = None
         self._joined = False
         self._leaving = threading.Event()
         self._beats = 0
@@ -56,6 +56,10 @@ class Guard:
         self._store.set(f"process/{self._rank}", f"{os.getpid()} {socket.gethostname()}")
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._thread.start()
+
+    def connecting(self) -> None:
+        """Note that all ranks have come, and connect with each other now."""
+        self._begin = time.monotonic()
 
     def joined(self) -> None:
         """Note that all ranks have met."""
@@ -135,7 +139,7 @@ class Guard:
                         self._exit()
                     return
                 if not self._joined:
-                    if now - self._begin > self._meeting[1]:
+                    if self._begin is not None and now - self._begin > self._meeting[1]:
                         self._end(self._meeting[0])
                     continue
                 key = f"beat/{watched}"
@@ -236,7 +240,8 @@ def announce(message: str, error: Exception) -> str | None:
         The message to print, which names the rank; None if another rank prints why the run has ended.
     """
     if _guard is None:
-        return message if is_first_by_environment() else None
+        # A rank that could not meet the others speaks for itself.
+        return message if is_first_by_environment() or isinstance(error, RankError) else None
     rank = ranks.current().rank
     if rank and not isinstance(error, RankError):
         message = f"rank {rank}: {message}"

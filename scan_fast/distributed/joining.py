@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ..errors import RankError, UsageError
+from ..errors import RankError
 from . import guard, ranks
 
 JOIN_SECONDS = "SCAN_FAST_JOIN_SECONDS"
@@ -30,8 +31,8 @@ def join() -> ranks.Ranks:
     these will do as well. With a GPU, process N of a machine takes GPU N.
 
     Raises:
-        UsageError: if a variable is missing or wrong.
-        RankError: if the ranks do not meet within ``SCAN_FAST_JOIN_SECONDS``, 50 by default, or run different code.
+        RankError: if a variable is missing or wrong, if the ranks do not meet within ``SCAN_FAST_JOIN_SECONDS`` (50 by
+            default), or if they run different code.
     """
     place = _place()
     if place.world == 1 or ranks.current().world > 1:
@@ -49,6 +50,7 @@ def join() -> ranks.Ranks:
     own = PrefixStore(name, store)
     watching = guard.start(PrefixStore(f"{name}/guard", store.clone()), meeting, _holds(place))
     _wait_for_all(own, place, seconds)
+    watching.connecting()
     gpu = torch.cuda.is_available() and place.local_rank < torch.cuda.device_count()
     if gpu:
         torch.cuda.set_device(place.local_rank)
@@ -82,11 +84,11 @@ def _place() -> ranks.Ranks:
         text = os.environ.get(name, os.environ.get(default) if default else None)
         if text is None or not text.isdecimal():
             given = "it is not set" if text is None else f"got {text!r}"
-            raise UsageError(f"WORLD_SIZE is set, so {name} must be a whole number, as torchrun sets it; {given}")
+            raise RankError(f"WORLD_SIZE is set, so {name} must be a whole number, as torchrun sets it; {given}")
         values[name] = int(text)
     place = ranks.Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"])
     if not place.rank < place.world or not place.local_rank < place.local_world <= place.world:
-        raise UsageError(
+        raise RankError(
             f"RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, got {place.rank} of {place.world} "
             f"and {place.local_rank} of {place.local_world}"
         )
@@ -100,7 +102,7 @@ def _seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise UsageError(f"{JOIN_SECONDS} must be a number of seconds above 0, got {text!r}")
+        raise RankError(f"{JOIN_SECONDS} must be a number of seconds above 0, got {text!r}")
     return seconds
 
 
@@ -112,12 +114,14 @@ def _store(place: ranks.Ranks, seconds: float) -> TCPStore:
     """Connect to the store of torchrun, or make that of the run."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
-        raise UsageError(
+        raise RankError(
             f"MASTER_ADDR and MASTER_PORT must name rank 0's machine and a free port of it, as torchrun sets them; got "
             f"{host!r} and {port!r}"
         )
     holds = _holds(place)
     try:
+        if not holds:
+            _await_store(host, int(port), seconds)
         return TCPStore(
             host,
             int(port),
@@ -127,13 +131,30 @@ def _store(place: ranks.Ranks, seconds: float) -> TCPStore:
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         does = "open" if holds else "reach"
         raise RankError(
             f"rank {place.rank} on {socket.gethostname()} cannot {does} MASTER_ADDR:MASTER_PORT, {host}:{port}, within "
             f"{seconds:.0f} s ({_first_line(error)}); it must be an address of rank 0's machine with a port that the "
             "others may reach"
         ) from error
+
+
+def _await_store(host: str, port: int, seconds: float) -> None:
+    """Return once the store can be reached. The store's own client may try for much longer than it is told to.
+
+    Raises:
+        OSError: if it cannot be reached in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() + 0.5 >= end:
+                raise
+            time.sleep(0.5)
 
 
 def _holds(place: ranks.Ranks) -> bool:

@@ -212,14 +212,8 @@ def run_clustering(context: Context, handover: Handover) -> None:
     if not config.trains:
         run_partitioning(context, NAME, handover)
         return
-    with seeded(context.config.seed, NAME):
-        model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
-    model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
-    if config.initialize == "kmeans" and not context.run.has(checkpoint(NAME)):
-        start_from_kmeans(context, model, handover)
-    if config.update == "full":
-        handover.drop([FEATURES])  # only a frozen backbone needs them again
-    stage = Clustering(context, model, handover)
+    stage = build(context, handover)
+    model = stage.model
     if config.true_neighbors:
         alone = f"{stage.partners.alone:,} of {stage.n_images:,} images have none"
         context.tracker.say(f"{NAME}: oracle: labels choose the neighbours that train; {alone}")
@@ -241,6 +235,19 @@ def run_clustering(context: Context, handover: Handover) -> None:
     record = {name: value for name, value in best.items() if name != "model"}
     context.run.write(CLUSTER_MODEL, StageResult(best["model"], record))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
+
+
+def build(context: Context, handover: Handover) -> Clustering:
+    """Return the stage with the heads that it starts from."""
+    config = context.config.clustering
+    with seeded(context.config.seed, NAME):
+        model = context.place(ClusterModel(context.without_pretrained, context.n_clusters, config.heads))
+    model.backbone.load_state_dict(pretext_model(context).backbone.state_dict())
+    if config.initialize == "kmeans" and not context.run.has(checkpoint(NAME)):
+        start_from_kmeans(context, model, handover)
+    if config.update == "full":
+        handover.drop([FEATURES])  # only a frozen backbone needs them again
+    return Clustering(context, model, handover)
 
 
 @torch.no_grad()

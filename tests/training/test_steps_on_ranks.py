@@ -1,0 +1,154 @@
+"""One training step on two and on four ranks: loss and gradients are those of one process with the whole batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driving import TINY, _processes, _start_server, opened, run_here
+from rank_checks import Checks, join, leave
+
+from scan_fast import distributed
+from scan_fast.data.loader import epoch_batches
+from scan_fast.random import stream_key
+from scan_fast.stages import clustering, pretext, selflabel
+from scan_fast.stages.handover import Handover
+from scan_fast.stages.inputs import cluster_model
+from scan_fast.training.context import Context, seeded
+from scan_fast.training.loop import Stage
+from scan_fast.training.parallel import on_all_ranks
+
+METHODS = {
+    "simclr": (),
+    "simclr with one side": ("pretext.method.anchors=first",),
+    "simclr with small views": ("pretext.method.small_views=2", "pretext.method.batch_statistics=per_view"),
+    "moco": ("pretext.method={kind: moco, queue_size: 90}",),
+    "byol": ("pretext.method=byol", "model.projector=mlp_bn"),
+    "sigreg": ("pretext.method=sigreg", "model.projector=mlp_bn"),
+    "visreg": ("pretext.method=visreg", "model.projector=mlp_bn"),
+    "rotation": ("pretext.method=rotation", "mining.features=backbone"),
+}
+OBJECTIVES = {
+    "scan": (),
+    "scan of one head": ("clustering.heads=1",),
+    "scan with sizes": ("clustering.objective.prior=estimated", "clustering.initialize=kmeans"),
+    "scan on a frozen network": ("clustering.update=heads",),
+    "temi": ("clustering.objective=temi", "clustering.update=heads"),
+    "turtle": ("clustering.objective=turtle", "clustering.update=heads"),
+}
+SELF_LABELLING = {
+    "fixed threshold": (),
+    "no balance": ("selflabel.balance=false",),
+    "most confident of each cluster": ("selflabel.confidence=per_class", "selflabel.threshold=0.99"),
+    "average written back": ("selflabel.ema_mode=write_back",),
+    "nobody is confident": ("selflabel.threshold=1",),
+}
+STEPS = 2
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_here("run", "digits", *TINY, "--out", folder, "--quiet").code == 0
+    return folder
+
+
+def pretext_stage(context: Context) -> Stage[Any]:
+    with seeded(0, "pretext"):
+        model = pretext.start_model(context)
+        method = pretext.build_method(context, model)
+    return pretext.Pretext(context, model, method, Handover())
+
+
+def clustering_stage(context: Context) -> Stage[Any]:
+    return clustering.build(context, Handover())
+
+
+def selflabel_stage(context: Context) -> Stage[Any]:
+    return selflabel.SelfLabel(context, cluster_model(context)[0], Handover())
+
+
+CASES: list[tuple[str, Callable[[Context], Stage[Any]], tuple[str, ...]]] = [
+    *((f"pretext, {name}", pretext_stage, words) for name, words in METHODS.items()),
+    *((f"clustering, {name}", clustering_stage, words) for name, words in OBJECTIVES.items()),
+    *((f"selflabel, {name}", selflabel_stage, words) for name, words in SELF_LABELLING.items()),
+]
+
+
+def steps(stage: Stage[Any], context: Context) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the losses of some steps, the gradients of each, and the buffers, of the whole batch."""
+    compute = on_all_ranks(stage.step, stage.modules(), context.device, own_buffers=False)
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.01)
+    stage.prepare()
+    stage.train_mode()
+    place, losses, found = distributed.current(), [], []
+    key, size = stream_key(0, stage.name), stage.training.batch_size
+    batches = epoch_batches(key, 0, stage.n_images, size, rank=place.rank, world=place.world)
+    for _, indices in zip(range(STEPS), batches, strict=False):
+        optimizer.zero_grad()
+        loss, metrics = compute(stage.batch(0, indices))
+        loss.backward()
+        losses += [distributed.mean(value.detach().double()) for value in (loss, *metrics.values())]
+        # Copies, because the buckets of the ranks are written again in the next step.
+        found += [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+        optimizer.step()
+        stage.after_step()
+    found += [buffer.clone() for buffer in stage.model.buffers() if buffer.is_floating_point()]
+    return losses, found
+
+
+def on_rank(rank: int, store: str, world: int, folder: str, finished: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    checks = Checks()
+    if world > 1:
+        join(rank, store, world)
+    for number, (name, build, words) in enumerate(CASES):
+        own = Path(folder) / f"{world}-{number}"
+        if rank == 0:
+            shutil.copytree(finished, own, ignore=shutil.ignore_patterns("pretext.pt", "clustering.pt", "selflabel.pt"))
+        distributed.wait()
+        with opened(own, *words, again=True) as context:
+            losses, found = steps(build(context), context)
+        file = Path(folder) / f"{number}.pt"
+        if world == 1:
+            torch.save((losses, found), file)
+            continue
+        expected_losses, expected = torch.load(file)
+        checks.true(f"{name}: {len(expected)} gradients", len(found) == len(expected))
+        checks.close(f"{name}: loss", torch.stack(losses), torch.stack(expected_losses), LIMIT, LIMIT)
+        scale = torch.stack([value.norm() for value in expected]).norm()
+        error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
+        checks.close(f"{name}: gradients", error / scale, torch.zeros(()), 0.0, LIMIT)
+    if world > 1:
+        leave(rank, checks, results)
+    else:
+        results.put((rank, checks.differences, checks.done))
+
+
+def answers(world: int, folder: Path, finished: Path) -> list[tuple[int, list[str], int]]:
+    _start_server()
+    results = _processes.SimpleQueue()
+    arguments = (str(folder / f"store{world}"), world, str(folder), str(finished), results)
+    processes = [_processes.Process(target=on_rank, args=(rank, *arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(400)
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return sorted(results.get() for _ in processes)
+
+
+@pytest.mark.slow
+def test_a_step_on_several_ranks(finished: Path, tmp_path: Path) -> None:
+    assert answers(1, tmp_path, finished) == [(0, [], 0)]
+    for world in (2, 4):
+        for rank, differences, done in answers(world, tmp_path, finished):
+            assert not differences, f"rank {rank} of {world}"
+            assert done == 3 * len(CASES)

@@ -15,13 +15,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import distributed
 from ..models.backbones import ModelConfig
 from ..models.heads import PretextModel
 from ..random import Key, normals
 from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
 
-Measure = Callable[[Tensor, Tensor], Tensor]
-"""Maps embeddings (B, D) and directions (K, D) to the distance from the standard normal distribution, a scalar."""
+Measure = Callable[..., Tensor]
+"""Maps embeddings (B, D) and directions (K, D) to the distance from the standard normal distribution, a scalar.
+
+It is one of :mod:`scan_fast.ops.gaussian`, with ``gather_distributed`` and ``even``.
+"""
 
 
 class GaussianSettings(MultiViewSettings):
@@ -68,7 +72,9 @@ class GaussianMethod(MultiViewMethod):
             rows = [z.float() for z in rows]
             directions = self.directions.draw(rows[0].shape[1])
             distance = view_distance(rows)
-            shape = torch.stack([self._settings.measure(z, directions) for z in rows]).mean()
+            # Each rank has as many rows, and draws the same directions.
+            ranks = {"gather_distributed": distributed.several(), "even": True}
+            shape = torch.stack([self._settings.measure(z, directions, **ranks) for z in rows]).mean()
             loss = distance + self._settings.weight * shape
         return loss, {"loss": loss, "distance": distance, "shape": shape}
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from .. import distributed
 from ..errors import ConfigError
-from ..losses import nt_xent
 from ..models.heads import PretextModel
 from ..models.moving_average import MovingAverage
-from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
+from ..ops.collectives import all_gather
+from .multi_view import LARGE, MultiViewMethod, MultiViewSettings, contrast
 
 QUEUE_SIZE = 65_536
 """Rows of the queue in the paper, 5 % of ImageNet's images."""
@@ -98,15 +99,16 @@ class MoCo(MultiViewMethod):
         with torch.no_grad():
             self._keys = F.normalize(self.average.model(images[1]).float(), dim=1)
         temperature, queue = self.settings.temperature, self.queue
-        losses = [nt_xent(rows, self._keys, temperature, anchors="first", queue=queue) for rows in queries]
+        losses = [contrast(rows, self._keys, temperature, anchors="first", queue=queue) for rows in queries]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the key network, and replace the oldest rows of the queue by the batch's keys."""
+        """Move the key network, and replace the oldest rows of the queue by the batch's keys, those of all ranks."""
         self.average.update()
-        keys = self._keys[-len(self.queue) :]
+        batch = all_gather(self._keys).flatten(0, 1) if distributed.several() else self._keys
+        keys = batch[-len(self.queue) :]
         places = (self._next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys)
         self._next.add_(len(keys)).remainder_(len(self.queue))

@@ -14,7 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from .. import distributed
+from ..losses import nt_xent
 from ..models.heads import PretextModel
+from ..ops.nt_xent import nt_xent_distributed
 from ..views.parameters import SimCLRView, View
 from .base import MethodSettings, PretextMethod
 
@@ -98,3 +101,15 @@ class MultiViewMethod(PretextMethod):
         if self._per_view:
             return [network(view) for group in groups for view in group]
         return [rows for group in groups if group for rows in network(torch.cat(list(group))).chunk(len(group))]
+
+
+def contrast(
+    z0: Tensor, z1: Tensor, temperature: float, *, anchors: Literal["both", "first"], queue: Tensor | None = None
+) -> Tensor:
+    """Return NT-Xent of two views (B, D), see :func:`scan_fast.nt_xent`; the rows of all ranks are negatives.
+
+    With several ranks it is the mean over this rank's anchors. Every rank passes the same queue.
+    """
+    if distributed.several():
+        return nt_xent_distributed(z0, z1, temperature, anchors=anchors, queue=queue, impl="auto")
+    return nt_xent(z0, z1, temperature, anchors=anchors, queue=queue)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..losses import sigreg_loss
+from ..ops.gaussian import sigreg
 from .gaussian import GaussianSettings, Measure
 
 
@@ -22,4 +22,4 @@ class SIGRegSettings(GaussianSettings):
     @property
     def measure(self) -> Measure:
         """:func:`~scan_fast.losses.sigreg_loss`."""
-        return sigreg_loss
+        return sigreg

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..losses import nt_xent
 from ..models.heads import PretextModel
-from .multi_view import LARGE, MultiViewMethod, MultiViewSettings
+from .multi_view import LARGE, MultiViewMethod, MultiViewSettings, contrast
 
 
 class SimCLRSettings(MultiViewSettings):
@@ -46,6 +45,6 @@ class SimCLR(MultiViewMethod):
         rows = self.embed(images)
         pairs = [(0, 1), *((large, small) for small in range(LARGE, len(rows)) for large in range(LARGE))]
         temperature, anchors = self.settings.temperature, self.settings.anchors
-        losses = [nt_xent(rows[a], rows[b], temperature, anchors=anchors) for a, b in pairs]
+        losses = [contrast(rows[a], rows[b], temperature, anchors=anchors) for a, b in pairs]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss, {"loss": loss}

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..losses import visreg_loss
+from ..ops.gaussian import visreg
 from .gaussian import GaussianSettings, Measure
 
 
@@ -23,4 +23,4 @@ class VISRegSettings(GaussianSettings):
     @property
     def measure(self) -> Measure:
         """:func:`~scan_fast.losses.visreg_loss`."""
-        return visreg_loss
+        return visreg

@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .. import distributed
 from ..errors import ConfigError
+from ..ops.collectives import mean_over_ranks
 from .base import ObjectiveSettings
 
 Prior = Literal["uniform", "estimated"] | Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2)]
@@ -27,6 +29,15 @@ def check_prior(prior: Prior, n_clusters: int) -> None:
     """
     if isinstance(prior, tuple) and len(prior) != n_clusters:
         raise ConfigError(f"prior must have one size for each of the {n_clusters} clusters, got {len(prior)} sizes")
+
+
+def mean_of_batch(probabilities: Tensor) -> Tensor:
+    """Return the mean over the images of a batch, those of all ranks if there are several: (H, C) for (H, B, C).
+
+    The gradient is that of what every rank computes of the mean alike.
+    """
+    mean = probabilities.mean(dim=-2)
+    return mean_over_ranks(mean) if distributed.several() else mean
 
 
 class PriorSettings(ObjectiveSettings):

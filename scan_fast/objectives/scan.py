@@ -8,10 +8,12 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from .. import distributed
 from ..evaluation.model_selection import selection_loss
 from ..losses import scan_loss
+from ..ops.scan_loss import scan_loss_distributed
 from .base import Heads, Objective
-from .prior import ClusterPrior, PriorSettings
+from .prior import ClusterPrior, PriorSettings, mean_of_batch
 
 
 class SCANSettings(PriorSettings):
@@ -49,12 +51,14 @@ class SCAN(Objective):
 
     def loss(self, heads: Heads, anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the SCAN loss of each head, and the means over the heads of the loss and its terms."""
-        logits, weight = heads(anchors), self.settings.entropy_weight
-        total, consistency, entropy = scan_loss(logits, heads(neighbors), weight)
+        logits, others, weight = heads(anchors), heads(neighbors), self.settings.entropy_weight
+        if distributed.several():
+            total, consistency, entropy = scan_loss_distributed(logits, others, weight, impl="auto")
+        else:
+            total, consistency, entropy = scan_loss(logits, others, weight)
         metrics = {"consistency": consistency.mean(), "entropy": entropy.mean()}
         if not self.prior.uniform:
-            mean = logits.float().softmax(dim=-1).mean(dim=-2)
-            divergence = self.prior.divergence(mean, entropy)
+            divergence = self.prior.divergence(mean_of_batch(logits.float().softmax(dim=-1)), entropy)
             total = consistency + weight * divergence
             metrics["divergence"] = divergence.mean()
         return total, {"loss": total.mean(), **metrics}

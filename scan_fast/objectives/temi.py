@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from .. import distributed
 from ..evaluation.model_selection import neighbor_pairs
 from ..models.heads import ClusterModel
 from ..models.moving_average import MovingAverage
@@ -61,7 +62,7 @@ class TEMI(Objective):
         students = [_log_probabilities(heads(features)) for features in (anchors, neighbors)]
         with torch.no_grad():
             teachers = [_log_probabilities(self.teacher.model.heads(features)) for features in (anchors, neighbors)]
-            self._move_marginal(torch.stack(teachers).exp().mean(dim=(0, 2)))
+            self._move_marginal(distributed.mean(torch.stack(teachers).exp().mean(dim=(0, 2))))
             log_m, weights = self.log_marginal(), self._weights(*teachers)
         losses = sum(
             _information(student, teacher, log_m, self.settings.beta)

@@ -11,9 +11,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import distributed
 from ..evaluation.model_selection import modularity
+from ..ops.collectives import all_gather
 from .base import Heads, Objective
-from .prior import ClusterPrior, PriorSettings
+from .prior import ClusterPrior, PriorSettings, mean_of_batch
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -60,9 +62,9 @@ class TURTLE(Objective):
         logits = heads(anchors)
         with torch.autocast(logits.device.type, enabled=False):
             labels = (logits if logits.dtype == torch.float64 else logits.float()).softmax(dim=-1)
-            log_q = probe_log_probabilities(anchors, labels, self.settings.inner_steps, self.settings.inner_lr)
+            log_q = self._log_q(anchors, labels)
             cross_entropy = -(labels * log_q).sum(dim=-1).mean(dim=-1)
-            mean = labels.mean(dim=-2)
+            mean = mean_of_batch(labels)
             entropy = self.prior.entropy(mean)
             spread = -entropy if self.prior.uniform else self.prior.divergence(mean, entropy)
             total = cross_entropy + self.settings.entropy_weight * spread
@@ -70,6 +72,15 @@ class TURTLE(Objective):
         if not self.prior.uniform:
             metrics["divergence"] = spread
         return total, {name: value.mean() for name, value in metrics.items()}
+
+    def _log_q(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the log probabilities of probes that learned the labels of the whole batch, of this rank's images."""
+        steps, lr = self.settings.inner_steps, self.settings.inner_lr
+        if not distributed.several():
+            return probe_log_probabilities(features, labels, steps, lr)
+        everyone = all_gather(labels).movedim(0, 1).flatten(1, 2)  # (H, B of all ranks, C)
+        log_q = probe_log_probabilities(all_gather(features).flatten(0, 1), everyone, steps, lr)
+        return log_q.split(len(features), dim=1)[distributed.current().rank]
 
     def score(self, logits: Tensor, neighbors: Tensor) -> Tensor:
         """Return minus the modularity of each head's labels on the graph of neighbours."""

@@ -26,9 +26,13 @@ from .collectives import gather_numbers, rows_of_all_ranks, several_ranks, sum_o
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def sigreg(z: Tensor, directions: Tensor, *, gather_distributed: bool) -> Tensor:
-    """See :func:`scan_fast.losses.sigreg_loss`."""
-    z, directions, counts = _prepared(z, directions, gather_distributed)
+def sigreg(z: Tensor, directions: Tensor, *, gather_distributed: bool, even: bool = False) -> Tensor:
+    """See :func:`scan_fast.losses.sigreg_loss`.
+
+    With ``even`` the caller promises that all ranks have as many rows and the same directions. Their numbers are not
+    compared, so the host does not wait for the device.
+    """
+    z, directions, counts = _prepared(z, directions, gather_distributed, even)
     with torch.autocast(z.device.type, enabled=False):
         # Of an integer that torch.func.jvp and dual_level() raise from -1: the fast form has no forward derivatives.
         if counts is None and forward_ad._current_level >= 0:
@@ -39,9 +43,12 @@ def sigreg(z: Tensor, directions: Tensor, *, gather_distributed: bool) -> Tensor
         return reference.sigreg_of_means(*(sums / (len(z) if counts is None else sum(counts))).unbind(1))
 
 
-def visreg(z: Tensor, directions: Tensor, *, gather_distributed: bool) -> Tensor:
-    """See :func:`scan_fast.losses.visreg_loss`. Each rank sorts the projections on its share of the directions."""
-    z, directions, counts = _prepared(z, directions, gather_distributed)
+def visreg(z: Tensor, directions: Tensor, *, gather_distributed: bool, even: bool = False) -> Tensor:
+    """See :func:`scan_fast.losses.visreg_loss`, and :func:`sigreg` for ``even``.
+
+    Each rank sorts the projections on its share of the directions.
+    """
+    z, directions, counts = _prepared(z, directions, gather_distributed, even)
     with torch.autocast(z.device.type, enabled=False):
         if counts is None:
             return reference.visreg(z, directions)
@@ -50,7 +57,9 @@ def visreg(z: Tensor, directions: Tensor, *, gather_distributed: bool) -> Tensor
         return centre + scale + sum_over_ranks(shapes.sum()) / len(directions)
 
 
-def _prepared(z: Tensor, directions: Tensor, gather_distributed: bool) -> tuple[Tensor, Tensor, list[int] | None]:
+def _prepared(
+    z: Tensor, directions: Tensor, gather_distributed: bool, even: bool
+) -> tuple[Tensor, Tensor, list[int] | None]:
     """Check the arguments and return them in the dtype of the computation, with the rows of each rank or None."""
     for name, x, shape in (("z", z, "(B, D)"), ("directions", directions, "(K, D)")):
         if not isinstance(x, Tensor):
@@ -67,12 +76,14 @@ def _prepared(z: Tensor, directions: Tensor, gather_distributed: bool) -> tuple[
         )
     if z.device != directions.device:
         raise ValueError(f"z and directions must be on the same device, got {z.device} and {directions.device}")
-    counts = _rows_by_rank(z, directions) if gather_distributed and several_ranks() else None
+    counts = None
+    if gather_distributed and several_ranks():
+        counts = [len(z)] * dist.get_world_size() if even else _rows_by_rank(z, directions)
     if (len(z) if counts is None else sum(counts)) < 2:
         raise ValueError(f"z must have at least two rows, which form a distribution, got shape {tuple(z.shape)}")
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     directions = F.normalize(directions.detach().to(dtype), dim=1)
-    if counts is not None:
+    if counts is not None and not even:
         directions = directions.contiguous().clone()
         dist.broadcast(directions, src=0)
     return z.to(dtype), directions, counts

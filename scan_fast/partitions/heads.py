@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import distributed
 from ..data.loader import epoch_batches, steps_per_epoch
 from ..errors import ConfigError
 from ..models.heads import ClusterModel
@@ -57,6 +58,7 @@ class TrainedHeads:
 
 
 @one_thread()
+@distributed.alone()
 def train_heads(
     features: Tensor,
     neighbors: Tensor,
@@ -73,7 +75,8 @@ def train_heads(
     """Train linear heads on frozen features. Pairs are a function of seed, epoch and image.
 
     The heads are trained by Adam, with a cosine from ``lr`` to 0, on the first principal components of the features.
-    Each head fits the start with other random weights of the images, so that the heads differ.
+    Each head fits the start with other random weights of the images, so that the heads differ. Other ranks take no
+    part.
 
     Args:
         features: (N, D) float32, rows of unit length.

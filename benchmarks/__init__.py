@@ -5,6 +5,7 @@ BENCHMARKS = {
     "scan_loss": "SCAN loss, forward and backward",
     "self_label": "self-label loss, forward and backward",
     "neighbors": "exact top-k neighbour search",
+    "sharded_search": "exact top-k neighbour search over several ranks: memory and traffic",
     "batch_norm": "batch normalisation, residual and ReLU in training",
     "convolution": "convolution in bfloat16, forward and both gradients",
     "gaussian": "SIGReg and VISReg, alone and in a training step",

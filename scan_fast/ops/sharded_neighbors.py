@@ -56,15 +56,16 @@ def sharded_topk_neighbors(
     Without a process group, or with one process, it is that function.
 
     Memory: let n be the largest number of rows of a rank, about N / ranks, D the columns, b the bytes of an element and
-    q the number of this rank's queries. Beyond ``x`` and ``queries`` a rank holds at most
+    q the number of this rank's queries. Beyond ``x`` and ``queries``, a rank on the CPU needs at most the larger of
 
-        2 n D b       the block that it searches and the one that arrives (1 n D b with two ranks)
-        48 q k        four lists: of lower and of upper blocks, of the present block, and of a merger
-        (n + q) D b   only if ``x`` and ``queries`` are not contiguous
+        n D b + 12 n k + 8 n (256 + 4 k) + s     its rows against themselves, while a block arrives
+        2 n D b + 48 q k + s                     another block, while the next one arrives, and four lists per query
 
-    and what a search of q queries among n rows takes: on the CPU the compiled kernel keeps about (n + q) D values of 16
-    bits, or of 32 on a processor that multiplies them no faster, and for 16-bit inputs 4 (n + q) D bytes of copies in
-    float32. Nothing grows with N n.
+    bytes, with s the compiled kernel's packed rows, 2 n D or at most 4 n D bytes, and some MiB per thread. The lists of
+    8 n (256 + 4 k) bytes are not made if they take more than 256 MiB and 16 n D bytes. For 16-bit inputs, copies in
+    float32 come on top, 4 (n + q) D bytes. A tensor that is not contiguous is copied. On a GPU, the search of a block
+    takes about 4 (n + q) D bytes and its lists (``csrc/neighbors/neighbors.h``). The reference takes copies in float64
+    and the similarities of 1,024 queries. ``python -m benchmarks.sharded_search`` measures the peak.
 
     Traffic: each rank sends the rows of all ranks but the next one, (N - n) D b bytes if all have n rows, in ranks - 1
     messages, each of which is on its way while a block is searched. The host waits for the device only to read how many

@@ -38,8 +38,13 @@ class PretextMethod(ABC):
     def loss(self, images: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimise, and scalars on the device to average over the epoch (with "loss").
 
+        With several ranks (:func:`scan_fast.distributed.several`) a batch is spread over them, with as many images on
+        each, in the order of the ranks. The mean over the ranks of the loss, and of the gradients, must be that of the
+        whole batch. A mean over images is right as it is. What compares images needs those of all ranks, as the losses'
+        ``gather_distributed`` does.
+
         Args:
-            images: one tensor (B, 3, S, S) per view, in the order of :meth:`views`.
+            images: one tensor (B, 3, S, S) per view, in the order of :meth:`views`; with several ranks, of this one.
         """
 
     def modules(self) -> list[nn.Module]:

@@ -42,6 +42,10 @@ class Objective(ABC):
 
         The stage minimises the sum over the heads. The scalars must have "loss".
 
+        With several ranks (:func:`scan_fast.distributed.several`) a batch is spread over them, with as many images on
+        each, in the order of the ranks. The mean over the ranks of the loss, and of the gradients, must be that of the
+        whole batch. What is kept must be the same on all ranks.
+
         Args:
             heads: the heads in training.
             anchors: (B, D) features of images.

@@ -48,6 +48,8 @@ class Guard:
         self._store = store
         self._meeting = meeting
         self._begin: float | None = None
+        self._processes: dict[int, tuple[int, str]] = {}
+        self._speaking, self._spoken = threading.Lock(), False
         self._joined = False
         self._leaving = threading.Event()
         self._beats = 0
@@ -59,6 +61,9 @@ class Guard:
 
     def connecting(self) -> None:
         """Note that all ranks have come, and connect with each other now."""
+        for rank in range(self._world):
+            number, _, host = self._store.get(f"process/{rank}").decode().partition(" ")
+            self._processes[rank] = int(number), host
         self._begin = time.monotonic()
 
     def joined(self) -> None:
@@ -80,8 +85,11 @@ class Guard:
             first = self._store.add(_CLAIMS, 1) == 1
             if first:
                 self._store.set(_MESSAGE, message)
-        except Exception:  # the store is gone, and with it whoever might print
-            return True
+        except Exception:  # The store is gone, and with it rank 0: one rank of each machine speaks.
+            place = ranks.current()
+            first = place.local_rank == 0 or place.rank == 1
+        with self._speaking:
+            first, self._spoken = first and not self._spoken, True
         return bool(first)
 
     def depart(self) -> None:
@@ -110,20 +118,17 @@ class Guard:
 
     def dead(self) -> str | None:
         """Return in words which process of this machine has ended without a word, None if all live."""
-        for rank in range(self._world):
-            found = self._process(rank)
-            if rank == self._rank or found is None or found[1] != socket.gethostname() or _lives(found[0]):
-                continue
-            if not self._store.check([f"ended/{rank}"]):
-                return f"rank {rank} (process {found[0]}) was killed or ran out of memory"
+        here = socket.gethostname()
+        for rank, (process, host) in self._processes.items():
+            if rank != self._rank and host == here and not _lives(process) and not self._has_ended(rank):
+                return f"rank {rank} (process {process}) was killed or ran out of memory"
         return None
 
-    def _process(self, rank: int) -> tuple[int, str] | None:
-        key = f"process/{rank}"
-        if not self._store.check([key]):
-            return None
-        number, _, host = self._store.get(key).decode().partition(" ")
-        return int(number), host
+    def _has_ended(self, rank: int) -> bool:
+        try:
+            return bool(self._store.check([f"ended/{rank}"]))
+        except Exception:  # the store is gone, so its holder has not ended as it should
+            return False
 
     def _watch(self) -> None:
         watched, last, seen, beat = (self._rank + 1) % self._world, time.monotonic(), b"", 0.0
@@ -146,25 +151,26 @@ class Guard:
                 found = self._store.get(key) if self._store.check([key]) else b""
                 if found != seen:
                     seen, last = found, now
-                elif now - last > SILENT_SECONDS and not self._store.check([f"ended/{watched}"]):
-                    process = self._process(watched)
-                    where = f" (process {process[0]} on {process[1]})" if process else ""
+                elif now - last > SILENT_SECONDS and not self._has_ended(watched):
+                    process, host = self._processes[watched]
                     self._end(
-                        f"rank {watched}{where} has given no sign of life for {SILENT_SECONDS:.0f} s: it was killed, "
-                        "it hangs, or its machine is gone; the same command continues"
+                        f"rank {watched} (process {process} on {host}) has given no sign of life for "
+                        f"{SILENT_SECONDS:.0f} s: it was killed, it hangs, or its machine is gone"
                     )
                 # Its last words may be on their way.
                 elif (words := self.dead()) is not None and not self.has_failed(GRACE_SECONDS / 2):
-                    self._end(f"{words}; the same command continues")
+                    self._end(words)
             except Exception as error:
                 if self._leaving.is_set():
                     return
                 self._end(
-                    f"the store by which the ranks have met is gone, and with it the process or the machine that held "
-                    f"it ({type(error).__name__}); the same command continues"
+                    self.dead()
+                    or "the store by which the ranks have met is gone, and with it the process or the machine of "
+                    f"rank 0 ({type(error).__name__})"
                 )
 
-    def _end(self, message: str) -> None:
+    def _end(self, words: str) -> None:
+        message = f"{words}; the same command continues"
         if self.claim(message):
             print(f"scan-fast: {message}", file=sys.stderr, flush=True)
             record(message)

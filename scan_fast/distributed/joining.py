@@ -41,8 +41,8 @@ def join() -> ranks.Ranks:
     store = _store(place, seconds)
     ranks.enter(place)
     meeting = (
-        f"the ranks have found {_address()}, but not each other, within {seconds:.0f} s; GLOO_SOCKET_IFNAME (with GPUs "
-        "NCCL_SOCKET_IFNAME, too) names the network interface to use",
+        f"the ranks have found {_address()}, but not each other, within {seconds:.0f} s: GLOO_SOCKET_IFNAME, and with "
+        "GPUs NCCL_SOCKET_IFNAME, must name the network interface between the machines; once it does",
         seconds,
     )
     # A launcher that starts the ranks again uses the same store.

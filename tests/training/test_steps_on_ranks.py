@@ -47,8 +47,11 @@ SELF_LABELLING = {
     "average written back": ("selflabel.ema_mode=write_back",),
     "nobody is confident": ("selflabel.threshold=1",),
 }
-STEPS = 2
-LIMIT = 1e-5
+LIMITS = (1e-5, 1e-4)
+"""Largest relative error of each of two steps in float32. The second is that of weights that differ by the first."""
+UNSTEADY: dict[str, tuple[int, int]] = {"pretext, visreg": (20, 20), "clustering, scan with sizes": (2, 200)}
+"""Factors on the limits for gradients that change as much in one process if the images of a batch change places: those
+of the first by 8e-5, those of the second by 7e-3 in the second step."""
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +83,28 @@ CASES: list[tuple[str, Callable[[Context], Stage[Any]], tuple[str, ...]]] = [
 ]
 
 
-def steps(stage: Stage[Any], context: Context) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the losses of some steps, the gradients of each, and the buffers, of the whole batch."""
+def steps(stage: Stage[Any], context: Context) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Return for each step the loss and the scalars of the whole batch, and the gradients; last the buffers."""
     compute = on_all_ranks(stage.step, stage.modules(), context.device, own_buffers=False)
-    optimizer = torch.optim.SGD(stage.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.001)
     stage.prepare()
     stage.train_mode()
-    place, losses, found = distributed.current(), [], []
+    place, found = distributed.current(), []
     key, size = stream_key(0, stage.name), stage.training.batch_size
     batches = epoch_batches(key, 0, stage.n_images, size, rank=place.rank, world=place.world)
-    for _, indices in zip(range(STEPS), batches, strict=False):
+    for _, indices in zip(LIMITS, batches, strict=True):
         optimizer.zero_grad()
         loss, metrics = compute(stage.batch(0, indices))
         loss.backward()
-        losses += [distributed.mean(value.detach().double()) for value in (loss, *metrics.values())]
+        scalars = torch.stack([value.detach().double() for value in (loss, *metrics.values())])
         # Copies, because the buckets of the ranks are written again in the next step.
-        found += [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+        gradients = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+        found.append((distributed.mean(scalars), gradients))
         optimizer.step()
         stage.after_step()
-    found += [buffer.clone() for buffer in stage.model.buffers() if buffer.is_floating_point()]
-    return losses, found
+    buffers = [buffer.clone() for buffer in stage.model.buffers() if buffer.is_floating_point()]
+    found[-1][1].extend(buffers)
+    return found
 
 
 def on_rank(rank: int, store: str, world: int, folder: str, finished: str, results: Any) -> None:
@@ -113,17 +118,18 @@ def on_rank(rank: int, store: str, world: int, folder: str, finished: str, resul
             shutil.copytree(finished, own, ignore=shutil.ignore_patterns("pretext.pt", "clustering.pt", "selflabel.pt"))
         distributed.wait()
         with opened(own, *words, again=True) as context:
-            losses, found = steps(build(context), context)
+            found = steps(build(context), context)
         file = Path(folder) / f"{number}.pt"
         if world == 1:
-            torch.save((losses, found), file)
+            torch.save(found, file)
             continue
-        expected_losses, expected = torch.load(file)
-        checks.true(f"{name}: {len(expected)} gradients", len(found) == len(expected))
-        checks.close(f"{name}: loss", torch.stack(losses), torch.stack(expected_losses), LIMIT, LIMIT)
-        scale = torch.stack([value.norm() for value in expected]).norm()
-        error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
-        checks.close(f"{name}: gradients", error / scale, torch.zeros(()), 0.0, LIMIT)
+        for step, (ours, theirs, limit) in enumerate(zip(found, torch.load(file), LIMITS, strict=True)):
+            checks.close(f"{name}, step {step}: scalars", ours[0], theirs[0], limit, limit)
+            checks.true(f"{name}, step {step}: {len(theirs[1])} gradients", len(ours[1]) == len(theirs[1]))
+            scale = torch.stack([value.norm() for value in theirs[1]]).norm().clamp_min(1e-30)
+            error = torch.stack([(a - b).norm() for a, b in zip(ours[1], theirs[1], strict=True)]).norm()
+            allowed = limit * UNSTEADY.get(name, (1, 1))[step]
+            checks.close(f"{name}, step {step}: gradients", error / scale, torch.zeros(()), 0.0, allowed)
     if world > 1:
         leave(rank, checks, results)
     else:
@@ -151,4 +157,4 @@ def test_a_step_on_several_ranks(finished: Path, tmp_path: Path) -> None:
     for world in (2, 4):
         for rank, differences, done in answers(world, tmp_path, finished):
             assert not differences, f"rank {rank} of {world}"
-            assert done == 3 * len(CASES)
+            assert done == 6 * len(CASES)

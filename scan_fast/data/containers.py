@@ -5,16 +5,20 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..errors import DataError
+from .agreement import check_same, raise_first
 from .folders import TEST_NAMES, TRAIN_NAMES
 
 Label = int | str | None
+T = TypeVar("T")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -108,6 +112,33 @@ def split_files(files: Sequence[str]) -> tuple[list[str], list[str] | None]:
             "select fewer files, or rename it"
         )
     return train, test
+
+
+def index_files(files: Sequence[str], index: Callable[[str], T]) -> list[T]:
+    """Index container files, each on one rank, and return what all ranks have found, in the order of the files.
+
+    Args:
+        files: paths of the files; of the same names and sizes on all ranks.
+        index: lists what a file holds; the result must be fit for a pickle.
+
+    Raises:
+        DataError: if the ranks have different files.
+        Exception: on all ranks, what `index` raises for the first file for which it does.
+    """
+    if not distributed.several():
+        return [index(file) for file in files]
+    root = common_folder(files)
+    check_same([f"{os.path.relpath(file, root)} ({os.path.getsize(file)} bytes)" for file in files], "files")
+    found: list[T] = []
+    problem = None
+    begin, end = distributed.share(len(files))
+    try:
+        with distributed.alone():
+            found = [index(file) for file in files[begin:end]]
+    except Exception as error:
+        problem = error
+    raise_first(problem)
+    return [each for part in distributed.gathered(found) for each in part]
 
 
 def class_numbers(labels: Sequence[Label]) -> tuple[Tensor | None, list[str] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from .. import distributed
 from .decode import Header
 from .encoded import Identity
 
@@ -47,6 +48,11 @@ class DecodeCache:
         """Enter an image that was decoded after its identity had been read."""
         if identity.mtime_ns < time.time_ns() - _SETTLED_NS:
             self._entries[identity.key] = [identity.size, identity.mtime_ns, *map(int, header), fingerprint]
+
+    def exchange(self) -> None:
+        """Add the entries of all ranks."""
+        for entries in distributed.gathered(self._entries) if distributed.several() else ():
+            self._entries.update(entries)
 
     def to_bytes(self) -> bytes:
         """Return the entries of the images that were recalled or noted."""

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 _END = 8192
 
 #: Bytes of an encoded image, or the path of the file that holds nothing else.
@@ -37,7 +40,13 @@ class EncodedImages(ABC):
     Args:
         names: a unique name for each image, which goes to assignments.csv, skipped.csv and error messages.
         root: folder or data set that the names are relative to.
+
+    Attributes:
+        groups: (N,) int64 number of the shard of each image, such as its tar file, if images of one shard are best read
+            together; None if each image is as far from any other.
     """
+
+    groups: NDArray[np.int64] | None = None
 
     def __init__(self, names: Sequence[str], root: str = "") -> None:
         self.names = list(names)
@@ -74,6 +83,7 @@ class Selection(EncodedImages):
         super().__init__([images.names[row] for row in rows], images.root)
         self._images = images
         self._rows = list(rows)
+        self.groups = None if images.groups is None else images.groups[self._rows]
 
     def encoded(self, index: int) -> Encoded:
         """Return the bytes of an image, or the path of its file."""

@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, MissingPackageError
-from .decode import Box, Header, cut, decode, decode_small, read_header, resize_whole, square, to_array
+from .. import distributed
+from ..errors import DataError
+from .agreement import check_same
+from .checking import check_all, none_readable, reason_of, unreadable
+from .decode import Box, Header, cut, decode, decode_small, resize_whole, to_array
 from .decode_cache import DecodeCache
 from .encoded import Encoded, EncodedImages, fingerprint
 from .resize import Interpolation
 from .sources import check_annotations, take_rows
 
-_SKIP_ADVICE = (
-    "Remove or repair it, or leave unreadable images out with data.on_error=skip (predict and embed: --on-error skip)."
-)
+_UNKNOWN = np.iinfo(np.int64).min
+"""Time of a file that another rank has checked, and whose time here is not known."""
 
 
 class ImageFiles:
@@ -57,7 +59,7 @@ class ImageFiles:
         # Views of the same memory: NumPy writes single entries much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
         self.fingerprints = np.zeros(len(images), dtype=np.uint64)
-        self._mtimes = np.zeros(len(images), dtype=np.int64)
+        self._mtimes = np.full(len(images), _UNKNOWN)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -208,6 +210,18 @@ class ImageFiles:
             column[index] = value
         self.fingerprints[index], self._mtimes[index] = fingerprint, mtime_ns
 
+    def facts(self, begin: int, end: int) -> tuple[np.ndarray, ...]:
+        """Return what is noted of consecutive images, but for the times of their files."""
+        return tuple(column[begin:end] for column in (*self._columns, self.fingerprints))
+
+    def note_facts(self, begin: int, end: int, facts: Sequence[np.ndarray]) -> None:
+        """Store what another rank has found out about consecutive images.
+
+        Their files may have other times here, so each is compared with its fingerprint when it is first used.
+        """
+        for column, values in zip((*self._columns, self.fingerprints), facts, strict=True):
+            column[begin:end] = values
+
     def _unchanged(self, index: int) -> Encoded:
         """Return an image as it was when it was checked.
 
@@ -237,7 +251,7 @@ class ImageFiles:
     def _unreadable(self, index: int, error: Exception) -> DataError:
         location = self.images.location(index)
         return DataError(
-            f"cannot read image {location}: {_reason(error, location)}. It could be read before: restore it, and the "
+            f"cannot read image {location}: {reason_of(error, location)}. It could be read before: restore it, and the "
             "same command continues"
         )
 
@@ -248,7 +262,8 @@ class FileSource:
     A resident source decodes every image at once and keeps the pixels. Any other source checks the header and the end
     of every image at once and decodes at each use. With ``on_error="skip"`` it also decodes every image at once,
     because an image that fails during training cannot be left out without renumbering the others. Images in
-    `decode_cache` are not decoded again.
+    `decode_cache` are not decoded again. With several ranks, all of them open the same images together: each checks a
+    part, and all of them end with the same rows.
 
     Args:
         images: the encoded images.
@@ -264,7 +279,8 @@ class FileSource:
         decode_cache: images that an earlier start has decoded; those decoded here are entered.
 
     Raises:
-        DataError: if an image is unreadable and `on_error` is "raise", or if no image is readable.
+        DataError: if an image is unreadable and `on_error` is "raise", if no image is readable, or if the ranks find
+            different images.
     """
 
     def __init__(
@@ -282,8 +298,10 @@ class FileSource:
         problems: Sequence[tuple[str, str]] = (),
         decode_cache: DecodeCache | None = None,
     ) -> None:
+        check_same(images.names, "images")
         if not len(images):
             raise DataError("images must hold at least one image, got none")
+        problems = _first_problems(problems, on_error)
         if problems and on_error == "raise":
             raise unreadable(os.path.join(images.root, problems[0][0]), problems[0][1])
         self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled, interpolation=interpolation)
@@ -295,8 +313,18 @@ class FileSource:
         self.images = torch.empty((len(images), size, size, 3), dtype=torch.uint8) if resident else None
 
         # Resident images are decoded in any case.
-        decode_cache = DecodeCache() if decode_cache is None or resident else decode_cache
-        kept = self._check_all(on_error, decode_cache, decode_all=resident or on_error == "skip")
+        kept, left_out = check_all(
+            self.files,
+            size,
+            on_error=on_error,
+            decode_all=resident or on_error == "skip",
+            pixels=self.images,
+            decode_cache=None if resident else decode_cache,
+        )
+        self.skipped += left_out
+        if not kept:
+            what = f"images of {images.root}" if images.root else "images"
+            raise none_readable(len(self.skipped), what, self.skipped)
         if len(kept) < len(self.files):
             keep = torch.tensor(kept, dtype=torch.int64)
             self.files = self.files.take(keep)
@@ -304,62 +332,11 @@ class FileSource:
             self.images = None if self.images is None else self.images[keep]
         self.paths = self.files.names
         self.labels = labels
+        groups = self.files.images.groups
+        self.groups: Tensor | None = None if groups is None else torch.from_numpy(groups)
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def _check_all(self, on_error: str, decode_cache: DecodeCache, *, decode_all: bool) -> list[int]:
-        """Decode every image, or only read its header; return the numbers of the readable ones."""
-        pixels = None if self.images is None else self.images.numpy()
-        images = self.files.images
-        smallest = 2 * self.size if self.files.scaled else None
-
-        def check(i: int) -> str | None:
-            try:
-                if decode_all:
-                    header, mark, mtime_ns = self._decoded(i, smallest, pixels, decode_cache)
-                else:
-                    encoded = images.encoded(i)
-                    mtime_ns = os.stat(encoded).st_mtime_ns if isinstance(encoded, str) else 0
-                    header, mark = read_header(encoded), fingerprint(encoded)
-            except Exception as error:  # plugins of PIL raise OSError, ValueError, SyntaxError, struct.error and others
-                return _reason(error, images.location(i))
-            self.files.note(i, header, mark, mtime_ns)
-            return None
-
-        kept = []
-        step = 256 * self.files.workers  # notice a failure soon
-        for start in range(0, len(self.files), step):
-            numbers = range(start, min(start + step, len(self.files)))
-            for i, reason in zip(numbers, list(self.files.pool.map(check, numbers)), strict=True):
-                if reason is None:
-                    kept.append(i)
-                elif on_error == "skip":
-                    self.skipped.append((self.files.names[i], reason))
-                else:
-                    raise unreadable(images.location(i), reason)
-        if not kept:
-            raise none_readable(
-                len(self.skipped), f"images of {images.root}" if images.root else "images", self.skipped
-            )
-        return kept
-
-    def _decoded(
-        self, index: int, smallest: int | None, pixels: np.ndarray | None, decode_cache: DecodeCache
-    ) -> tuple[Header, int, int]:
-        """Decode an image, unless an earlier start did, and keep its square; return header, fingerprint and time."""
-        images = self.files.images
-        identity = images.identity(index)
-        known = decode_cache.recall(identity)
-        if known is not None:
-            return *known, identity.mtime_ns
-        encoded = images.encoded(index)
-        mark = fingerprint(encoded)
-        header, image = decode(encoded, smallest=smallest)
-        decode_cache.note(identity, header, mark)
-        if pixels is not None:
-            pixels[index] = square(image, self.size, self.files.interpolation).numpy()
-        return header, mark, identity.mtime_ns
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the images of (n,) int64 indices as (n, size, size, 3) uint8.
@@ -386,6 +363,12 @@ class FileSource:
             self.images = self.images.to(device)
 
 
+def _first_problems(problems: Sequence[tuple[str, str]], on_error: str) -> list[tuple[str, str]]:
+    """Return what could not be listed: on rank 0, or, if that is an error, on the first rank that met it."""
+    found = distributed.gathered(list(problems))
+    return next((each for each in found if each), []) if on_error == "raise" else found[0]
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -399,21 +382,3 @@ def in_pixels(box: Sequence[int], frame: int, height: int, width: int) -> Box:
     # A narrow box may round to nothing in an image smaller than the frame.
     y, x = min(y, edge - 1), min(x, edge - 1)
     return (height - edge) // 2 + y, (width - edge) // 2 + x, max(1, bottom - y), max(1, right - x)
-
-
-def unreadable(location: str, reason: str) -> DataError:
-    """Return the error that names an unreadable image and the remedies."""
-    return DataError(f"cannot read image {location}: {reason}. {_SKIP_ADVICE}")
-
-
-def none_readable(n: int, what: str, skipped: Sequence[tuple[str, str]]) -> DataError:
-    """Return the error for n images of which none is readable; it names the first ones with their reasons."""
-    return DataError(f"0 readable of {n} {what}: {'; '.join(f'{name}: {reason}' for name, reason in skipped[:3])}")
-
-
-def _reason(error: Exception, location: str) -> str:
-    if isinstance(error, MissingPackageError):
-        return str(error)
-    # The message names the image anyway.
-    text = str(error).replace(f": {location!r}", "").replace(f" {location!r}", "")
-    return f"{type(error).__name__}: {text}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from .. import distributed
 from ..errors import DataError
 from .sources import Source, SubsetSource
 
@@ -31,30 +33,45 @@ def image_bytes(n: int, size: int) -> int:
 def kept_on_host(resident: Resident, size_in_bytes: int) -> bool:
     """Return whether encoded images are decoded once and kept; ``auto`` keeps them if they fit in half the free memory.
 
-    Images for the GPU pass through the host.
+    Images for the GPU pass through the host. Each of several ranks keeps all images, so those of a machine share its
+    memory.
     """
-    return resident in ("host", "device") or (resident == "auto" and size_in_bytes <= HOST_SHARE * free_memory())
+    if resident != "auto":
+        return resident in ("host", "device")
+    return size_in_bytes <= HOST_SHARE * free_memory() / distributed.current().local_world
 
 
 def move_to_device(sources: Sequence[Source], resident: Resident, device: torch.device) -> bool:
     """Move resident images to the device of a run if the configuration asks for it; return whether they are there.
 
-    ``auto`` moves them to a GPU if they fit in a quarter of its free memory.
+    ``auto`` moves them to a GPU if they fit in a quarter of its free memory, divided by the number of ranks that use
+    it. With several ranks, all of them must call this, and each decides by its own GPU.
 
     Raises:
         DataError: for ``device`` if the run's device is not a GPU.
     """
+    sharing = _sharing(device)
     if resident == "device" and device.type != "cuda":
         raise DataError(f"data.resident=device needs a CUDA device, this run is on {device}; use auto, host or files")
     owners = {id(owner): owner for owner in map(_owner, sources) if owner.resident}
     if device.type != "cuda" or resident in ("host", "files") or not owners:
         return False
     total = sum(image_bytes(len(owner), owner.size) for owner in owners.values())
-    if resident == "auto" and total > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if resident == "auto" and total > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] / sharing:
         return False
     for owner in owners.values():
         owner.keep_on(device)
     return True
+
+
+def _sharing(device: torch.device) -> int:
+    """Return how many ranks use this GPU."""
+    if not distributed.several():
+        return 1
+    name = None
+    if device.type == "cuda":
+        name = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    return distributed.gathered(name).count(name)
 
 
 def _owner(source: Source) -> Source:

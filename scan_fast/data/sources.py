@@ -31,10 +31,12 @@ class Source(Protocol):
         resident: True if decoded images are kept in memory, so that reading decodes nothing.
         files: encoded images, for a renderer that decodes them itself; None if there are none.
         skipped: (path, reason) of the images left out as unreadable.
+        groups: (N,) int64 number of the shard (tar file, Parquet row group) of each image; None if there are none.
     """
 
     paths: list[str]
     labels: Tensor | None
+    groups: Tensor | None
     class_names: list[str] | None
     size: int
     skipped: list[tuple[str, str]]
@@ -114,6 +116,7 @@ class TensorSource:
 
     resident = True
     files = None
+    groups: Tensor | None = None
 
     def __init__(
         self,
@@ -179,6 +182,7 @@ class SubsetSource:
         self.indices = indices
         self.paths = [source.paths[i] for i in indices.tolist()]
         self.labels = None if source.labels is None else source.labels[indices]
+        self.groups = None if source.groups is None else source.groups[indices]
         self.class_names = source.class_names
         self.size = source.size
         self.resident = source.resident

@@ -14,7 +14,7 @@ import torch
 from containers import CONTAINERS, Item, encoded, write_folder
 from images import varied
 
-from scan_fast.data import DataConfig, Splits, files, open_splits, source_from
+from scan_fast.data import DataConfig, Splits, checking, open_splits, source_from
 from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 from scan_fast.errors import DataError, MissingPackageError
@@ -131,7 +131,7 @@ def test_the_decode_cache_spares_a_second_decoding(tmp_path: Path, kind: str, mo
         count[0] += 1
         return decode(*arguments, **words)
 
-    monkeypatch.setattr(files, "decode", counted)
+    monkeypatch.setattr(checking, "decode", counted)
     first = DecodeCache()
     opened(source, first, on_error="skip", resident="files")
     assert count[0] == len(json.loads(first.to_bytes())["files"]) == 10

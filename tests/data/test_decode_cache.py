@@ -13,7 +13,7 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import DataConfig, files, open_splits
+from scan_fast.data import DataConfig, checking, open_splits
 from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 
@@ -48,7 +48,7 @@ def opened(
 
     config = {"root": folder, "image_size": 8, "on_error": "skip", "resident": "files", "test_fraction": 0.5, **options}
     with monkeypatch.context() as patch:
-        patch.setattr(files, "decode", noted)
+        patch.setattr(checking, "decode", noted)
         checked = DecodeCache(record)
         splits = open_splits(DataConfig.model_validate(config), checked)
     return sorted(decoded), splits, checked.to_bytes()

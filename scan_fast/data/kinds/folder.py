@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import DataError
+from ..agreement import on_all
 from ..decode_cache import DecodeCache
 from ..encoded import ImagePaths
 from ..folders import Listing, check_folder, find_split, list_folder, split_folder
@@ -20,17 +21,25 @@ SUBSETS = Path(__file__).parents[1] / "subsets"
 
 
 def _open_folder(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
+    return open_contents(on_all(lambda: _folder(config)), config, decode_cache=decode_cache)
+
+
+def _folder(config: DataConfig) -> Contents:
     if config.root is None:
         raise DataError("data.root must name the folder of images when data.source is 'folder'")
     root = config.root.expanduser()
     check_folder(root)
     train, test = split_folder(root, class_list(config), labelled=config.labels == "auto")
-    contents = folder_contents(train, root) if test is None else split_contents(train, test, root)
-    return open_contents(contents, config, decode_cache=decode_cache)
+    return folder_contents(train, root) if test is None else split_contents(train, test, root)
 
 
 def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     """Open ImageNet's training and validation folders, with one sub-folder per class."""
+    contents = on_all(lambda: _imagenet(config))
+    return open_contents(contents, config, size=config.image_size or 224, decode_cache=decode_cache)
+
+
+def _imagenet(config: DataConfig) -> Contents:
     if config.root is None:
         raise DataError("data.root must name the folder that holds ImageNet's train/ and val/: it is not downloaded")
     root = config.root.expanduser()
@@ -42,8 +51,7 @@ def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Open
     classes = class_list(config)
     if classes is None:
         classes = list_folder(train).class_names
-    contents = split_contents(list_folder(train, classes), list_folder(test, classes), root)
-    return open_contents(contents, config, size=config.image_size or 224, decode_cache=decode_cache)
+    return split_contents(list_folder(train, classes), list_folder(test, classes), root)
 
 
 def folder_contents(listing: Listing, root: Path) -> Contents:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ..agreement import in_turn
 from ..containers import Label, class_numbers
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
 from ..folders import TEST_NAMES, TRAIN_NAMES
@@ -86,7 +87,7 @@ def _index(argument: str, config: DataConfig) -> Contents:
     name, configuration, wanted = _split_argument(argument)
     if len(wanted) > 2:
         raise DataError(f"hf:{argument} names {len(wanted)} splits; name one, or two for train and test")
-    found = _load(name, configuration, wanted, config)
+    found = in_turn(lambda: _load(name, configuration, wanted, config))
     name = _with_configuration(name, configuration)
     splits = wanted or _choose(found, name)
     parts = [found[split] for split in splits]

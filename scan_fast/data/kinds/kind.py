@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ... import distributed
 from ...errors import DataError
+from ..checking import none_readable
 from ..decode_cache import DecodeCache
 from ..encoded import EncodedImages
-from ..files import FileSource, none_readable
+from ..files import FileSource
 from ..folders import default_size, held_out_rows
 from ..sources import Source, SubsetSource
 
@@ -116,7 +118,7 @@ def file_source(
     Raises:
         DataError: if images are unreadable.
     """
-    size = size or config.image_size or default_size(contents.images)
+    size = size or config.image_size or distributed.on_first(lambda: default_size(contents.images))
     return FileSource(
         contents.images,
         contents.labels,
@@ -124,7 +126,8 @@ def file_source(
         class_names=contents.class_names,
         on_error=config.on_error,
         workers=config.workers,
-        resident=config.keeps(len(contents.images), size),
+        # Ranks share the decoding, so either all of them keep the images or none does.
+        resident=all(distributed.gathered(config.keeps(len(contents.images), size))),
         scaled=config.decode == "scaled",
         interpolation=config.filter,
         problems=contents.problems,
@@ -148,7 +151,11 @@ def open_contents(
     Raises:
         DataError: if images are unreadable, or none of a split is readable.
     """
-    size = size or config.image_size or default_size(contents.images.select(_split(contents, config)[0]))
+    size = (
+        size
+        or config.image_size
+        or distributed.on_first(lambda: default_size(contents.images.select(_split(contents, config)[0])))
+    )
     source = file_source(contents, config, size=size, decode_cache=decode_cache)
     if contents.test is None:
         return *held_out(source, config.test_fraction), None

@@ -7,13 +7,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ... import distributed
 from ...errors import DataError
-from ..containers import Label, class_numbers, common_folder, find_files, split_files
+from ..agreement import on_all
+from ..containers import Label, class_numbers, common_folder, find_files, index_files, split_files
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
+from ..placement import free_memory
 from .kind import ContainerKind, Contents
 from .packages import optional_package
 
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
     from ..config import DataConfig
 
 _KEPT_GROUPS = 8
-"""Number of row groups whose images stay in memory."""
+"""Number of row groups whose images stay in memory in any case."""
+_KEPT_SHARE = 1 / 8
+"""Share of the free memory of the machine that further row groups may take, for all its processes together."""
 
 
 class ParquetRows(EncodedImages):
-    """Images in the rows of Parquet files; the row groups that were used last are kept in memory.
+    """Images in the rows of Parquet files; the row groups that were used last are kept in memory, as many as fit.
 
     Args:
         files: paths of the files.
@@ -48,6 +53,10 @@ class ParquetRows(EncodedImages):
         self._groups = groups
         sizes = [footers[f].row_group(g).num_rows for f, g in groups]
         self._group_starts = np.cumsum([0, *sizes])
+        self.groups = np.repeat(np.arange(len(groups), dtype=np.int64), sizes)
+        self._bytes = [footers[f].row_group(g).total_byte_size for f, g in groups]
+        self._limit = _KEPT_SHARE * free_memory() / distributed.current().local_world
+        self._held = 0
         self._file_starts = np.cumsum([0, *counts])
         self._kept: OrderedDict[int, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
@@ -75,8 +84,9 @@ class ParquetRows(EncodedImages):
             reads = future is None
             if future is None:
                 future = Future()
-                while len(self._kept) >= _KEPT_GROUPS:
-                    self._kept.popitem(last=False)
+                self._held += self._bytes[group]
+                while len(self._kept) >= _KEPT_GROUPS and self._held > self._limit:
+                    self._held -= self._bytes[self._kept.popitem(last=False)[0]]
             self._kept[group] = future
         if reads:
             try:
@@ -86,40 +96,52 @@ class ParquetRows(EncodedImages):
                 future.set_result(table.column(self._column).combine_chunks())
             except BaseException as error:
                 with self._lock:
-                    self._kept.pop(group, None)
+                    if self._kept.get(group) is future:
+                        del self._kept[group]
+                        self._held -= self._bytes[group]
                 future.set_exception(error)
         return future.result()
 
 
+class File(NamedTuple):
+    """Content of a Parquet file: its metadata, the column of its images, and their labels."""
+
+    footer: Any
+    column: str
+    labels: list[Label]
+
+
 def _index(argument: str, config: DataConfig) -> Contents:
     """List the rows of all files."""
-    parquet = optional_package("pyarrow.parquet", "parquet")
-    train, test = split_files(find_files(argument, config.root, (".parquet",)))
+    on_all(lambda: optional_package("pyarrow.parquet", "parquet"))
+    train, test = on_all(lambda: split_files(find_files(argument, config.root, (".parquet",))))
     files = [*train, *(test or [])]
-    footers, labels = [], []
-    column = None
-    for file in files:
-        try:
-            with parquet.ParquetFile(file) as reader:
-                footers.append(reader.metadata)
-                own = image_column(reader.schema_arrow, file)
-                if column not in (None, own):
-                    raise DataError(f"{file} has its images in the column {own!r}, {files[0]} in {column!r}")
-                column = own
-                if config.labels == "auto":
-                    labels.extend(_labels(reader))
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-            raise DataError(f"{file} cannot be read as Parquet: {error}") from error
-    assert column is not None
+    found = index_files(files, lambda file: _index_file(file, config.labels == "auto"))
+    column = found[0].column
+    for file, own in zip(files, found, strict=True):
+        if own.column != column:
+            raise DataError(f"{file} has its images in the column {own.column!r}, {files[0]} in {column!r}")
+    footers = [own.footer for own in found]
     images = ParquetRows(files, footers, column, common_folder(files))
     if not len(images):
         raise DataError(f"no images found in {argument}: its {len(files)} files have no rows")
-    numbers, names = class_numbers(labels)
+    numbers, names = class_numbers([label for own in found for label in own.labels])
     first_test = sum(footer.num_rows for footer in footers[: len(train)])
     rows = None if test is None else range(first_test, len(images))
     return Contents(images, numbers, names, rows)
+
+
+def _index_file(file: str, labelled: bool) -> File:
+    """Read the metadata of one file, and the labels if wanted."""
+    parquet = optional_package("pyarrow.parquet", "parquet")
+    try:
+        with parquet.ParquetFile(file) as reader:
+            column = image_column(reader.schema_arrow, file)
+            return File(reader.metadata, column, _labels(reader) if labelled else [])
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def image_column(schema: Any, file: str) -> str:

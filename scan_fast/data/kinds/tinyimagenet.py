@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import DataError
+from ..agreement import in_turn, on_all
 from ..decode_cache import DecodeCache
 from ..folders import TRAIN_NAMES, Listing, check_folder, find_images, find_split, list_folder
 from .folder import class_list, split_contents
-from .kind import Opened, SourceKind, open_contents
+from .kind import Contents, Opened, SourceKind, open_contents
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -31,7 +32,12 @@ ANNOTATIONS = "val_annotations.txt"
 
 def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     """Open the training images and, as test images, the labelled validation images."""
-    root = _folder(config)
+    root = in_turn(lambda: _folder(config))
+    contents = on_all(lambda: _contents(root, config))
+    return open_contents(contents, config, size=config.image_size or SIZE, decode_cache=decode_cache)
+
+
+def _contents(root: Path, config: DataConfig) -> Contents:
     train_folder = find_split(root, TRAIN_NAMES)
     assert train_folder is not None
     chosen = class_list(config)
@@ -42,8 +48,7 @@ def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
         _check_classes(root, train)
     test = _test_images(root, train, config)
     names = _class_names(root, train.class_names)
-    contents = split_contents(replace(train, class_names=names), replace(test, class_names=names), root)
-    return open_contents(contents, config, size=config.image_size or SIZE, decode_cache=decode_cache)
+    return split_contents(replace(train, class_names=names), replace(test, class_names=names), root)
 
 
 # -- its folder --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import DataError
+from ..agreement import in_turn
 from ..sources import TensorSource
 
 if TYPE_CHECKING:
@@ -25,10 +26,18 @@ def open_torchvision(name: str, config: DataConfig, **options: Any) -> Any:
     from torchvision import datasets
 
     root = (config.root or Path("~/.cache/scan-fast/data")).expanduser()
-    try:
+
+    def opened() -> Any:
         if config.download:
             root.mkdir(parents=True, exist_ok=True)
         return getattr(datasets, name)(root=str(root), download=config.download, **options)
+
+    return in_turn(lambda: _or_advice(opened, root, config))
+
+
+def _or_advice(opened: Callable[[], Any], root: Path, config: DataConfig) -> Any:
+    try:
+        return opened()
     except (OSError, RuntimeError) as error:
         advice = (
             "check the network, or put the data set's original archive there and set data.download=false"

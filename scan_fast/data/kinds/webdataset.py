@@ -8,8 +8,11 @@ import tarfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ...errors import DataError
-from ..containers import Label, class_numbers, common_folder, find_files, split_files
+from ..agreement import on_all
+from ..containers import Label, class_numbers, common_folder, find_files, index_files, split_files
 from ..encoded import EncodedImages, Identity, file_identity
 from ..formats import IMAGE_SUFFIXES
 from .kind import ContainerKind, Contents
@@ -41,6 +44,7 @@ class TarMembers(EncodedImages):
         self._shards = list(shards)
         self._status = [os.stat(shard) for shard in shards]
         self._members = list(members)
+        self.groups = np.array([shard for shard, _ in self._members], dtype=np.int64)
 
     def encoded(self, index: int) -> bytes:
         """Return the bytes of a member."""
@@ -71,44 +75,55 @@ def read_member(file: int, member: Member) -> bytes:
     return data
 
 
+class Shard(NamedTuple):
+    """Content of a tar file: its images with their labels, and (name, reason) of the samples without a usable one."""
+
+    images: list[Member]
+    labels: list[Label]
+    problems: list[tuple[str, str]]
+
+
 def _index(argument: str, config: DataConfig) -> Contents:
     """List the images of all shards."""
-    train, test = split_files(find_files(argument, config.root, (".tar",)))
+    train, test = on_all(lambda: split_files(find_files(argument, config.root, (".tar",))))
     shards = [*train, *(test or [])]
-    members: list[tuple[int, Member]] = []
-    labels: list[Label] = []
-    problems: list[tuple[str, str]] = []
-    first_test = 0
     root = common_folder(shards)
-    for number, shard in enumerate(shards):
-        if number == len(train):
-            first_test = len(members)
-        short = os.path.relpath(shard, root)
-        found, reason = _list_shard(shard)
-        if reason is not None:
-            problems.append((short, reason))
-        with open(shard, "rb") as file:
-            for key, sample in found.items():
-                images = _images(sample)
-                if len(images) > 1:
-                    names = ", ".join(image.name for image in images)
-                    problems.append((f"{short}: {key}", f"the sample has {len(images)} images: {names}"))
-                elif images:
-                    try:
-                        label = _label(sample, file.fileno()) if config.labels == "auto" else None
-                    except (OSError, ValueError, TypeError) as error:
-                        problems.append((f"{short}: {key}", f"its label cannot be read: {error}"))
-                        continue
-                    members.append((number, images[0]))
-                    labels.append(label)
+    labelled = config.labels == "auto"
+    found = index_files(shards, lambda shard: _index_shard(shard, os.path.relpath(shard, root), labelled))
+    members = [(number, image) for number, shard in enumerate(found) for image in shard.images]
+    problems = [problem for shard in found for problem in shard.problems]
     if not members:
         raise DataError(
             f"no images found in {argument}: looked for members such as 0001.jpg in {len(shards)} tar files"
             + (f"; {': '.join(problems[0])}" if problems else "")
         )
-    numbers, classes = class_numbers(labels)
+    numbers, classes = class_numbers([label for shard in found for label in shard.labels])
+    first_test = sum(len(shard.images) for shard in found[: len(train)])
     rows = None if test is None else range(first_test, len(members))
     return Contents(TarMembers(shards, members, root), numbers, classes, rows, problems)
+
+
+def _index_shard(path: str, short: str, labelled: bool) -> Shard:
+    """List the images of one shard, whose short name goes to messages, and read their labels if wanted."""
+    shard = Shard([], [], [])
+    samples, reason = _list_shard(path)
+    if reason is not None:
+        shard.problems.append((short, reason))
+    with open(path, "rb") as file:
+        for key, sample in samples.items():
+            images = _images(sample)
+            if len(images) > 1:
+                names = ", ".join(image.name for image in images)
+                shard.problems.append((f"{short}: {key}", f"the sample has {len(images)} images: {names}"))
+            elif images:
+                try:
+                    label = _label(sample, file.fileno()) if labelled else None
+                except (OSError, ValueError, TypeError) as error:
+                    shard.problems.append((f"{short}: {key}", f"its label cannot be read: {error}"))
+                    continue
+                shard.images.append(images[0])
+                shard.labels.append(label)
+    return shard
 
 
 def _list_shard(shard: str) -> tuple[dict[str, dict[str, Member]], str | None]:

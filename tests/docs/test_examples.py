@@ -1,4 +1,7 @@
-"""The scripts of examples/ run as they are, and do what they are there to show."""
+"""The scripts of examples/ run as they are, and do what they are there to show.
+
+Those for several processes have their tests in test_distributed_examples.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 from pages import ROOT
 
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("distributed_"))
 
 
 def output(name: str, folder: Path) -> str:

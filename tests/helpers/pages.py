@@ -90,6 +90,9 @@ def check_command(words: list[str]) -> None:
         check_module(rest[1], rest[2:])
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"there is no {rest[0]}"
+    elif program == "torchrun":
+        scripts = [word for word in rest if word.endswith(".py")]
+        assert scripts and (ROOT / scripts[0]).is_file(), f"torchrun starts no script of this repository: {rest}"
     elif program == "pip":
         assert rest[0] == "install", rest
         for word in rest[1:]:

@@ -56,8 +56,12 @@ class Guard:
         place = ranks.current()
         self._rank, self._world = place.rank, place.world
         self._store.set(f"process/{self._rank}", f"{os.getpid()} {socket.gethostname()}")
-        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
-        self._thread.start()
+        self._looked = time.monotonic()
+        self._threads = [
+            threading.Thread(target=target, name="guard", daemon=True) for target in (self._watch, self._watch_store)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def connecting(self) -> None:
         """Note that all ranks have come, and connect with each other now."""
@@ -74,7 +78,8 @@ class Guard:
         """Note that this rank has done its work, so that nobody misses it."""
         self._store.set(f"ended/{self._rank}", "1")
         self._leaving.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def claim(self, message: str) -> bool:
         """Tell the others that this rank has failed; return if it is the first one, which prints the message."""
@@ -85,9 +90,8 @@ class Guard:
             first = self._store.add(_CLAIMS, 1) == 1
             if first:
                 self._store.set(_MESSAGE, message)
-        except Exception:  # The store is gone, and with it rank 0: one rank of each machine speaks.
-            place = ranks.current()
-            first = place.local_rank == 0 or place.rank == 1
+        except Exception:  # the store is gone
+            return self._speaks_alone()
         with self._speaking:
             first, self._spoken = first and not self._spoken, True
         return bool(first)
@@ -134,7 +138,7 @@ class Guard:
         watched, last, seen, beat = (self._rank + 1) % self._world, time.monotonic(), b"", 0.0
         while not self._leaving.wait(POLL_SECONDS):
             try:
-                now = time.monotonic()
+                now = self._looked = time.monotonic()
                 if now - beat >= BEAT_SECONDS:
                     beat, self._beats = now, self._beats + 1
                     self._store.set(f"beat/{self._rank}", str(self._beats))
@@ -168,6 +172,26 @@ class Guard:
                     or "the store by which the ranks have met is gone, and with it the process or the machine of "
                     f"rank 0 ({type(error).__name__})"
                 )
+
+    def _watch_store(self) -> None:
+        """End this process if the store does not answer, as after a cut of the network: nothing else would notice."""
+        while not self._leaving.wait(POLL_SECONDS):
+            if time.monotonic() - self._looked > SILENT_SECONDS + GRACE_SECONDS:
+                if self._speaks_alone():
+                    print(
+                        f"scan-fast: the store by which the ranks have met has not answered for {SILENT_SECONDS:.0f} s: "
+                        "the machine of rank 0, or the network to it, is gone; the same command continues",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                exit_now(EXIT_OF_OTHERS)
+
+    def _speaks_alone(self) -> bool:
+        """Return whether this rank speaks for its machine if the ranks cannot agree on one that does."""
+        place = ranks.current()
+        with self._speaking:
+            first, self._spoken = (place.local_rank == 0 or place.rank == 1) and not self._spoken, True
+        return first
 
     def _end(self, words: str) -> None:
         message = f"{words}; the same command continues"
@@ -207,12 +231,14 @@ def record(message: str) -> None:
 
 
 _guard: Guard | None = None
+_guarded = False
+"""True once this process has been one of several."""
 
 
 def start(store: Any, meeting: tuple[str, float], holds: bool) -> Guard:
     """Start the guard of this process, see :class:`Guard`."""
-    global _guard
-    _guard = Guard(store, meeting, holds)
+    global _guard, _guarded
+    _guard, _guarded = Guard(store, meeting, holds), True
     return _guard
 
 
@@ -258,9 +284,13 @@ def announce(message: str, error: Exception) -> str | None:
 
 
 def end(code: int) -> int:
-    """Return an exit code; with several ranks, end this process with it."""
+    """Return an exit code; with several ranks, end this process with it.
+
+    Threads of gloo may still hold objects of Python, and the interpreter then aborts while it ends.
+    """
     if _guard is not None:
         _guard.depart()
+    if _guard is not None or _guarded:
         exit_now(code)
     return code
 

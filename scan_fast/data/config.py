@@ -49,6 +49,9 @@ class DataConfig(Settings):
             nothing is resized twice. "whole": the whole image, resized so that its shorter side has image_size pixels,
             as torchvision's Resize does; random crops then fall anywhere in an oblong image, and plain views are its
             centre. With "file" and "whole" images are decoded at each use. Sources without encoded images use "image".
+        shuffle: order of the images in an epoch. "images": any order, at random. "shards", for tar files and Parquet on
+            slow or remote disks: at random, too, but each tar file or row group is read in one stretch, together with
+            up to 127 others, and by one process.
         decode: "exact" decodes every pixel before an image is resized; "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 as
             long as every region cut from it stays at least twice as large as its result, which takes a fraction of the
             time for large photographs and changes pixel values slightly.
@@ -72,6 +75,7 @@ class DataConfig(Settings):
     on_error: Literal["raise", "skip"] = "raise"
     resident: Resident = "auto"
     crop: Crop = "image"
+    shuffle: Literal["images", "shards"] = "images"
     decode: Literal["exact", "scaled"] = "exact"
     workers: int | None = Field(default=None, ge=1)
     renderer: Literal["auto", "torch", "dali", "fused"] = "auto"

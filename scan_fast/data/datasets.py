@@ -74,6 +74,24 @@ def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> 
         for source in (train, test, pretext):
             if source is not None:
                 source.labels = source.class_names = None
+    return _splits(train, test, pretext, config)
+
+
+def split_source(source: Source, config: DataConfig) -> Splits:
+    """Hold ``data.test_fraction`` of any source out for testing, by a hash of each image's name; none if it is 0.
+
+    Raises:
+        DataError: if one image is to be split, or for ``data.shuffle=shards`` if the images are not in shards.
+    """
+    return _splits(*held_out(source, config.test_fraction), None, config)
+
+
+def _splits(train: Source, test: Source | None, pretext: Source | None, config: DataConfig) -> Splits:
+    if config.shuffle == "shards" and any(each is not None and each.groups is None for each in (train, pretext)):
+        raise DataError(
+            "data.shuffle=shards is for images in tar files (webdataset:SHARDS) or Parquet (parquet:GLOB), which "
+            f"{config.source} does not have; set data.shuffle=images"
+        )
     mean, std = _statistics(config)
     return Splits(
         train=_limited(train, config.limit),
@@ -82,17 +100,6 @@ def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> 
         mean=mean,
         std=std,
     )
-
-
-def split_source(source: Source, config: DataConfig) -> Splits:
-    """Hold ``data.test_fraction`` of any source out for testing, by a hash of each image's name; none if it is 0.
-
-    Raises:
-        DataError: if one image is to be split.
-    """
-    train, test = held_out(source, config.test_fraction)
-    mean, std = _statistics(config)
-    return Splits(train=_limited(train, config.limit), test=test, pretext=None, mean=mean, std=std)
 
 
 def _statistics(config: DataConfig) -> tuple[Triple, Triple]:

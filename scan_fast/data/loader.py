@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..random import Key, permutation
+from .order import epoch_order
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -33,6 +34,7 @@ def epoch_batches(
     drop_last: bool = True,
     rank: int = 0,
     world: int = 1,
+    groups: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the batches of an epoch, as sample numbers in random order.
 
@@ -45,6 +47,8 @@ def epoch_batches(
         drop_last: skip an incomplete last batch.
         rank, world: yield the rank-th of ``world`` equal parts of each batch, so that the batches do not depend on the
             number of ranks.
+        groups: (n,) int64 number of each sample's shard, to read the shards one after another (:mod:`.order`); None: in
+            any order.
 
     Yields:
         (batch_size,) int64 sample numbers on the CPU; with several ranks, the part of this rank.
@@ -56,7 +60,7 @@ def epoch_batches(
     steps = steps_per_epoch(n, batch_size, drop_last)
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
-    order = permutation(key, epoch, n)
+    order = permutation(key, epoch, n) if groups is None else epoch_order(key, epoch, groups, batch_size)
     for step in range(start_step, steps):
         batch = order[step * batch_size : (step + 1) * batch_size]
         yield batch[len(batch) * rank // world : len(batch) * (rank + 1) // world]

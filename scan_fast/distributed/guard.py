@@ -179,8 +179,9 @@ class Guard:
             if time.monotonic() - self._looked > SILENT_SECONDS + GRACE_SECONDS:
                 if self._speaks_alone():
                     print(
-                        f"scan-fast: the store by which the ranks have met has not answered for {SILENT_SECONDS:.0f} s: "
-                        "the machine of rank 0, or the network to it, is gone; the same command continues",
+                        "scan-fast: the store by which the ranks have met has not answered for "
+                        f"{SILENT_SECONDS:.0f} s: the machine of rank 0, or the network to it, is gone; the same "
+                        "command continues",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -138,16 +138,6 @@ def wait() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-@contextmanager
-def first_of_machine() -> Iterator[None]:
-    """Let one process of each machine go first, such as one that fetches a file that the others then find."""
-    if several() and _ranks.local_rank > 0:
-        wait()
-    yield
-    if several() and _ranks.local_rank == 0:
-        wait()
-
-
 def total(x: Tensor) -> Tensor:
     """Return the sum of the tensors of all ranks, without a gradient."""
     if not several():

@@ -84,6 +84,7 @@ class Clustering(Stage[tuple[Tensor, Tensor]]):
         self.source = context.splits.train
         self.n_images = len(self.source)
         self.background = not self.source.resident
+        self.groups = context.groups_of(self.source)
         self.model = model
         self.objective: Objective = self.config.objective.build()
         self.frozen = self.config.update == "heads"

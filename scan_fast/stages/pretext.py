@@ -40,6 +40,7 @@ class Pretext(Stage[Sequence[Tensor]]):
         self.source: Source = context.splits.pretext or context.splits.train
         self.n_images = len(self.source)
         self.background = not self.source.resident
+        self.groups = context.groups_of(self.source)
         self.model = model
         self.method = method
         self.final: dict[str, float] = {}

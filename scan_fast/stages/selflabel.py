@@ -49,6 +49,7 @@ class SelfLabel(Stage[tuple[Tensor, Tensor]]):
         self.source = context.splits.train
         self.n_images = len(self.source)
         self.background = not self.source.resident
+        self.groups = context.groups_of(self.source)
         self.model = model
         self.average: MovingAverage[ClusterModel] | None = None
         if config.ema is not None:

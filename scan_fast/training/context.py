@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import distributed
+from ..data.agreement import in_turn
 from ..data.datasets import DataConfig, Splits, open_splits
+from ..data.order import check_ranks
 from ..data.placement import move_to_device
 from ..data.sources import Source
 from ..devices import choose_device
@@ -29,7 +31,7 @@ from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
 from ..views.renderers import make_renderer
-from .images import all_equal, check_images
+from .images import all_equal, check_images, check_ranks_agree
 from .precision import Choice, choose_on_cpu
 from .process import set_threads
 
@@ -141,6 +143,10 @@ class Context:
         """The view for evaluation."""
         return self.view(PlainView(kind="plain", size=self.config.clustering.view.size))
 
+    def groups_of(self, source: Source) -> Tensor | None:
+        """Return the number of the shard of each image if ``data.shuffle`` is ``shards``, otherwise None."""
+        return source.groups if self.config.data.shuffle == "shards" else None
+
     def views_of(self, source: Source, stage: str) -> ViewMaker:
         """Return the maker of a source's views with the stage's random numbers."""
         return ViewMaker(source, self.renderer, self.config.seed, stage, self.config.data.crop)
@@ -204,9 +210,8 @@ def open_context(
             "not: give every rank a GPU, or set runtime.device=cpu"
         )
     finished = run.finished("pretext")
-    with distributed.first_of_machine():
-        left_out = [] if finished else prepare_weights(config.model)
-        expected = weights_input(config)
+    left_out = [] if finished else in_turn(lambda: prepare_weights(config.model))
+    expected = weights_input(config)
     if splits is None:
         tracker.say(f"images: reading {config.data.root or config.data.source}")
         decode_cache = run.decode_cache()
@@ -221,6 +226,7 @@ def open_context(
     splits = normalized(splits, config, expected)
     renderer = make_renderer(config.data, splits, device)
     context = Context(config, run, tracker, splits, device, renderer, expected, left_out)
+    check_ranks_agree([splits.train, splits.test, splits.pretext])
     if not other_images:
         check_images(run, context.clustered.values())
     check_sizes(context)
@@ -281,6 +287,8 @@ def check_batches(context: Context) -> None:
         if training is None or config.why_without(name) is not None:
             continue
         batch = min(training.batch_size, len(source))
+        if config.data.shuffle == "shards" and batch == training.batch_size:
+            check_ranks(batch, world, f"{name}.batch_size")
         if batch % world:
             fitting = batch // world * world
             few = f" ({len(source)} images make one batch)" if batch < training.batch_size else ""

@@ -44,6 +44,8 @@ class Stage(ABC, Generic[Batch]):
         training: epochs, batch size, optimiser, schedule.
         n_images: images per epoch.
         background: prepare batches in background threads, because reading the images takes time.
+        groups: (n_images,) int64 number of the shard of each image, to read the shards one after another; None: the
+            images come in any order.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Stage(ABC, Generic[Batch]):
     training: TrainingConfig
     n_images: int
     background: bool = False
+    groups: Tensor | None = None
 
     @abstractmethod
     def batch(self, epoch: int, indices: Tensor) -> Batch:
@@ -256,6 +259,7 @@ def _batches(stage: Stage[Any], key: tuple[int, int], epoch: int, start_step: in
         start_step=start_step,
         rank=ranks.rank,
         world=ranks.world,
+        groups=stage.groups,
     )
 
     def prepare(indices: Tensor) -> tuple[Any, int]:

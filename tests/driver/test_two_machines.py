@@ -107,10 +107,10 @@ def test_a_cable_that_is_cut_ends_the_run_on_both_machines(machines: list[str], 
     """Nobody closes a connection then, so only silence tells."""
     port = str(free_port())
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0]}
+    words = [*WORDS, "pretext.epochs=1000", "--out", str(tmp_path / "run")]
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, "-m", "scan_fast", *WORDS, "pretext.epochs=1000"]
-            + ["--out", str(tmp_path / "run")],
+            ["ip", "netns", "exec", name, sys.executable, "-m", "scan_fast", *words],
             env={
                 **os.environ,
                 **place,

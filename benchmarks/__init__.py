@@ -16,6 +16,7 @@ BENCHMARKS = {
     "pretext": "stage one against lightly: quality and time of the same recipe",
     "step": "the parts of a SimCLR step's time",
     "end_to_end": "every stage of a run, compared with plain PyTorch",
+    "scaling": "predicted time, traffic and memory on several GPUs",
     "accuracy": "accuracy of a configuration over seeds",
     "partitions": "groups of frozen features against k-means and Ward's linkage",
     "trials": "quality and cost of changes to a configuration",

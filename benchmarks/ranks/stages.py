@@ -172,9 +172,10 @@ def nt_xent_messages(samples: int, dimensions: int, element: int, views: int, pa
     ]
 
 
-def scan_messages(heads: int, classes: int) -> list[Message]:
-    """Return the collectives of the SCAN loss: the sums of all heads' probabilities, float32."""
-    return [Message("mean probabilities", ALL_REDUCE, 4 * heads * classes)]
+def scan_messages(heads: int, classes: int, *, prior: bool = False) -> list[Message]:
+    """Return the collectives of the SCAN loss: the sums of all heads' probabilities, float32; with a prior twice."""
+    calls = 1 + prior
+    return [Message("mean probabilities", ALL_REDUCE, calls * 4 * heads * classes, calls)]
 
 
 def self_label_messages(classes: int) -> list[Message]:
@@ -259,8 +260,9 @@ def _pretext(
 
 def _clustering(config: Config, classes: int, images: int, test: int, side: int) -> Training:
     settings = config.clustering
-    if not isinstance(settings.objective, SCANSettings):
-        raise ValueError(f"clustering.objective must be scan here, got {settings.objective.kind!r}")
+    objective = settings.objective
+    if not isinstance(objective, SCANSettings):
+        raise ValueError(f"clustering.objective must be scan here, got {objective.kind!r}")
     if settings.update == "features":
         raise ValueError("clustering.update=features trains no network, so there is nothing to predict")
     frozen, cached = settings.update == "heads", settings.cached_views
@@ -282,7 +284,7 @@ def _clustering(config: Config, classes: int, images: int, test: int, side: int)
         norm_forward=2 if sync else 0,
         norm_backward=2 if sync else 0,
         buffers=not frozen and not sync,
-        loss=lambda samples: scan_messages(settings.heads, classes),
+        loss=lambda samples: scan_messages(settings.heads, classes, prior=objective.prior != "uniform"),
         state=_state(settings.optimizer),
         checked=_clustering_checked(config, checks * reported, images + test),
         # The centres of the clusters are computed from all features, if those were computed once.

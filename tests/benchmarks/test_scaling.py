@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from driving import TINY
+from driving import TINY, fill
 from rank_runs import free_port
 from ranks import answers_by_rank
 from torch import Tensor, nn
@@ -153,6 +153,13 @@ STEPS = ("pretext.epochs=3", "clustering.epochs=3", "selflabel.epochs=3")
 """Six steps a stage: DistributedDataParallel sends more in the first four."""
 
 
+def as_rank(rank: int, world: int, port: int) -> None:
+    """Set the variables that torchrun sets."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in {**place, **address}.items()})
+
+
 def counted_run(rank: int, store: str, world: int, port: int, words: list[str], results: Any) -> None:
     """Run the command line as torchrun starts it, and count the collectives of the last two steps of each stage."""
     counts: dict[str, list[dict[str, tuple[int, int]]]] = {}
@@ -165,9 +172,7 @@ def counted_run(rank: int, store: str, world: int, port: int, words: list[str], 
             counts.setdefault(self._stage.name, []).append(counter.counted())
 
     loop.__dict__["TrainingStep"] = CountedStep
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in {**place, **address}.items()})
+    as_rank(rank, world, port)
     code = command_line(words)
     results.put((rank, code, {name: found[-2:] for name, found in counts.items()}))
 
@@ -176,12 +181,15 @@ def counted_run(rank: int, store: str, world: int, port: int, words: list[str], 
     "changes",
     [
         [],
-        ["model.sync_batch_norm=false", "pretext.method.anchors=first"],
+        [
+            *("model.sync_batch_norm=false", "pretext.method.anchors=first"),
+            *("clustering.objective.prior=estimated", "clustering.initialize=kmeans"),
+        ],
         ["pretext.method.small_views=1", "pretext.method.small_view.size=6", "selflabel.ema=null"],
         ["pretext.method.batch_statistics=per_view", "selflabel.ema_mode=write_back", "model.projector=mlp_bn"],
         ["clustering.update=heads", "clustering.cached_views=2", "selflabel=null"],
     ],
-    ids=["as configured", "own statistics", "small views", "statistics of views", "frozen"],
+    ids=["as configured", "own statistics and a prior", "small views", "statistics of views", "frozen"],
 )
 def test_bytes_of_the_steps_of_a_run(changes: list[str], tmp_path: Path) -> None:
     settings = [*TINY, *STEPS, *changes]
@@ -193,6 +201,33 @@ def test_bytes_of_the_steps_of_a_run(changes: list[str], tmp_path: Path) -> None
     for _, code, found in answers_by_rank(counted_run, tmp_path, WORLD, free_port(), words, seconds=SECONDS):
         assert code == 0
         assert found == expected
+
+
+def counted_mining(rank: int, store: str, world: int, port: int, words: list[str], results: Any) -> None:
+    """Count what mining sends, ranks to ranks, while the command line runs as torchrun starts it."""
+    as_rank(rank, world, port)
+    with TrafficCounter() as counter:
+        code = command_line(words)
+    results.put((rank, code, counter.counted()[SEND]))
+
+
+def test_bytes_of_the_search(tmp_path: Path) -> None:
+    """Both splits have an even number of blocks of 20 images, so that the ranks have equal shares."""
+    settings = [*TINY, "data.labels=none", "evaluation.batch_size=20", "mining.test_k=5", "data.test_fraction=0.25"]
+    folder = str(tmp_path / "images")
+    fill(Path(folder), 160)
+    words = ["--data", folder, *settings, "--out", str(tmp_path / "run"), "--quiet"]
+    settings_of_files = ["model.backbone=resnet_digits", "data.image_size=16", "clustering.n_clusters=3"]
+    assert command_line(["pretext", *words, *settings_of_files]) == 0
+    config = load_config(find_config("folder"), [*settings, *settings_of_files])
+    mined = [next(stage for stage in describe(config, n, 0, 16).stages if isinstance(stage, Mining)) for n in (120, 40)]
+    messages = [message for stage in mined for message in stage.messages(WORLD) if message.collective == SEND]
+    blocks, rest = ([m for m in messages if (m.kind == "blocks") == is_block] for is_block in (True, False))
+    words = ["mine", str(tmp_path / "run"), "--quiet"]
+    answers = answers_by_rank(counted_mining, tmp_path, WORLD, free_port(), words, seconds=SECONDS)
+    assert [code for _, code, _ in answers] == [0, 0]
+    for (_, _, found), sent in zip(answers, (blocks, [*blocks, *rest]), strict=True):
+        assert found == (sum(m.bytes for m in sent), sum(m.calls for m in sent))
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:

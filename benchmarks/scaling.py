@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,10 +80,35 @@ def render(run: Run, machine: Machine, plans: Sequence[Plan]) -> str:
         f"{run.name}: {run.images:,} images. Computed, not measured.",
         "\n".join(step_table(run, plans[-1].ranks)),
         "\n".join(plan_table(plans)),
-        *(f"Does not fit on {found.ranks} GPUs: {problem}." for found in plans for problem in found.problems),
+        *(["\n".join(_misfits(plans)[1:])] if _misfits(plans) else []),
         "\n".join(source_table(machine)),
     ]
     return "\n\n".join(parts)
+
+
+_SECTION = re.compile(r"(<!-- scaling (steps|plan): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """Return a page with its tables computed again.
+
+    A section begins with ``<!-- scaling steps: OPTIONS -->`` or ``<!-- scaling plan: OPTIONS -->``, with the options of
+    this command, and ends with ``<!-- end -->``.
+    """
+
+    def table(section: re.Match[str]) -> str:
+        run, _, plans = planned(shlex.split(section[3]))
+        lines = step_table(run, plans[-1].ranks)
+        if section[2] == "plan":
+            lines = [*plan_table(plans), *_misfits(plans)]
+        return f"{section[1]}\n" + "\n".join(lines) + f"\n\n{section[4]}"
+
+    return _SECTION.sub(table, text)
+
+
+def _misfits(plans: Sequence[Plan]) -> list[str]:
+    found = [f"- On {each.ranks} GPUs {problem}." for each in plans for problem in each.problems]
+    return ["", "Does not fit:", "", *found] if found else []
 
 
 def numbers(text: str) -> list[int]:
@@ -113,7 +141,7 @@ def described(name: str, overrides: Sequence[str], images: int | None) -> Run:
     return describe(config, images or train, test, config.data.image_size or side)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="imagenet", help="the name of a shipped configuration")
     parser.add_argument("--images", type=int, help="number of training images (default: the data set's)")
@@ -122,7 +150,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--network", type=float, metavar="GB/S", help="GB/s that a machine sends to another one")
     parser.add_argument("--cores", type=int, help="processor cores of a machine")
     parser.add_argument("--json", type=Path, help="also write the plan to this file")
+    parser.add_argument("--page", type=Path, help="compute the tables of this page again, and nothing else")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def planned(words: Sequence[str]) -> tuple[Run, Machine, list[Plan]]:
+    """Return the run, the machine and the plans that a command asks for; wrong words end the process."""
+    parser = _parser()
     options = parser.parse_intermixed_args(words)
     given = {
         "utilisation": options.utilisation,
@@ -139,6 +174,16 @@ def main(words: Sequence[str] | None = None) -> None:
         plans = [plan(run, machine, ranks) for ranks in options.gpus]
     except ValueError as error:
         parser.error(str(error))
+    return run, machine, plans
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    options = _parser().parse_intermixed_args(words)
+    if options.page:
+        options.page.write_text(fill(options.page.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    run, machine, plans = planned(words)
     print(render(run, machine, plans))
     if options.json:
         result = {

@@ -120,6 +120,7 @@ def _training(stage: Training, run: Run, machine: Machine, ranks: int) -> StageP
         4 * (trained * (2 + stage.state) + stage.network.frozen)
         + 2 * stage.network.activations * images * stage.trained
         + stage.kept
+        + stage.widest
     )
     return _stage_plan(
         name=stage.name,
@@ -210,23 +211,20 @@ def _problems(stages: Iterable[StagePlan], machine: Machine, ranks: int) -> Iter
     local = min(ranks, machine.gpus)
     for stage in stages:
         if stage.device > machine.memory:
-            yield (
-                f"{stage.name}: {amount(stage.device)} for each GPU, which has {amount(machine.memory)}; "
-                "take more GPUs or smaller batches"
-            )
+            yield (f"{stage.name}: {amount(stage.device)} for each GPU, which has {amount(machine.memory)}")
         host = local * stage.host + stage.first
         if host > machine.host_memory:
+            more = f", and {amount(stage.first)} more for rank 0" if stage.first else ""
             yield (
-                f"{stage.name}: {amount(host)} of host memory on the machine of rank 0 ({local} ranks with "
-                f"{amount(stage.host)} each, and {amount(stage.first)} more for rank 0), which has "
-                f"{amount(machine.host_memory)}"
+                f"{stage.name}: {amount(host)} of host memory on the machine of rank 0, which has "
+                f"{amount(machine.host_memory)} ({local} ranks with {amount(stage.host)} each{more})"
             )
 
 
 def duration(seconds: float) -> str:
     """Return a time in words."""
     for unit, factor in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
-        if seconds >= 2 * factor or unit == "ms":
+        if seconds >= (1 if unit == "s" else 2) * factor or unit == "ms":
             return f"{seconds / factor:.2g} {unit}" if seconds < 100 * factor else f"{seconds / factor:,.0f} {unit}"
     raise AssertionError
 

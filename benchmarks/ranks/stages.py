@@ -50,6 +50,7 @@ class Training:
         state: float32 numbers that the optimiser keeps for each parameter.
         checked: images that pass forward for evaluations, in all.
         gathered: float32 numbers of all images that an evaluation hands to every rank, in all.
+        widest: bytes of the largest result that an evaluation hands to every GPU.
         ring: bytes of embeddings that pass round the ring of a kNN check, in all.
         compared: multiply-adds of these checks, in all.
         kept: bytes of features that every rank keeps on its device.
@@ -72,6 +73,7 @@ class Training:
     state: int
     checked: float
     gathered: float
+    widest: float = 0.0
     ring: float = 0.0
     compared: float = 0.0
     kept: float = 0.0
@@ -291,6 +293,7 @@ def _clustering(config: Config, classes: int, images: int, test: int, side: int)
         gathered=checks * reported * classes * settings.heads
         + (images + test) * classes
         + images * network.features * frozen,
+        widest=4.0 * classes * max(images, reported * settings.heads),
         kept=4.0 * network.features * images * ((cached or 0) + frozen),
         before=float(images * (cached or 0)),
     )
@@ -329,4 +332,5 @@ def _selflabel(config: Config, classes: int, images: int, test: int, side: int) 
         state=_state(settings.optimizer) + (settings.ema is not None),
         checked=checks * reported + images + test,
         gathered=(checks * reported + images + test) * classes,
+        widest=4.0 * classes * images,
     )

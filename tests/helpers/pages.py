@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from torch.distributed.run import get_args_parser
 
 from scan_fast.cli import build_parser
 from scan_fast.parsing import split_overrides
@@ -91,8 +92,9 @@ def check_command(words: list[str]) -> None:
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"there is no {rest[0]}"
     elif program == "torchrun":
-        scripts = [word for word in rest if word.endswith(".py")]
-        assert scripts and (ROOT / scripts[0]).is_file(), f"torchrun starts no script of this repository: {rest}"
+        check_torchrun(rest)
+    elif program in ("sbatch", "kubectl"):
+        assert (ROOT / rest[-1]).is_file(), f"there is no {rest[-1]}"
     elif program == "pip":
         assert rest[0] == "install", rest
         for word in rest[1:]:
@@ -104,6 +106,20 @@ def check_command(words: list[str]) -> None:
         assert os.access(ROOT / program, os.X_OK), f"{program} is no program of this repository"
     else:
         raise AssertionError(f"the tests do not know how to check {shlex.join(words)}")
+
+
+def check_torchrun(words: list[str]) -> None:
+    """Check a command of torchrun: its own options, and the script or the command of scan-fast that it starts."""
+    try:
+        options = get_args_parser().parse_args(words)
+    except SystemExit as stop:
+        raise AssertionError(f"torchrun refuses {shlex.join(words)}") from stop
+    if options.module:
+        assert options.training_script == "scan_fast", f"torchrun starts another module: {words}"
+        check_scan_fast(options.training_script_args)
+    else:
+        script = ROOT / options.training_script
+        assert script.is_file(), f"torchrun starts no script of this repository: {words}"
 
 
 def check_scan_fast(words: list[str]) -> None:

@@ -76,10 +76,10 @@ class Guard:
 
     def leaving(self) -> None:
         """Note that this rank has done its work, so that nobody misses it."""
-        self._store.set(f"ended/{self._rank}", "1")
         self._leaving.set()
         for thread in self._threads:
             thread.join()
+        self._note_end("ended", GRACE_SECONDS)
 
     def claim(self, message: str) -> bool:
         """Tell the others that this rank has failed; return if it is the first one, which prints the message."""
@@ -97,13 +97,17 @@ class Guard:
         return bool(first)
 
     def depart(self) -> None:
-        """Note that this rank ends after a failure. The rank whose process holds the store waits for the others."""
+        """Note that this rank ends after a failure."""
+        self._note_end("departed", GRACE_SECONDS)
+
+    def _note_end(self, how: str, seconds: float) -> None:
+        """Note the end of this rank. The one whose process holds the store waits some seconds for the others."""
         try:
-            self._store.set(f"departed/{self._rank}", "1")
-            keys = [f"departed/{rank}" for rank in range(self._world)]
-            end = time.monotonic() + (2 * GRACE_SECONDS if self.holds else 0.0)
+            self._store.set(f"{how}/{self._rank}", "1")
+            keys = [f"{how}/{rank}" for rank in range(self._world)]
+            end = time.monotonic() + (seconds if self.holds else 0.0)
             while time.monotonic() < end and not self._store.check(keys):
-                time.sleep(0.1)
+                time.sleep(0.05)
         except Exception:  # the store is gone
             return
 
@@ -176,7 +180,11 @@ class Guard:
     def _watch_store(self) -> None:
         """End this process if the store does not answer, as after a cut of the network: nothing else would notice."""
         while not self._leaving.wait(POLL_SECONDS):
-            if time.monotonic() - self._looked > SILENT_SECONDS + GRACE_SECONDS:
+            looked = self._looked
+            if time.monotonic() - looked > SILENT_SECONDS:
+                # If this process itself was stopped, the other thread looks again now.
+                if self._leaving.wait(GRACE_SECONDS) or self._looked != looked:
+                    continue
                 if self._speaks_alone():
                     print(
                         "scan-fast: the store by which the ranks have met has not answered for "
@@ -298,7 +306,7 @@ def end(code: int) -> int:
 
 def is_first_by_environment() -> bool:
     """Return whether this process is rank 0 by what torchrun has told it, or was started without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _of_connection(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ def test_python(photos: Path) -> None:
 
 def test_every_command_is_one() -> None:
     found = [words for block in blocks(README) if block.language == "sh" for words in commands(block)]
-    assert {words[0] for words in found} == {"git", "cd", "make", "pip", "scan-fast"}
+    assert {words[0] for words in found} == {"git", "cd", "make", "pip", "scan-fast", "torchrun"}
     for words in found:
         check_command(words)
 

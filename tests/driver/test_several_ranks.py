@@ -62,6 +62,17 @@ def test_the_same_results(alone: Path, tmp_path: Path, world: int) -> None:
     assert all(not result.out for result in results[1:])
 
 
+def test_statistics_of_each_rank(alone: Path, tmp_path: Path) -> None:
+    """Batch normalisation by rank is another training, but one that all ranks share, and that can be resumed."""
+    words = (*WORDS, "model.sync_batch_norm=false", "runtime.checkpoint_seconds=0", "--out", tmp_path / "run")
+    killed = run_on_ranks(2, *words, folder=tmp_path / "first", deaths={0: Death(2, name="pretext.pt")})
+    assert killed[0].code == -signal.SIGKILL
+    results = run_on_ranks(2, *words, folder=tmp_path / "logs")
+    assert [result.code for result in results] == [0, 0], results
+    with np.load(tmp_path / "run" / "embeddings.npz") as ours, np.load(alone / "embeddings.npz") as theirs:
+        assert np.abs(ours["train"] - theirs["train"]).max() > 1e-3
+
+
 def test_a_checkpoint_goes_on_with_other_numbers_of_ranks(alone: Path, tmp_path: Path) -> None:
     words = (*WORDS, "runtime.checkpoint_seconds=0", "--out", tmp_path / "run")
     logs = tmp_path / "logs"

@@ -177,6 +177,7 @@ def counted_run(rank: int, store: str, world: int, port: int, words: list[str], 
     results.put((rank, code, {name: found[-2:] for name, found in counts.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -211,6 +212,7 @@ def counted_mining(rank: int, store: str, world: int, port: int, words: list[str
     results.put((rank, code, counter.counted()[SEND]))
 
 
+@pytest.mark.slow
 def test_bytes_of_the_search(tmp_path: Path) -> None:
     """Both splits have an even number of blocks of 20 images, so that the ranks have equal shares."""
     settings = [*TINY, "data.labels=none", "evaluation.batch_size=20", "mining.test_k=5", "data.test_fraction=0.25"]

@@ -1,17 +1,20 @@
 """Accuracy of a configuration over seeds: ``python -m benchmarks.accuracy --config digits --seeds 0 1 2 --json FILE``.
 
 With ``--out`` the run folders are kept, and an interrupted run is resumed. The result has the seconds of each stage,
-the measured epochs of each run, and FOLDER in place of the path of the images.
+the measured epochs of each run, and FOLDER in place of the path of the images. On several ranks:
+``torchrun --standalone --nproc-per-node 2 -m benchmarks.accuracy --config digits``.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scan_fast import distributed
 from scan_fast.devices import choose_device
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
@@ -36,12 +39,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     config = load_config(find_config(options.config), options.overrides, {"runtime.device": options.device})
+    ranks = distributed.join().world
     with tempfile.TemporaryDirectory() as temporary:
-        parent = options.out or Path(temporary)
+        parent = options.out or Path(distributed.agreed(temporary))
         results = sweep(config, options.seeds, parent, share_pretext=options.share_pretext)
         runs = {seed: RunFolder(parent / f"seed{seed}") for seed in options.seeds}
         results |= stage_seconds([run.summary() for run in runs.values()])
         epochs = {str(seed): measured_epochs(run.metrics()) for seed, run in runs.items()}
+        distributed.leave()
+    if not distributed.is_first_by_environment():
+        return
     for name, entry in results.items():
         if name != "seeds":
             print(f"{name:<28} {entry['mean']:9.4f} ± {entry['std']:.4f}")
@@ -49,6 +56,7 @@ def main() -> None:
         device = choose_device(options.device).type
         title = f"Accuracy of {config.name}, {config.preset}" if config.preset else f"Accuracy of {config.name}"
         content: dict[str, Any] = {"benchmark": "accuracy", "title": title, "device": device}
+        content |= {"ranks": ranks} if ranks > 1 else {}
         content |= {"environment": describe(device), "config": without_path(config), "results": results}
         content["epochs"] = epochs
         write_json(options.json, content)
@@ -83,3 +91,4 @@ def without_path(config: Config) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    sys.exit(distributed.end(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from driving import TINY, Death, assignments, fill, metrics, run_here, summary
 from rank_runs import RankRun, free_port, run_on_ranks, the_message
 
 import scan_fast
+from scan_fast.devices import choose_device
+from scan_fast.distributed import Ranks, ranks
+from scan_fast.errors import ConfigError
 
 WORDS = ("run", "digits", *TINY, "clustering.update=heads", "selflabel=null")
 
@@ -250,3 +255,51 @@ def test_torchrun_starts_killed_ranks_again(alone: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "pretext: going on after epoch" in done.stdout
     check_equal(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_ranks_with_different_code(tmp_path: Path) -> None:
+    """The second rank runs a copy of the package with one more line."""
+    package = Path(scan_fast.__file__).parent
+    copy = tmp_path / "other" / "scan_fast"
+    # The compiled module is large, and is not what differs.
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (copy / "random.py").write_text((package / "random.py").read_text() + "\n# changed\n")
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "scan_fast", *WORDS, "--out", str(tmp_path / "run")],
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(folder.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank, folder in (("0", package), ("1", copy))
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    lines = [line for text in errors for line in text.splitlines() if line.startswith("scan-fast: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("scan-fast: the ranks run different code: rank 0 on ")
+    assert lines[0].endswith("; install the same on all machines")
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GPUs, each process of a machine takes one, and there must be enough of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    try:
+        ranks.enter(Ranks(rank=5, world=8, local_rank=1, local_world=2))
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+        assert choose_device("cpu") == torch.device("cpu")
+        with pytest.raises(ConfigError, match=r"runtime\.device=cuda:0 would give all processes one GPU"):
+            choose_device("cuda:0")
+        ranks.enter(Ranks(rank=5, world=8, local_rank=1, local_world=4))
+        with pytest.raises(
+            ConfigError, match="4 processes on this machine need as many GPUs, and it has 2 usable ones"
+        ):
+            choose_device("auto")
+    finally:
+        ranks.enter(Ranks())

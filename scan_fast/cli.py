@@ -414,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         if not distributed.is_first_by_environment():
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return distributed.end(_main(sys.argv[1:] if arguments is None else arguments))
+        code = _main(sys.argv[1:] if arguments is None else arguments)
+        return distributed.end(code, exits=arguments is None)
 
 
 def _main(arguments: Sequence[str]) -> int:

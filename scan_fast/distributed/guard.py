@@ -292,14 +292,17 @@ def announce(message: str, error: Exception) -> str | None:
     return message
 
 
-def end(code: int) -> int:
-    """Return an exit code; with several ranks, end this process with it.
+def end(code: int, *, exits: bool = True) -> int:
+    """Take this rank's leave, whether it has failed or not, and return an exit code.
 
-    Threads of gloo may still hold objects of Python, and the interpreter then aborts while it ends.
+    Args:
+        code: the exit code.
+        exits: end this process at once if it was one of several. Threads of gloo may still hold objects of Python, and
+            the interpreter would abort while it ends.
     """
     if _guard is not None:
         _guard.depart()
-    if _guard is not None or _guarded:
+    if _guarded and exits:
         exit_now(code)
     return code
 

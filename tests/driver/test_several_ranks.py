@@ -240,7 +240,7 @@ def test_torchrun_starts_killed_ranks_again(alone: Path, tmp_path: Path) -> None
         "from scan_fast.cli import main\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '0':\n"
         "    _arrange(Death(2, name='pretext.pt'))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "sys.exit(main())\n"
     )
     package = str(Path(scan_fast.__file__).parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -127,6 +127,26 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
+def rank_results() -> Any:
+    """Return a queue that takes the answers of processes of :func:`rank_process`."""
+    _start_server()
+    return _processes.SimpleQueue()
+
+
+def rank_process(function: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
+    """Return a process, not yet started, that calls a function; one thread computes in it."""
+    return _processes.Process(target=_call, args=(function, arguments))
+
+
+def _call(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo may hold objects of Python, and an interpreter that ends meanwhile aborts.
+    os._exit(0)
+
+
 @dataclass
 class Death:
     """Kill the process at the ``at``-th renaming of a file (from 1), before or after it; ``name`` counts one only.

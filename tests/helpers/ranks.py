@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from driving import rank_process, rank_results
 
 
 def answers_by_rank(
@@ -24,21 +24,25 @@ def answers_by_rank(
         arguments: for the function.
         seconds: after which they are killed.
     """
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = rank_results()
     given = (str(folder / "store"), world, *arguments, results)
-    processes = [context.Process(target=function, args=(rank, *given)) for rank in range(world)]
+    processes = [rank_process(function, (rank, *given)) for rank in range(world)]
+    answers: list[Any] = []
+
+    def read() -> None:
+        # While they run: a large answer waits in its pipe for a reader.
+        while len(answers) < world:
+            answers.append(results.get())
+
+    reader = threading.Thread(target=read, daemon=True)
     for process in processes:
         process.start()
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    guard = threading.Timer(seconds, kill)
-    guard.start()
+    reader.start()
     for process in processes:
+        process.join(seconds)
+        process.kill()
         process.join()
-    guard.cancel()
-    assert all(process.exitcode == 0 for process in processes)
-    return sorted(results.get() for _ in processes)
+    assert [process.exitcode for process in processes] == [0] * world
+    reader.join(10)
+    assert len(answers) == world, f"of {world} processes {len(answers)} have answered"
+    return sorted(answers)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from driving import TINY, _processes, _start_server, opened, run_here
+from driving import TINY, opened, run_here
 from rank_checks import Checks, join, leave
+from ranks import answers_by_rank
 
 from scan_fast import distributed
 from scan_fast.data.loader import epoch_batches
@@ -47,9 +48,10 @@ SELF_LABELLING = {
     "average written back": ("selflabel.ema_mode=write_back",),
     "nobody is confident": ("selflabel.threshold=1",),
 }
-LIMITS = (1e-5, 1e-4)
-"""Largest relative error of each of two steps in float32. The second is that of weights that differ by the first."""
-UNSTEADY: dict[str, tuple[int, int]] = {"pretext, visreg": (20, 20), "clustering, scan with sizes": (2, 200)}
+LIMITS = (1e-5, 1e-3)
+"""Largest relative error of each of two steps in float32. The second is of weights that differ by rounding, and of ReLUs
+that turn there."""
+UNSTEADY: dict[str, tuple[int, int]] = {"pretext, visreg": (20, 2), "clustering, scan with sizes": (2, 20)}
 """Factors on the limits for gradients that change as much in one process if the images of a batch change places: those
 of the first by 8e-5, those of the second by 7e-3 in the second step."""
 
@@ -136,25 +138,12 @@ def on_rank(rank: int, store: str, world: int, folder: str, finished: str, resul
         results.put((rank, checks.differences, checks.done))
 
 
-def answers(world: int, folder: Path, finished: Path) -> list[tuple[int, list[str], int]]:
-    _start_server()
-    results = _processes.SimpleQueue()
-    arguments = (str(folder / f"store{world}"), world, str(folder), str(finished), results)
-    processes = [_processes.Process(target=on_rank, args=(rank, *arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-    for process in processes:
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * world
-    return sorted(results.get() for _ in processes)
-
-
 @pytest.mark.slow
 def test_a_step_on_several_ranks(finished: Path, tmp_path: Path) -> None:
-    assert answers(1, tmp_path, finished) == [(0, [], 0)]
+    folders = str(tmp_path), str(finished)
+    assert answers_by_rank(on_rank, tmp_path, 1, *folders, seconds=300) == [(0, [], 0)]
     for world in (2, 4):
-        for rank, differences, done in answers(world, tmp_path, finished):
+        (tmp_path / f"{world}").mkdir()
+        for rank, differences, done in answers_by_rank(on_rank, tmp_path / f"{world}", world, *folders, seconds=300):
             assert not differences, f"rank {rank} of {world}"
             assert done == 6 * len(CASES)

@@ -20,10 +20,8 @@ from . import ranks
 
 POLL_SECONDS = 1.0
 """Time between two looks at the store."""
-BEAT_SECONDS = 4.0
+BEAT_SECONDS = 2.0
 """Time between two signs of life of a rank."""
-SILENT_SECONDS = 40.0
-"""A rank without a sign of life for so long is taken for dead."""
 GRACE_SECONDS = 5.0
 """Time in which a rank that has failed says why, if another one already notices that it is gone."""
 HEAD_START_SECONDS = 0.5
@@ -41,10 +39,12 @@ class Guard:
         store: a connection to the store that nothing else uses.
         meeting: what to say if the ranks get no further than :meth:`connecting`, and after how many seconds.
         holds: this process holds the store.
+        silent: seconds after which a rank without a sign of life, or a store without an answer, is taken for dead.
     """
 
-    def __init__(self, store: Any, meeting: tuple[str, float], holds: bool) -> None:
+    def __init__(self, store: Any, meeting: tuple[str, float], holds: bool, silent: float) -> None:
         self.holds = holds
+        self._silent = silent
         self._store = store
         self._meeting = meeting
         self._begin: float | None = None
@@ -159,11 +159,11 @@ class Guard:
                 found = self._store.get(key) if self._store.check([key]) else b""
                 if found != seen:
                     seen, last = found, now
-                elif now - last > SILENT_SECONDS and not self._has_ended(watched):
+                elif now - last > self._silent and not self._has_ended(watched):
                     process, host = self._processes[watched]
                     self._end(
                         f"rank {watched} (process {process} on {host}) has given no sign of life for "
-                        f"{SILENT_SECONDS:.0f} s: it was killed, it hangs, or its machine is gone"
+                        f"{self._silent:.0f} s: it was killed, it hangs, or its machine is gone"
                     )
                 # Its last words may be on their way.
                 elif (words := self.dead()) is not None and not self.has_failed(GRACE_SECONDS / 2):
@@ -181,14 +181,14 @@ class Guard:
         """End this process if the store does not answer, as after a cut of the network: nothing else would notice."""
         while not self._leaving.wait(POLL_SECONDS):
             looked = self._looked
-            if time.monotonic() - looked > SILENT_SECONDS:
+            if time.monotonic() - looked > self._silent:
                 # If this process itself was stopped, the other thread looks again now.
                 if self._leaving.wait(GRACE_SECONDS) or self._looked != looked:
                     continue
                 if self._speaks_alone():
                     print(
                         "scan-fast: the store by which the ranks have met has not answered for "
-                        f"{SILENT_SECONDS:.0f} s: the machine of rank 0, or the network to it, is gone; the same "
+                        f"{self._silent:.0f} s: the machine of rank 0, or the network to it, is gone; the same "
                         "command continues",
                         file=sys.stderr,
                         flush=True,
@@ -244,10 +244,10 @@ _guarded = False
 """True once this process has been one of several."""
 
 
-def start(store: Any, meeting: tuple[str, float], holds: bool) -> Guard:
+def start(store: Any, meeting: tuple[str, float], holds: bool, silent: float) -> Guard:
     """Start the guard of this process, see :class:`Guard`."""
     global _guard, _guarded
-    _guard, _guarded = Guard(store, meeting, holds), True
+    _guard, _guarded = Guard(store, meeting, holds, silent), True
     return _guard
 
 

@@ -19,7 +19,10 @@ from . import guard, ranks
 
 JOIN_SECONDS = "SCAN_FAST_JOIN_SECONDS"
 """Environment variable: seconds within which all ranks must have met."""
-DEFAULT_JOIN_SECONDS = 50.0
+SILENT_SECONDS = "SCAN_FAST_SILENT_SECONDS"
+"""Environment variable: seconds without a sign of life after which a rank is taken for dead."""
+SECONDS = {JOIN_SECONDS: 50.0, SILENT_SECONDS: 40.0}
+"""The values of these variables if they are not set."""
 LONGEST = timedelta(days=7)
 """Longest collective. Ranks wait for rank 0 while it groups or reports; the guard finds those that are gone."""
 
@@ -37,7 +40,7 @@ def join() -> ranks.Ranks:
     place = _place()
     if place.world == 1 or ranks.current().world > 1:
         return ranks.current()
-    seconds = _seconds()
+    seconds, silent = _seconds(JOIN_SECONDS), _seconds(SILENT_SECONDS)
     store = _store(place, seconds)
     ranks.enter(place)
     meeting = (
@@ -48,7 +51,7 @@ def join() -> ranks.Ranks:
     # A launcher that starts the ranks again uses the same store.
     name = f"scan-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     own = PrefixStore(name, store)
-    watching = guard.start(PrefixStore(f"{name}/guard", store.clone()), meeting, _holds(place))
+    watching = guard.start(PrefixStore(f"{name}/guard", store.clone()), meeting, _holds(place), silent)
     _wait_for_all(own, place, seconds)
     watching.connecting()
     gpu = torch.cuda.is_available() and place.local_rank < torch.cuda.device_count()
@@ -95,14 +98,14 @@ def _place() -> ranks.Ranks:
     return place
 
 
-def _seconds() -> float:
-    text = os.environ.get(JOIN_SECONDS, str(DEFAULT_JOIN_SECONDS))
+def _seconds(name: str) -> float:
+    text = os.environ.get(name, str(SECONDS[name]))
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise RankError(f"{JOIN_SECONDS} must be a number of seconds above 0, got {text!r}")
+        raise RankError(f"{name} must be a number of seconds above 0, got {text!r}")
     return seconds
 
 

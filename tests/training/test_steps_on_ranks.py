@@ -49,8 +49,8 @@ SELF_LABELLING = {
     "nobody is confident": ("selflabel.threshold=1",),
 }
 LIMITS = (1e-5, 1e-3)
-"""Largest relative error of each of two steps in float32. The second is of weights that differ by rounding, and of ReLUs
-that turn there."""
+"""Largest relative error of each of two steps in float32. The second is of weights that differ by rounding, by which a
+ReLU may turn."""
 UNSTEADY: dict[str, tuple[int, int]] = {"pretext, visreg": (20, 2), "clustering, scan with sizes": (2, 20)}
 """Factors on the limits for gradients that change as much in one process if the images of a batch change places: those
 of the first by 8e-5, those of the second by 7e-3 in the second step."""

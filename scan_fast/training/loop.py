@@ -155,7 +155,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
     if totals is not None:
         do_step.reset(totals)
 
-    begin, due = time.perf_counter(), Due(context.config.runtime.checkpoint_seconds)
+    begin, due = time.perf_counter(), Due(lambda: context.config.runtime.checkpoint_seconds)
     if epoch < training.epochs and not stage.finished():
         stage.prepare()
 

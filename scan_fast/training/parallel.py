@@ -78,9 +78,12 @@ class Due:
     """Tells after which steps a checkpoint is due: on all ranks after the same.
 
     Rank 0 looks at its clock. With several ranks, it tells the others about once in a second.
+
+    Args:
+        seconds: returns the longest time between two checkpoints, which may change meanwhile.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
         self._saved = self._agreed = time.perf_counter()
         self._steps = 0
@@ -104,12 +107,12 @@ class Due:
         return self._agree() if distributed.several() else self._over()
 
     def _over(self) -> bool:
-        return time.perf_counter() - self._saved >= self._seconds
+        return time.perf_counter() - self._saved >= self._seconds()
 
     def _agree(self) -> bool:
         now = time.perf_counter()
         per_step = (now - self._agreed) / max(1, self._steps)
-        steps = 1 if self._seconds == 0 else max(1, int(AGREEMENT_SECONDS / max(per_step, 1e-6)))
+        steps = 1 if self._seconds() == 0 else max(1, int(AGREEMENT_SECONDS / max(per_step, 1e-6)))
         due, self._next = distributed.agreed((self._over(), steps))
         self._agreed, self._steps = now, 0
         return due

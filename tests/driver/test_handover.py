@@ -44,9 +44,9 @@ def test_every_value_that_is_taken_is_handed_on_by_an_earlier_stage() -> None:
 def test_embeddings_are_computed_once_and_dropped_after_mining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counted(context: Any, model: Any, function: Any, source: Any) -> Any:
+    def counted(context: Any, model: Any, function: Any, source: Any, **named: Any) -> Any:
         calls.append(len(source))
-        return forward_all(context, model, function, source)
+        return forward_all(context, model, function, source, **named)
 
     monkeypatch.setattr(embedding, "forward_all", counted)
     handover = Handover()

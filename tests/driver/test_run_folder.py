@@ -14,7 +14,7 @@ import torch
 from driving import TINY, TINY_FOLDER, assignments, fill, metrics, picture, results, run_here, summary, tiny_config
 from PIL import Image
 
-from scan_fast.data import files as file_source
+from scan_fast.data import checking
 from scan_fast.data.datasets import open_splits
 from scan_fast.data.decode import decode
 from scan_fast.errors import RunError
@@ -298,7 +298,7 @@ def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch:
         decoded.append(path)
         return decode(path, **words)
 
-    monkeypatch.setattr(file_source, "decode", noted)
+    monkeypatch.setattr(checking, "decode", noted)
     for start in range(2):
         folder = RunFolder.open(tmp_path / "run", config)
         with folder:

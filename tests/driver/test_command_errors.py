@@ -15,6 +15,7 @@ from scan_fast.errors import (
     ConfigError,
     DataError,
     MissingPackageError,
+    RankError,
     RunError,
     ScanFastError,
     UsageError,
@@ -36,7 +37,7 @@ def test_a_defect_is_reported_as_one(kind: type[Exception], monkeypatch: pytest.
     assert result.err.splitlines()[-1].startswith("scan-fast: this is a defect of scan-fast and no mistake of yours")
 
 
-USER_ERRORS = (ConfigError, DataError, WeightsError, RunError, UsageError, MissingPackageError)
+USER_ERRORS = (ConfigError, DataError, WeightsError, RankError, RunError, UsageError, MissingPackageError)
 
 
 def test_all_errors_for_users_have_one_base() -> None:

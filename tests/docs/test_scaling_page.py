@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from pages import ROOT, check_command, check_torchrun, commands
 from pages import blocks as blocks_of
 
 from benchmarks.scaling import fill
-from scan_fast.distributed import guard, joining
+from scan_fast.distributed import joining
 
 PAGE = "docs/scaling.md"
 SLURM = ROOT / "examples" / "slurm.sbatch"
@@ -45,8 +46,8 @@ def test_what_is_not_measured_is_said() -> None:
 
 def test_figures_of_the_page_are_those_of_the_program() -> None:
     text = " ".join(page().split())
-    assert f"within {joining.DEFAULT_JOIN_SECONDS:.0f} seconds. `{joining.JOIN_SECONDS}`" in text
-    assert f"after {guard.SILENT_SECONDS:.0f} seconds without a sign of life" in text
+    assert f"within {joining.SECONDS[joining.JOIN_SECONDS]:.0f} seconds. `{joining.JOIN_SECONDS}`" in text
+    assert f"after {joining.SECONDS[joining.SILENT_SECONDS]:.0f} seconds without a sign of life" in text
 
 
 def test_commands_of_torchrun_are_on_the_page() -> None:
@@ -173,3 +174,23 @@ def test_the_containers_of_kubernetes(name: str) -> None:
     assert words[words.index("--out") + 1].startswith("/runs/") and "data.root=/data" in words
     lines = [line for line in (ROOT / "examples" / name).read_text().splitlines() if line.startswith("#")]
     assert any(f"kubectl apply -f examples/{name}" in line for line in lines)
+
+
+def test_measured_figures_are_those_of_the_results() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / f"cpu-{name}-avx512.json").read_text())
+        for name in ("digits", "digits-2ranks", "sharded-search")
+    ]
+    for key in ("pretext knn_acc", "mining purity", "clustering test acc", "selflabel test acc"):
+        cells = [each["results"][key] for each in results[:2]]
+        row = " | ".join(f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in cells)
+        assert f"| {row} |" in text, key
+    assert results[1]["ranks"] == 2
+    first, second = (each["results"]["selflabel test acc"] for each in results[:2])
+    assert abs(first["mean"] - second["mean"]) < min(first["std"], second["std"])
+    for entry in results[2]["results"]:
+        keys = ("peak_bytes", "bound_bytes", "bytes_sent")
+        most = [max(rank[key] for rank in entry["by_rank"]) / 2**20 for key in keys]
+        figures = " | ".join(f"{value:.1f}" for value in (entry["by_rank"][0]["rows_bytes"] / 2**20, *most))
+        assert f"| {entry['ranks']} | {figures} |" in text

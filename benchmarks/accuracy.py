@@ -55,6 +55,7 @@ def main() -> None:
     if options.json:
         device = choose_device(options.device).type
         title = f"Accuracy of {config.name}, {config.preset}" if config.preset else f"Accuracy of {config.name}"
+        title += f", {ranks} processes" if ranks > 1 else ""
         content: dict[str, Any] = {"benchmark": "accuracy", "title": title, "device": device}
         content |= {"ranks": ranks} if ranks > 1 else {}
         content |= {"environment": describe(device), "config": without_path(config), "results": results}

@@ -52,7 +52,7 @@ def test_figures_of_the_page_are_those_of_the_program() -> None:
 
 def test_commands_of_torchrun_are_on_the_page() -> None:
     found = [words for block in blocks_of(PAGE) if block.language == "sh" for words in commands(block)]
-    assert sum(words[0] == "torchrun" for words in found) == 3
+    assert sum(words[0] == "torchrun" for words in found) == 4
     for words in (["torchrun", "--nprocs", "2"], ["torchrun", "-m", "scan_fast", "run", "imagenet", "a.b=1"]):
         with pytest.raises((AssertionError, ValueError)):
             check_command(words)

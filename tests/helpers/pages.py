@@ -114,9 +114,10 @@ def check_torchrun(words: list[str]) -> None:
         options = get_args_parser().parse_args(words)
     except SystemExit as stop:
         raise AssertionError(f"torchrun refuses {shlex.join(words)}") from stop
-    if options.module:
-        assert options.training_script == "scan_fast", f"torchrun starts another module: {words}"
+    if options.module and options.training_script == "scan_fast":
         check_scan_fast(options.training_script_args)
+    elif options.module:
+        check_module(options.training_script, options.training_script_args)
     else:
         script = ROOT / options.training_script
         assert script.is_file(), f"torchrun starts no script of this repository: {words}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ def ip(*words: str) -> None:
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
     """Two namespaces with one interface each, ``cable0`` and ``cable1``."""
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the program ip")
     names = [f"scan-fast-{os.getpid()}-{number}" for number in range(2)]
     try:
         for name in names:

@@ -37,3 +37,8 @@ class MissingPackageError(ScanFastError, ImportError):
 
 class RankError(ScanFastError, RuntimeError):
     """Another process of the same run has failed, or cannot be reached."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its name if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

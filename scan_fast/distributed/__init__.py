@@ -16,7 +16,6 @@ from .ranks import (
     several,
     share,
     shares,
-    total,
     wait,
 )
 
@@ -40,6 +39,5 @@ __all__ = [
     "several",
     "share",
     "shares",
-    "total",
     "wait",
 ]

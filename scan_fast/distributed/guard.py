@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import RankError
+from ..errors import RankError, first_line
 from . import ranks
 
 POLL_SECONDS = 1.0
@@ -28,6 +28,9 @@ HEAD_START_SECONDS = 0.5
 """Time by which rank 0 comes before the others if all fail at once."""
 EXIT_OF_OTHERS = 3
 """Exit code of a rank that ends because another one has failed."""
+
+CONTINUES = "the same command continues"
+"""The end of a message about what is not the run's own fault."""
 
 _CLAIMS, _MESSAGE = "failures", "failed"
 
@@ -186,12 +189,9 @@ class Guard:
                 if self._leaving.wait(GRACE_SECONDS) or self._looked != looked:
                     continue
                 if self._speaks_alone():
-                    print(
-                        "scan-fast: the store by which the ranks have met has not answered for "
-                        f"{self._silent:.0f} s: the machine of rank 0, or the network to it, is gone; the same "
-                        "command continues",
-                        file=sys.stderr,
-                        flush=True,
+                    _say(
+                        f"the store by which the ranks have met has not answered for {self._silent:.0f} s: the machine "
+                        f"of rank 0, or the network to it, is gone; {CONTINUES}"
                     )
                 exit_now(EXIT_OF_OTHERS)
 
@@ -203,15 +203,19 @@ class Guard:
         return first
 
     def _end(self, words: str) -> None:
-        message = f"{words}; the same command continues"
+        message = f"{words}; {CONTINUES}"
         if self.claim(message):
-            print(f"scan-fast: {message}", file=sys.stderr, flush=True)
+            _say(message)
             record(message)
         self._exit()
 
     def _exit(self) -> None:
         self.depart()
         exit_now(EXIT_OF_OTHERS)
+
+
+def _say(message: str) -> None:
+    print(f"scan-fast: {message}", file=sys.stderr, flush=True)
 
 
 def _lives(process: int) -> bool:
@@ -266,8 +270,7 @@ def cause(error: Exception) -> Exception:
     words = None if _guard.has_failed() else _guard.dead()
     if words is None and not _guard.has_failed(GRACE_SECONDS / 2):
         words = _guard.dead()
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return RankError(f"{words or f'the ranks have lost each other ({first})'}; the same command continues")
+    return RankError(f"{words or f'the ranks have lost each other ({first_line(error)})'}; {CONTINUES}")
 
 
 def announce(message: str, error: Exception) -> str | None:

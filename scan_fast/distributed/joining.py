@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ..errors import RankError
+from ..errors import RankError, first_line
 from . import guard, ranks
 
 JOIN_SECONDS = "SCAN_FAST_JOIN_SECONDS"
@@ -138,8 +138,8 @@ def _store(place: ranks.Ranks, seconds: float) -> TCPStore:
         does = "open" if holds else "reach"
         raise RankError(
             f"rank {place.rank} on {socket.gethostname()} cannot {does} MASTER_ADDR:MASTER_PORT, {host}:{port}, within "
-            f"{seconds:.0f} s ({_first_line(error)}); it must be an address of rank 0's machine with a port that the "
-            "others may reach"
+            f"{seconds:.0f} s ({first_line(error)[:200]}); it must be an address of rank 0's machine with a port that "
+            "the others may reach"
         ) from error
 
 
@@ -185,8 +185,9 @@ def _check_code() -> None:
     Raises:
         RankError: names what differs, and on which ranks.
     """
-    facts = ranks.gathered({**code(), "machine": socket.gethostname()})
-    for name in code():
+    own = code()
+    facts = ranks.gathered({**own, "machine": socket.gethostname()})
+    for name in own:
         others = [rank for rank, fact in enumerate(facts) if fact[name] != facts[0][name]]
         if others:
             rank = others[0]
@@ -210,7 +211,3 @@ def code() -> dict[str, str]:
         "PyTorch": torch.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RankError
-from ..ops.collectives import all_gather
+from ..ops.collectives import gather_rows, total
 
 T = TypeVar("T")
 
@@ -138,15 +138,6 @@ def wait() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def total(x: Tensor) -> Tensor:
-    """Return the sum of the tensors of all ranks, without a gradient."""
-    if not several():
-        return x
-    result = x.detach().clone()
-    dist.all_reduce(result)
-    return result
-
-
 def mean(x: Tensor) -> Tensor:
     """Return the mean of the tensors of all ranks, without a gradient."""
     return total(x) / _ranks.world if several() else x
@@ -175,13 +166,7 @@ def all_rows(x: Tensor, counts: Sequence[int], dim: int = 0) -> Tensor:
     """
     if not several():
         return x
-    own = x.detach().movedim(dim, 0).contiguous()
-    shape = own.shape[1:]
-    # The collective wants tensors of one size.
-    padded = own.new_zeros((max(counts), *shape))
-    padded[: len(own)] = own
-    rows = torch.cat([part[:n] for part, n in zip(all_gather(padded), counts, strict=True)])
-    return rows.movedim(0, dim)
+    return gather_rows(x.detach().movedim(dim, 0), counts).movedim(0, dim)
 
 
 def rows_on_first(x: Tensor, counts: Sequence[int]) -> Tensor | None:

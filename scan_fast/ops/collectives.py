@@ -30,6 +30,26 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
+def total(x: Tensor) -> Tensor:
+    """Return the sum of the tensors of all ranks, of one shape, without a gradient."""
+    summed = x.detach().contiguous().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the rows of all ranks in their order, without a gradient: (sum of counts, ...).
+
+    Args:
+        x: (n, ...) rows of this rank.
+        counts: n of each rank. They may differ, and may be 0.
+    """
+    # The collective wants tensors of one size.
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    return torch.cat([rows[:n] for rows, n in zip(all_gather(padded), counts, strict=True)])
+
+
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """Return the numbers of all ranks, by rank. The host waits for the device."""
     rows: list[list[int]] = all_gather(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
@@ -66,23 +86,17 @@ def rows_of_all_ranks(x: Tensor, counts: Sequence[int]) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return total(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return total(grad)
 
 
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total.div_(dist.get_world_size())
+        return total(x).div_(dist.get_world_size())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -93,13 +107,8 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.counts = counts
-        # The collective wants tensors of one size.
-        local = x.new_zeros((max(counts), x.shape[1]))
-        local[: len(x)] = x
-        return torch.cat([rows[:n] for rows, n in zip(all_gather(local), counts, strict=True)])
+        return gather_rows(x, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total.split(ctx.counts)[dist.get_rank()], None
+        return total(grad).split(ctx.counts)[dist.get_rank()], None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..errors import first_line
 from .optimizers import AnyOptimizer
 from .parallel import Compute
 
@@ -137,8 +138,7 @@ class TrainingStep:
                     self._update(self._inputs if isinstance(batch, tuple) else self._inputs[0])
             except RuntimeError as error:
                 self._capture = False
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                self._say(f"the step cannot be captured in a CUDA graph ({reason}); going on without")
+                self._say(f"the step cannot be captured in a CUDA graph ({first_line(error)}); going on without")
                 self._optimizer.zero_grad(set_to_none=True)
                 self._update(batch)
                 return

@@ -6,12 +6,11 @@ import contextlib
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from driving import TINY, Death, Process, contents, metrics, results, run_here, tiny_config
+from driving import TINY, Death, Process, contents, metrics, results, run_here, tiny_config, wait_for
 
 from scan_fast.models.heads import PretextModel
 from scan_fast.runs.artifacts import SUMMARY
@@ -25,13 +24,6 @@ from scan_fast.views import render_dali
 
 EVERY_STEP = "runtime.checkpoint_seconds=0"
 KMEANS = "clustering.initialize=kmeans"
-
-
-def wait_for(condition: object, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")

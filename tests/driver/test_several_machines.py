@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from driving import TINY
+from driving import TINY, wait_for
 from pages import blocks, commands
 from rank_runs import free_port
 
@@ -44,9 +43,7 @@ def test_two_machines_go_on_after_a_process_was_killed(tmp_path: Path) -> None:
         with log.open("w") as output:
             command = [sys.executable, "-m", "torch.distributed.run", *options, *run]
             machines.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    checkpoint, end = tmp_path / "run" / "checkpoints" / "pretext.pt", time.monotonic() + 120
-    while not checkpoint.is_file() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for((tmp_path / "run" / "checkpoints" / "pretext.pt").is_file, 120)
     (victim,) = children_of(machines[1].pid)
     os.kill(victim, signal.SIGKILL)
     try:

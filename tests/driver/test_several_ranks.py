@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from driving import TINY, Death, assignments, fill, metrics, run_here, summary
+from driving import TINY, Death, assignments, fill, metrics, run_here, summary, wait_for
 from rank_runs import RankRun, free_port, run_on_ranks, the_message
 
 import scan_fast
@@ -99,10 +99,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
         3, *WORDS, "pretext.batch_size=63", "pretext.epochs=500", "clustering.batch_size=63", "--out", tmp_path / "run",
         folder=tmp_path / "logs",
     )  # fmt: skip
-    checkpoint = tmp_path / "run" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not checkpoint.is_file() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for((tmp_path / "run" / "metrics.jsonl").is_file, 120)
     begin = time.monotonic()
     run.processes[1].signal(signal.SIGKILL)
     results = run.results()
@@ -132,9 +129,7 @@ def test_batches_that_the_ranks_do_not_divide(tmp_path: Path) -> None:
 
 def test_a_second_job_on_the_folder(tmp_path: Path) -> None:
     first = RankRun(2, *WORDS, "pretext.epochs=500", "--out", tmp_path / "run", folder=tmp_path / "first")
-    end = time.monotonic() + 120
-    while not (tmp_path / "run" / "config.yaml").is_file() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for((tmp_path / "run" / "config.yaml").is_file, 120)
     message = failing(2, *WORDS, "pretext.epochs=500", "--out", tmp_path / "run", folder=tmp_path / "second")
     assert message == f"scan-fast: {tmp_path / 'run'} is in use by another scan-fast process"
     for process in first.processes:

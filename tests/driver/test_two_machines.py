@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import TINY, metrics, run_here
+from driving import TINY, metrics, run_here, wait_for
 from rank_runs import free_port
 
 import scan_fast
@@ -131,9 +131,7 @@ def test_a_cable_that_is_cut_ends_the_run_on_both_machines(machines: list[str], 
         for number, name in enumerate(machines)
     ]
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < end:
-            time.sleep(0.1)
+        wait_for((tmp_path / "run" / "metrics.jsonl").is_file, 120)
         begin = time.monotonic()
         ip("-n", machines[0], "link", "set", "cable0", "down")
         errors = [process.communicate(timeout=150)[1] for process in processes]

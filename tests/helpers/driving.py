@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,6 +225,14 @@ class Process:
         code = self.process.exitcode
         assert code is not None
         return Result(code, *texts)
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
+    """Return once a condition holds; it must within some seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 # -- what is in a run folder -------------------------------------------------------------------------------------------

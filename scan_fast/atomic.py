@@ -15,7 +15,7 @@ _SUFFIX = ".tmp"
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, make_folders: bool = True, follow_links: bool = True) -> Iterator[BinaryIO]:
     """Open ``path`` for writing; the file appears under its name when the block ends without an error.
 
     The content goes to a temporary file beside ``path``, reaches the disk and is then renamed. If the block raises, the
@@ -23,30 +23,34 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     :func:`remove_leftovers`. Devices and pipes, such as /dev/stdout, are written directly.
 
     Args:
-        path: the file to write. Missing folders are created, and a symbolic link is followed.
+        path: the file to write.
+        make_folders: create missing folders.
+        follow_links: write where a symbolic link points to, devices and pipes included. Without it, whatever has the
+            name is replaced by a regular file.
 
     Yields:
-        A binary file, which can seek unless it is a device or a pipe.
+        A binary file, which can seek and be read unless it is a device or a pipe.
 
     Raises:
         OSError: if the folder or the file cannot be written.
     """
     path = Path(path).expanduser()
-    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+    if follow_links and (path.is_relative_to("/dev") or (path.exists() and not path.is_file())):
         with path.open("wb") as file:
             yield file
         return
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(path)) if follow_links else path
+    if make_folders:
+        target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     # Unlike tempfile, os.open gives the permissions of any new file (those that the umask leaves).
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
+        if target.is_file() and not (target.is_symlink() and not follow_links):
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:

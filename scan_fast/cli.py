@@ -84,6 +84,10 @@ nearest neighbours that a run has mined, as that project's topk-train-neighbors.
 topk-val-neighbors.npy: int64 (N, k + 1), the image itself first:
   scan-fast export RUN --format reference --stage mining --out DIR"""
 
+CHECKED = """\
+Each file is compared when a command reads it, too. A file that was damaged is named with the command that writes it
+again. Thumbnails are not compared: they are pictures for the report, and `scan-fast report RUN` makes them again."""
+
 COMPLETION = """\
   bash    scan-fast completion bash > ~/.local/share/bash-completion/completions/scan-fast
   zsh     scan-fast completion zsh > DIR/_scan-fast, with DIR in $fpath before compinit
@@ -263,6 +267,15 @@ def build_parser() -> Parser:
     sub.add_argument("targets", nargs="+", metavar="RUN", help="run folders")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file as well")
+
+    sub = command("check", queries.check, "compare every file of a run with the digest that it was written with")
+    sub.epilog = CHECKED
+    sub.add_argument("target", type=Path, metavar="RUN|FILE", help="a run folder, or a model.pt")
+    sub.add_argument(
+        "--accept",
+        action="store_true",
+        help="give files without a digest one, and files that were changed on purpose a new one, if they can be read",
+    )
 
     sub = command("config", commands.config, "print a configuration with all of its values, or explain its keys")
     sub.epilog = OVERRIDES

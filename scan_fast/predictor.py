@@ -152,7 +152,9 @@ class Predictor(ImageNetwork):
         path = path / artifacts.MODEL.name if path.is_dir() else path
         if not path.is_file():
             raise WeightsError(f"there is no model at {path}; give a finished run folder or its model.pt")
-        saved = artifacts.read(artifacts.MODEL, path)
+        of_run = (path.parent / artifacts.CONFIG.name).is_file()
+        advice = artifacts.MODEL.repair.format(folder=path.parent) if of_run else "copy it again from where it is whole"
+        saved = artifacts.read(artifacts.MODEL, path, advice)
         try:
             return cls(saved, device)
         except WeightsError as error:

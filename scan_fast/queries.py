@@ -31,6 +31,36 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def check(options: argparse.Namespace) -> int:
+    """Compare every file of a run, or a model.pt, with the digest that it was written with."""
+    from .errors import RunError
+    from .runs.artifacts import MODEL, read
+    from .runs.folder import RunFolder
+    from .runs.verification import accept, accept_file, present, problems
+
+    target: Path = options.target
+    if target.is_file():
+        if options.accept and accept_file(target):
+            print(f"{target} has a digest now")
+        read(MODEL, target)
+        print(f"{target} is as it was written")
+        return 0
+    run = RunFolder.existing(target)
+    if options.accept:
+        with run:
+            for name in accept(run):
+                print(f"{name} has a digest now")
+    found = list(problems(run))
+    for _, text in found:
+        print(text)
+    files = present(run)
+    if found:
+        names = ", ".join(artifact.name for artifact, _ in found)
+        raise RunError(f"{len(found)} of {len(files)} files of {target} are not as they were written: {names}")
+    print(f"{len(files)} files of {target} are as they were written")
+    return 0
+
+
 def list_configs() -> str:
     """Return the shipped configurations with their presets, and what each is for."""
     from .runs.config import shipped_configs

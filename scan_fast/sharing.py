@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from . import distributed
-from .atomic import link_or_copy
 from .errors import RunError
 from .models.weight_files import file_digest
 from .runs import artifacts
@@ -186,13 +185,13 @@ def _take(run: RunFolder, source: RunFolder, config: Config, steps: Sequence[str
     entries = source.summary().stages
     for artifact in artifacts.AT_START:
         if source.has(artifact) and not run.has_results():
-            link_or_copy(source.path_of(artifact), run.path_of(artifact))
+            run.take(artifact, source)
     for stage in (stage for step in steps for stage in STEPS[step] if stage in entries or stage == step):
         if run.finished(stage):
             continue
         for artifact in STAGES[stage].outputs:
             source.require(artifact)
-            link_or_copy(source.path_of(artifact), run.path_of(artifact))
+            run.take(artifact, source)
         run.drop_metrics(stage, 0)
         for entry in source.metrics():
             if entry.stage == stage:

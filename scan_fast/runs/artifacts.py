@@ -1,11 +1,13 @@
 """Every file that a run leaves on disk: its name, its content, when it is written, and how to repair it.
 
 An :class:`Artifact` ties a name in the run folder to the two functions that write and read its content. All of them are
-listed here. :meth:`.folder.RunFolder.write` and :meth:`.folder.RunFolder.read` carry them to disk and back.
+listed here. :meth:`.folder.RunFolder.write` and :meth:`.folder.RunFolder.read` carry them to disk and back, with the
+digests that show damage (:mod:`.digests`).
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ import yaml
 from .. import distributed
 from ..atomic import atomic_file
 from ..data.decode_cache import DecodeCache
-from ..errors import RunError, ScanFastError, WeightsError
+from ..errors import MissingPackageError, RunError, ScanFastError, WeightsError
 from ..models.saved import SavedModel
 from .config import Config, build_config
+from .digests import JOURNAL, DamagedError, Journal, UnsealedError, check_seal, digest_of, is_archive, seal
 from .findings import Duplicates, Outliers
 from .names import GroupNames
 from .records import (
@@ -77,6 +80,7 @@ class Artifact(Generic[T]):
         stage: the stage that writes it and whose repetition removes it; None if it belongs to the run as a whole.
         repair: advice for a damaged file; ``{folder}`` and ``{command}`` are filled in.
         error: the class of the error for a damaged file.
+        grows: lines are appended to the file, so each line has a digest, and one that was cut short is left out.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Artifact(Generic[T]):
     stage: str | None = None
     repair: str = _REMOVE
     error: type[ScanFastError] = RunError
+    grows: bool = False
 
     @property
     def command(self) -> str:
@@ -92,27 +97,69 @@ class Artifact(Generic[T]):
         return COMMANDS.get(self.stage or "", "run")
 
 
-def write(artifact: Artifact[T], content: T, path: Path) -> None:
+def write(
+    artifact: Artifact[T], content: T, path: Path, journal: Journal | None = None, *, follow_links: bool = True
+) -> None:
     """Write an artifact to a file atomically. With several ranks, rank 0 does.
+
+    Args:
+        artifact: the kind of file.
+        content: what it is to hold.
+        path: the file. Missing folders are created, unless there is a journal.
+        journal: takes the digest of a file that does not carry its own; None leaves it without one.
+        follow_links: write where a symbolic link points to; otherwise the link is replaced.
 
     Raises:
         OSError: if the file cannot be written.
     """
 
     def dump() -> None:
-        with atomic_file(path) as file:
-            artifact.dump(content, file)
+        with atomic_file(path, make_folders=journal is None, follow_links=follow_links) as file:
+            if not (file.readable() and file.seekable()):
+                buffer = io.BytesIO()
+                _dump(artifact, content, buffer)
+                file.write(buffer.getbuffer())
+                return
+            _dump(artifact, content, file)
+            if journal is not None and not is_archive(artifact.name):
+                file.seek(0)
+                enter(artifact, file.read(), path, journal)
 
     distributed.on_first(dump)
 
 
-def read(artifact: Artifact[T], path: Path, advice: str = "") -> T:
-    """Read an artifact from a file.
+def _dump(artifact: Artifact[T], content: T, file: BinaryIO) -> None:
+    artifact.dump(content, file)
+    file.flush()
+    if is_archive(artifact.name):
+        seal(file)
+
+
+def enter(artifact: Artifact[Any], content: bytes, path: Path, journal: Journal) -> None:
+    """Enter the digest of what a file that does not carry its own is about to hold.
+
+    Raises:
+        OSError: if the journal cannot be written.
+    """
+    if artifact.grows:
+        known = journal.known_lines(artifact.name)
+        for line in _lines(content):
+            if (digest := digest_of(line)) not in known:
+                journal.add(artifact.name, digest)
+        return
+    # A killed process leaves the former file, which therefore stays acceptable, unless it is damaged.
+    former = digest_of(path.read_bytes()) if path.is_file() and not path.is_symlink() else None
+    journal.add(artifact.name, digest_of(content), former if former in journal.known(artifact.name) else None)
+
+
+def read(artifact: Artifact[T], path: Path, advice: str = "", journal: Journal | None = None) -> T:
+    """Read an artifact from a file whose digest is right.
 
     Args:
         artifact: the kind of file.
         path: the file.
         advice: the end of the message for a damaged file.
+        journal: has the digest of a file that does not carry its own; without it, such a file is not compared.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -120,10 +167,58 @@ def read(artifact: Artifact[T], path: Path, advice: str = "") -> T:
     """
     with path.open("rb") as file:
         try:
-            return artifact.load(file)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise artifact.error(f"{path} cannot be read: {reason}{advice and f'; {advice}'}") from error
+            return artifact.load(checked(artifact, file, journal))
+        except (OSError, MemoryError, MissingPackageError):
+            raise
+        except Exception as error:  # content that was made on purpose may be anything
+            if not isinstance(error, ValueError):
+                error = ValueError(f"its content is of another kind ({type(error).__name__})")
+            raise artifact.error(problem(path, error, advice)) from error
+
+
+def problem(path: Path, error: ValueError, advice: str = "") -> str:
+    """Return the message for a file that cannot be used."""
+    if isinstance(error, UnsealedError):
+        target = path if is_archive(path.name) else path.parent
+        otherwise = f"; else {advice}" if advice else ""
+        advice = f"`scan-fast check {target} --accept` gives it one, if you know that it is right{otherwise}"
+    return f"{path} cannot be read: {' '.join(str(error).split())}{advice and f'; {advice}'}"
+
+
+def checked(artifact: Artifact[Any], file: BinaryIO, journal: Journal | None) -> BinaryIO:
+    """Return a file, at its beginning, whose content has the right digest.
+
+    Raises:
+        UnsealedError: if there is no digest of it.
+        DamagedError: if it has another one.
+        OSError: if the file or the journal cannot be read.
+    """
+    if is_archive(artifact.name):
+        check_seal(file)
+        return file
+    if journal is None:
+        return file
+    content = file.read()
+    if artifact.grows:
+        known, lines = journal.known_lines(artifact.name), _lines(content)
+        for number, line in enumerate(lines, 1):
+            if digest_of(line) not in known:
+                raise DamagedError(f"line {number} is not what was written")
+        # What was cut short is a part of a line. A whole line with one more byte has another line feed.
+        if digest_of(content[sum(map(len, lines)) + len(lines) : -1]) in known:
+            raise DamagedError(f"line {len(lines) + 1} is not what was written")
+    else:
+        found = journal.known(artifact.name)
+        if not found:
+            raise UnsealedError(f"{JOURNAL} has no digest of it")
+        if digest_of(content) not in found:
+            raise DamagedError("its content is not what was written")
+    return io.BytesIO(content)
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """Return the whole lines of a file that grows; what follows the last line feed was cut short."""
+    return content.split(b"\n")[:-1]
 
 
 # -- codecs of contents that are defined elsewhere ---------------------------------------------------------------------
@@ -171,11 +266,18 @@ def _stage_result(stage: str) -> Artifact[StageResult]:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-CONFIG = Artifact("config.yaml", _dump_config, _load_config, repair="correct it, or start again in a new folder")
+CONFIG_COPY = Artifact(".config.yaml", _dump_config, _load_config)
+"""A second copy of the configuration, because no command can make it again."""
+CONFIG = Artifact(
+    "config.yaml",
+    _dump_config,
+    _load_config,
+    repair=f"`cp {{folder}}/{CONFIG_COPY.name} {{folder}}/config.yaml` restores it; give changes as key=value words",
+)
 """The resolved configuration; ``scan-fast run FOLDER`` reads it."""
 SUMMARY = Artifact("summary.json", Summary.dump, Summary.load)
 """Metrics and seconds per finished stage, and the baselines."""
-METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, load_metrics)
+METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, load_metrics, grows=True)
 """One line per stage and epoch."""
 
 PRECISION = Artifact("precision.json", PrecisionRecord.dump, PrecisionRecord.load)
@@ -266,3 +368,10 @@ def checkpoint(stage: str) -> Artifact[Checkpoint]:
 def former_names(number: int) -> Artifact[GroupNames]:
     """Return where the names of a former grouping are kept, from 1."""
     return Artifact(f"names-former-{number}.json", GroupNames.dump, GroupNames.load)
+
+
+def all_artifacts() -> list[Artifact[Any]]:
+    """Return every kind of file of a run folder, but for the former names of groups."""
+    stages = [stage for stage in COMMANDS if stage not in ("mining", "number")]
+    own: list[Artifact[Any]] = [CONFIG, CONFIG_COPY, SUMMARY, METRICS, NAMES]
+    return [*own, *AT_START, *OF_STAGES, *AT_END, *BESIDE_REPORT, *(checkpoint(stage) for stage in stages)]

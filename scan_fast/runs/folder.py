@@ -9,20 +9,23 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from .. import distributed
-from ..atomic import is_leftover, remove_leftovers
+from ..atomic import is_leftover, link_or_copy, remove_leftovers
 from ..data.decode_cache import DecodeCache
 from ..errors import RunError
 from . import artifacts
-from .artifacts import BACKBONE, CONFIG, METRICS, SUGGESTION, SUMMARY, Artifact
+from .artifacts import BACKBONE, CONFIG, CONFIG_COPY, METRICS, SUGGESTION, SUMMARY, Artifact
 from .config import Config, differences
+from .digests import JOURNAL, Journal, is_archive
 from .records import MetricsEntry, Summary
 from .tables import Assignments
 
@@ -30,6 +33,8 @@ try:
     import fcntl
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,13 +53,19 @@ def _by_rank_0(method: F) -> F:
     return on_first  # type: ignore[return-value]
 
 
+def _no_lock(path: Path) -> RunError:
+    return RunError(f"{path} is no regular file, so it cannot be locked; remove it, and the same command continues")
+
+
 class RunFolder:
     """One experiment on disk. As a context manager it holds a lock: one process at a time may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
+        self.journal = Journal(self.path)
         self._config: Config | None = None
-        self._lock: TextIO | None = None
+        self._lock: int | None = None
+        self._folder: int | None = None
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -90,7 +101,7 @@ class RunFolder:
             raise RunError(f"{self.path} is a file; choose another --out")
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
         # A process that was killed or refused before its first stage leaves no results.
-        harmless = {_LOCK, _TENSORBOARD, *(artifact.name for artifact in artifacts.AT_START)}
+        harmless = {_LOCK, JOURNAL, CONFIG_COPY.name, _TENSORBOARD, *(artifact.name for artifact in artifacts.AT_START)}
         content = {entry.name for entry in entries if entry.name not in harmless and not is_leftover(entry)}
         if content and CONFIG.name not in content:
             raise RunError(f"{self.path} is not empty and is no run folder; choose another --out")
@@ -107,32 +118,60 @@ class RunFolder:
 
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl is not None:
-            handle = (self.path / _LOCK).open("w")
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                handle.close()
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise RunError(f"{self.path} is in use by another scan-fast process") from error
-                raise
-            self._lock = handle
-        for folder in (self.path, self.path / artifacts.CHECKPOINTS, self.path / artifacts.REPORT_FOLDER):
-            remove_leftovers(folder)
-        if self._config is not None:
-            try:
+        try:
+            self._take_lock()
+            for folder in (self.path, self.path / artifacts.CHECKPOINTS, self.path / artifacts.REPORT_FOLDER):
+                remove_leftovers(folder)
+            self.journal.shorten((METRICS.name,))
+            if self._config is not None:
                 self._check_fits(self._config)  # another process may have come first
                 self.write(CONFIG, self._config)
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _take_lock(self) -> None:
+        if fcntl is None:
+            return
+        self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        # Whatever lies there under this name: it is not followed, waited for, or cut to nothing.
+        path = self.path / _LOCK
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise _no_lock(path) from error
+            raise
+        if not stat.S_ISREG(os.fstat(self._lock).st_mode):
+            raise _no_lock(path)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RunError(f"{self.path} is in use by another scan-fast process") from error
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for handle in (self._lock, self._folder):
+            if handle is not None:
+                os.close(handle)
+        self._lock = self._folder = None
+
+    def _check_there(self) -> None:
+        """Refuse to write if the folder was removed or replaced since it was opened."""
+        if self._folder is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._folder))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise RunError(
+                f"{self.path} was removed or replaced while the run went on, so nothing more is written; put it back, "
+                "and the same command continues"
+            )
 
     # -- artifacts -------------------------------------------------------------------------------------------------
 
@@ -155,8 +194,7 @@ class RunFolder:
         """
         if not self.has(artifact):
             raise self._missing(artifact)
-        advice = artifact.repair.format(command=artifact.command, folder=self.path)
-        return artifacts.read(artifact, self.path_of(artifact), advice)
+        return artifacts.read(artifact, self.path_of(artifact), self._advice(artifact), self.journal)
 
     @_by_rank_0
     def require(self, artifact: Artifact[Any]) -> None:
@@ -180,16 +218,64 @@ class RunFolder:
         """Write an artifact atomically and return its path.
 
         Raises:
+            RunError: if the folder is no longer there.
             OSError: if it cannot be written.
         """
+        path = self._place(artifact)
+        if artifact.name == CONFIG.name:
+            copy: Artifact[Any] = CONFIG_COPY
+            artifacts.write(copy, content, self.path_of(copy), self.journal, follow_links=False)
+        artifacts.write(artifact, content, path, self.journal, follow_links=False)
+        return path
+
+    def _place(self, artifact: Artifact[Any]) -> Path:
+        """Return the path of an artifact that is about to be written; the folders around it are there."""
+        self._check_there()
         path = self.path_of(artifact)
-        artifacts.write(artifact, content, path)
+        path.parent.mkdir(parents=self._folder is None, exist_ok=True)
         return path
 
     @_by_rank_0
+    def take(self, artifact: Artifact[T], source: RunFolder) -> None:
+        """Give an artifact of another run a second name here: a hard link, or a copy.
+
+        Raises:
+            RunError: if it is missing or damaged there.
+            OSError: if it cannot be read or written.
+        """
+        path, theirs = self._place(artifact), source.path_of(artifact)
+        source.check(artifact)
+        if not is_archive(artifact.name):
+            artifacts.enter(artifact, theirs.read_bytes(), path, self.journal)
+        link_or_copy(theirs, path)
+
+    @_by_rank_0
+    def check(self, artifact: Artifact[Any]) -> None:
+        """Compare an artifact with its digest.
+
+        Raises:
+            RunError: if it is missing, damaged or without a digest; the message says what to do.
+            OSError: if it cannot be opened.
+        """
+        if not self.has(artifact):
+            raise self._missing(artifact)
+        path = self.path_of(artifact)
+        with path.open("rb") as file:
+            try:
+                artifacts.checked(artifact, file, self.journal)
+            except ValueError as error:
+                raise RunError(artifacts.problem(path, error, self._advice(artifact))) from error
+
+    def _advice(self, artifact: Artifact[Any]) -> str:
+        return artifact.repair.format(command=artifact.command, folder=self.path)
+
+    @_by_rank_0
     def decode_cache(self) -> DecodeCache:
-        """Return the headers of the files that were found good, none if decode-cache.json is missing."""
-        return self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
+        """Return the headers of the files that were found good, none if decode-cache.json is missing or damaged."""
+        try:
+            return self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
+        except RunError:
+            return DecodeCache()  # it only saves time
 
     @_by_rank_0
     def group_names(self, assignments: Assignments) -> dict[int, str]:
@@ -222,7 +308,9 @@ class RunFolder:
             return None
         numbers = itertools.count(1)
         aside = next(a for n in numbers if not self.has(a := artifacts.former_names(n)))
-        return self.path_of(artifacts.NAMES).rename(self.path_of(aside))
+        names, place = self.path_of(artifacts.NAMES), self._place(aside)
+        artifacts.enter(aside, names.read_bytes(), place, self.journal)
+        return names.rename(place)
 
     @_by_rank_0
     def remove(self, *removed: Artifact[Any]) -> None:
@@ -252,8 +340,10 @@ class RunFolder:
     @_by_rank_0
     def append_metrics(self, entry: MetricsEntry) -> None:
         """Append one line to metrics.jsonl. A crash may cut it short; readers then leave it out."""
-        with self.path_of(METRICS).open("a", encoding="utf-8") as file:
-            file.write(entry.to_line())
+        path, line = self._place(METRICS), entry.to_line().encode()
+        artifacts.enter(METRICS, line, path, self.journal)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666), "ab") as file:
+            file.write(line)
 
     @_by_rank_0
     def drop_metrics(self, stage: str, first_epoch: int) -> None:

@@ -119,8 +119,16 @@ def preceding(context: Context, names: Sequence[str]) -> list[str]:
 
 
 def forget(context: Context, first: str) -> None:
-    """Remove what a stage and those after it have written, so that they are done again."""
+    """Remove what a stage and those after it have written, so that they are done again.
+
+    Raises:
+        RunError: if a result that they may start from is damaged. Nothing is removed then.
+    """
     names = list(STAGES)
+    for name in names[: names.index(first)]:
+        for artifact in STAGES[name].outputs:
+            if context.run.finished(name) and context.run.has(artifact):
+                context.run.check(artifact)
     context.run.forget(names[names.index(first) :])
 
 

@@ -20,6 +20,7 @@ from scan_fast.models.heads import ClusterModel
 from scan_fast.models.saved import SavedModel
 from scan_fast.predictor import Predictor
 from scan_fast.runs import artifacts
+from scan_fast.runs.digests import JOURNAL, seal
 from scan_fast.runs.folder import RunFolder
 from scan_fast.stages.pipeline import PIPELINE
 
@@ -30,8 +31,9 @@ LEARNED = ("pretext", "clustering", "selflabel")
 
 
 def files_of(folder: Path) -> set[str]:
-    """Return the files of a run folder but the thumbnails, which are a cache."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {".lock"}
+    """Return the files of a run folder but the lock, the digests, and the thumbnails, which are a cache."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found -= {".lock", JOURNAL}
     return {name for name in found if not name.startswith(f"{artifacts.THUMBNAILS}/")}
 
 
@@ -42,6 +44,7 @@ def test_every_file_of_a_finished_run_is_an_artifact(finished_run: Path) -> None
     assert written - {artifacts.SUGGESTION.name} <= files_of(finished_run)  # the number of clusters was given
     others: tuple[artifacts.Artifact[Any], ...] = (
         artifacts.CONFIG,
+        artifacts.CONFIG_COPY,
         artifacts.SUMMARY,
         artifacts.METRICS,
         artifacts.SWEEP,
@@ -85,7 +88,8 @@ def test_forgetting_removes_the_artifacts_of_later_stages(first: str, finished: 
     assert {entry.stage for entry in run.metrics()} == set(kept)
     expected = {artifact.name for artifact in artifacts.OF_STAGES if artifact.stage in kept}
     expected |= {artifacts.checkpoint(stage).name for stage in kept if stage != "mining"}
-    assert files_of(finished) == expected | {"backbone.json", "config.yaml", "summary.json", "metrics.jsonl"}
+    of_the_run = {"backbone.json", "config.yaml", ".config.yaml", "summary.json", "metrics.jsonl"}
+    assert files_of(finished) == expected | of_the_run
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,9 @@ def test_a_saved_model_is_read_back(tmp_path: Path) -> None:
 )
 def test_another_model_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     content = content_of(saved_model()) | changes
-    torch.save({name: value for name, value in content.items() if value is not None}, tmp_path / "other.pt")
+    with (tmp_path / "other.pt").open("w+b") as file:
+        torch.save({name: value for name, value in content.items() if value is not None}, file)
+        seal(file)
     with pytest.raises(WeightsError, match=message):
         Predictor.load(tmp_path / "other.pt")
 

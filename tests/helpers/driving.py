@@ -303,7 +303,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "config.yaml")
+        if path.is_file() and path.name not in (".lock", "config.yaml", ".config.yaml", "digests.txt")
     }
 
 

@@ -29,6 +29,7 @@ from PIL import PngImagePlugin
 from scan_fast.data.folders import held_out_rows
 from scan_fast.objectives import SCANSettings
 from scan_fast.runs.artifacts import CONFIG
+from scan_fast.runs.digests import seal
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.records import MetricsEntry
 
@@ -355,6 +356,9 @@ def test_a_damaged_model_is_named(finished: Path, images: Path) -> None:
     for command in (["predict", finished], ["embed", finished, "--out", "features.npz"]):
         assert "model.pt cannot be read" in run_here(*command, "--data", images).refusal()
     torch.save({"weights": 1}, finished / "model.pt")
+    assert "model.pt cannot be read: it has no digest" in run_here("predict", finished, "--data", images).refusal()
+    with (finished / "model.pt").open("r+b") as file:
+        seal(file)
     assert (
         "model.pt cannot be read: it is no model.pt of scan-fast"
         in run_here("predict", finished, "--data", images).refusal()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import TINY, assignments, contents, fill, results, run_here, summary, tiny_config, weights
+from driving import TINY, accept_files, assignments, contents, fill, results, run_here, summary, tiny_config, weights
 
 import scan_fast
 from benchmarks import BENCHMARKS
@@ -76,6 +76,7 @@ def test_evaluate_measures_again_and_changes_no_weight(finished: Path, finished_
     changed["stages"]["selflabel"]["test"]["acc"] = -1
     changed["stages"]["pretext"]["knn_acc"] = -1
     (finished / "summary.json").write_text(json.dumps(changed))
+    accept_files(finished)
     result = run_here("evaluate", finished, "--json")
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)

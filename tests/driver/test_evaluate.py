@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driving import TINY, TINY_FOLDER, assignments, metrics, picture, run_here, summary, tiny_config
+from driving import TINY, TINY_FOLDER, accept_files, assignments, metrics, picture, run_here, summary, tiny_config
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -81,6 +81,7 @@ def test_purity_is_printed_by_mining_and_by_evaluate(finished: Path, images: Pat
     content = summary(finished)
     del content["stages"]["mining"]["purity_at"]  # a run of before there was any
     (finished / "summary.json").write_text(json.dumps(content))
+    accept_files(finished)
     printed = run_here("evaluate", finished).out.splitlines()
     assert [each for each in printed if each.startswith("mining: purity")] == expected
     assert summary(finished)["stages"]["mining"]["purity_at"] == by_k

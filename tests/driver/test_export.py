@@ -14,6 +14,7 @@ from scan_fast.data.datasets import source_from
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.heads import ClusterModel
 from scan_fast.predictor import Predictor
+from scan_fast.runs.digests import seal
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def model_file(tmp_path: Path) -> Path:
         "std": [0.2, 0.25, 0.3],
         "state_dict": model.state_dict(),
     }
-    torch.save(state, tmp_path / "model.pt")
+    with (tmp_path / "model.pt").open("w+b") as file:
+        torch.save(state, file)
+        seal(file)
     return tmp_path / "model.pt"
 
 

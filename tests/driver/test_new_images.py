@@ -123,6 +123,8 @@ def test_a_model_of_an_older_version_has_no_similarity(finished_run: Path, image
     for name in ("centers", "least_similarity"):
         assert isinstance(content.pop(name), torch.Tensor)
     torch.save(content, tmp_path / "old.pt")
+    assert "has no digest" in run_here("predict", tmp_path / "old.pt", "--data", images).refusal()
+    assert run_here("check", tmp_path / "old.pt", "--accept").code == 0
     result = run_here("predict", tmp_path / "old.pt", "--data", images)
     assert result.code == 0, result.err
     old, new = rows(result.out), rows(run_here("predict", finished_run, "--data", images).out)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driving import TINY, TINY_FOLDER, Death, Process, fill, run_here
+from driving import TINY, TINY_FOLDER, Death, Process, accept_files, fill, run_here
 from PIL import Image
 
 from scan_fast.models.backbones import ModelConfig, build_backbone
@@ -275,6 +275,7 @@ def test_too_few_minutes_are_refused(tmp_path: Path) -> None:
     Path("own.yaml").write_text("{data: {source: digits}, pretext: {method: simclr}, clustering: {objective: scan}}")
     Path("begun").mkdir()
     Path("begun/config.yaml").write_text(Path("own.yaml").read_text())
+    accept_files(Path("begun"))
     for config in ("digits", "own.yaml", "begun"):
         message = run_here("run", config, *TINY, "--out", tmp_path / "out", "--minutes", 1e-7).refusal()
         assert message.endswith("; give more minutes"), message

@@ -29,6 +29,7 @@ from scan_fast.cli import main
 from scan_fast.runs.config import Config, find_config, load_config
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
+from scan_fast.runs.verification import accept
 from scan_fast.training.context import Context, open_context
 
 TINY = (
@@ -305,6 +306,11 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (".lock", "config.yaml", ".config.yaml", "digests.txt")
     }
+
+
+def accept_files(folder: Path) -> None:
+    """Give digests to the files of a run folder that a test has written itself."""
+    accept(RunFolder(folder))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

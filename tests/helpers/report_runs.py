@@ -20,6 +20,7 @@ from scan_fast.data.files import FileSource
 from scan_fast.data.sources import Source, TensorSource
 from scan_fast.report import write_report
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.verification import accept
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -90,6 +91,7 @@ def write_run(
     (folder / "config.yaml").write_text(
         f"seed: 5\nmodel:\n  backbone: resnet_digits\nclustering:\n  n_clusters: {n_clusters or 'null'}\n{settings}"
     )
+    accept(RunFolder(folder))
 
 
 def simple_rows(labelled: bool = False) -> list[tuple[Any, ...]]:
@@ -124,7 +126,8 @@ def plain_sources(rows: Iterable[Sequence[Any]]) -> dict[str, Source]:
 
 
 def report_of(folder: Path, sources: Mapping[str, Source], **options: Any) -> str:
-    """Write the report and return the page's text."""
+    """Write the report of files that a test has written, and return the page's text."""
+    accept(RunFolder(folder))
     return write_report(RunFolder(folder), sources, **{"title": "t", **options}).read_text(encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from scan_fast.report.charts import Series, line_chart
 from scan_fast.report.figures import confusion_png
 from scan_fast.report.text import duration, number
 from scan_fast.runs import artifacts
+from scan_fast.runs.digests import digest_of
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tables import Confusion, printable
 
@@ -328,12 +329,13 @@ def test_a_run_without_images_or_scores(tmp_path: Path) -> None:
         ("config.yaml", "a: [", r"config\.yaml cannot be read"),
         ("config.yaml", "a: 1", "unknown key a"),
         ("confusion.csv", "t,a,b\na,1,2\nb,3\n", "no confusion matrix"),
-        ("embeddings.npz", "PK", "no .npz of arrays"),
+        ("embeddings.npz", "PK", "it has no digest: it was cut off"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
     write_run(tmp_path, simple_rows())
     (tmp_path / file).write_text(content)
+    RunFolder(tmp_path).journal.add(file, digest_of(content.encode()))
     with pytest.raises(RunError, match=message):
         write_report(RunFolder(tmp_path), plain_sources(simple_rows()), title="t")
 

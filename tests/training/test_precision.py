@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from driving import opened, summary
+from driving import accept_files, opened, summary
 from torch import Tensor
 
 from scan_fast.models import batch_norm
@@ -96,6 +96,7 @@ def test_the_choice_is_noted_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("bfloat16", "float32"):
         note["precision"] = name
         (tmp_path / "run" / "precision.json").write_text(json.dumps(note))
+        accept_files(tmp_path / "run")
         with opened(tmp_path / "run", "precision=auto") as context:
             assert context.precision == getattr(torch, name)
             assert context.autocast()._enabled == (name == "bfloat16")  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from .data.datasets import DataConfig, Triple, source_from
 from .data.placement import Crop
 from .data.resize import Interpolation
 from .data.sources import Source
-from .errors import WeightsError
+from .errors import ConfigError, WeightsError
 from .evaluation.typicality import Typicality
 from .models.heads import ClusterModel
 from .models.saved import SavedModel
@@ -24,6 +24,9 @@ from .views.inference import forward_views
 from .views.maker import ViewMaker
 from .views.parameters import PlainView
 from .views.renderers import renderer_for
+
+MOST_PIXELS = 1 << 28
+"""Pixels in a batch: 512 images of 724 x 724, or fewer larger ones."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class ImageNetwork:
 
     def _forward(self, function: Callable[[Tensor], Tensor], source: Source, batch_size: int) -> Tensor:
         views = ViewMaker(source, self._renderer, 0, "evaluation", self.form.crop)
+        # The sizes come from a file: a batch of the largest images would not fit into memory.
+        side = max(self.form.size, self.form.view_size)
+        batch_size = max(1, min(batch_size, MOST_PIXELS // side**2))
         return forward_views(self.model, function, views, self._view, batch_size).cpu()
 
 
@@ -157,7 +163,7 @@ class Predictor(ImageNetwork):
         saved = artifacts.read(artifacts.MODEL, path, advice)
         try:
             return cls(saved, device)
-        except WeightsError as error:
+        except (WeightsError, ConfigError) as error:
             raise WeightsError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:

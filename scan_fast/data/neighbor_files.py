@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ..array_files import ObjectsError, read_npy
 from ..errors import DataError
 
 NAMES = {"train": "topk-train-neighbors.npy", "test": "topk-val-neighbors.npy"}
@@ -37,12 +38,11 @@ def read_neighbors(path: Path, n_images: int, images: str = "images") -> NDArray
         raise DataError(f"there is no file of neighbours {path}")
     try:
         with path.open("rb") as file:
-            found = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        if "allow_pickle" in str(error) or "Object arrays" in str(error):
-            raise DataError(f"{path} was refused: it holds Python objects; neighbours are int64 (N, k + 1)") from error
-        reason = "it is none" if "magic string" in str(error) else "it is cut off or damaged"
-        raise DataError(f"{path} is not a readable .npy file: {reason}") from error
+            found = read_npy(file)
+    except ObjectsError as error:
+        raise DataError(f"{path} was refused: {error}; neighbours are int64 (N, k + 1)") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not a readable .npy file: {error}") from error
     if found.dtype.kind not in "iu" or found.ndim != 2 or found.shape[1] < 2:
         raise DataError(f"{path} holds {found.dtype} {found.shape}; neighbours are int64 (N, k + 1)")
     if len(found) != n_images:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,14 @@ from .descriptor import Descriptor
 from .downloads import fetch, published_weights
 from .published import PUBLISHED, full_name
 from .timm_networks import takes_image_size, timm_backbone
-from .weight_files import load_weight_file
+from .weight_files import load_weight_file, read_checkpoint
 
 DESCRIPTOR = "descriptor"
 SMALL_RESNETS = ("resnet18_cifar", "resnet18_stl", "resnet18_pooled", "resnet10_pooled", "resnet_digits")
 OWN_BACKBONES = (*SMALL_RESNETS, "resnet50", DESCRIPTOR)
 AUTO = "auto"
 _PREFIXES = ("torchvision:", "timm:")
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 class ModelConfig(Settings):
@@ -110,6 +112,9 @@ class ModelConfig(Settings):
             )
         if name in _PREFIXES:
             raise ValueError(f"backbone {name!r} lacks the model's name, e.g. {name}resnet34")
+        # timm takes hf-hub:... and local-dir:... for places to load a network from.
+        if foreign and name not in PUBLISHED and not _NAME.fullmatch(name.partition(":")[2]):
+            raise ValueError(f"backbone must be the name of a network of the library, got {name!r}")
         if self.pretrained and not foreign:
             raise ValueError(f"pretrained is for torchvision:NAME and timm:NAME only; backbone is {name!r}")
         if self.pretrained and self.weights is not None:
@@ -264,6 +269,13 @@ def _build(config: ModelConfig, network: str, published: Path | None) -> nn.Modu
     library, name = network.split(":", 1)
     if library == "torchvision":
         return _torchvision_backbone(name, published)
+    if published is not None and published.suffix != ".npz":
+        try:
+            read_checkpoint(published)
+        except WeightsError as error:
+            raise WeightsError(
+                f"{published} is not readable as the weights of {network} ({error}); remove it"
+            ) from error
     return timm_backbone(name, config.image_size, published)
 
 
@@ -319,9 +331,12 @@ def _torchvision_backbone(name: str, published: Path | None) -> nn.Module:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"torchvision has no classification model {name!r}{hint}")
     try:
-        # torchvision finds the file, which is in its cache now.
+        if published is not None:
+            # torchvision finds the file, which is in its cache now, and unpickles whatever lies there. A file that can
+            # be read without running code is safe in that way too.
+            read_checkpoint(published)
         module: Any = torchvision.models.get_model(name, weights="DEFAULT" if published is not None else None)
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except (WeightsError, RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         if published is None:
             raise
         raise WeightsError(f"{published} is not readable as the weights of torchvision:{name}; remove it") from error

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .backbones import ModelConfig, scaled_channels
-from .weight_files import read_checkpoint, unusable_entries
-from .weights import load_strict
+from .weight_files import read_checkpoint
+from .weights import load_strict, unusable_entries
 
 Kind = Literal["pretext", "moco", "scan", "selflabel"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import torch
 from pydantic import ValidationError
@@ -11,11 +13,20 @@ from torch import Tensor
 
 from ..data.placement import Crop
 from ..data.resize import Interpolation
+from ..errors import ScanFastError, WeightsError, first_line
 from .backbones import ModelConfig
 from .heads import ClusterModel
-from .weights import load_strict
+from .tensor_files import read_tensors
+from .weights import check_fits, load_strict, unusable_entries
 
 FORMAT = 1
+LARGEST_SIDE = 4096
+"""Largest side in pixels of the images of a saved model: a batch of larger ones takes the memory of a machine."""
+MOST_CLUSTERS = 1_000_000
+_BUFFERS = 1 << 30  # bytes of tables that a network computes itself, such as the distances of patches
+_WEIGHTS = "the weights of the saved model"
+
+Decode = Literal["exact", "scaled"]
 
 Triple = tuple[float, float, float]
 
@@ -46,7 +57,7 @@ class SavedModel:
     size: int
     view_size: int
     crop: Crop
-    decode: Literal["exact", "scaled"]
+    decode: Decode
     mean: Triple
     std: Triple
     state_dict: dict[str, Tensor]
@@ -55,14 +66,32 @@ class SavedModel:
     least_similarity: Tensor | None = None
 
     def build(self) -> ClusterModel:
-        """Return the network with its weights, on the CPU.
+        """Return the network with its weights, on the CPU. Nothing is downloaded, and no other file is read.
 
         Raises:
             WeightsError: if the weights do not fit the settings.
+            ConfigError: if there is no such network.
         """
-        model = ClusterModel(self.model, self.n_clusters)
-        load_strict(model, self.state_dict, what="the weights of the saved model")
+        settings = self.model.from_scratch()
+        self._check_network(settings)
+        model = ClusterModel(settings, self.n_clusters)
+        load_strict(model, self.state_dict, what=_WEIGHTS)
         return model
+
+    def _check_network(self, settings: ModelConfig) -> None:
+        # Settings may ask for a network of any size: only one whose weights are all in the file takes memory.
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                model = ClusterModel(settings, self.n_clusters)
+        except (ScanFastError, MemoryError):
+            raise
+        except Exception as error:  # the libraries of networks fail in many ways on impossible sizes
+            raise WeightsError(f"the network of the saved model cannot be built: {first_line(error)[:200]}") from error
+        check_fits(model, self.state_dict, what=_WEIGHTS)
+        given = sum(value.nbytes for value in self.state_dict.values())
+        needed = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+        if needed > 2 * given + _BUFFERS:
+            raise WeightsError(f"the network of the saved model takes {needed} bytes, its weights are {given}")
 
     def dump(self, file: BinaryIO) -> None:
         """Write a file of torch.save, for ``torch.load(weights_only=True)``."""
@@ -77,11 +106,9 @@ class SavedModel:
         Raises:
             ValueError: for anything else.
         """
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
-            raise ValueError(f"it is damaged or no file of tensors ({type(error).__name__})") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = read_tensors(file)
+        stated = content.get("format") if isinstance(content, dict) else None
+        if not isinstance(stated, int) or stated != FORMAT:
             raise ValueError(f"it is no model.pt of scan-fast (format {FORMAT})")
         known = [field for field in fields(cls) if field.name in content or field.default is MISSING]
         missing = [field.name for field in known if field.name not in content]
@@ -89,7 +116,78 @@ class SavedModel:
             raise ValueError(f"it is no complete model.pt of scan-fast: it lacks {', '.join(missing)}")
         values: dict[str, Any] = {field.name: content[field.name] for field in known}
         try:
-            values["model"] = ModelConfig.model_validate(values["model"])
+            # The weights are in the file: the settings name no others.
+            values["model"] = ModelConfig.model_validate(values["model"]).from_scratch()
         except ValidationError as error:
             raise ValueError(f"its model settings are not valid: {error.errors()[0]['msg']}") from error
+        for name, value in values.items():
+            if name != "model" and not _CHECKS[name](value):
+                raise ValueError(f"it is no sound model.pt of scan-fast: {name} cannot be {_brief(value)}")
+        if values["model"].image_size is not None and values["model"].image_size > LARGEST_SIDE:
+            raise ValueError(f"its network is said to be built for images of more than {LARGEST_SIDE} pixels a side")
+        _check_centers(values["n_clusters"], values.get("centers"), values.get("least_similarity"))
         return cls(**values)
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _triple(above: float) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, tuple)
+        and len(value) == 3
+        and all(isinstance(each, int | float) and math.isfinite(each) and each > above for each in value)
+    )
+
+
+def _one_of(kind: Any) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in get_args(kind)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items()
+    )
+
+
+def _is_table(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and not unusable_entries({"": value}))
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "stage": lambda value: isinstance(value, str) and len(value) < 100,
+    "n_clusters": _whole(2, MOST_CLUSTERS),
+    "size": _whole(1, LARGEST_SIDE),
+    "view_size": _whole(1, LARGEST_SIDE),
+    "crop": _one_of(Crop),
+    "decode": _one_of(Decode),
+    "mean": _triple(-math.inf),
+    "std": _triple(0.0),
+    "state_dict": _is_state_dict,
+    "interpolation": _one_of(Interpolation),
+    "centers": _is_table,
+    "least_similarity": _is_table,
+}
+
+
+def _check_centers(n_clusters: int, centers: Tensor | None, least: Tensor | None) -> None:
+    if centers is None and least is None:
+        return
+    if (
+        centers is None
+        or least is None
+        or centers.ndim != 2
+        or len(centers) != n_clusters
+        or least.shape != (n_clusters,)
+        or not (centers.is_floating_point() and least.is_floating_point())
+        or not bool(torch.isfinite(centers).all() and torch.isfinite(least).all())
+    ):
+        raise ValueError(f"it is no sound model.pt of scan-fast: its centers are not those of {n_clusters} clusters")
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, str | int | float | None):
+        text = hex(value) if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
+        return text if len(text) <= 40 else f"{text[:40]}..."
+    return f"a {type(value).__name__}"

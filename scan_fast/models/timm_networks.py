@@ -82,7 +82,8 @@ def timm_backbone(name: str, image_size: int | None, weights: Path | None) -> nn
         if weights is None:
             raise
         raise WeightsError(
-            f"{weights} is not readable as the weights of timm:{name} ({_first_line(error)}); remove it"
+            # timm's text may advise to read the file in a way that runs its code.
+            f"{weights} is not readable as the weights of timm:{name} ({type(error).__name__}); remove it"
         ) from error
     # Some models (MobileNetV3) keep a hidden layer after the pooling when the classifier is taken off.
     settings = timm_settings(name)

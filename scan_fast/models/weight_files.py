@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import _codecs
-import argparse
 import functools
 import hashlib
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import MissingPackageError, WeightsError
+from .tensor_files import RefusedError, read_tensors
 from .timm_networks import converted
 from .weight_names import from_efficientnet_pytorch, left_out, preference, prefixes
-from .weights import load_strict
+from .weights import load_strict, unusable_entries
 
 _SHOWN = 4
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class MisfitError(WeightsError):
@@ -173,19 +164,6 @@ def _compare(
     return _Comparison(state_dict, dropped, place, fitting, len(own), problems)
 
 
-def unusable_entries(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that are sparse, nested, quantised, complex, or without content (device "meta")."""
-    return [
-        name
-        for name, value in tensors.items()
-        if value.layout != torch.strided
-        or value.is_nested
-        or value.is_quantized
-        or value.is_meta
-        or not (value.dtype in _FLOATS or value.dtype in _WHOLE)
-    ]
-
-
 def _check_finite(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     if unusable := unusable_entries(state_dict):
         more = ", ..." if len(unusable) > _SHOWN else ""
@@ -249,73 +227,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
-        # The module was renamed in NumPy 2; files of before name the old one.
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.int32, np.int64, np.float32, np.float64)),
-        _codecs.encode,  # how a pickle of protocol 2 stores bytes
-        argparse.Namespace,  # the options that training code saves beside the weights
-    ]
-    if reason := _other_kind(path):
-        raise WeightsError(f"{path} is not a readable weight file: {reason}")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-            warnings.simplefilter("ignore")  # of the version of the pickle; what cannot be read is an error
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file may raise nearly anything
-        raise WeightsError(f"{path} {_refusal(error)}") from error
-
-
-def _other_kind(path: Path) -> str:
-    """Return what a file is by its first bytes, if that is another format than torch.save's; else ""."""
     with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        return "it is empty"
-    if head.startswith(b"PK\x03\x04"):
-        return _other_zip(path)
-    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html", b"<head")):
-        return "it is a web page, which the server sent instead of the file; download it again"
-    if head.startswith(b"\x1f\x8b"):
-        return "it is compressed; unpack it with gunzip"
-    if head.startswith(b"\x93NUMPY"):
-        return "it is a NumPy array (.npy)"
-    if head[257:262] == b"ustar":
-        return "it is a tar archive; extract the weight file from it"
-    return ""
-
-
-def _other_zip(path: Path) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "it is cut off or damaged; download or write it again"
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "it is a TorchScript archive, which holds code; give a file that torch.save wrote of a state dict"
-    if names and all(name.endswith(".npy") for name in names):
-        return "it is an archive of NumPy arrays (.npz)"
-    if not any(name.endswith("/data.pkl") for name in names):
-        return "it is a zip archive that torch.save did not write"
-    return ""
-
-
-def _refusal(error: Exception) -> str:
-    """Return why torch.load refused a file, without its advice to allow what the file holds or to unpickle freely."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        if "Unsupported operand" in text:
-            return "is not a readable weight file: torch.save did not write it, or in another pickle protocol than 2"
-        found = re.search(r"(?:GLOBAL|function|but got) (?:<class ')?(\w[\w.]+)", text)
-        return "was refused: it holds more than tensors and plain values" + (f" ({found.group(1)})" if found else "")
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read: {error.strerror}"
-    return "is not a readable weight file: it is cut off, damaged or not from torch.save"
+        try:
+            return read_tensors(file)
+        except RefusedError as error:
+            raise WeightsError(f"{path} was refused: {error}") from error
+        except ValueError as error:
+            raise WeightsError(f"{path} is not a readable weight file: {error}") from error
 
 
 def file_digest(path: Path) -> str:

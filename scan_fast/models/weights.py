@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..errors import WeightsError
 
 _SHOWN = 12
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> None:
@@ -23,7 +25,24 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], *, what: st
     Raises:
         WeightsError: listing the missing, unexpected, wrongly shaped and non-finite entries.
     """
+    check_fits(module, state_dict, what=what)
+    module.load_state_dict(state_dict)
+
+
+def check_fits(module: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> None:
+    """Check what :func:`load_strict` would copy.
+
+    Args:
+        module: the model, which may be on the device "meta".
+        state_dict: tensors by name.
+        what: as in :func:`load_strict`.
+
+    Raises:
+        WeightsError: as :func:`load_strict`.
+    """
     own, given = module.state_dict(), state_dict
+    if unusable := unusable_entries(given):
+        raise WeightsError(f"{what} hold {_listed('entries that are not plain real numbers', unusable)}")
     shapes = [
         f"{name}: {tuple(given[name].shape)} where the model has {tuple(own[name].shape)}"
         for name in own
@@ -39,7 +58,19 @@ def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor], *, what: st
     found = [problem for problem in problems if problem]
     if found:
         raise WeightsError(f"{what} do not fit {type(module).__name__}: " + "; ".join(found))
-    module.load_state_dict(given)
+
+
+def unusable_entries(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that are sparse, nested, quantised, complex, or without content (device "meta")."""
+    return [
+        name
+        for name, value in tensors.items()
+        if value.layout != torch.strided
+        or value.is_nested
+        or value.is_quantized
+        or value.is_meta
+        or not (value.dtype in _FLOATS or value.dtype in _WHOLE)
+    ]
 
 
 def _listed(kind: str, names: list[str]) -> str:

@@ -12,6 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..models.saved import MOST_CLUSTERS
+from .reading import is_count, is_number, is_state_dict, listed, load_arrays, load_tensors, parse_json
+from .reading import load_json as load_json
+
 T = TypeVar("T")
 
 TAKEN = "taken"
@@ -66,15 +70,22 @@ class Summary:
         content = load_json(file)
         stages, baselines = content.get("stages"), content.get("baselines")
         if not isinstance(stages, dict) or not all(
-            isinstance(entry, dict) and isinstance(entry.get("seconds"), int | float) for entry in stages.values()
+            isinstance(entry, dict) and is_number(entry.get("seconds")) for entry in stages.values()
         ):
             raise ValueError("stages must hold the seconds and metrics of each stage")
-        if not isinstance(baselines, dict | None):
+        if baselines is not None and not (
+            isinstance(baselines, dict)
+            and all(
+                isinstance(m, dict) and all(isinstance(v, int | float) for v in m.values()) for m in baselines.values()
+            )
+        ):
             raise ValueError("baselines must hold the metrics of each method")
-        backbone = content.get("backbone")
+        backbone, seed = content.get("backbone"), content.get("seed")
         if not isinstance(backbone, dict | None):
             raise ValueError("backbone must hold the facts about the network")
-        return cls(content.get("seed"), stages, baselines, backbone)
+        if seed is not None and not is_count(seed):
+            raise ValueError("seed must be a whole number")
+        return cls(seed, stages, baselines, backbone)
 
 
 @dataclass(frozen=True)
@@ -110,12 +121,12 @@ class MetricsEntry:
         Raises:
             ValueError: for anything else, such as a line that a crash cut short.
         """
-        content = json.loads(line)
+        content = parse_json(line)
         if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
             raise ValueError("a line of metrics must name its stage")
         stage = content.pop("stage")
         if not content.keys() >= {"epoch", "step", "time"} or not all(
-            isinstance(x, int | float) for x in content.values()
+            isinstance(x, float) or (isinstance(x, int) and abs(x) < 1 << 63) for x in content.values()
         ):
             raise ValueError("a line of metrics must hold epoch, step, time and numbers")
         epoch, step, time = (content.pop(name) for name in ("epoch", "step", "time"))
@@ -165,9 +176,12 @@ class PrecisionRecord:
         """
         content = load_json(file)
         try:
-            return cls(**content)
+            record = cls(**content)
         except TypeError as error:
             raise ValueError("it must hold precision, reason and tried") from error
+        if record.precision not in ("float32", "bfloat16") or not isinstance(record.reason, str):
+            raise ValueError("precision must be float32 or bfloat16, and its reason a text")
+        return record
 
 
 @dataclass(frozen=True)
@@ -219,9 +233,16 @@ class BackboneRecord:
         """
         content = load_json(file)
         try:
-            return cls(**content)
+            record = cls(**content)
         except TypeError as error:
             raise ValueError(f"it must hold the facts about the network: {error}") from error
+        texts = (record.backbone, record.network, record.interpolation)
+        known = all(isinstance(text, str) for text in texts) and all(
+            text is None or isinstance(text, str) for text in (record.weights, record.digest, record.licence)
+        )
+        if not known or not is_count(record.image_size) or not is_count(record.multiply_adds):
+            raise ValueError("it must hold the facts about the network: texts, and whole numbers of pixels and of sums")
+        return record
 
 
 @dataclass(frozen=True)
@@ -251,9 +272,14 @@ class ImageRecord:
         arrays = load_arrays(file)
         if arrays.keys() != {"names", "fingerprints"}:
             raise ValueError(f"it must hold names and fingerprints, it holds {', '.join(arrays)}")
+        if arrays["fingerprints"].ndim != 1:
+            raise ValueError("fingerprints must be one for each name")
         names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
         if len(names) != len(arrays["fingerprints"]):
             raise ValueError(f"it holds {len(names)} names and {len(arrays['fingerprints'])} fingerprints")
+        kinds = {name: (str(array.dtype), array.ndim) for name, array in arrays.items()}
+        if kinds != {"names": ("uint8", 1), "fingerprints": ("uint64", 1)}:
+            raise ValueError("names must be bytes and fingerprints of 64 bits")
         return cls(names, arrays["fingerprints"])
 
 
@@ -288,6 +314,9 @@ class Embeddings:
         """
         arrays = load_arrays(file)
         key = arrays.pop(EMBEDDINGS_KEY, None)
+        wrong = [name for name, rows in arrays.items() if rows.ndim != 2 or rows.dtype != np.float32]
+        if wrong:
+            raise ValueError(f"the embeddings of {wrong[0]} must be (N, D) float32")
         return cls(arrays, None if key is None else str(key))
 
 
@@ -322,6 +351,13 @@ class Neighbors:
         index = {name: array for name, array in arrays.items() if not name.endswith("_similarity")}
         if index.keys() != similarity.keys():
             raise ValueError(f"every split must have its indices and similarities, got {', '.join(arrays)}")
+        for name, rows in index.items():
+            if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape != similarity[name].shape:
+                raise ValueError(f"the neighbours of {name} must be (N, k) int64, with as many similarities")
+            if similarity[name].dtype != np.float32:
+                raise ValueError(f"the similarities of {name} must be float32")
+            if rows.size and (rows.min() < -1 or rows.max() >= len(rows)):
+                raise ValueError(f"the neighbours of {name} must be from -1 to {len(rows) - 1}")
         return cls(index, similarity)
 
 
@@ -349,9 +385,16 @@ class SuggestedNumber:
             ValueError: for anything else.
         """
         content = load_json(file)
-        if not isinstance(content.get("k"), int) or not isinstance(content.get("curve"), list):
-            raise ValueError("it must hold k and curve")
-        return cls(content["k"], content["curve"])
+        k, curve = content.get("k"), content.get("curve")
+        if not isinstance(k, int) or not 2 <= k <= MOST_CLUSTERS or not isinstance(curve, list):
+            raise ValueError(f"it must hold k, from 2 to {MOST_CLUSTERS}, and curve")
+        for point in curve:
+            numbers = isinstance(point, dict) and all(
+                isinstance(point.get(name), float | int) for name in ("score", "stability")
+            )
+            if not numbers or not is_count(point.get("k")) or not isinstance(point.get("way"), str):
+                raise ValueError("each point of its curve must hold k, score, stability and way")
+        return cls(k, curve)
 
 
 @dataclass(frozen=True)
@@ -379,8 +422,10 @@ class ImageMap:
         """
         arrays = load_arrays(file)
         positions, digest = arrays.get("positions"), arrays.get("digest")
-        if positions is None or digest is None or positions.ndim != 2 or positions.shape[1] != 2:
+        if positions is None or digest is None or positions.shape[1:] != (2,):
             raise ValueError("it must hold positions (N, 2) and a digest")
+        if positions.dtype.kind != "f" or not np.isfinite(positions).all():
+            raise ValueError("its positions must be finite numbers")
         return cls(positions.astype(np.float32), str(digest))
 
 
@@ -421,9 +466,17 @@ class Checkpoint:
         """
         content = load_tensors(file)
         try:
-            return cls(**content)
+            checkpoint = cls(**content)
         except TypeError as error:
-            raise ValueError(f"it is no checkpoint of a stage, it holds {', '.join(content)}") from error
+            raise ValueError(f"it is no checkpoint of a stage, it holds {listed(content)}") from error
+        if (
+            not (is_state_dict(checkpoint.model) and is_state_dict(checkpoint.totals))
+            or not (isinstance(checkpoint.optimizer, dict) and isinstance(checkpoint.stage, dict))
+            or not all(map(is_count, (checkpoint.n_images, checkpoint.epoch, checkpoint.step)))
+            or not is_number(checkpoint.seconds)
+        ):
+            raise ValueError("it is no sound checkpoint of a stage: its entries are of other kinds")
+        return checkpoint
 
 
 @dataclass(frozen=True)
@@ -450,8 +503,10 @@ class StageResult:
             ValueError: for anything else.
         """
         content = load_tensors(file)
-        if not isinstance(content.get("model"), dict):
-            raise ValueError(f"it is no result of a stage, it holds {', '.join(content)}")
+        if not is_state_dict(content.get("model")) or not all(isinstance(name, str) for name in content):
+            raise ValueError(f"it is no result of a stage, it holds {listed(content)}")
+        if not is_count(content.get("head", 0)):
+            raise ValueError("head must be a whole number, the index of the best cluster head")
         return cls(content.pop("model"), content)
 
 
@@ -472,43 +527,3 @@ def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
 def dump_json(content: dict[str, Any], file: BinaryIO) -> None:
     """Write a mapping as indented JSON."""
     file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def load_json(file: BinaryIO) -> dict[str, Any]:
-    """Read a mapping from JSON.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    content = json.loads(file.read())
-    if not isinstance(content, dict):
-        raise ValueError(f"it must hold a mapping, it holds {type(content).__name__}")
-    return content
-
-
-def load_arrays(file: BinaryIO) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an .npz.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zipfile and NumPy raise BadZipFile, EOFError, ValueError and more
-        raise ValueError(f"it is no .npz of arrays ({type(error).__name__})") from error
-
-
-def load_tensors(file: BinaryIO) -> dict[str, Any]:
-    """Read a mapping of tensors and plain values that torch.save wrote, onto the CPU.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
-        raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it must hold a mapping, it holds {type(content).__name__}")
-    return content

@@ -38,6 +38,8 @@ def mined_neighbors(context: Context) -> dict[str, Tensor]:
     mined = run.read(NEIGHBORS).index
     neighbors = {}
     for split, source in context.clustered.items():
+        if split not in mined:
+            raise RunError(f"{run.path_of(NEIGHBORS)} lacks the {split} images: it is not of this run")
         index = torch.from_numpy(mined[split])
         if len(index) != len(source):
             raise RunError(
@@ -61,7 +63,10 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     heads = context.config.clustering.saved_heads
     model = ClusterModel(context.without_pretrained, context.n_clusters, heads)
     load_strict(model, best.model, what=str(run.path_of(CLUSTER_MODEL)))
-    return context.place(model.head(best.record["head"])), best.record
+    head = best.record.get("head")
+    if head is None or head >= heads:
+        raise RunError(f"{run.path_of(CLUSTER_MODEL)} names the head {head} as the best; it has {heads}, from 0")
+    return context.place(model.head(head)), best.record
 
 
 def selflabelled_model(context: Context) -> ClusterModel:

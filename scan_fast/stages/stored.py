@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..array_files import read_npz
 from ..runs import artifacts
 from ..runs.records import EMBEDDINGS_KEY
 from ..training.context import Context
@@ -71,7 +70,8 @@ def stored_features(context: Context) -> dict[str, Tensor] | None:
 def _key_of(file: Path) -> str | None:
     """Return the key in embeddings.npz without reading the embeddings, None if there is none or the file is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as content:
-            return str(content[EMBEDDINGS_KEY]) if EMBEDDINGS_KEY in content else None
-    except (OSError, ValueError, BadZipFile):
+        with file.open("rb") as content:
+            key = read_npz(content, EMBEDDINGS_KEY).get(EMBEDDINGS_KEY)
+        return None if key is None else str(key)
+    except (OSError, ValueError):
         return None

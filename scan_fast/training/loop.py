@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
-from ..errors import DataError, RunError
+from ..errors import DataError, RunError, first_line
 from ..random import stream_key
 from ..runs import artifacts
 from ..runs.config import ScheduleConfig, TrainingConfig
@@ -137,10 +137,16 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 f"{run.path_of(checkpoint)} is of {state.n_images} images, there are {stage.n_images} now; "
                 "the images have changed since: start again in a new folder"
             )
-        stage.model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-        fit_to_device(optimizer)
-        stage.load_state(state.stage)
+        try:
+            stage.model.load_state_dict(state.model)
+            optimizer.load_state_dict(state.optimizer)
+            fit_to_device(optimizer)
+            stage.load_state(state.stage)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise RunError(
+                f"{run.path_of(checkpoint)} does not fit this run ({first_line(error)[:200]}); remove it, and the same "
+                "command begins the stage again"
+            ) from error
         epoch, step, seconds, totals = state.epoch, state.step, state.seconds, state.totals
         where = f", step {step}" if step else ""
         tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")

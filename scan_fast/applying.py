@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import data_option, distributed
 from .errors import UsageError, WeightsError
+from .text import show, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +121,7 @@ def probe(options: argparse.Namespace) -> int:
 
     def say(text: str) -> None:
         if not options.json:
-            print(text)
+            print(shown(text))
 
     if images.held_out:
         seen = ". The run has seen them, without their labels" if options.data is None else ""
@@ -196,7 +197,7 @@ def _network(options: argparse.Namespace, device: torch.device) -> Predictor | E
     file = open_reference(options.target, options.config, options.overrides, options.head)
     embeds = options.command == "embed" and file.is_pretext and options.head is None
     network = file.embedder(device) if embeds else file.predictor(options.head, device)
-    print(file.describe(network.form), file=sys.stderr)
+    show(file.describe(network.form), sys.stderr)
     return network
 
 
@@ -208,7 +209,7 @@ def _network_and_source(options: argparse.Namespace) -> tuple[Predictor | Embedd
     source = network.source(images, options.on_error, "--data")
     if source.skipped:
         path, reason = source.skipped[0]
-        print(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", file=sys.stderr)
+        show(f"left out {len(source.skipped)} unreadable images, the first is {path}: {reason}", sys.stderr)
     return network, source
 
 
@@ -226,7 +227,8 @@ def export(options: argparse.Namespace) -> int:
         with _no_reference(options):
             written = export_reference(options.target, options.out, options.stage)
         if options.stage == "mining":  # their names are not the user's
-            print("\n".join(map(str, written)))
+            for path in written:
+                show(str(path))
         return 0
     if options.stage is not None:
         raise UsageError("--stage goes with --format reference")
@@ -290,7 +292,7 @@ def name(options: argparse.Namespace) -> int:
         names = run.group_names(table)
         if options.list or (not options.names and not options.clear):
             for group, text in sorted(names.items()):
-                print(f"{group}\t{text}")
+                print(f"{group}\t{shown(text)}")
             return 0
         if options.clear:
             cleared = {parse_group(word, n_groups) for word in options.names} or set(names)
@@ -318,5 +320,5 @@ def folders(options: argparse.Namespace) -> int:
     _, sources = _images_of(run)
     counts = write_folders(run, sources, options.out.expanduser(), "copy" if options.copy else "link")
     for folder, count in counts.items():
-        print(f"{count:>8}  {options.out / folder}")
+        show(f"{count:>8}  {options.out / folder}")
     return 0

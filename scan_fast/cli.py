@@ -15,6 +15,7 @@ from . import __version__, applying, commands, distributed, experiments, queries
 from .completion import SHELLS
 from .errors import ScanFastError
 from .parsing import EXIT_USAGE, Parser, split_overrides
+from .text import show, shown_lines
 
 IMAGES = "a folder of images, or PREFIX:ARGUMENT as in data.source, such as webdataset:SHARDS"
 CONFIGURATION = "a configuration: a YAML file, or the name of a shipped one such as digits; `scan-fast config --list`"
@@ -453,8 +454,8 @@ def _main(arguments: Sequence[str]) -> int:
         shown = distributed.announce(message or f"{type(error).__name__}: {error}", error)
         if shown is not None:
             if message is None or options.traceback:
-                traceback.print_exc()
-            print(f"scan-fast: {DEFECT if message is None else shown}", file=sys.stderr)
+                print(shown_lines(traceback.format_exc()), file=sys.stderr, end="")
+            show(f"scan-fast: {DEFECT if message is None else shown}", sys.stderr)
         return EXIT_DEFECT if message is None else EXIT_USAGE
 
 

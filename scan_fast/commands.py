@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import data_option, distributed, queries
 from .errors import ConfigError, RunError, UsageError, WeightsError
+from .text import show, shown_lines
 
 if TYPE_CHECKING:
     from .runs.config import Config
@@ -191,7 +192,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     if start is None:
         return {}
     if start.text and not getattr(options, "quiet", False):
-        print(start.text)
+        show(start.text)
     return dict(start.settings)
 
 
@@ -220,7 +221,7 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
         context = open_context(config, trial, Tracker(trial, quiet=True))
         fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))
     if not options.quiet and (changed := differences(config, fitted)):
-        print(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
+        show(f"for {options.minutes:g} minutes: {'; '.join(changed)}")
     return fitted
 
 
@@ -291,7 +292,7 @@ def suggest_k(options: argparse.Namespace) -> int:
             print(json.dumps({"k": found.k, "curve": found.curve}, indent=2))
         else:
             tracker.table("numbers of groups", ["K", "score", "stability", "best way", ""], rows)
-            print(f"suggested: {found.k} groups; {command} --clusters {found.k} makes them")
+            show(f"suggested: {found.k} groups; {command} --clusters {found.k} makes them")
     return 0
 
 
@@ -307,7 +308,8 @@ def config(options: argparse.Namespace) -> int:
         return 0
     if options.target is None and options.data is None:
         options.target = "folder"
-    print(_configuration(options)[0].to_yaml(), end="")
+    content = _configuration(options)[0].to_yaml()
+    print(shown_lines(content) if sys.stdout.isatty() else content, end="")
     return 0
 
 

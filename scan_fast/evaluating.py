@@ -22,6 +22,7 @@ from .runs.artifacts import ASSIGNMENTS
 from .runs.tables import Confusion
 from .runs.tracker import print_table
 from .stages.pipeline import evaluate, print_summary
+from .text import show
 from .training.context import Context
 
 MOST_CLASSES = 20
@@ -186,7 +187,7 @@ def show_evaluation(
     if prototypes is not None:
         table = save_prototypes(prototypes, source, probabilities, features, found)
         if not as_json:
-            print(f"prototypes: {prototypes}, {table}")
+            show(f"prototypes: {prototypes}, {table}")
 
 
 def check_classes(source: Source, images: str) -> None:

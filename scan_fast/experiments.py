@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .text import show
 
 MOST_SEEDS = 5
 """Largest number of seeds whose values have a column each; all of them are in sweep.json."""
@@ -83,7 +84,7 @@ def ablate(options: argparse.Namespace) -> int:
         return 0
     print_table(f"{ablation.title}: {config.name}, seeds {options.seeds}", *cells(results))
     print(_seconds(results["seconds"]))
-    print(f"written to {parent}: ablation.json, ablation.csv")
+    show(f"written to {parent}: ablation.json, ablation.csv")
     return 0
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from .text import shown
+
 EXIT_USAGE = 2
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line that names the help of this command, and exit."""
-        self.exit(EXIT_USAGE, f"scan-fast: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, shown(f"scan-fast: {message} (see {self.prog} --help)") + "\n")
 
     @property
     def subparsers(self) -> dict[str, Parser]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .data_option import check_labelled
 from .errors import UsageError
+from .text import show
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def _evaluate_clusters(file: ReferenceFile, options: argparse.Namespace, device:
     further |= {"head": best, "assumed": file.assumed(form)}
     if not options.json:
         for note in notes:
-            print(note)
+            show(note)
         if rows:
             keys = list(rows[0])
             table = [[str(row["head"]), *(f"{row[key]:.4f}" for key in keys[1:])] for row in rows]
@@ -171,7 +172,7 @@ def _evaluate_pretext(file: ReferenceFile, options: argparse.Namespace, device: 
         }
         print(json.dumps(facts, indent=2))
         return
-    print(file.describe(network.form))
+    show(file.describe(network.form))
     space = "the projector's output" if features == "projection" else "the backbone's features"
     voting = min(monitor.monitor_k, len(bank) - (queried is None))
     rows = [[f"kNN accuracy, {voting} neighbours", f"{accuracy:.4f}"]]

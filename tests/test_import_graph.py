@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scan_fast"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("schema", "errors", "atomic", "array_files", "text", "gpu_status", "openmp", "parsing"),
+    ("text",),
+    ("schema", "errors", "atomic", "array_files", "gpu_status", "openmp", "parsing"),
     ("completion", "threads"),
     ("ops",),
     ("distributed",),

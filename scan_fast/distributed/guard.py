@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RankError, first_line
+from ..text import shown
 from . import ranks
 
 POLL_SECONDS = 1.0
@@ -215,7 +216,7 @@ class Guard:
 
 
 def _say(message: str) -> None:
-    print(f"scan-fast: {message}", file=sys.stderr, flush=True)
+    print(shown(f"scan-fast: {message}"), file=sys.stderr, flush=True)
 
 
 def _lives(process: int) -> bool:

@@ -15,6 +15,8 @@ from markupsafe import Markup
 from ..data.sources import Source
 from ..runs import artifacts
 from ..runs.folder import RunFolder
+from ..text import shown as shown_name
+from ..text import shown_lines
 from . import details, overview
 from .charts import Series, line_chart
 from .content import Content, read_content
@@ -118,6 +120,7 @@ def _render(
         loader=loader,
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -144,7 +147,7 @@ def _render(
         shown=shown,
         partial=len(shown) + unreadable < n,
         n=n,
-        paths=content.assignments.paths,
+        paths=list(map(shown_name, content.assignments.paths)),
         findings=findings,
         listed=LISTED,
         copies_shown=COPIES_SHOWN,
@@ -163,6 +166,11 @@ def _render(
         run_folder=str(run.path),
         made=datetime.fromtimestamp(run.path_of(artifacts.ASSIGNMENTS).stat().st_mtime, timezone.utc),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return what the page shows of a value: names may hold characters that reverse or hide what follows."""
+    return shown_lines(value) if type(value) is str else value
 
 
 def _hash(script: str) -> str:

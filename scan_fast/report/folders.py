@@ -101,7 +101,7 @@ def _check(out: Path, originals: Originals, content: Mapping[str, object]) -> No
         raise UsageError(f"{out} is not empty; choose a new folder, for nothing is overwritten")
     try:
         known = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = None
     if known != content:
         raise UsageError(

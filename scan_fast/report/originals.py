@@ -12,7 +12,7 @@ from PIL import Image
 from ..data.encoded import EncodedImages, Identity
 from ..data.sources import Source
 from ..evaluation.pictures import pixel_digest
-from ..runs.tables import Assignments, printable
+from ..runs.tables import Assignments
 
 _WHOLE = 1 << 15
 """A side in pixels that no picture exceeds: asks for a picture in full size."""
@@ -32,7 +32,7 @@ class Originals:
     def __init__(self, sources: Mapping[str, Source], table: Assignments) -> None:
         self._places: list[tuple[Source, int] | None] = [None] * len(table.paths)
         self._identities: dict[int, Identity | None] = {}
-        rows = {split: {printable(path): i for i, path in enumerate(s.paths)} for split, s in sources.items()}
+        rows = {split: {path: i for i, path in enumerate(s.paths)} for split, s in sources.items()}
         for number, (path, split) in enumerate(zip(table.paths, table.splits, strict=True)):
             row = rows.get(split, {}).get(path)
             if row is not None:

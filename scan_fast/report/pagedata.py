@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ..text import shown
 from .content import Content
 from .findings import Findings
 from .originals import Originals
@@ -45,14 +46,14 @@ def page_data(
     """
     table = content.assignments
     folders: dict[tuple[str, str], int] = {}
-    names, in_folder, hrefs, shown = [], [], {}, []
+    names, in_folder, hrefs, pictures = [], [], {}, []
     url_of = cache(partial(folder_url, page_folder=page_folder))
     for number, path in enumerate(table.paths):
         file = originals.file(number)
         head, _, name = path.rpartition("/")
         url = "" if file is None else url_of(os.path.dirname(file))
-        in_folder.append(folders.setdefault((f"{head}/" if head else "", url), len(folders)))
-        names.append(name)
+        in_folder.append(folders.setdefault((f"{shown(head)}/" if head else "", url), len(folders)))
+        names.append(shown(name))
         if file is not None:
             own = quote(os.fsencode(os.path.basename(file)), safe="")
             if os.path.basename(file) != name or not _PLAIN.issuperset(name):
@@ -60,7 +61,7 @@ def page_data(
         thumbnail = thumbnails.get(number, 0)
         if not thumbnail and file is not None and _can_be_shown(file, originals.n_bytes(number)):
             thumbnail = ORIGINAL
-        shown.append(thumbnail)
+        pictures.append(thumbnail)
     positions = findings.positions
     places = None if positions is None else np.rint(np.clip(positions, 0, 1) * 9999).astype(int)
     labels = None if table.labels is None else list(dict.fromkeys(table.labels))
@@ -74,10 +75,10 @@ def page_data(
         "name": names,
         "folder": in_folder,
         "href": hrefs,
-        "thumb": shown,
+        "thumb": pictures,
         "group": table.clusters.tolist(),
         "confidence": np.rint(np.nan_to_num(table.confidence, nan=-0.001) * 1000).astype(int).tolist(),
-        "labels": labels,
+        "labels": None if labels is None else list(map(shown, labels)),
         "label": None if table.labels is None else [rank[label] for label in table.labels],
         "x": None if places is None else places[:, 0].tolist(),
         "y": None if places is None else places[:, 1].tolist(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..atomic import atomic_file
 from ..data.sources import Source
 from ..evaluation.prototypes import central_prototypes
-from ..runs.tables import csv_writer, printable
+from ..runs.tables import csv_writer, path_cell, text_cell
 from .figures import plain
 
 TILE = 160
@@ -108,9 +108,9 @@ def write_prototypes(
         labelled = any(each.class_name is not None for each in found)
         writer.writerow(("cluster", *(["class"] if labelled else []), "path", "split", "row", "confidence", "distance"))
         for each in found:
-            own = [printable(each.class_name or "")] if labelled else []
+            own = [text_cell(each.class_name or "")] if labelled else []
             numbers = (f"{each.confidence:.6f}", f"{each.distance:.6f}")
-            writer.writerow((each.cluster, *own, printable(each.path), each.split, each.row, *numbers))
+            writer.writerow((each.cluster, *own, path_cell(each.path), text_cell(each.split), each.row, *numbers))
     return table
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO
@@ -14,6 +12,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from ..evaluation.metrics import metric_titles
 from .artifacts import ASSIGNMENTS, MODEL
 from .folder import RunFolder
+from .tables import csv_writer, path_cell, text_cell
 
 _METRICS = ("confidence", "acc_many_to_one", "acc", "nmi", "ari", "ami")
 BASELINES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features"}
@@ -82,11 +81,11 @@ class Comparison:
 
     def dump_csv(self, file: BinaryIO) -> None:
         """Write one row per result; what is not known is empty."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in self.results)
-        file.write(text.getvalue().encode("utf-8", "replace"))
+        with csv_writer(file) as writer:
+            writer.writerow(field.name for field in fields(Result))
+            for result in self.results:
+                run, *cells = asdict(result).values()
+                writer.writerow([path_cell(run), *(text_cell(c) if isinstance(c, str) else c for c in cells)])
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the columns and rows of the results, for the screen."""

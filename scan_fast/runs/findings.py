@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, BinaryIO, Literal
 
-from .tables import as_text, csv_writer, printable
+from .tables import as_text, csv_writer, path_cell, path_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Outliers:
         return cls([OutlierRow(*row) for row in _load(OutlierRow, file)])
 
 
-_PARSERS: dict[str, Any] = {"int": int, "float": float}
+_PARSERS: dict[str, Any] = {"int": int, "float": float}  # the one text of any content is the path
 
 
 def _dump(kind: type[Any], rows: Sequence[Any], file: BinaryIO) -> None:
@@ -101,11 +101,11 @@ def _dump(kind: type[Any], rows: Sequence[Any], file: BinaryIO) -> None:
 
 
 def _cell(value: Any) -> Any:
-    return f"{value:.6f}" if isinstance(value, float) else printable(value) if isinstance(value, str) else value
+    return f"{value:.6f}" if isinstance(value, float) else path_cell(value) if isinstance(value, str) else value
 
 
 def _load(kind: type[Any], file: BinaryIO) -> list[list[Any]]:
-    parsers = [_PARSERS.get(str(field.type), str) for field in fields(kind)]
+    parsers = [_PARSERS.get(str(field.type), path_of) for field in fields(kind)]
     with as_text(file) as text:
         header, *rows = list(csv.reader(text)) or [[]]
     if header != [field.name for field in fields(kind)]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from ..errors import UsageError
+from ..text import shown
 from .records import dump_json, load_json
 
 LONGEST_NAME = 80
@@ -53,7 +53,7 @@ def check_name(name: str) -> str:
     name = name.strip()
     if not name or len(name) > LONGEST_NAME:
         raise UsageError(f"the name of a group must have 1 to {LONGEST_NAME} characters, got {len(name)}")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+    if name != shown(name):
         raise UsageError(f"the name of a group must be one line of text, got {name!r}")
     return name
 

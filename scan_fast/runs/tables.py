@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from ..models.saved import MOST_CLUSTERS
+from ..text import restored, written
 
 UNMATCHED = "(unmatched)"
 """The column of the images whose cluster has no class."""
@@ -64,7 +68,7 @@ class Predictions:
     def _name_column(self) -> dict[str, list[str]]:
         if not self.names:
             return {}
-        return {"name": [printable(self.names.get(cluster, "")) for cluster in self.clusters.tolist()]}
+        return {"name": [text_cell(self.names.get(cluster, "")) for cluster in self.clusters.tolist()]}
 
     def to_csv(self) -> str:
         """Return what :meth:`dump` writes."""
@@ -148,13 +152,13 @@ class Assignments(Predictions):
         """A digest of the images and their clusters: the same if no image is in another cluster than before."""
         state = hashlib.blake2b(digest_size=16)
         for path, cluster in zip(self.paths, self.clusters.tolist(), strict=True):
-            state.update(f"{printable(path)}\0{cluster}\0".encode())
+            state.update(f"{path}\0{cluster}\0".encode(errors="surrogatepass"))
         return state.hexdigest()
 
     def _columns(self) -> dict[str, list[str]]:
-        columns = {"split": list(map(printable, self.splits))}
+        columns = {"split": list(map(text_cell, self.splits))}
         if self.labels is not None:
-            columns["label"] = list(map(printable, self.labels))
+            columns["label"] = list(map(text_cell, self.labels))
         return columns | self._name_column()
 
     def dump(self, file: BinaryIO) -> None:
@@ -170,8 +174,13 @@ class Assignments(Predictions):
         import pyarrow
         import pyarrow.parquet
 
-        columns: dict[str, Any] = {"path": list(map(printable, self.paths)), "cluster": self.clusters}
-        columns |= {"confidence": self.confidence, "margin": self.margin, **self._columns()}
+        # No spreadsheet opens Parquet, so nothing is taken for a formula.
+        columns: dict[str, Any] = {"path": list(map(written, self.paths)), "cluster": self.clusters}
+        columns |= {"confidence": self.confidence, "margin": self.margin, "split": list(map(written, self.splits))}
+        if self.labels is not None:
+            columns["label"] = list(map(written, self.labels))
+        if self.names:
+            columns["name"] = [written(self.names.get(cluster, "")) for cluster in self.clusters.tolist()]
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
     @classmethod
@@ -186,16 +195,18 @@ class Assignments(Predictions):
 
         try:
             table = pyarrow.parquet.read_table(pyarrow.py_buffer(file.read()))
-            paths, splits = table["path"].to_pylist(), table["split"].to_pylist()
+            texts = {
+                name: list(map(restored, table[name].to_pylist())) for name in _TEXTS if name in table.column_names
+            }
+            paths, splits = texts["path"], texts["split"]
             numbers = [table[name].to_numpy() for name in ("cluster", "confidence", "margin")]
-        except (pyarrow.ArrowException, KeyError) as error:
+        except (pyarrow.ArrowException, KeyError, TypeError) as error:
             raise ValueError(f"it is no table of assignments ({' '.join(str(error).split())})") from error
         cluster, confidence, margin = numbers
         names = {}
-        if "name" in table.column_names:
-            names = {int(c): name for c, name in zip(cluster, table["name"].to_pylist(), strict=True) if name}
-        labels = table["label"].to_pylist() if "label" in table.column_names else None
-        return cls(paths, cluster, confidence, margin, splits, labels, names=names)
+        if "name" in texts:
+            names = {int(c): name for c, name in zip(cluster, texts["name"], strict=True) if name}
+        return cls(paths, cluster, confidence, margin, splits, texts.get("label"), names=names)
 
     @classmethod
     def load(cls, file: BinaryIO) -> Assignments:
@@ -216,7 +227,7 @@ class Assignments(Predictions):
             for record in reader:
                 try:
                     for name, column in table.items():
-                        column.append(_PARSERS.get(name, str)(_cell(record[name])))
+                        column.append(_PARSERS.get(name, text_of)(_cell(record[name])))
                 except ValueError as error:
                     raise ValueError(f"line {reader.line_num} is no row of assignments: {error}") from error
         return cls(
@@ -239,7 +250,7 @@ class Skipped:
         """Write one row per image: path, reason."""
         with csv_writer(file) as writer:
             writer.writerow(("path", "reason"))
-            writer.writerows((printable(path), " ".join(printable(reason).split())) for path, reason in self.images)
+            writer.writerows((path_cell(path), text_cell(" ".join(reason.split()))) for path, reason in self.images)
 
     @classmethod
     def load(cls, file: BinaryIO) -> Skipped:
@@ -250,7 +261,7 @@ class Skipped:
         """
         with as_text(file) as text:
             rows = list(csv.reader(text))[1:]
-        return cls([(path, reason) for path, reason in rows])
+        return cls([(path_of(path), text_of(reason)) for path, reason in rows])
 
 
 @dataclass(frozen=True)
@@ -288,9 +299,9 @@ class Confusion:
     def dump(self, file: BinaryIO) -> None:
         """Write the counts with the names in the first row and column."""
         with csv_writer(file) as writer:
-            writer.writerow(("true \\ assigned", *map(printable, self.column_names)))
+            writer.writerow(("true \\ assigned", *map(text_cell, self.column_names)))
             for name, row in zip(self.row_names, self.counts.tolist(), strict=True):
-                writer.writerow((printable(name), *row))
+                writer.writerow((text_cell(name), *row))
 
     @classmethod
     def load(cls, file: BinaryIO) -> Confusion:
@@ -303,19 +314,52 @@ class Confusion:
             table = [row for row in csv.reader(text) if row]
         if len({len(row) for row in table}) != 1:
             raise ValueError("it is no confusion matrix: the rows differ in length, or there are none")
-        counts = np.array([[int(cell) for cell in row[1:]] for row in table[1:]], dtype=np.int64)
-        return cls([row[0] for row in table[1:]], table[0][1:], counts.reshape(-1, len(table[0]) - 1))
+        counts = np.array([[_count(cell) for cell in row[1:]] for row in table[1:]], dtype=np.int64)
+        names = [text_of(row[0]) for row in table[1:]]
+        return cls(names, list(map(text_of, table[0][1:])), counts.reshape(-1, len(table[0]) - 1))
 
 
-def printable(text: str) -> str:
-    """Replace what UTF-8 cannot hold by question marks: file names may be any bytes."""
-    return text.encode("utf-8", "replace").decode()
+_FORMULA = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+_PATH_LIKE_FORMULA = re.compile(rf"(\./)*{_FORMULA}")
+_TEXT_LIKE_FORMULA = re.compile(rf"'*{_FORMULA}")
+
+
+def path_cell(path: str) -> str:
+    """Return the cell of a CSV that holds the name of an image; :func:`path_of` reads it.
+
+    A spreadsheet takes a cell that begins with ``=``, ``+``, ``-`` or ``@`` for a formula, which may start programs.
+    Such a name begins with ``./`` in the table: it names the same file for any program that reads the table, which an
+    apostrophe would not. Characters that would break the line, and bytes that are no UTF-8, are escaped as
+    :func:`..text.written` does, so that no two names become one.
+    """
+    cell = written(path)
+    return f"./{cell}" if _PATH_LIKE_FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def path_of(cell: str) -> str:
+    """Return the name of which :func:`path_cell` made this cell."""
+    return restored(cell[2:] if cell.startswith("./") and _PATH_LIKE_FORMULA.match(cell) else cell)
+
+
+def text_cell(text: str) -> str:
+    """Return the cell of a CSV that holds any other text, such as a class; :func:`text_of` reads it.
+
+    What a spreadsheet would take for a formula begins with an apostrophe, which spreadsheets leave out again.
+    """
+    cell = written(text)
+    return f"'{cell}" if _TEXT_LIKE_FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def text_of(cell: str) -> str:
+    """Return the text of which :func:`text_cell` made this cell."""
+    return restored(cell[1:] if cell.startswith("'") and _TEXT_LIKE_FORMULA.match(cell) else cell)
 
 
 def _prediction_rows(table: Predictions) -> Iterator[tuple[Any, ...]]:
     columns = (table.clusters.tolist(), table.confidence.tolist(), table.margin.tolist())
     for path, cluster, confidence, margin in zip(table.paths, *columns, strict=True):
-        yield printable(path), cluster, f"{confidence:.6f}", f"{margin:.6f}"
+        yield path_cell(path), cluster, f"{confidence:.6f}", f"{margin:.6f}"
 
 
 def _cell(cell: str | None) -> str:
@@ -328,10 +372,25 @@ def _cluster_id(cell: str) -> int:
     cluster = int(cell)
     if cluster < 0:
         raise ValueError(f"cluster must not be negative, got {cluster}")
+    if cluster >= MOST_CLUSTERS:
+        raise ValueError(f"cluster must be below {MOST_CLUSTERS}")
     return cluster
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {"cluster": _cluster_id, "confidence": float, "margin": float}
+def _count(cell: str) -> int:
+    count = int(cell)
+    if not 0 <= count < 1 << 63:
+        raise ValueError("it is no confusion matrix: a count is negative or too large")
+    return count
+
+
+_TEXTS = ("path", "split", "label", "name")
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "path": path_of,
+    "cluster": _cluster_id,
+    "confidence": float,
+    "margin": float,
+}
 
 
 class _LineFeeds:
@@ -353,10 +412,16 @@ def csv_writer(file: BinaryIO) -> Iterator[_Writer]:
 
 @contextmanager
 def as_text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
-    """Read or write text without closing the file below it."""
+    """Read or write text without closing the file below it.
+
+    Raises:
+        ValueError: for what is no CSV.
+    """
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
         yield text
         text.flush()
+    except csv.Error as error:  # of a cell without end, or a zero byte
+        raise ValueError(f"it is no CSV: {error}") from error
     finally:
         text.detach()

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from .. import distributed
 from ..errors import MissingPackageError
+from ..text import shown
 from .folder import RunFolder
 from .records import MetricsEntry
 
@@ -115,10 +116,11 @@ class Tracker:
         """Print one line, or log it if this tracker is quiet."""
         if self._silent:
             return
+        line = shown(f"{self._prefix}{text}")
         if self.console.quiet:
-            log.info("%s%s", self._prefix, text)
+            log.info("%s", line)
         else:
-            self.console.print(f"{self._prefix}{text}", markup=False, soft_wrap=True)
+            self.console.print(line, markup=False, soft_wrap=True)
 
     def record(self, stage: str, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics; ``epoch`` counts finished epochs from 1, ``step`` the stage's steps."""
@@ -202,7 +204,8 @@ class _Line(ProgressColumn):
         parts = [f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}", task.fields["rate"]]
         if task.time_remaining is not None:
             parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
-        return Text("  ".join(filter(None, (*parts, task.fields["note"]))), no_wrap=True, overflow="ellipsis")
+        line = shown("  ".join(filter(None, (*parts, task.fields["note"]))))
+        return Text(line, no_wrap=True, overflow="ellipsis")
 
 
 def progress_on(console: Console) -> Progress:
@@ -220,6 +223,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], console: 
     have no title, and then the ends of the first column. Output that is no terminal is never cut.
     """
     console = console or Console(highlight=False)
+    title, columns = shown(title), list(map(shown, columns))
+    rows = [list(map(shown, row)) for row in rows]
     everything = console.options.update(max_width=1 << 16)
 
     def width_of(table: Table) -> int:
@@ -251,7 +256,7 @@ def _table(columns: list[str], rows: list[list[str]], *, lines: bool = True, fir
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index else "left"
         width = first if index == 0 else None
-        table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis", max_width=width)
+        table.add_column(escape(column), justify=justify, no_wrap=True, overflow="ellipsis", max_width=width)
     for row in rows:
         table.add_row(*map(escape, row))
     return table

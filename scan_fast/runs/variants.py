@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .tables import as_text, csv_writer
+from .tables import as_text, csv_writer, text_cell, text_of
 
 MEASURES = ("acc", "nmi", "ari", "purity", "seconds")
 """The measures that are compared: accuracy, normalised mutual information and adjusted Rand index of the last stage's
@@ -33,7 +33,7 @@ class VariantTable:
         """Write CSV."""
         with csv_writer(file) as writer:
             writer.writerow(COLUMNS)
-            writer.writerows(["" if row.get(name) is None else row[name] for name in COLUMNS] for row in self.rows)
+            writer.writerows([_cell(row.get(name)) for name in COLUMNS] for row in self.rows)
 
     @classmethod
     def load(cls, file: BinaryIO) -> VariantTable:
@@ -49,9 +49,13 @@ class VariantTable:
             return cls([{name: _value(name, cell) for name, cell in row.items()} for row in reader])
 
 
+def _cell(value: str | int | float | None) -> str | int | float:
+    return "" if value is None else text_cell(value) if isinstance(value, str) else value
+
+
 def _value(column: str, cell: str | None) -> str | int | float | None:
     if cell is None:
         raise ValueError("a row ends early")
     if column == "variant":
-        return cell
+        return text_of(cell)
     return None if cell == "" else int(cell) if column == "seeds" else float(cell)

@@ -28,7 +28,8 @@ from scan_fast.report.text import duration, number
 from scan_fast.runs import artifacts
 from scan_fast.runs.digests import digest_of
 from scan_fast.runs.folder import RunFolder
-from scan_fast.runs.tables import Confusion, printable
+from scan_fast.runs.tables import Confusion
+from scan_fast.text import shown
 
 
 def shown_colours(page: Page) -> list[Any]:
@@ -217,10 +218,10 @@ def test_hostile_names_do_nothing(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
     assert page.tags["img"] == len(HOSTILE)
     assert all(value.startswith("data:image/") for value in page.values("img", "src"))
-    assert page.values("img", "alt") == [printable(name) for name in HOSTILE]
+    assert page.values("img", "alt") == [shown(name) for name in HOSTILE]
     data = page.data
     names = [data["folders"][folder][0] + name for folder, name in zip(data["folder"], data["name"], strict=True)]
-    assert names == [printable(name) for name in HOSTILE]
+    assert names == [shown(name) for name in HOSTILE]
     assert "49" not in page.words.split()
 
 

@@ -257,17 +257,20 @@ def _images_of(run: RunFolder) -> tuple[str, dict[str, Source]]:
     """Return the name of a run and its images by split, to look at; nothing is decoded that need not be.
 
     Raises:
-        RunError: if the run has no assignments yet, or a file is damaged.
+        RunError: if the run has no assignments yet, a file is damaged, or images have changed since.
         DataError: if the images are no longer there.
     """
     from .data.datasets import open_splits
     from .runs.artifacts import ASSIGNMENTS, CONFIG
+    from .training.images import check_shown
 
     run.read(ASSIGNMENTS)
     config = run.read(CONFIG)
     splits = open_splits(config.data.model_copy(update={"resident": "files"}), run.decode_cache())
     both = {"train": splits.train, "test": splits.test}
-    return config.name, {split: source for split, source in both.items() if source is not None}
+    sources = {split: source for split, source in both.items() if source is not None}
+    check_shown(run, sources, config.data.identity)
+    return config.name, sources
 
 
 def name(options: argparse.Namespace) -> int:

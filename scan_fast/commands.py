@@ -66,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
             run.write(CONFIG, config)
         names = [*preceding(context, names), *names]
         if afresh:
-            check_images(run, context.clustered.values())
+            check_images(run, context.used, config.data.identity)
         groups = "a suggested number of" if context.suggests_number else context.n_clusters
         backbone = context.model_config.backbone
         tracker.say(f"{config.name}: {context.counts}, {groups} clusters, {backbone} on {context.device}, {run.path}")

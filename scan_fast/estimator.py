@@ -28,7 +28,6 @@ from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
 from .training.context import data_settings, open_context, weights_input
-from .training.images import check_images
 from .training.process import set_threads
 
 LIST_SIDE = 128
@@ -134,8 +133,6 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             with tempfile.TemporaryDirectory(prefix="scan-fast-") as temporary:
                 run = RunFolder.open(Path(self.out) if self.out is not None else Path(temporary) / "run", config)
                 with run:
-                    if source.files is None:
-                        check_images(run, [source], arrays=True)
                     tracker = Tracker(run, quiet=not self.verbose)
                     context = open_context(config, run, tracker, splits)
                     run_stages(context, stages_of(context))

@@ -100,6 +100,7 @@ class ImageNetwork:
             crop=form.crop,
             decode=form.decode,
             on_error=on_error,
+            identity="quick",  # each file is read once, soon
         )
         return source_from(images, config, setting)
 

@@ -21,6 +21,7 @@ from .predictor import Predictor
 from .runs import artifacts
 from .runs.folder import RunFolder
 from .runs.tracker import print_table
+from .training.images import check_shown
 
 HELD_OUT = 0.2
 """Share of the images that is held out for testing, by a hash of their names, if there is no test split."""
@@ -137,12 +138,14 @@ def run_images(run: RunFolder, saved: SavedModel) -> Images:
     """Open a run's own images.
 
     Raises:
-        RunError: if the run has no configuration.
+        RunError: if the run has no configuration, or images have changed since.
         DataError: if the images are no longer there, or have no classes.
     """
     config = run.read(artifacts.CONFIG)
     as_trained = {"resident": "files", "image_size": saved.size, "interpolation": saved.interpolation}
     splits = open_splits(config.data.model_copy(update=as_trained), run.decode_cache())
+    sources = {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
+    check_shown(run, sources, config.data.identity)
     return Images.of(splits.train, splits.test, (str(run.path), f"test images of {run.path}"))
 
 

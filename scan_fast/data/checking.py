@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +12,7 @@ from ..errors import DataError, MissingPackageError
 from .agreement import fill_rows
 from .decode import Header, decode, read_header, square
 from .decode_cache import DecodeCache
-from .encoded import fingerprint
+from .encoded import Identity, fingerprint
 
 if TYPE_CHECKING:
     from .files import ImageFiles
@@ -36,8 +35,7 @@ def check_all(
 ) -> tuple[list[int], list[tuple[str, str]]]:
     """Decode every image, or only read its header, and note in `files` what is found.
 
-    With several ranks each checks a part of the images. All of them get the same results, but for the times of the
-    files, which only a file's own machine knows.
+    With several ranks each checks a part of the images, and all of them get the same results.
 
     Args:
         files: the images; their columns are filled.
@@ -45,7 +43,7 @@ def check_all(
         on_error: "raise" at an unreadable image, or "skip" it.
         decode_all: decode every image.
         pixels: (N, size, size, 3) uint8 to be filled with the decoded images; None if they are not kept.
-        decode_cache: images that an earlier start has decoded; those decoded here are entered.
+        decode_cache: what earlier starts have found out; images decoded here are entered.
 
     Returns:
         The numbers of the readable images, and (name, reason) of the others.
@@ -58,15 +56,14 @@ def check_all(
 
     def check(i: int) -> str | None:
         try:
-            if decode_all:
-                found = _decoded(files, i, size, pixels, known)
-            else:
-                encoded = images.encoded(i)
-                mtime_ns = os.stat(encoded).st_mtime_ns if isinstance(encoded, str) else 0
-                found = read_header(encoded), fingerprint(encoded), mtime_ns
+            identity = images.identity(i)
+            check_it = _decoded if decode_all else _header_read
+            header, mark = check_it(files, i, size, pixels, known, identity)
+            if images.identity(i) != identity:
+                raise OSError("the file was changed while it was read")
         except Exception as error:  # plugins of PIL raise OSError, ValueError, SyntaxError, struct.error and others
             return reason_of(error, images.location(i))
-        files.note(i, *found)
+        files.note(i, header, mark, identity)
         return None
 
     kept: list[int] = []
@@ -108,22 +105,29 @@ def _exchange(
     return [failure for _, several in found for failure in several]
 
 
+def _header_read(
+    files: ImageFiles, index: int, size: int, pixels: Tensor | None, known: DecodeCache, identity: Identity
+) -> tuple[Header, int]:
+    """Read the header of an image, and all of it unless its file is as an earlier start has noted it."""
+    encoded = files.images.encoded(index)
+    header, mark = read_header(encoded), known.fingerprint(files.names[index], identity, files.identity)
+    return header, fingerprint(encoded, files.identity) if mark is None else mark
+
+
 def _decoded(
-    files: ImageFiles, index: int, size: int, pixels: Tensor | None, decode_cache: DecodeCache
-) -> tuple[Header, int, int]:
-    """Decode an image, unless an earlier start did, and keep its square; return header, fingerprint and time."""
-    images = files.images
-    identity = images.identity(index)
-    known = decode_cache.recall(identity)
-    if known is not None:
-        return *known, identity.mtime_ns
-    encoded = images.encoded(index)
-    mark = fingerprint(encoded)
+    files: ImageFiles, index: int, size: int, pixels: Tensor | None, known: DecodeCache, identity: Identity
+) -> tuple[Header, int]:
+    """Decode an image, unless an earlier start did, and keep its square; return header and fingerprint."""
+    found = known.recall(identity, files.identity)
+    if found is not None and pixels is None:
+        return found
+    encoded = files.images.encoded(index)
+    mark = fingerprint(encoded, files.identity)
     header, image = decode(encoded, smallest=2 * size if files.scaled else None)
-    decode_cache.note(identity, header, mark)
+    known.note(identity, header, mark, files.identity)
     if pixels is not None:
         pixels[index] = square(image, size, files.interpolation)
-    return header, mark, identity.mtime_ns
+    return header, mark
 
 
 def unreadable(location: str, reason: str) -> DataError:

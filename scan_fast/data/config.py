@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from ..schema import Settings
+from .encoded import IdentityKind
 from .kinds import Triple, find_kind
 from .placement import Crop, Resident, image_bytes, kept_on_host
 from .resize import Interpolation
@@ -44,6 +45,11 @@ class DataConfig(Settings):
             the run's GPU. "files": none; images are decoded at each use (sources without encoded images stay on the
             host). "auto": the host if they take at most half of its free memory, and then the GPU if they take at most
             a quarter of its free memory. Results are the same.
+        identity: what tells whether an image is still the one that a run began with. "content": a digest of all bytes
+            of its file. A file whose size, times of change and inode are as they were is not read again. "quick", for
+            slow disks: size, first and last 8 KiB, and for files above 16 KiB the time of change. Then a file that was
+            copied or touched counts as another, and one with its former time that was changed in the middle as the
+            same. The images in containers are read whole in any case.
         crop: pixels that the boxes of views are cut from. "image": the square image of image_size pixels. "file": the
             same region of the encoded image at full resolution, so that small boxes of large photographs stay sharp and
             nothing is resized twice. "whole": the whole image, resized so that its shorter side has image_size pixels,
@@ -74,6 +80,7 @@ class DataConfig(Settings):
     labels: Literal["auto", "none"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     resident: Resident = "auto"
+    identity: IdentityKind = "content"
     crop: Crop = "image"
     shuffle: Literal["images", "shards"] = "images"
     decode: Literal["exact", "scaled"] = "exact"

@@ -1,53 +1,86 @@
-"""Record of images that were decoded whole without an error, so that the next start need not decode them again."""
+"""Records of images from earlier starts, so that the next one need not read them whole again."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import distributed
 from .decode import Header
-from .encoded import Identity
+from .encoded import Identity, IdentityKind
 
-_VERSION = 2
+_VERSION = 3
 
-# A file written this shortly before it was read may be written again without a change of its time.
-_SETTLED_NS = 2_000_000_000
+
+class Marks:
+    """Fingerprints of images by name, with the stamps that their files had.
+
+    Args:
+        names: (N,) unique names.
+        fingerprints: (N,) uint64.
+        stamps: (N, 4) int64, see :data:`.encoded.Stamp`; negative if they are not known.
+        kind: what the fingerprints are made of.
+    """
+
+    def __init__(
+        self, names: Sequence[str], fingerprints: NDArray[np.uint64], stamps: NDArray[np.int64], kind: IdentityKind
+    ) -> None:
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._fingerprints, self._stamps, self._kind = fingerprints, stamps, kind
+
+    def recall(self, name: str, identity: Identity, kind: IdentityKind) -> int | None:
+        """Return the fingerprint of an image whose file is as it was; None if it is not, or that is not known."""
+        row = self._rows.get(name)
+        if row is None or kind != self._kind or tuple(self._stamps[row].tolist()) != identity.stamp:
+            return None
+        return int(self._fingerprints[row])
 
 
 class DecodeCache:
-    """Headers and fingerprints of readable images by identity: path, size and time of the last change of the file.
+    """Headers and fingerprints of images that were decoded whole without an error, by their identity.
 
-    An entry counts only if all three agree. Unreadable images have no entry: they are few, and the cause, such as a
-    permission or a missing package, may go away without a change of the file.
+    An entry counts only if all of the identity agrees: path, size, times of the last change and inode. Unreadable
+    images have no entry: they are few, and the cause, such as a permission or a missing package, may go away without a
+    change of the file.
 
     Args:
         content: what :meth:`to_bytes` returned at the last start. Anything else, such as a damaged record or one of
             another version, counts as an empty record.
+
+    Attributes:
+        marks: fingerprints of images that need not have been decoded; None if there are none.
     """
 
     def __init__(self, content: bytes = b"") -> None:
         self._former = _entries(content)
         self._entries: dict[str, list[int]] = {}
+        self.marks: Marks | None = None
 
     @property
     def changed(self) -> bool:
         """True if images were recalled or noted and the record differs from the former one."""
         return bool(self._entries) and self._entries != self._former
 
-    def recall(self, identity: Identity) -> tuple[Header, int] | None:
+    def recall(self, identity: Identity, kind: IdentityKind) -> tuple[Header, int] | None:
         """Return header and fingerprint of an image that has an entry, and keep the entry; None if it has none."""
         entry = self._former.get(identity.key)
-        if entry is None or entry[:2] != [identity.size, identity.mtime_ns]:
+        if entry is None or tuple(entry[:4]) != identity.stamp or entry[-1] != _KINDS.index(kind):
             return None
         self._entries[identity.key] = entry
-        height, width, orientation, jpeg, fingerprint = entry[2:]
+        height, width, orientation, jpeg, fingerprint = entry[4:-1]
         return Header(height, width, orientation, bool(jpeg)), fingerprint
 
-    def note(self, identity: Identity, header: Header, fingerprint: int) -> None:
+    def note(self, identity: Identity, header: Header, fingerprint: int, kind: IdentityKind) -> None:
         """Enter an image that was decoded after its identity had been read."""
-        if identity.mtime_ns < time.time_ns() - _SETTLED_NS:
-            self._entries[identity.key] = [identity.size, identity.mtime_ns, *map(int, header), fingerprint]
+        if identity.settled:
+            self._entries[identity.key] = [*identity.stamp, *map(int, header), fingerprint, _KINDS.index(kind)]
+
+    def fingerprint(self, name: str, identity: Identity, kind: IdentityKind) -> int | None:
+        """Return the fingerprint of an image by its name if its file is as it was noted, see :class:`Marks`."""
+        return None if self.marks is None else self.marks.recall(name, identity, kind)
 
     def exchange(self) -> None:
         """Add the entries of all ranks."""
@@ -59,11 +92,17 @@ class DecodeCache:
         return json.dumps({"version": _VERSION, "files": self._entries}, sort_keys=True, separators=(",", ":")).encode()
 
 
+_KINDS: tuple[IdentityKind, ...] = ("content", "quick")
+"""Numbers of the kinds of fingerprints in a record."""
+_LENGTH = 10
+"""Numbers of an entry: the stamp, the header, the fingerprint and its kind."""
+
+
 def _entries(content: bytes) -> dict[str, list[int]]:
     try:
         record = json.loads(content)
         files = record["files"] if record["version"] == _VERSION else {}
-        good = all(len(entry) == 7 and all(isinstance(n, int) for n in entry) for entry in files.values())
+        good = all(len(entry) == _LENGTH and all(isinstance(n, int) for n in entry) for entry in files.values())
         return dict(files) if good else {}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -4,32 +4,69 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 _END = 8192
+_BLOCK = 1 << 20
+_SIGNED = (1 << 63) - 1
+
+SMALL = 2 * _END
+"""A file of no more bytes is read whole for its fingerprint, of whatever kind."""
+
+SETTLED_NS = 2_000_000_000
+"""A file that was written this shortly before it was read may be written again without a change of its times."""
 
 #: Bytes of an encoded image, or the path of the file that holds nothing else.
 Encoded = bytes | str
 
+#: What a fingerprint is made of, see :func:`fingerprint` and ``data.identity``.
+IdentityKind = Literal["content", "quick"]
+
+Stamp = tuple[int, int, int, int]
+"""Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode of a file."""
+
 
 class Identity(NamedTuple):
-    """Identity of an encoded image for the decode cache; an image with the same identity has the same bytes.
+    """Identity of an encoded image: an image with the same identity has the same bytes.
+
+    No program can set the time of the inode's last change. So a file that was exchanged for one of the same size and
+    time has another identity, and so has one whose time was set back.
 
     Attributes:
         key: absolute path; for an item of a container, followed by ``//`` and the item's key.
         size: of the file or container, in bytes.
-        mtime_ns: time of its last change, in nanoseconds.
+        mtime_ns: time of the last change of its content, in nanoseconds.
+        ctime_ns: time of the last change of its inode, in nanoseconds; 0 if it is not known.
+        inode: number of its inode; 0 if it is not known.
     """
 
     key: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    inode: int = 0
+
+    @property
+    def stamp(self) -> Stamp:
+        """All but the key."""
+        return self[1:]
+
+    @property
+    def is_file(self) -> bool:
+        """True for a file that holds nothing but the image."""
+        return "//" not in self.key[1:]
+
+    @property
+    def settled(self) -> bool:
+        """True if a change from now on gives another identity, whatever the resolution of the file system's times."""
+        return max(self.mtime_ns, self.ctime_ns) < time.time_ns() - SETTLED_NS
 
 
 class EncodedImages(ABC):
@@ -65,7 +102,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def identity(self, index: int) -> Identity:
-        """Return the identity of an image, read before its bytes are."""
+        """Return the identity of an image as it is now; called before its bytes are read."""
 
     def location(self, index: int) -> str:
         """Return the full name of an image for error messages."""
@@ -127,27 +164,37 @@ class ImagePaths(EncodedImages):
         return ImagePaths([self.names[row] for row in rows], self.root)
 
 
-def fingerprint(encoded: Encoded) -> int:
-    """Return 64 bits that tell whether an encoded image is still the same, whatever the time of its file says.
+def fingerprint(encoded: Encoded, kind: IdentityKind = "content") -> int:
+    """Return 64 bits that tell whether an encoded image is still the same, whatever the times of its file say.
 
-    They are a hash of its size and of its first and last 8 KiB, so that large files are not read for it.
+    Args:
+        encoded: bytes of an image, or the path of its file.
+        kind: "content": a hash of all bytes. "quick": of a file the size and the first and last 8 KiB, so that a large
+            one is not read; of bytes, all.
 
     Raises:
         OSError: if the file cannot be read.
     """
+    state = hashlib.blake2b(digest_size=8)
     if isinstance(encoded, bytes):
-        size, ends = len(encoded), encoded if len(encoded) <= 2 * _END else encoded[:_END] + encoded[-_END:]
+        state.update(encoded)
     else:
         with open(encoded, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            ends = file.read(_END)
-            if size > _END:
-                file.seek(max(_END, size - _END))
-                ends += file.read(_END)
-    return int.from_bytes(hashlib.blake2b(size.to_bytes(8, "big") + ends, digest_size=8).digest(), "big")
+            if kind == "content":
+                while block := file.read(_BLOCK):
+                    state.update(block)
+            else:
+                size = os.fstat(file.fileno()).st_size
+                state.update(size.to_bytes(8, "big") + file.read(_END))
+                if size > _END:
+                    file.seek(max(_END, size - _END))
+                    state.update(file.read(_END))
+    return int.from_bytes(state.digest(), "big")
 
 
 def file_identity(path: str, status: os.stat_result, item: str | None = None) -> Identity:
     """Return the identity of a file, or of one item in it."""
     key = os.path.abspath(path)
-    return Identity(key if item is None else f"{key}//{item}", status.st_size, status.st_mtime_ns)
+    # Some file systems number their inodes with 64 bits; records hold signed numbers.
+    stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & _SIGNED
+    return Identity(key if item is None else f"{key}//{item}", *stamp)

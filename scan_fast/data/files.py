@@ -18,12 +18,14 @@ from .agreement import check_same
 from .checking import check_all, none_readable, reason_of, unreadable
 from .decode import Box, Header, cut, decode, decode_small, resize_whole, to_array
 from .decode_cache import DecodeCache
-from .encoded import Encoded, EncodedImages, fingerprint
+from .encoded import SMALL, Encoded, EncodedImages, Identity, IdentityKind, fingerprint
 from .resize import Interpolation
 from .sources import check_annotations, take_rows
 
-_UNKNOWN = np.iinfo(np.int64).min
-"""Time of a file that another rank has checked, and whose time here is not known."""
+_UNKNOWN = -1
+"""In a stamp that is not known."""
+_READ_AT_ONCE = 1 << 26
+"""A file of no more bytes is compared and decoded from the same reading."""
 
 
 class ImageFiles:
@@ -34,9 +36,13 @@ class ImageFiles:
         workers: decoding threads; by default one per core, at most 16.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
         interpolation: the filter that resizes what is cut out, see ``data.interpolation``.
+        identity: what tells whether a file is still the same, see ``data.identity``.
         heights, widths: (N,) int32 pixels of the upright images.
         orientations: (N,) uint8 EXIF orientations, 1 to 8; 1 is upright as stored.
         fingerprints: (N,) uint64, see :func:`.encoded.fingerprint`.
+        stamps: (N, 4) int64 of the files when they had these fingerprints, see :data:`.encoded.Stamp`; -1 if they are
+            not known, or a change since then need not show in them.
+        mtimes: (N,) int64 times of the last change that must stay, in nanoseconds, see ``data.identity``; -1 for none.
         jpeg: (N,) bool, True for grey and YCbCr JPEGs. All others need :func:`.decode.decode`.
     """
 
@@ -47,11 +53,13 @@ class ImageFiles:
         *,
         scaled: bool = False,
         interpolation: Interpolation = "bilinear",
+        identity: IdentityKind = "content",
     ) -> None:
         self.images = images
         self.workers = workers or min(16, _cores())
         self.scaled = scaled
         self.interpolation: Interpolation = interpolation
+        self.identity: IdentityKind = identity
         self.heights = torch.zeros(len(images), dtype=torch.int32)
         self.widths = torch.zeros(len(images), dtype=torch.int32)
         self.orientations = torch.ones(len(images), dtype=torch.uint8)
@@ -59,7 +67,8 @@ class ImageFiles:
         # Views of the same memory: NumPy writes single entries much faster.
         self._columns = tuple(x.numpy() for x in (self.heights, self.widths, self.orientations, self.jpeg))
         self.fingerprints = np.zeros(len(images), dtype=np.uint64)
-        self._mtimes = np.full(len(images), _UNKNOWN)
+        self.stamps = np.full((len(images), 4), _UNKNOWN)
+        self.mtimes = np.full(len(images), _UNKNOWN)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -73,11 +82,14 @@ class ImageFiles:
     def take(self, indices: Tensor) -> ImageFiles:
         """Return some of the images, (n,) int64."""
         chosen = self.images.select(indices.tolist())
-        some = ImageFiles(chosen, self.workers, scaled=self.scaled, interpolation=self.interpolation)
+        some = ImageFiles(
+            chosen, self.workers, scaled=self.scaled, interpolation=self.interpolation, identity=self.identity
+        )
         some.pool = self.pool
         for column, own in zip(some._columns, self._columns, strict=True):
             column[:] = own[indices.numpy()]
-        some.fingerprints, some._mtimes = self.fingerprints[indices.numpy()], self._mtimes[indices.numpy()]
+        rows = indices.numpy()
+        some.fingerprints, some.stamps, some.mtimes = self.fingerprints[rows], self.stamps[rows], self.mtimes[rows]
         return some
 
     def encoded(self, indices: Tensor) -> list[np.ndarray]:
@@ -204,22 +216,31 @@ class ImageFiles:
             smallest = max(-(-2 * side * frame // min(box[2:])) for box, side in zip(boxes, sides, strict=True))
         return decode(self._unchanged(index), self.header(index), smallest=smallest)[1]
 
-    def note(self, index: int, header: Header, fingerprint: int, mtime_ns: int) -> None:
+    def note(self, index: int, header: Header, fingerprint: int, identity: Identity) -> None:
         """Store what was found out about an image when it was checked."""
         for column, value in zip(self._columns, header, strict=True):
             column[index] = value
-        self.fingerprints[index], self._mtimes[index] = fingerprint, mtime_ns
+        self.fingerprints[index] = fingerprint
+        if self.identity == "quick" and identity.is_file and identity.size > SMALL:
+            self.mtimes[index] = identity.mtime_ns
+        if identity.settled:
+            self.stamps[index] = identity.stamp
+
+    @property
+    def _facts(self) -> tuple[np.ndarray, ...]:
+        return (*self._columns, self.fingerprints, self.stamps, self.mtimes)
 
     def facts(self, begin: int, end: int) -> tuple[np.ndarray, ...]:
-        """Return what is noted of consecutive images, but for the times of their files."""
-        return tuple(column[begin:end] for column in (*self._columns, self.fingerprints))
+        """Return what is noted of consecutive images."""
+        return tuple(column[begin:end] for column in self._facts)
 
     def note_facts(self, begin: int, end: int, facts: Sequence[np.ndarray]) -> None:
         """Store what another rank has found out about consecutive images.
 
-        Their files may have other times here, so each is compared with its fingerprint when it is first used.
+        A file that has another stamp here, on a disk of this machine, is compared with its fingerprint at its first
+        use.
         """
-        for column, values in zip((*self._columns, self.fingerprints), facts, strict=True):
+        for column, values in zip(self._facts, facts, strict=True):
             column[begin:end] = values
 
     def _unchanged(self, index: int) -> Encoded:
@@ -228,13 +249,19 @@ class ImageFiles:
         Raises:
             OSError: if its file holds another image now: its header would not fit, and a run would be of other images.
         """
+        identity = self.images.identity(index)
         encoded = self.images.encoded(index)
-        if isinstance(encoded, str):
-            mtime_ns = os.stat(encoded).st_mtime_ns
-            if mtime_ns != self._mtimes[index]:
-                if fingerprint(encoded) != int(self.fingerprints[index]):
-                    raise OSError("the file has changed")
-                self._mtimes[index] = mtime_ns
+        if identity.stamp == tuple(self.stamps[index].tolist()):
+            return encoded
+        if self.identity == "content" and isinstance(encoded, str) and identity.size <= _READ_AT_ONCE:
+            with open(encoded, "rb") as file:
+                encoded = file.read()
+        if fingerprint(encoded, self.identity) != int(self.fingerprints[index]):
+            raise OSError("the file has changed")
+        if self.mtimes[index] not in (_UNKNOWN, identity.mtime_ns):
+            raise OSError("the file has another time of change, and data.identity=quick goes by it")
+        if identity.settled:
+            self.stamps[index] = identity.stamp
         return encoded
 
     def header(self, index: int) -> Header:
@@ -275,8 +302,9 @@ class FileSource:
         resident: keep the decoded images in memory: N * size * size * 3 bytes.
         scaled: decode large JPEGs at a reduced scale, see ``data.decode``.
         interpolation: the filter of the resize, see ``data.interpolation``.
+        identity: what tells whether a file is still the same, see ``data.identity``.
         problems: (name, reason) of images that could not be listed; treated as unreadable.
-        decode_cache: images that an earlier start has decoded; those decoded here are entered.
+        decode_cache: what earlier starts have found out; images that are decoded here and not kept are entered.
 
     Raises:
         DataError: if an image is unreadable and `on_error` is "raise", if no image is readable, or if the ranks find
@@ -295,6 +323,7 @@ class FileSource:
         resident: bool = True,
         scaled: bool = False,
         interpolation: Interpolation = "bilinear",
+        identity: IdentityKind = "content",
         problems: Sequence[tuple[str, str]] = (),
         decode_cache: DecodeCache | None = None,
     ) -> None:
@@ -304,7 +333,9 @@ class FileSource:
         problems = _first_problems(problems, on_error)
         if problems and on_error == "raise":
             raise unreadable(os.path.join(images.root, problems[0][0]), problems[0][1])
-        self.files: ImageFiles = ImageFiles(images, workers, scaled=scaled, interpolation=interpolation)
+        self.files: ImageFiles = ImageFiles(
+            images, workers, scaled=scaled, interpolation=interpolation, identity=identity
+        )
         check_annotations(len(images), labels, images.names)
         self.size = size
         self.class_names = None if class_names is None else list(class_names)

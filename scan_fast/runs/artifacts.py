@@ -23,13 +23,13 @@ from ..models.saved import SavedModel
 from .config import Config, build_config
 from .digests import JOURNAL, DamagedError, Journal, UnsealedError, check_seal, digest_of, is_archive, seal
 from .findings import Duplicates, Outliers
+from .images import ImageRecord
 from .names import GroupNames
 from .records import (
     BackboneRecord,
     Checkpoint,
     Embeddings,
     ImageMap,
-    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
@@ -289,7 +289,7 @@ DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_ca
 SKIPPED = Artifact("skipped.csv", Skipped.dump, Skipped.load)
 """The images left out as unreadable, with the reason."""
 IMAGES = Artifact("images.npz", ImageRecord.dump, ImageRecord.load)
-"""Names and fingerprints of the images, so that a run does not continue on others."""
+"""Names, fingerprints and labels of the images, so that a run does not continue on others."""
 
 PRETEXT_MODEL = _stage_result("pretext")
 """The trained backbone and projector."""

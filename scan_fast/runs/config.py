@@ -546,14 +546,15 @@ def merge(base: Any, change: Any) -> Any:
     return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
 
 
-MACHINE: dict[str, Any] = {"runtime": True, "data": {"resident": True, "workers": True}}
+MACHINE: dict[str, Any] = {"runtime": True, "data": {"resident": True, "identity": True, "workers": True}}
 """The settings that do not belong to an experiment, in the form that ``model_dump(exclude=...)`` takes."""
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``key: old -> new`` for every difference that would make ``new`` another experiment.
 
-    Machine settings may change: ``runtime.*``, the placement of the images and the number of decoding threads.
+    Machine settings may change: ``runtime.*``, the placement of the images, what identifies them and the number of
+    decoding threads.
     """
     before, after = (dict(flatten(c.model_dump(mode="json", exclude=MACHINE))) for c in (old, new))
     return [

@@ -63,6 +63,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
         self.journal = Journal(self.path)
+        self.images: dict[str, Any] | None = None
+        """Number and digest of the images, once they are checked; they go to summary.json."""
         self._config: Config | None = None
         self._lock: int | None = None
         self._folder: int | None = None
@@ -271,11 +273,16 @@ class RunFolder:
 
     @_by_rank_0
     def decode_cache(self) -> DecodeCache:
-        """Return the headers of the files that were found good, none if decode-cache.json is missing or damaged."""
+        """Return what earlier starts have found out about the images, nothing if they have left no record.
+
+        A damaged decode-cache.json counts as none, as it only saves time.
+        """
         try:
-            return self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
+            found = self.read(artifacts.DECODE_CACHE) if self.has(artifacts.DECODE_CACHE) else DecodeCache()
         except RunError:
-            return DecodeCache()  # it only saves time
+            found = DecodeCache()
+        found.marks = self.read(artifacts.IMAGES).marks if self.has(artifacts.IMAGES) else None
+        return found
 
     @_by_rank_0
     def group_names(self, assignments: Assignments) -> dict[int, str]:
@@ -378,6 +385,7 @@ class RunFolder:
         summary.seed = seed
         if self.has(BACKBONE):
             summary.backbone = asdict(self.read(BACKBONE))
+        summary.images = self.images or summary.images
         summary.stages[stage] = {"seconds": round(seconds, 3), **results}
         self.write(SUMMARY, summary)
 

@@ -33,12 +33,14 @@ class Summary:
         stages: by finished stage, ``seconds`` and its metrics, some of them by split.
         baselines: by method, the mean and deviation of its metrics over seeds; None before they are computed.
         backbone: the content of a :class:`BackboneRecord`; None before the first stage has finished.
+        images: ``count`` and ``digest`` of the images, see :class:`.images.ImageRecord`; None likewise.
     """
 
     seed: int | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     baselines: dict[str, dict[str, float]] | None = None
     backbone: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
 
     @property
     def reported(self) -> str:
@@ -53,7 +55,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of summary.json."""
         content = {"seed": self.seed, "stages": self.stages, "seconds": self.seconds}
-        further = {"baselines": self.baselines, "backbone": self.backbone}
+        further = {"baselines": self.baselines, "backbone": self.backbone, "images": self.images}
         return content | {name: value for name, value in further.items() if value is not None}
 
     def dump(self, file: BinaryIO) -> None:
@@ -83,9 +85,12 @@ class Summary:
         backbone, seed = content.get("backbone"), content.get("seed")
         if not isinstance(backbone, dict | None):
             raise ValueError("backbone must hold the facts about the network")
+        images = content.get("images")
+        if not isinstance(images, dict | None):
+            raise ValueError("images must hold the number of the images and their digest")
         if seed is not None and not is_count(seed):
             raise ValueError("seed must be a whole number")
-        return cls(seed, stages, baselines, backbone)
+        return cls(seed, stages, baselines, backbone, images)
 
 
 @dataclass(frozen=True)
@@ -243,44 +248,6 @@ class BackboneRecord:
         if not known or not is_count(record.image_size) or not is_count(record.multiply_adds):
             raise ValueError("it must hold the facts about the network: texts, and whole numbers of pixels and of sums")
         return record
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """The images that a run is on.
-
-    Attributes:
-        names: name of each image, in the order of the run.
-        fingerprints: (N,) uint64, equal as long as the image is.
-    """
-
-    names: list[str]
-    fingerprints: NDArray[np.uint64]
-
-    def dump(self, file: BinaryIO) -> None:
-        """Write an .npz with the names as bytes, each followed by a zero, and the fingerprints."""
-        names = "".join(f"{name}\0" for name in self.names).encode(errors="surrogateescape")
-        np.savez_compressed(file, names=np.frombuffer(names, dtype=np.uint8), fingerprints=self.fingerprints)
-
-    @classmethod
-    def load(cls, file: BinaryIO) -> ImageRecord:
-        """Read what :meth:`dump` wrote.
-
-        Raises:
-            ValueError: for anything else.
-        """
-        arrays = load_arrays(file)
-        if arrays.keys() != {"names", "fingerprints"}:
-            raise ValueError(f"it must hold names and fingerprints, it holds {', '.join(arrays)}")
-        if arrays["fingerprints"].ndim != 1:
-            raise ValueError("fingerprints must be one for each name")
-        names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
-        if len(names) != len(arrays["fingerprints"]):
-            raise ValueError(f"it holds {len(names)} names and {len(arrays['fingerprints'])} fingerprints")
-        kinds = {name: (str(array.dtype), array.ndim) for name, array in arrays.items()}
-        if kinds != {"names": ("uint8", 1), "fingerprints": ("uint64", 1)}:
-            raise ValueError("names must be bytes and fingerprints of 64 bits")
-        return cls(names, arrays["fingerprints"])
 
 
 EMBEDDINGS_KEY = "key"

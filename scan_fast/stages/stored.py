@@ -46,7 +46,8 @@ def features_key(context: Context) -> str | None:
         "images": {split: len(source) for split, source in context.clustered.items()},
     }
     state = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    state.update(images.fingerprints.tobytes())
+    state.update(images.digest.encode())
+    state.update(images.mtimes.tobytes())
     return state.hexdigest()
 
 

@@ -60,6 +60,11 @@ class Context:
         return {"train": self.splits.train, **test}
 
     @property
+    def used(self) -> dict[str, Source]:
+        """The splits that the run learns from or reports, by name: the clustered ones and, if there is one, pretext."""
+        return self.clustered | ({} if self.splits.pretext is None else {"pretext": self.splits.pretext})
+
+    @property
     def reported(self) -> str:
         """The split that metrics, baselines and the choice of a head are of: "test", or "train" if there is no test."""
         return "train" if self.splits.test is None else "test"
@@ -228,7 +233,8 @@ def open_context(
     context = Context(config, run, tracker, splits, device, renderer, expected, left_out)
     check_ranks_agree([splits.train, splits.test, splits.pretext])
     if not other_images:
-        check_images(run, context.clustered.values())
+        noted = check_images(run, context.used, config.data.identity)
+        tracker.say(f"images: {len(noted.names):,}, digest {noted.digest}")
     check_sizes(context)
     check_batches(context)
     if distributed.several():

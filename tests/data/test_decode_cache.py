@@ -13,14 +13,16 @@ import torch
 from images import varied
 from PIL import Image
 
-from scan_fast.data import DataConfig, checking, open_splits
+from scan_fast.data import DataConfig, checking, encoded, open_splits
 from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return twenty readable photographs and a broken one, written a day ago."""
+    # No program can set the time of an inode's change back.
+    monkeypatch.setattr(encoded, "SETTLED_NS", 0)
     root = tmp_path / "photos"
     root.mkdir()
     for i, pixels in enumerate(varied(20, 30, 40).numpy()):
@@ -89,7 +91,7 @@ def test_changed_and_new_files_are_decoded_again(folder: Path, monkeypatch: pyte
 
 
 def test_a_file_written_just_now_gets_no_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.utime(folder / "3.jpg")
+    age(folder / "3.jpg", seconds=-2 * 86_400)
     _, _, record = opened(folder, b"", monkeypatch)
     assert opened(folder, record, monkeypatch)[0] == ["3.jpg", "broken.jpg"]
 
@@ -100,7 +102,7 @@ def test_damaged_and_foreign_records_count_as_none(folder: Path, monkeypatch: py
     other_version = json.dumps(whole | {"version": 0}).encode()
     path = next(iter(whole["files"]))
     short_entry, text_entry = (
-        json.dumps(whole | {"files": whole["files"] | {path: entry}}).encode() for entry in ([1, 2], ["a"] * 6)
+        json.dumps(whole | {"files": whole["files"] | {path: entry}}).encode() for entry in ([1, 2], ["a"] * 10)
     )
     for content in (record[: len(record) // 2], b"\xff\x00", b"[]", b"7", other_version, short_entry, text_entry):
         decoded, _, again = opened(folder, content, monkeypatch)

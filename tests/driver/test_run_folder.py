@@ -75,7 +75,7 @@ def files(folder: Path) -> set[str]:
 
 def check_summary(folder: Path, labelled: bool) -> None:
     content = summary(folder)
-    assert set(content) == {"seed", "stages", "seconds", "baselines", "backbone"}
+    assert set(content) == {"seed", "stages", "seconds", "baselines", "backbone", "images"}
     assert content["backbone"]["weights"] is None and content["backbone"]["multiply_adds"] > 0
     network = content["backbone"]["network"]
     assert network != "auto" and network in (folder / "report.html").read_text()
@@ -285,6 +285,7 @@ def test_metrics_are_dropped_by_stage_and_epoch(tmp_path: Path) -> None:
 
 
 def test_good_files_are_decoded_once_per_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scan_fast.data.encoded.SETTLED_NS", 0)
     images = tmp_path / "images"
     images.mkdir()
     for i in range(30):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from scan_fast.runs.images import ImageRecord
 from scan_fast.runs.records import (
     Checkpoint,
     Embeddings,
-    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
@@ -141,15 +142,50 @@ def test_the_images_of_a_run_are_read_back() -> None:
     """Names may be any bytes but zero; fingerprints use all 64 bits."""
     names = ["a/b.png", "new\nline.png", "bad\udcff.png", "図.png", " "]
     marks = np.array([0, 1, 2**63, 2**64 - 1, 7], dtype=np.uint64)
-    again = read_back(ImageRecord(names, marks))
-    assert again.names == names and again.fingerprints.tolist() == marks.tolist()
-    assert read_back(ImageRecord([], marks[:0])).names == []
+    record = image_record(names, marks, {"train": 3, "test": 2})
+    again = read_back(record)
+    for name, value in vars(record).items():
+        assert np.array_equal(getattr(again, name), value), name
+    assert again.digest == record.digest
+    assert again.split("test").names == names[3:] and again.split("test").fingerprints.tolist() == [2**64 - 1, 7]
+    assert read_back(image_record([], marks[:0], {"train": 0})).names == []
+
+
+def test_the_digest_of_images_depends_on_contents_names_order_and_splits() -> None:
+    names, marks = ["a", "b", "c"], np.array([1, 2, 3], dtype=np.uint64)
+    first = image_record(names, marks, {"train": 2, "test": 1})
+    others = [
+        image_record(["a", "x", "c"], marks, first.splits),
+        image_record(names, marks + np.uint64(1), first.splits),
+        image_record(["b", "a", "c"], marks[[1, 0, 2]], first.splits),
+        image_record(names, marks, {"train": 1, "test": 2}),
+        image_record(["a", "bc", ""], marks, first.splits),
+    ]
+    assert len({each.digest for each in (first, *others)}) == 6
+    # Not on what belongs to a disk, or is for reporting only.
+    touched = replace(first, mtimes=np.arange(3), stamps=np.ones((3, 4), np.int64), labels=np.zeros(3, np.int64))
+    assert touched.digest == first.digest
+
+
+def image_record(names: list[str], marks: np.ndarray, splits: dict[str, int]) -> ImageRecord:
+    n = len(names)
+    stamps = np.arange(4 * n).reshape(n, 4)
+    return ImageRecord(names, marks, "quick", stamps, np.full(n, -1), splits, np.arange(n) - 1, ["cat", "図"])
 
 
 def test_a_record_of_other_arrays_is_refused() -> None:
+    whole = io.BytesIO()
+    image_record(["a", "b"], np.zeros(2, np.uint64), {"train": 2}).dump(whole)
+    whole.seek(0)
+    with np.load(whole) as file:
+        good = {name: file[name] for name in file.files}
     for arrays, message in (
-        ({"train": np.zeros(3)}, "it must hold names and fingerprints, it holds train"),
-        ({"names": np.frombuffer(b"a\0b\0", np.uint8), "fingerprints": np.zeros(1)}, "2 names and 1 fingerprints"),
+        ({"train": np.zeros(3)}, "it must hold class_names, counts, .*, it holds train"),
+        (good | {"fingerprints": np.zeros(1, np.uint64)}, r"fingerprints must be \(2,\) uint64 for its 2 names"),
+        (good | {"fingerprints": np.zeros(2)}, r"got \(2,\) float64"),
+        (good | {"stamps": np.zeros((2, 3), np.int64)}, r"stamps must be \(2, 4\) int64"),
+        (good | {"counts": np.array([3])}, r"in splits of \[3\]"),
+        (good | {"kind": np.array("ends")}, "of the kind 'ends'"),
     ):
         file = io.BytesIO()
         np.savez(file, **arrays)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import re
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ class HuggingFaceRows(EncodedImages):
         self._column = column
         self._parts = [_undecoded(part.with_format(None).select_columns([column]), column) for part in parts]
         self._starts = np.cumsum([0, *map(len, parts)])
-        self._versions = [_version(part) for part in parts]
+        self._fingerprints = [part._fingerprint for part in parts]
 
     def encoded(self, index: int) -> Encoded:
         """Return the bytes in a row, or the path of the file that the row names."""
@@ -60,8 +62,7 @@ class HuggingFaceRows(EncodedImages):
         if isinstance(encoded, str):
             return file_identity(encoded, os.stat(encoded))
         part, row = self._place(index)
-        fingerprint, size, mtime_ns = self._versions[part]
-        return Identity(f"hf:{fingerprint}//row {row}", size, mtime_ns)
+        return _row_identity(self._parts[part], self._fingerprints[part], row)
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -76,10 +77,12 @@ def _undecoded(part: Any, column: str) -> Any:
     return part.cast_column(column, library.Image(decode=False))
 
 
-def _version(part: Any) -> tuple[str, int, int]:
-    """Return the fingerprint of a data set, and the size and the time of the last change of the files that hold it."""
-    statuses = [os.stat(file["filename"]) for file in part.cache_files]
-    return part._fingerprint, sum(s.st_size for s in statuses), max((s.st_mtime_ns for s in statuses), default=0)
+def _row_identity(part: Any, fingerprint: str, row: int) -> Identity:
+    """Return the identity of a row of a data set with this fingerprint: that of all files that hold it together."""
+    found = [file_identity(file["filename"], os.stat(file["filename"])) for file in part.cache_files]
+    sizes, times, changes, inodes = zip(*(each.stamp for each in found), strict=True) if found else ((0,),) * 4
+    inode = functools.reduce(operator.xor, inodes)
+    return Identity(f"hf:{fingerprint}//row {row}", sum(sizes), max(times), max(changes), inode)
 
 
 def _index(argument: str, config: DataConfig) -> Contents:

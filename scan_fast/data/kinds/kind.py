@@ -111,7 +111,7 @@ def file_source(
 
     Args:
         contents: the images.
-        config: image_size, interpolation, on_error, workers, decode, resident and crop are used.
+        config: image_size, interpolation, identity, on_error, workers, decode, resident and crop are used.
         size: side of the square images; ``data.image_size`` by default, else chosen from the images.
         decode_cache: images that an earlier start has decoded.
 
@@ -130,6 +130,7 @@ def file_source(
         resident=all(distributed.gathered(config.keeps(len(contents.images), size))),
         scaled=config.decode == "scaled",
         interpolation=config.filter,
+        identity=config.identity,
         problems=contents.problems,
         decode_cache=decode_cache,
     )

@@ -48,13 +48,13 @@ class ParquetRows(EncodedImages):
         self._files = list(files)
         self._footers = list(footers)
         self._column = column
-        self._status = [os.stat(file) for file in files]
         groups = [(f, g) for f, footer in enumerate(footers) for g in range(footer.num_row_groups)]
         self._groups = groups
         sizes = [footers[f].row_group(g).num_rows for f, g in groups]
         self._group_starts = np.cumsum([0, *sizes])
         self.groups = np.repeat(np.arange(len(groups), dtype=np.int64), sizes)
         self._bytes = [footers[f].row_group(g).total_byte_size for f, g in groups]
+        self._names_files = [_may_name_files(footers[f].row_group(g), column) for f, g in groups]
         self._limit = _KEPT_SHARE * free_memory() / distributed.current().local_world
         self._held = 0
         self._file_starts = np.cumsum([0, *counts])
@@ -73,9 +73,14 @@ class ParquetRows(EncodedImages):
         return os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path)
 
     def identity(self, index: int) -> Identity:
-        """Return the identity of a row: its file's, with its number."""
+        """Return the identity of a row: its file's, with its number; of a row that names another file, that one's."""
+        if self._names_files[int(np.searchsorted(self._group_starts, index, side="right")) - 1]:
+            encoded = self.encoded(index)
+            if isinstance(encoded, str):
+                return file_identity(encoded, os.stat(encoded))
         file = int(np.searchsorted(self._file_starts, index, side="right")) - 1
-        return file_identity(self._files[file], self._status[file], f"row {index - int(self._file_starts[file])}")
+        path = self._files[file]
+        return file_identity(path, os.stat(path), f"row {index - int(self._file_starts[file])}")
 
     def _rows(self, group: int) -> Any:
         """Return the image column of a row group; threads that ask for the same one wait for one reader."""
@@ -101,6 +106,16 @@ class ParquetRows(EncodedImages):
                         self._held -= self._bytes[group]
                 future.set_exception(error)
         return future.result()
+
+
+def _may_name_files(group: Any, column: str) -> bool:
+    """Return whether a row group may have rows without bytes, which name the file of their image."""
+    parts = {part.path_in_schema: part for part in (group.column(i) for i in range(group.num_columns))}
+    held = parts.get(f"{column}.bytes")
+    if f"{column}.path" not in parts:
+        return False
+    statistics = None if held is None else held.statistics
+    return statistics is None or not statistics.has_null_count or statistics.null_count > 0
 
 
 class File(NamedTuple):

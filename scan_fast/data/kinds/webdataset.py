@@ -42,7 +42,6 @@ class TarMembers(EncodedImages):
         short = [os.path.relpath(shard, root) for shard in shards]
         super().__init__([f"{short[shard]}: {member.name}" for shard, member in members], root)
         self._shards = list(shards)
-        self._status = [os.stat(shard) for shard in shards]
         self._members = list(members)
         self.groups = np.array([shard for shard, _ in self._members], dtype=np.int64)
 
@@ -55,7 +54,7 @@ class TarMembers(EncodedImages):
     def identity(self, index: int) -> Identity:
         """Return the identity of a member: its shard's, with its name."""
         shard, member = self._members[index]
-        return file_identity(self._shards[shard], self._status[shard], member.name)
+        return file_identity(self._shards[shard], os.stat(self._shards[shard]), member.name)
 
 
 def read_member(file: int, member: Member) -> bytes:

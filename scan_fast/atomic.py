@@ -35,7 +35,9 @@ def atomic_file(path: str | Path, *, make_folders: bool = True, follow_links: bo
         OSError: if the folder or the file cannot be written.
     """
     path = Path(path).expanduser()
-    if follow_links and (path.is_relative_to("/dev") or (path.exists() and not path.is_file())):
+    # /dev/stdout may be a file, but is to be written to, not replaced. /dev/shm holds ordinary files, in memory.
+    device = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")
+    if follow_links and (device or (path.exists() and not path.is_file())):
         with path.open("wb") as file:
             yield file
         return

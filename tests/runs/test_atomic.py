@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert [is_leftover(other) for other in path.parent.iterdir()] == [True]
     assert path.read_bytes() == b"9123"
     assert only(path.parent) == ["a.bin"]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no files in memory here")
+def test_files_in_memory_are_written_atomically() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "new" / "a.bin"
+        with pytest.raises(KeyError), atomic_file(path) as file:
+            file.write(b"half")
+            raise KeyError
+        assert only(path.parent) == []
+        write_bytes(path, b"whole")
+        assert path.read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def atomic_file(path: str | Path, *, make_folders: bool = True, follow_links: bo
     Args:
         path: the file to write.
         make_folders: create missing folders.
-        follow_links: write where a symbolic link points to, devices and pipes included. Without it, whatever has the
+        follow_links: write to what a symbolic link points to, devices and pipes included. Without it, whatever has the
             name is replaced by a regular file.
 
     Yields:

@@ -107,7 +107,7 @@ def write(
         content: what it is to hold.
         path: the file. Missing folders are created, unless there is a journal.
         journal: takes the digest of a file that does not carry its own; None leaves it without one.
-        follow_links: write where a symbolic link points to; otherwise the link is replaced.
+        follow_links: write to what a symbolic link points to; otherwise the link is replaced.
 
     Raises:
         OSError: if the file cannot be written.

@@ -281,9 +281,9 @@ class Embeddings:
         """
         arrays = load_arrays(file)
         key = arrays.pop(EMBEDDINGS_KEY, None)
-        wrong = [name for name, rows in arrays.items() if rows.ndim != 2 or rows.dtype != np.float32]
+        wrong = [name for name, rows in arrays.items() if rows.ndim != 2 or rows.dtype.kind != "f"]
         if wrong:
-            raise ValueError(f"the embeddings of {wrong[0]} must be (N, D) float32")
+            raise ValueError(f"the embeddings of {wrong[0]} must be (N, D) numbers")
         return cls(arrays, None if key is None else str(key))
 
 

@@ -20,6 +20,7 @@ from scan_fast.data.files import FileSource
 from scan_fast.data.sources import Source, TensorSource
 from scan_fast.report import write_report
 from scan_fast.runs.folder import RunFolder
+from scan_fast.runs.tables import path_cell, text_cell
 from scan_fast.runs.verification import accept
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -84,10 +85,10 @@ def write_run(
 ) -> None:
     """Write assignments.csv (path, split, cluster, confidence, margin and what ``extra`` names) and config.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "assignments.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
+    with (folder / "assignments.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "split", "cluster", "confidence", "margin", *extra])
-        writer.writerows(rows)
+        writer.writerows((path_cell(row[0]), *row[1:5], *(text_cell(str(cell)) for cell in row[5:])) for row in rows)
     (folder / "config.yaml").write_text(
         f"seed: 5\nmodel:\n  backbone: resnet_digits\nclustering:\n  n_clusters: {n_clusters or 'null'}\n{settings}"
     )

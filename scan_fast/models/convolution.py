@@ -5,6 +5,9 @@ In bfloat16 with AMX or AVX-512-BF16, it uses the kernel of that module. If that
 gradient of convolutions with small output maps as one matrix product, patches times gradients, in a fifth of the time.
 (Such a map is 4x4, in the last stage of a ResNet for 32-pixel images, which has most of its weights. There, oneDNN's
 weight gradient runs at a tenth of the rate of a matrix product.)
+
+A shortcut of few channels never reaches oneDNN with its stride, whose weight gradient then writes beyond its memory:
+https://github.com/uxlfoundation/oneDNN/issues/6035.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from ..ops.convolution import conv2d, conv2d_fork, grad_weight, grad_weight_pays
 LARGEST_MAP = 16
 """Largest output map, in positions, for which the product is faster. At 8x8 both take the same time."""
 
+BLOCK_CHANNELS = 16
+"""Input channels that oneDNN computes at once, at most. With fewer of them it overruns in strided 1x1 convolutions."""
+
 Pair = tuple[int, int]
 
 
@@ -30,6 +36,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         out: Tensor
+        if self._overruns(x):
+            # Without padding, a 1x1 convolution sees only the positions that its stride keeps.
+            kept = x[..., :: self.stride[0], :: self.stride[1]]
+            return F.conv2d(kept.contiguous(memory_format=torch.channels_last), self.weight)
         if _is_transformed():
             return super().forward(x)
         if not _in_bfloat16_on_cpu(x):
@@ -57,6 +67,15 @@ class Conv2d(nn.Conv2d):
 
     def _geometry(self) -> tuple[Pair, Pair]:
         return (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
+
+    def _overruns(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and self.in_channels < BLOCK_CHANNELS
+            and self.kernel_size == (1, 1)
+            and self.stride != (1, 1)
+            and self.padding == (0, 0)
+        )
 
     def _use_weight_gradient(self, x: Tensor) -> bool:
         return (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scan_fast.models.convolution import Conv2d, patches
 from scan_fast.ops import convolution as ops
@@ -84,6 +86,42 @@ def test_without_autocast_it_is_pytorchs_in_every_bit() -> None:
     assert layer.weight.grad.equal(plain.weight.grad)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         assert layer(x).equal(plain(x))
+
+
+class _Strides(TorchDispatchMode):
+    """Notes the stride of each convolution that PyTorch computes or differentiates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(tuple(args[3]))
+        elif func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(tuple(args[4]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_strided_shortcut_of_few_channels_keeps_away_from_the_overrun_in_onednn(autocast: bool) -> None:
+    layer = Conv2d(8, 16, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(5, 8, 11, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with _Strides() as strides, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = layer(x)
+        direction = torch.randn_like(out)
+        (out * direction).float().sum().backward()
+    assert strides.seen == [(1, 1), (1, 1)]
+    exact = nn.Conv2d(8, 16, 1, stride=2, bias=False).double()
+    exact.load_state_dict(layer.state_dict())
+    inner = x.detach().double().requires_grad_()
+    (exact(inner) * direction.double()).sum().backward()
+    pairs = ((out, exact(inner)), (x.grad, inner.grad), (layer.weight.grad, exact.weight.grad))
+    for found, expected in pairs:
+        assert found is not None
+        assert expected is not None
+        error = float((found.double() - expected).norm().detach() / expected.norm().detach())
+        assert error < (0.01 if autocast else 1e-6)
 
 
 @needs_native

@@ -1,0 +1,166 @@
+"""Watches a process that lives long: ``python -m benchmarks.soak --minutes 120 --json FILE``. Linux only.
+
+One process does in small, over and over, what users do in long-lived ones (:mod:`benchmarks.soak_work`), with sizes
+that vary. After each round it measures what it holds of the system (:mod:`benchmarks.resources`) and appends a line to
+``FILE`` with the ending ``.jsonl``. At the end it judges the second part of the run:
+
+- memory: the line through the private bytes rises by less than a MiB in 100 rounds and by less than 2 % in all, at the
+  upper end of the slope's 95 % confidence interval;
+- objects of Python: less than 10 per round, likewise;
+- open files, threads, child processes, temporary files: as many after each round as after the others.
+
+The verdict is "flat", "grows" (the lower end of an interval is above the bound, or a count changes), or "unclear": the
+rounds are too few to tell. The exit code is 0, 1 or 2. Freed memory that malloc keeps is told apart by two figures:
+what malloc has given out, and what is left after it gave free pages back at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .environment import describe
+from .files import write_json
+from .resources import Sample, Trend, sample, trend, trim
+from .soak_work import ACTIVITIES, Activity
+
+MIB = 1 << 20
+SLOPE_BOUND = MIB / 100
+"""Bytes per round."""
+GROWTH_BOUND = 0.02
+OBJECTS_BOUND = 10.0
+"""Objects per round."""
+EXIT_CODES = {"flat": 0, "grows": 1, "unclear": 2}
+
+
+def soak(
+    activities: Mapping[str, Activity], *, seconds: float, rounds: int | None, seed: int, log: Path | None
+) -> list[Sample]:
+    """Do rounds of all activities and measure after each.
+
+    Args:
+        activities: what to do in each round.
+        seconds: no round begins later than this.
+        rounds: the largest number of rounds; None for no limit.
+        seed: seed of the order of the activities and of all that they draw.
+        log: a file that gets one line of JSON per round, or None.
+
+    Returns:
+        One measurement per round.
+    """
+    samples: list[Sample] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and (rounds is None or len(samples) < rounds):
+        draw = random.Random(f"{seed} {len(samples)}")
+        names, times = list(activities), {}
+        draw.shuffle(names)
+        for name in names:
+            begin = time.monotonic()
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+            try:
+                activities[name](folder, draw)
+            except Exception as error:
+                raise RuntimeError(f"{name} failed in round {len(samples) + 1}") from error
+            finally:
+                shutil.rmtree(folder)
+            times[name] = round(time.monotonic() - begin, 3)
+        samples.append(sample())
+        if log is not None:
+            line = {"round": len(samples), "time": round(time.time(), 1), **samples[-1].to_dict(), "seconds": times}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    return samples
+
+
+def judge(samples: Sequence[Sample], start: float = 0.5) -> dict[str, Any]:
+    """Return a verdict over the rounds after a share of them, with its reasons, as plain values.
+
+    Args:
+        samples: one per round.
+        start: the share of the rounds that fill caches and do not count.
+    """
+    late = samples[int(len(samples) * start) :]
+    if len(late) < 3:
+        return {"verdict": "unclear", "reasons": [f"{len(late)} rounds count, at least 3 are needed"]}
+    grows: list[str] = []
+    unclear: list[str] = []
+    trends: dict[str, Trend] = {
+        name: trend([getattr(each, name) for each in late])
+        for name in ("resident", "proportional", "private", "allocated", "objects")
+    }
+    memory, objects = trends["private"], trends["objects"]
+    for what, line, bound, unit, scale in (
+        ("private memory", memory, SLOPE_BOUND, "MiB per 100 rounds", 100 / MIB),
+        ("objects of Python", objects, OBJECTS_BOUND, "objects per round", 1.0),
+    ):
+        text = f"{what}: {line.slope * scale:.3g} {unit} ({line.low * scale:.3g} to {line.high * scale:.3g})"
+        if line.low > bound:
+            grows.append(text)
+        elif line.high >= bound:
+            unclear.append(text)
+    if memory.growth >= GROWTH_BOUND:
+        (grows if memory.low > 0 else unclear).append(f"private memory: {memory.growth:.1%} in {memory.rounds} rounds")
+    for name in ("files", "threads", "python_threads", "children", "temporary"):
+        seen = [getattr(each, name) for each in late]
+        if any(value != seen[0] for value in seen):
+            different = [value for place, value in enumerate(seen) if value not in seen[:place]]
+            grows.append(f"{name} changes: {', '.join(map(str, different[:5]))}")
+    verdict = "grows" if grows else "unclear" if unclear else "flat"
+    return {
+        "verdict": verdict,
+        "reasons": grows + unclear,
+        "rounds": len(samples),
+        "rounds_that_count": len(late),
+        "trends": {name: line.__dict__ for name, line in trends.items()},
+        "first": samples[0].to_dict(),
+        "last": samples[-1].to_dict(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--rounds", type=int, help="end after so many rounds")
+    parser.add_argument("--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), metavar="ACTIVITY")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="the verdict; the log of the rounds goes beside it")
+    options = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error(f"memory is read from /proc, which {sys.platform} does not have")
+    log = None if options.json is None else options.json.with_suffix(".jsonl")
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="scan-fast-soak-") as own:
+        # Others use the system's temporary folder as well; what is left in this one is ours.
+        os.environ["TMPDIR"] = tempfile.tempdir = own
+        try:
+            chosen = {name: ACTIVITIES[name] for name in options.only}
+            samples = soak(chosen, seconds=60 * options.minutes, rounds=options.rounds, seed=options.seed, log=log)
+            result = judge(samples) | {"seconds": round(time.monotonic() - begin, 1), "activities": options.only}
+            if trim() and samples:
+                result["after_trim"] = sample().to_dict()
+        finally:
+            tempfile.tempdir = None
+            del os.environ["TMPDIR"]
+    print(f"{result['verdict']}: {len(samples)} rounds in {result['seconds']:.0f} s")
+    for reason in result["reasons"]:
+        print(f"  {reason}")
+    if options.json is not None:
+        write_json(options.json, {"environment": describe("cpu"), **result})
+    return EXIT_CODES[result["verdict"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

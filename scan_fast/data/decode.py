@@ -13,14 +13,20 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..ops import native
 from ..ops.augment import RECIPE_HEADER, augment
 from .encoded import Encoded
-from .formats import prepare
+from .formats import plugins, prepare
 from .resize import Interpolation
+
+#: Most pixels of an image: twice what PIL warns of. Larger ones are refused as attacks, as PIL does unless it is told
+#: otherwise.
+MOST_PIXELS = 178_956_970
+#: Most bytes of an encoded image: more than one of as many pixels has without compression.
+LARGEST_FILE = 2 << 30
 
 #: Longest side that the native kernel accepts.
 MAX_SIDE = 16384
@@ -30,6 +36,8 @@ _FILTERS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _EXIF_ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG that state a size
 
 # Threads decode at the same time, but only one decodes an image above this many pixels (4 bytes each in PIL), so that a
 # folder of panoramas takes the memory of one.
@@ -67,7 +75,7 @@ def read_header(encoded: Encoded | Path) -> Header:
     Raises:
         OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken image.
     """
-    with _open(encoded) as image:
+    with open_image(encoded) as image:
         header = _header(image)
         end = _ENDS.get(image.format or "", b"")
         # PIL has closed the file if _header has loaded the pixels.
@@ -77,9 +85,38 @@ def read_header(encoded: Encoded | Path) -> Header:
         return header
 
 
-def _open(encoded: Encoded | Path) -> ImageFile.ImageFile:
+def open_image(encoded: Encoded | Path) -> ImageFile.ImageFile:
+    """Open an image of one of the known formats and read its header.
+
+    Args:
+        encoded: bytes of an image, or the path of its file.
+
+    Raises:
+        OSError, ValueError, SyntaxError and others: as PIL raises them for an unreadable or broken image. That includes
+            one of more than :data:`MOST_PIXELS`, and a file of more than :data:`LARGEST_FILE` bytes.
+    """
+    _check_bytes(encoded)
+    image = _opened(encoded)
+    width, height = image.size
+    if image.format == "TIFF" and isinstance(image, TiffImagePlugin.TiffImageFile):
+        # A tile is decoded whole, however little of it is in the image.
+        tile = [image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+        width, height = (max(side, edge) for side, edge in zip((width, height), tile, strict=True))
+    if width * height > MOST_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,} in all")
+    return image
+
+
+def _check_bytes(encoded: Encoded | Path) -> None:
+    size = len(encoded) if isinstance(encoded, bytes) else os.stat(encoded).st_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"it has {size:,} bytes, and an image at most {LARGEST_FILE:,}")
+
+
+def _opened(encoded: Encoded | Path) -> ImageFile.ImageFile:
     try:
-        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=plugins())
     except UnidentifiedImageError:
         # PIL learns some formats from other packages, which are imported when the first such image is met.
         if isinstance(encoded, bytes):
@@ -89,7 +126,7 @@ def _open(encoded: Encoded | Path) -> ImageFile.ImageFile:
                 start = file.read(32)
         if not prepare(start):
             raise
-        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=plugins())
 
 
 JPEG_END = b"\xff\xd9"
@@ -125,8 +162,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
         # PNG and TIFF files of 16 bits; PIL's own conversion would clip everything above 255 to white.
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         grey32 = np.nan_to_num(np.asarray(image, dtype=np.float32))
         scale = 255.0 if grey32.size and grey32.max() <= 1.0 else 1.0
@@ -207,7 +244,7 @@ def decode(
             more than 178,956,970 pixels (twice PIL.Image.MAX_IMAGE_PIXELS), which PIL refuses as an attack.
     """
     if header is None or smallest is not None or not header.jpeg:
-        with _open(encoded) as image:
+        with open_image(encoded) as image:
             header = _header(image)
             if smallest is not None or not header.jpeg:
                 if smallest is not None and image.format in ("JPEG", "MPO"):
@@ -220,7 +257,7 @@ def decode(
     with _alone(header.width, header.height):
         whole = _whole_jpeg(encoded)
         if whole is None:
-            with _open(encoded) as image:
+            with open_image(encoded) as image:
                 whole = torch.from_numpy(np.array(to_rgb(image)))
         return header, upright(whole, header.orientation)
 
@@ -238,7 +275,7 @@ def decode_small(encoded: Encoded | Path, side: int) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError and others: as :func:`decode`.
     """
-    with _open(encoded) as image:
+    with open_image(encoded) as image:
         header = _header(image)
         # The reduced scale of a JPEG leaves twice the wanted pixels, enough to antialias. A HEIC file may hold a
         # preview of that size. Other formats ignore it.
@@ -277,15 +314,30 @@ def _whole_jpeg(encoded: Encoded | Path) -> Tensor | None:
 
     libjpeg invents the missing part of an image that was cut off; PIL raises an error.
     """
+    _check_bytes(encoded)
     data = to_array(encoded)
     operator = _jpeg_operator()
-    if operator is None or data[-2:].tobytes() != JPEG_END:
+    # A header that was noted earlier may be of another image.
+    if operator is None or not 0 < _jpeg_pixels(data) <= MOST_PIXELS or data[-2:].tobytes() != JPEG_END:
         return None
     try:
         planar: Tensor = operator(torch.from_numpy(data), 3)  # 3 is ImageReadMode.RGB
     except RuntimeError:  # PIL reports the cause
         return None
     return planar.permute(1, 2, 0)
+
+
+def _jpeg_pixels(data: np.ndarray) -> int:
+    """Return the number of pixels that a JPEG states, 0 if it does not say so in its first segments."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = int(data[at + 1])
+        if marker in _FRAMES:
+            height, width = (int(data[p]) * 256 + int(data[p + 1]) for p in (at + 5, at + 7))
+            return height * width
+        plain = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD9
+        at += (1 if marker == 0xFF else 2) if plain else 2 + int(data[at + 2]) * 256 + int(data[at + 3])
+    return 0
 
 
 @cache

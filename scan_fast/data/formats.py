@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
-from PIL import features
+from PIL import Image, features
 
 from ..errors import MissingPackageError
 
@@ -43,6 +46,8 @@ FORMATS = (
 
 IMAGE_SUFFIXES = frozenset(suffix for format in FORMATS for suffix in format.suffixes)
 
+_PLUGINS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "HEIF")
+
 # Brands in the first box of a file of the family of HEIF.
 _BRANDS = {
     "HEIC": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
@@ -78,6 +83,22 @@ def register_heic() -> bool:
                 register_heif_opener()
                 _registered = True
         return _registered
+
+
+@cache
+def _import_plugins() -> None:
+    for name in ("Bmp", "Gif", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tiff", "WebP", "Avif"):
+        with suppress(ImportError):  # an older PIL has none for AVIF
+            import_module(f"PIL.{name}ImagePlugin")
+
+
+def plugins() -> tuple[str, ...]:
+    """Return the formats that PIL may try, whatever the suffix of a file says: those of :data:`FORMATS`.
+
+    PIL knows some thirty more. It hands EPS files to the program ghostscript, and few people test the others.
+    """
+    _import_plugins()
+    return tuple(name for name in _PLUGINS if name in Image.OPEN)
 
 
 def prepare(start: bytes) -> bool:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..data.decode import open_image
 from ..evaluation.pictures import Signature, same_picture
 from ..evaluation.projection import project
 from ..evaluation.similarity import LinkedGroups, linked_groups, outlier_scores, similar_pairs
@@ -185,9 +186,9 @@ def _small(number: int, originals: Originals, folder: Path, thumbnails: dict[int
     name = thumbnails.get(number)
     if name is not None and name.endswith(".jpg"):
         try:
-            with Image.open(folder / name) as picture:
+            with open_image(folder / name) as picture:
                 return picture.convert("RGB")
-        except (OSError, ValueError):
+        except Exception:  # a file that was put in its place may be anything
             pass
     return originals.picture(number, 192)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -12,8 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
-
+from ..data.decode import open_image
 from ..data.formats import IMAGE_SUFFIXES
 from ..data.sources import Source
 from ..errors import UsageError
@@ -155,7 +153,7 @@ def _plain(name: str) -> str:
 
 def _suffix(data: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # what is no image may fail in any way
         return ""

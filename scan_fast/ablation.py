@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .data.datasets import Splits, open_splits
 from .errors import ConfigError, ScanFastError, UsageError
 from .runs import artifacts
@@ -42,6 +40,7 @@ from .runs.config import (
     parse_override,
 )
 from .runs.keys import all_keys
+from .runs.plain_yaml import parse_yaml
 from .runs.records import Summary
 from .runs.variants import MEASURES, VariantTable
 from .sharing import SHARED, STEPS, Planned, run_all, seconds_of_one
@@ -121,8 +120,8 @@ def read_ablation(path: Path) -> Ablation:
         ConfigError: if it is no YAML or holds anything else; the message names what.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not values.get("variants"):
         raise ConfigError(f"{path} is no ablation: it must have variants, each a name with its changes")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import distributed
-from .decode import Header
+from .decode import MOST_PIXELS, Header
 from .encoded import Identity, IdentityKind
 
 _VERSION = 3
@@ -102,7 +102,16 @@ def _entries(content: bytes) -> dict[str, list[int]]:
     try:
         record = json.loads(content)
         files = record["files"] if record["version"] == _VERSION else {}
-        good = all(len(entry) == _LENGTH and all(isinstance(n, int) for n in entry) for entry in files.values())
+        good = all(_is_sound(entry) for entry in files.values())
         return dict(files) if good else {}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _is_sound(entry: list[int]) -> bool:
+    """Return whether an entry may be of an image that was decoded: others do not fit into the columns of a source."""
+    if len(entry) != _LENGTH or not all(isinstance(n, int) and 0 <= n < 1 << 64 for n in entry):
+        return False
+    stamp, (height, width, orientation, jpeg, _, kind) = entry[:4], entry[4:]
+    sound = 0 < height * width <= MOST_PIXELS and 1 <= orientation <= 8 and jpeg <= 1
+    return sound and max(stamp) < 1 << 63 and kind < len(_KINDS)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
-import yaml
-
 from .. import distributed
 from ..atomic import atomic_file
 from ..data.decode_cache import DecodeCache
@@ -25,6 +23,7 @@ from .digests import JOURNAL, DamagedError, Journal, UnsealedError, check_seal, 
 from .findings import Duplicates, Outliers
 from .images import ImageRecord
 from .names import GroupNames
+from .plain_yaml import parse_yaml
 from .records import (
     BackboneRecord,
     Checkpoint,
@@ -229,10 +228,7 @@ def _dump_config(config: Config, file: BinaryIO) -> None:
 
 
 def _load_config(file: BinaryIO) -> Config:
-    try:
-        return build_config(yaml.safe_load(file.read().decode()))
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    return build_config(parse_yaml(file.read().decode()))
 
 
 def _dump_decode_cache(cache: DecodeCache, file: BinaryIO) -> None:

@@ -30,12 +30,16 @@ from ..data.datasets import DataConfig
 from ..errors import ConfigError
 from ..methods import MethodConfig, SimCLRSettings
 from ..models.backbones import ModelConfig
+from ..models.saved import MOST_CLUSTERS
 from ..objectives import ObjectiveConfig, ObjectiveSettings, SCANSettings, TURTLESettings
 from ..partitions import REFINEMENTS, WAYS
 from ..schema import Settings
 from ..views.parameters import PlainView, StrongView, View
+from .plain_yaml import DEEPEST, parse_yaml
 from .problems import explain
 
+MOST_BASES = 10
+"""Files that may be based on one another."""
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
 
@@ -210,6 +214,8 @@ class ClusteringConfig(ClusterTrainingConfig):
             raise ValueError("one group needs no clustering; give at least 2, got 1")
         if n_clusters < 2:
             raise ValueError(f"must be at least 2, or auto, got {n_clusters}")
+        if n_clusters > MOST_CLUSTERS:
+            raise ValueError(f"must be at most {MOST_CLUSTERS}, got {n_clusters}")
         return n_clusters
 
     @property
@@ -449,7 +455,7 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
     assigned.update(parse_override(text) for text in overrides)
     presets = values.pop("presets", None) or {}
     if not isinstance(presets, dict) or not all(isinstance(change, (dict, str)) for change in presets.values()):
-        raise ConfigError(f"{path}: presets must hold sections under a name for each preset, got {presets!r}")
+        raise ConfigError(f"{path}: presets must hold sections under a name for each preset")
     absent = {name: presets.pop(name) for name in list(presets) if isinstance(presets[name], str)}
     preset = assigned.get("preset", values.get("preset"))
     if presets:
@@ -477,11 +483,11 @@ def load_config(path: Path, overrides: Iterable[str] = (), changes: Mapping[str,
 
 def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a file and, beneath its values, those of the file that ``base`` names (relative to its folder)."""
-    if path in derived:
+    if path in derived or len(derived) > MOST_BASES:
         raise ConfigError(f"{path} is its own base: {' -> '.join(file.name for file in (*derived, path))}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (data, pretext, ...), it holds {type(values).__name__}")
@@ -503,7 +509,12 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
 
 def _described(error: ValidationError) -> ConfigError:
-    return ConfigError("; ".join(explain(problem, Config) for problem in error.errors()))
+    return ConfigError("; ".join(_shortened(explain(problem, Config)) for problem in error.errors()))
+
+
+def _shortened(text: str) -> str:
+    # A value that was given may be of any length.
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def change_config(config: Config, changes: Iterable[tuple[str, Any]]) -> Config:
@@ -520,9 +531,12 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"expected section.key=value, got {text!r}")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key.strip()} is not valid YAML: {value!r}") from error
+        parsed = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"the value of {key.strip()[:100]} is not valid YAML: {value[:100]!r} ({error})") from error
+    if key.count(".") > DEEPEST:
+        raise ConfigError(f"there is no key of {key.count('.') + 1} parts, such as {key.strip()[:60]!r}")
+    return key.strip(), parsed
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..errors import MissingPackageError, RunError, ScanFastError, WeightsError
 from ..models.saved import SavedModel
 from .config import Config, build_config
 from .digests import JOURNAL, DamagedError, Journal, UnsealedError, check_seal, digest_of, is_archive, seal
+from .environment import EnvironmentRecord
 from .findings import Duplicates, Outliers
 from .images import ImageRecord
 from .names import GroupNames
@@ -278,6 +279,8 @@ METRICS: Artifact[list[MetricsEntry]] = Artifact("metrics.jsonl", dump_metrics, 
 
 PRECISION = Artifact("precision.json", PrecisionRecord.dump, PrecisionRecord.load)
 """The dtype that ``precision=auto`` stands for, and why."""
+ENVIRONMENT = Artifact("environment.json", EnvironmentRecord.dump, EnvironmentRecord.load)
+"""Threads, versions, processor and device: what the bits of a run depend on besides its configuration."""
 BACKBONE = Artifact("backbone.json", BackboneRecord.dump, BackboneRecord.load)
 """The network, its images and the weights that it starts from, with their digest."""
 DECODE_CACHE = Artifact("decode-cache.json", _dump_decode_cache, _load_decode_cache)
@@ -335,7 +338,7 @@ ABLATION = Artifact("ablation.json", dump_json, load_json)
 ABLATION_TABLE = Artifact("ablation.csv", VariantTable.dump, VariantTable.load)
 """The same as a table, one row for each variant."""
 
-AT_START: tuple[Artifact[Any], ...] = (PRECISION, BACKBONE, DECODE_CACHE, SKIPPED, IMAGES)
+AT_START: tuple[Artifact[Any], ...] = (PRECISION, ENVIRONMENT, BACKBONE, DECODE_CACHE, SKIPPED, IMAGES)
 """Written before the first stage: a folder that holds nothing else has no results to protect."""
 OF_STAGES: tuple[Artifact[Any], ...] = (
     *(PRETEXT_MODEL, EMBEDDINGS, NEIGHBORS),

@@ -23,9 +23,10 @@ from ..atomic import is_leftover, link_or_copy, remove_leftovers
 from ..data.decode_cache import DecodeCache
 from ..errors import RunError
 from . import artifacts
-from .artifacts import BACKBONE, CONFIG, CONFIG_COPY, METRICS, SUGGESTION, SUMMARY, Artifact
+from .artifacts import BACKBONE, CONFIG, CONFIG_COPY, ENVIRONMENT, METRICS, SUGGESTION, SUMMARY, Artifact
 from .config import Config, differences
 from .digests import JOURNAL, Journal, is_archive
+from .environment import CHANGED
 from .records import MetricsEntry, Summary
 from .tables import Assignments
 
@@ -65,6 +66,8 @@ class RunFolder:
         self.journal = Journal(self.path)
         self.images: dict[str, Any] | None = None
         """Number and digest of the images, once they are checked; they go to summary.json."""
+        self.changes: tuple[str, ...] = ()
+        """Differences between the environment of this process and that of the start of the run, in words."""
         self._config: Config | None = None
         self._lock: int | None = None
         self._folder: int | None = None
@@ -379,6 +382,20 @@ class RunFolder:
         return bool(self.summary().stages) or any((self.path / artifacts.CHECKPOINTS).glob("*.pt"))
 
     @_by_rank_0
+    def begin_stage(self) -> None:
+        """Note in environment.json if this process computes with something else than the start of the run did."""
+        self._note_changes(self._environment_changes())
+
+    def _environment_changes(self) -> list[str]:
+        """Return the changes under which the stage at work has been computed, in words."""
+        before = self.read(ENVIRONMENT).changes if self.has(ENVIRONMENT) else ()
+        return list(dict.fromkeys((*before, *self.changes)))
+
+    def _note_changes(self, changes: list[str]) -> None:
+        if self.has(ENVIRONMENT) and (record := self.read(ENVIRONMENT)).changes != tuple(changes):
+            self.write(ENVIRONMENT, replace(record, changes=tuple(changes)))
+
+    @_by_rank_0
     def finish_stage(self, stage: str, seconds: float, results: Mapping[str, Any], seed: int) -> None:
         """Enter a finished stage into summary.json."""
         summary = self.summary()
@@ -386,13 +403,16 @@ class RunFolder:
         if self.has(BACKBONE):
             summary.backbone = asdict(self.read(BACKBONE))
         summary.images = self.images or summary.images
-        summary.stages[stage] = {"seconds": round(seconds, 3), **results}
+        changes = self._environment_changes()
+        summary.stages[stage] = {"seconds": round(seconds, 3), **results, **({CHANGED: changes} if changes else {})}
         self.write(SUMMARY, summary)
+        self._note_changes([])
 
     @_by_rank_0
     def forget(self, stages: Iterable[str]) -> None:
         """Remove the artifacts of stages, and those that follow the last stage, so that they are made again."""
         names = list(stages)
+        self._note_changes([])
         summary = self.summary()
         summary.stages = {name: entry for name, entry in summary.stages.items() if name not in names}
         summary.baselines = None

@@ -196,6 +196,7 @@ def run_stage(context: Context, stage: PipelineStage, handover: Handover) -> Non
             context.run.require(artifact)
     handover.drop(stage.hands_on)  # values of a former model
     handover.declare((*stage.takes, *stage.hands_on))
+    context.run.begin_stage()
     stage.run(context, handover)
     later = PIPELINE[PIPELINE.index(stage) + 1 :]
     needed = {name for other in later for name in other.takes}.union(FINISH_TAKES)

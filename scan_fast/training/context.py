@@ -31,6 +31,7 @@ from ..runs.tracker import Tracker
 from ..views.maker import Renderer, ViewMaker
 from ..views.parameters import PlainView, View
 from ..views.renderers import make_renderer
+from .environment import environment, note_environment
 from .images import all_equal, check_images, check_ranks_agree
 from .precision import Choice, choose_on_cpu
 from .process import set_threads
@@ -214,6 +215,9 @@ def open_context(
             f"rank 0 computes on {devices[0]}, rank {next(r for r, d in enumerate(devices) if d != devices[0])} does "
             "not: give every rank a GPU, or set runtime.device=cpu"
         )
+    changed = note_environment(run, environment(device), afresh=other_images)
+    if changed:
+        tracker.say(f"environment changed: {'; '.join(changed)}; results may differ in their last bits")
     finished = run.finished("pretext")
     left_out = [] if finished else in_turn(lambda: prepare_weights(config.model))
     expected = weights_input(config)

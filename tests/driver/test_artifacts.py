@@ -88,8 +88,8 @@ def test_forgetting_removes_the_artifacts_of_later_stages(first: str, finished: 
     assert {entry.stage for entry in run.metrics()} == set(kept)
     expected = {artifact.name for artifact in artifacts.OF_STAGES if artifact.stage in kept}
     expected |= {artifacts.checkpoint(stage).name for stage in kept if stage != "mining"}
-    of_the_run = {"backbone.json", "images.npz", "config.yaml", ".config.yaml", "summary.json", "metrics.jsonl"}
-    assert files_of(finished) == expected | of_the_run
+    of_the_run = {"backbone.json", "environment.json", "images.npz", "config.yaml", ".config.yaml"}
+    assert files_of(finished) == expected | of_the_run | {"summary.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

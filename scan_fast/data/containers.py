@@ -20,6 +20,11 @@ from .folders import TEST_NAMES, TRAIN_NAMES
 Label = int | str | None
 T = TypeVar("T")
 
+MOST_CHOICES = 100_000
+"""Paths that braces may stand for."""
+LONGEST_LIST = 16 << 20
+"""Bytes of a text file with names, such as those of classes."""
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -28,8 +33,23 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand ``{000..012}`` and ``{a,b}`` as a shell does; a range keeps the width of a zero-padded start.
 
     Raises:
-        DataError: if a range is descending.
+        DataError: if a range is descending, or there are more than :data:`MOST_CHOICES` paths.
     """
+    total = 1
+    for content in _BRACES.findall(pattern):
+        limits = _RANGE.fullmatch(content)
+        # The numbers of a range may have thousands of digits.
+        count = content.count(",") + 1
+        if limits is not None:
+            long = max(len(limits[1]), len(limits[2])) > 12
+            count = MOST_CHOICES + 1 if long else max(1, int(limits[2]) - int(limits[1]) + 1)
+        total *= count
+        if total > MOST_CHOICES:
+            raise DataError(f"{pattern[:100]}: the braces stand for more than {MOST_CHOICES:,} paths")
+    return _expanded(pattern)
+
+
+def _expanded(pattern: str) -> list[str]:
     found = _BRACES.search(pattern)
     if found is None:
         return [pattern]
@@ -42,7 +62,25 @@ def expand_braces(pattern: str) -> list[str]:
             raise DataError(f"{pattern}: the range {found[0]} is descending; write {{{last}..{first}}}")
         choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+    return [head + choice + rest for choice in choices for rest in _expanded(tail)]
+
+
+def read_list(file: Path, what: str) -> list[str]:
+    """Return the lines of a text file that names things.
+
+    Args:
+        file: the file.
+        what: what it is, for errors.
+
+    Raises:
+        DataError: if it is no text in UTF-8, or has more than :data:`LONGEST_LIST` bytes.
+    """
+    if (size := file.stat().st_size) > LONGEST_LIST:
+        raise DataError(f"{what} has {size:,} bytes, and a list of names at most {LONGEST_LIST:,}")
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} is no text in UTF-8: {error}") from error
 
 
 def find_files(pattern: str, root: Path | None, suffixes: Sequence[str]) -> list[str]:

@@ -70,9 +70,9 @@ def test_an_epoch_by_shards_reads_each_row_group_about_once(tmp_path: Path, monk
     read = []
 
     class Reader(pyarrow.parquet.ParquetFile):
-        def read_row_group(self, number: int, **options: Any) -> Any:
-            read.append(number)
-            return super().read_row_group(number, **options)
+        def iter_batches(self, *, row_groups: list[int], **options: Any) -> Any:
+            read.extend(row_groups)
+            return super().iter_batches(row_groups=row_groups, **options)
 
     monkeypatch.setattr(source.files.images._parquet, "ParquetFile", Reader)
     key = stream_key(0, "pretext")

@@ -9,6 +9,7 @@ import torch
 
 from ...errors import DataError
 from ..agreement import on_all
+from ..containers import read_list
 from ..decode_cache import DecodeCache
 from ..encoded import ImagePaths
 from ..folders import Listing, check_folder, find_split, list_folder, split_folder
@@ -90,10 +91,7 @@ def class_list(config: DataConfig) -> list[str] | None:
         shipped = ", ".join(sorted(path.name for path in SUBSETS.glob("*.txt")))
         raise DataError(f"data.classes_file: {config.classes_file} does not exist; shipped lists are {shipped}")
     # A line may continue with the class's name in words.
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.classes_file: {file} is no text in UTF-8: {error}") from error
+    lines = read_list(file, f"data.classes_file: {file}")
     names = [line.split()[0] for line in lines if line.strip()]
     if not names or len(set(names)) < len(names):
         raise DataError(f"data.classes_file: {file} must name each class folder once, one a line")

@@ -19,12 +19,14 @@ from ..containers import Label, class_numbers
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
 from ..folders import TEST_NAMES, TRAIN_NAMES
 from .kind import ContainerKind, Contents
-from .packages import optional_package
+from .packages import optional_package, regular_file
 
 if TYPE_CHECKING:
     from ..config import DataConfig
 
 
+# The library has readers by other names too; one of them unpickles the file in older versions.
+_READERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 _IMAGE_DTYPES = ("binary", "large_binary", "string")
 
 
@@ -54,7 +56,7 @@ class HuggingFaceRows(EncodedImages):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value is None:
             raise ValueError("the row holds no image")
-        return value if isinstance(value, str) else bytes(value)
+        return regular_file(value) if isinstance(value, str) else bytes(value)
 
     def identity(self, index: int) -> Identity:
         """Return the identity of the file that a row names; of a row with bytes, the data set's, with its number."""
@@ -152,8 +154,13 @@ def _load(name: str, configuration: str | None, wanted: Sequence[str], config: D
         options: dict[str, Any] = {"cache_dir": None if config.root is None else str(config.root.expanduser())}
         if not config.download:
             options["download_config"] = library.DownloadConfig(local_files_only=True)
+        # Older versions run a Python file in the folder of a data set if they are not told otherwise.
+        options["trust_remote_code"] = False
         if os.path.isfile(path):
-            name, options["data_files"] = os.path.splitext(path)[1].lstrip("."), path
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix not in _READERS:
+                raise ValueError(f"a single file must end in {', '.join(_READERS)}, got {suffix or 'no suffix'}")
+            name, options["data_files"] = _READERS[suffix], path
         elif os.path.isdir(path):
             name = path
         if wanted:

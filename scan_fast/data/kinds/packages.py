@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from ...errors import MissingPackageError
+
+
+def regular_file(path: str) -> str:
+    """Return the path that a row of a table names, if it is that of a plain file.
+
+    Raises:
+        ValueError: if it is not: a device or a pipe may never end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"the row names {path}, which is no plain file")
+    return path
 
 
 def optional_package(name: str, extra: str) -> Any:

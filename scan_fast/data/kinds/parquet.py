@@ -18,11 +18,17 @@ from ..containers import Label, class_numbers, common_folder, find_files, index_
 from ..encoded import Encoded, EncodedImages, Identity, file_identity
 from ..placement import free_memory
 from .kind import ContainerKind, Contents
-from .packages import optional_package
+from .packages import optional_package, regular_file
 
 if TYPE_CHECKING:
     from ..config import DataConfig
 
+_LARGEST_SHARE = 1 / 4
+"""Share of the free memory of the machine that one row group may take."""
+_ALWAYS = 1 << 30
+"""Bytes that a row group, and all labels of a file, may take in any case."""
+_LONGEST_LABEL = 1024
+_ROWS_AT_ONCE = 16
 _KEPT_GROUPS = 8
 """Number of row groups whose images stay in memory in any case."""
 _KEPT_SHARE = 1 / 8
@@ -70,7 +76,7 @@ class ParquetRows(EncodedImages):
             return bytes(data)
         if path is None:
             raise ValueError("the row holds no image")
-        return os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path)
+        return regular_file(os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path))
 
     def identity(self, index: int) -> Identity:
         """Return the identity of a row: its file's, with its number; of a row that names another file, that one's."""
@@ -97,8 +103,13 @@ class ParquetRows(EncodedImages):
             try:
                 file, number = self._groups[group]
                 with self._parquet.ParquetFile(self._files[file], metadata=self._footers[file]) as reader:
-                    table = reader.read_row_group(number, columns=[self._column])
-                future.set_result(table.column(self._column).combine_chunks())
+                    rows = _decoded(reader, number, self._column)
+                with self._lock:
+                    # What the file says of it may be another size.
+                    if self._kept.get(group) is future:
+                        self._held += rows.nbytes - self._bytes[group]
+                    self._bytes[group] = rows.nbytes
+                future.set_result(rows)
             except BaseException as error:
                 with self._lock:
                     if self._kept.get(group) is future:
@@ -116,6 +127,23 @@ def _may_name_files(group: Any, column: str) -> bool:
         return False
     statistics = None if held is None else held.statistics
     return statistics is None or not statistics.has_null_count or statistics.null_count > 0
+
+
+def _decoded(reader: Any, group: int, column: str) -> Any:
+    """Return a column of a row group. A value that is stored once and named in each row takes its size in each.
+
+    Raises:
+        ValueError: if it takes more than a quarter of the free memory, and a gibibyte.
+    """
+    pyarrow = optional_package("pyarrow", "parquet")
+    limit = max(_ALWAYS, int(free_memory() * _LARGEST_SHARE))
+    arrays, size = [], 0
+    for batch in reader.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+        arrays.append(batch.column(0))
+        size += batch.nbytes
+        if size > limit:
+            raise ValueError(f"its row group takes more than {limit:,} bytes of memory; write smaller row groups")
+    return pyarrow.concat_arrays(arrays) if arrays else pyarrow.array([])
 
 
 class File(NamedTuple):
@@ -151,6 +179,9 @@ def _index_file(file: str, labelled: bool) -> File:
     parquet = optional_package("pyarrow.parquet", "parquet")
     try:
         with parquet.ParquetFile(file) as reader:
+            rows, size = reader.metadata.num_rows, os.path.getsize(file)
+            if rows > size:
+                raise DataError(f"{file} is said to have {rows:,} rows, in {size:,} bytes: it is no table of images")
             column = image_column(reader.schema_arrow, file)
             return File(reader.metadata, column, _labels(reader) if labelled else [])
     except DataError:
@@ -193,8 +224,14 @@ def _labels(reader: Any) -> list[Label]:
     rows = reader.metadata.num_rows
     if "label" not in reader.schema_arrow.names:
         return [None] * rows
-    values = reader.read(columns=["label"]).column("label").to_pylist()
-    return [value if isinstance(value, (int, str)) else None for value in values]
+    labels: list[Label] = []
+    size = 0
+    for batch in reader.iter_batches(columns=["label"]):
+        size += batch.nbytes
+        if size > _ALWAYS + rows * _LONGEST_LABEL:
+            raise ValueError(f"its labels have more than {_LONGEST_LABEL} bytes each")
+        labels += [value if isinstance(value, (int, str)) else None for value in batch.column(0).to_pylist()]
+    return labels
 
 
 PARQUET = ContainerKind("parquet", "GLOB", _index)

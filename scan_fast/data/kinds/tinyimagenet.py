@@ -15,6 +15,7 @@ import torch
 
 from ...errors import DataError
 from ..agreement import in_turn, on_all
+from ..containers import read_list
 from ..decode_cache import DecodeCache
 from ..folders import TRAIN_NAMES, Listing, check_folder, find_images, find_split, list_folder
 from .folder import class_list, split_contents
@@ -219,10 +220,7 @@ def _class_names(root: Path, classes: Sequence[str]) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+    return [line for line in read_list(file, str(file)) if line.strip()]
 
 
 TINYIMAGENET = SourceKind("tinyimagenet", _open)

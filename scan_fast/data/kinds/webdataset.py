@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -19,6 +20,10 @@ from .kind import ContainerKind, Contents
 
 if TYPE_CHECKING:
     from ..config import DataConfig
+
+
+LONGEST_LABEL = 1 << 20
+"""Bytes of a member with a label."""
 
 
 class Member(NamedTuple):
@@ -63,6 +68,10 @@ def read_member(file: int, member: Member) -> bytes:
     Raises:
         OSError: if the tar file ends first.
     """
+    # Memory is taken for as many bytes as are asked for, whatever the file has.
+    there = max(0, os.fstat(file).st_size - member.offset)
+    if member.size > there:
+        raise OSError(f"the tar file ends after {there} of the {member.size} bytes")
     data = os.pread(file, member.size, member.offset)
     while 0 < len(data) < member.size:
         more = os.pread(file, member.size - len(data), member.offset + len(data))
@@ -72,6 +81,20 @@ def read_member(file: int, member: Member) -> bytes:
     if len(data) < member.size:
         raise OSError(f"the tar file ends after {len(data)} of the {member.size} bytes")
     return data
+
+
+class _Bounded(io.FileIO):
+    """A file of which no more is read at once than it has: a header of a tar file may state any size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read up to so many bytes, or all."""
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left)) or b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a place; to the end of the file if the place lies behind it."""
+        end = os.fstat(self.fileno()).st_size
+        return super().seek(min(offset, end) if whence == os.SEEK_SET else offset, whence)
 
 
 class Shard(NamedTuple):
@@ -117,7 +140,7 @@ def _index_shard(path: str, short: str, labelled: bool) -> Shard:
             elif images:
                 try:
                     label = _label(sample, file.fileno()) if labelled else None
-                except (OSError, ValueError, TypeError) as error:
+                except (OSError, ValueError, TypeError, RecursionError) as error:
                     shard.problems.append((f"{short}: {key}", f"its label cannot be read: {error}"))
                     continue
                 shard.images.append(images[0])
@@ -130,10 +153,10 @@ def _list_shard(shard: str) -> tuple[dict[str, dict[str, Member]], str | None]:
     samples: dict[str, dict[str, Member]] = {}
     reason = None
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with _Bounded(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
                 folder, name = os.path.split(info.name)
-                if not info.isreg() or name.startswith((".", "__")):
+                if not info.isreg() or info.issparse() or name.startswith((".", "__")):
                     continue
                 key, _, extension = name.partition(".")
                 sample = samples.setdefault(os.path.join(folder, key), {})
@@ -158,6 +181,8 @@ def _label(sample: dict[str, Member], file: int) -> Label:
     for extension in ("cls", "json"):
         if extension not in sample:
             continue
+        if sample[extension].size > LONGEST_LABEL:
+            raise ValueError(f"{extension} has {sample[extension].size:,} bytes, and a label at most {LONGEST_LABEL:,}")
         text = read_member(file, sample[extension]).decode()
         content = {"cls": text.strip()} if extension == "cls" else json.loads(text)
         label = next((content[key] for key in ("label", "cls") if key in content), None)

@@ -266,7 +266,8 @@ def _images_of(run: RunFolder) -> tuple[str, dict[str, Source]]:
 
     run.read(ASSIGNMENTS)
     config = run.read(CONFIG)
-    splits = open_splits(config.data.model_copy(update={"resident": "files"}), run.decode_cache())
+    # A run folder may come from elsewhere: what is only looked at asks no server for images.
+    splits = open_splits(config.data.model_copy(update={"resident": "files", "download": False}), run.decode_cache())
     both = {"train": splits.train, "test": splits.test}
     sources = {split: source for split, source in both.items() if source is not None}
     check_shown(run, sources, config.data.identity)

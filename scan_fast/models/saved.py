@@ -126,7 +126,7 @@ class SavedModel:
         if values["model"].image_size is not None and values["model"].image_size > LARGEST_SIDE:
             raise ValueError(f"its network is said to be built for images of more than {LARGEST_SIDE} pixels a side")
         _check_centers(values["n_clusters"], values.get("centers"), values.get("least_similarity"))
-        return cls(**values)
+        return cls(**{**values, **{name: tuple(map(float, values[name])) for name in ("mean", "std")}})
 
 
 def _whole(least: int, most: int) -> Callable[[Any], bool]:
@@ -135,7 +135,7 @@ def _whole(least: int, most: int) -> Callable[[Any], bool]:
 
 def _triple(above: float) -> Callable[[Any], bool]:
     return lambda value: (
-        isinstance(value, tuple)
+        isinstance(value, tuple | list)
         and len(value) == 3
         and all(isinstance(each, int | float) and math.isfinite(each) and each > above for each in value)
     )

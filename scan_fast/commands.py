@@ -39,6 +39,7 @@ def train(options: argparse.Namespace) -> int:
         from .finishing import finish_early
 
         with RunFolder.existing(folder) as unfinished:
+            _check_finish(options, unfinished, config)
             finish_early(unfinished, quiet=options.quiet)
         return 0
     if options.minutes is not None:
@@ -86,6 +87,22 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_finish(options: argparse.Namespace, run: RunFolder, config: Config) -> None:
+    """Refuse what --finish would leave out: it groups with the settings of the run."""
+    from .runs.artifacts import CONFIG
+    from .runs.config import differences
+
+    if options.minutes is not None or options.again:
+        option = "--again" if options.again else "--minutes"
+        raise UsageError(f"--finish trains nothing, so {option} has no effect; leave it out")
+    changed = differences(run.read(CONFIG), config)
+    if changed:
+        raise UsageError(
+            f"--finish groups with the settings of {run.path}, so what differs has no effect ({'; '.join(changed)}); "
+            f"give the folder alone: scan-fast run {run.path} --finish"
+        )
+
+
 def _check_neighbors(config: Config, run: RunFolder, mines_again: bool = False) -> None:
     """Check the files of neighbours that a run is to take, before anything of it is written."""
     from .stages.beforehand import check_beforehand
@@ -99,6 +116,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
     from .data.datasets import settings_for
     from .runs.artifacts import CONFIG
     from .runs.config import change_config, find_config, load_config, parse_override
+    from .runs.effects import check_effects
     from .runs.folder import RunFolder
 
     target = options.target
@@ -123,8 +141,10 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
             raise RunError(
                 f"{path} is no run folder (it has no {CONFIG.name}); to group the images in it, give --data {path}"
             )
-        changed = [*changes.items(), *map(parse_override, options.overrides)]
-        return change_config(RunFolder.existing(path).read(CONFIG), changed), path
+        given = list(map(parse_override, options.overrides))
+        config = change_config(RunFolder.existing(path).read(CONFIG), [*changes.items(), *given])
+        check_effects(config, given)
+        return config, path
     found = find_config(target)
     if "clustering.weights" in changes:
         # What the configuration says itself must agree with the file.
@@ -138,6 +158,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, Path]:
                 f"clustering.n_clusters={n_clusters} takes the file's"
             )
     config = load_config(found, options.overrides, changes)
+    check_effects(config, map(parse_override, options.overrides))
     name = _run_name(config)
     if getattr(options, "start", None) is not None:
         name += f"-from-{options.start.name.partition('.')[0]}"
@@ -217,6 +238,13 @@ def _fitted(config: Config, folder: Path, options: argparse.Namespace) -> Config
     if run.has(CONFIG):
         return run.read(CONFIG)
     known = _presets(options)
+    if not config.pretext.method.trains:
+        why = f"pretext.method={config.pretext.method.kind} trains nothing that could be shortened"
+        if any(word.startswith(("preset=", "pretext", "model.")) for word in options.overrides):
+            raise UsageError(f"--minutes {options.minutes:g} has no effect: {why}; leave it out")
+        if not options.quiet:
+            print(f"--minutes {options.minutes:g} has no effect: {why}")
+        return config
     with TemporaryDirectory(prefix="scan-fast-") as temporary, RunFolder.open(Path(temporary) / "run", config) as trial:
         context = open_context(config, trial, Tracker(trial, quiet=True))
         fitted = build_config(fit_minutes(context, options.minutes, known).model_dump(mode="json"))

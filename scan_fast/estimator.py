@@ -24,6 +24,7 @@ from .devices import choose_device
 from .errors import ConfigError, DataError
 from .predictor import Predictor
 from .runs.config import Config, find_config, load_config
+from .runs.effects import check_effects
 from .runs.folder import RunFolder
 from .runs.tracker import Tracker
 from .stages.pipeline import run_stages, stages_of
@@ -224,7 +225,9 @@ class ImageClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             "seed": self._seed(),
             "clustering.n_clusters": number if number == "auto" else int(number),
         }
-        return load_config(find_config("folder"), (), {**own, **settings})
+        config = load_config(find_config("folder"), (), {**own, **settings})
+        check_effects(config, settings.items())
+        return config
 
     def _seed(self) -> int:
         """Return the run's seed: an int as it is, or one drawn from a generator."""

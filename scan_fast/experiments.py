@@ -16,12 +16,14 @@ MOST_SEEDS = 5
 
 def sweep(options: argparse.Namespace) -> int:
     """Run one configuration with several seeds."""
-    from .runs.config import find_config, load_config
+    from .runs.config import find_config, load_config, parse_override
+    from .runs.effects import check_effects
     from .runs.tracker import print_table
     from .sweep import sweep
 
     seeds = parse_seeds(options.seeds)
     config = load_config(find_config(options.target), options.overrides)
+    check_effects(config, map(parse_override, options.overrides))
     parent = options.out or Path("runs") / f"{config.name}-{config.preset or 'run'}-sweep"
     quiet = options.quiet or options.json
     results = sweep(

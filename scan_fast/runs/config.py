@@ -386,6 +386,11 @@ class Config(Settings):
             raise ValueError("clustering.update=features searches its own neighbours: leave mining.files out")
         if self.clustering.update == "features" and self.mining.features != "backbone":
             raise ValueError("clustering.update=features groups the backbone's features: set mining.features=backbone")
+        if self.clustering.update == "features" and self.model.cluster_head != "linear":
+            raise ValueError(
+                f"clustering.update=features gives linear heads: set model.cluster_head=linear, not "
+                f"{self.model.cluster_head}"
+            )
         if self.clustering.initialize == "kmeans" and self.model.cluster_head != "linear":
             raise ValueError(
                 f"clustering.initialize=kmeans needs model.cluster_head=linear, got {self.model.cluster_head}"

@@ -6,11 +6,17 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/types.h>
 
+#include <string>
+#include <utility>
+
+#include <ATen/MemoryOverlap.h>
+
 #include "common/amx.h"
 #include "common/cpu_features.h"
 #include "common/cpu_gemm.h"
 #include "common/large_buffers.h"
 #include "common/launch_trace.h"
+#include "common/op_checks.h"
 #include "common/sm90_switch.h"
 #include "convolution/bf16_tiles.h"
 
@@ -56,11 +62,34 @@ py::dict build_info() {
   return info;
 }
 
+void check_gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor& c, const std::string& layout) {
+  TORCH_CHECK_VALUE(layout == "nn" || layout == "nt" || layout == "tn", "layout must be nn, nt or tn, got ", layout);
+  const std::pair<const torch::Tensor*, const char*> operands[] = {{&a, "a"}, {&b, "b"}, {&c, "c"}};
+  for (const auto& [tensor, name] : operands) {
+    scan_fast::check_readable(*tensor, name);
+    TORCH_CHECK_VALUE(tensor->is_cpu() && tensor->dim() == 2 && tensor->numel() > 0 && tensor->stride(1) == 1 &&
+                          tensor->stride(0) >= tensor->size(1) && tensor->stride(0) <= scan_fast::kMaxCount &&
+                          tensor->size(0) <= scan_fast::kMaxCount && scan_fast::has_aligned_elements(*tensor),
+                      name, " must be a matrix on the CPU with contiguous rows that do not overlap, got shape ",
+                      tensor->sizes(), " with strides ", tensor->strides());
+  }
+  const int64_t k = a.size(layout == "tn" ? 0 : 1), m = a.size(layout == "tn" ? 1 : 0);
+  TORCH_CHECK_VALUE(
+      b.size(layout == "nt" ? 1 : 0) == k && c.size(0) == m && c.size(1) == b.size(layout == "nt" ? 0 : 1),
+      "a, b and c must have shapes of a product ", layout, ", got ", a.sizes(), ", ", b.sizes(), " and ", c.sizes());
+  TORCH_CHECK_VALUE(c.scalar_type() == torch::kFloat && a.scalar_type() == b.scalar_type() &&
+                        (a.scalar_type() == torch::kFloat || a.scalar_type() == torch::kBFloat16),
+                    "c must be float32, a and b both float32 or both bfloat16, got ", a.scalar_type(), ", ",
+                    b.scalar_type(), " and ", c.scalar_type());
+  at::assert_no_overlap(c, a);
+  at::assert_no_overlap(c, b);
+}
+
 // Computes c = alpha * op(a) * op(b) + beta * c in place on the CPU, for the tests of cpu_gemm.h. Rows must be contiguous.
 // c is float32; a and b are float32, or bfloat16 if the processor has such a product. layout is "nn", "nt" or "tn".
 void gemm(const torch::Tensor& a, const torch::Tensor& b, const torch::Tensor& c, const std::string& layout,
           float alpha, float beta) {
-  TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && c.stride(1) == 1, "rows must be contiguous");
+  check_gemm(a, b, c, layout);
   const bool tn = layout == "tn", nt = layout == "nt";
   const int64_t m = c.size(0), n = c.size(1), k = a.size(tn ? 0 : 1);
   const int64_t lda = a.stride(0), ldb = b.stride(0), ldc = c.stride(0);

@@ -2,6 +2,8 @@
 //
 // Recipes and indices are on the CPU, where they are drawn. So everything that decides which memory a kernel touches is
 // checked here without a device synchronisation.
+#include <cmath>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -21,6 +23,44 @@ ViewFormat format_of(at::ScalarType dtype) {
   }
 }
 
+// Limits of an operation's arguments. Beyond them, and for NaN, positions and steps would not fit into integers.
+constexpr float kMostTurns = 1e6f;    // of a hue shift
+constexpr float kMostPixels = 1e30f;  // of a coefficient of kBilinear: sums of their products stay finite
+
+void check_arguments(Operation operation, const int32_t* words, int64_t image) {
+  float amounts[kRecipeStep - 1];
+  std::memcpy(amounts, words, sizeof(amounts));
+  const float amount = amounts[0];
+  switch (operation) {
+    case Operation::kBrightness:
+    case Operation::kContrast:
+    case Operation::kSaturation:
+    case Operation::kSharpness:
+      TORCH_CHECK_VALUE(std::isfinite(amount), "recipes: image ", image, " has the factor ", amount,
+                        ", which must be finite");
+      return;
+    case Operation::kHue:
+      TORCH_CHECK_VALUE(std::abs(amount) <= kMostTurns, "recipes: image ", image, " shifts the hue by ", amount,
+                        " turns; from -", kMostTurns, " to ", kMostTurns, " are possible");
+      return;
+    case Operation::kSolarize:
+      TORCH_CHECK_VALUE(!std::isnan(amount), "recipes: image ", image, " has the threshold NaN");
+      return;
+    case Operation::kPosterize:
+      TORCH_CHECK_VALUE(amount >= 0 && amount <= 8, "recipes: image ", image, " asks to keep ", amount,
+                        " bits; 0 to 8 are possible");
+      return;
+    case Operation::kBilinear:
+      for (const float coefficient : amounts) {
+        TORCH_CHECK_VALUE(std::abs(coefficient) <= kMostPixels, "recipes: image ", image,
+                          " has the bilinear coefficient ", coefficient, "; from -", kMostPixels, " to ", kMostPixels,
+                          " are possible");
+      }
+      return;
+    default: return;
+  }
+}
+
 void check_recipes(const ViewBatch& batch) {
   const int64_t words = recipe_words(batch.steps), side = batch.side;
   for (int64_t i = 0; i < batch.count; ++i) {
@@ -37,10 +77,7 @@ void check_recipes(const ViewBatch& batch) {
       const int32_t operation = words_of_step[0];
       TORCH_CHECK_VALUE(operation >= 0 && operation < static_cast<int32_t>(Operation::kCount), "recipes: image ", i,
                         " asks for operation ", operation, ", which does not exist");
-      float amount;
-      std::memcpy(&amount, words_of_step + 1, sizeof(amount));
-      TORCH_CHECK_VALUE(operation != static_cast<int32_t>(Operation::kPosterize) || (amount >= 0 && amount <= 8),
-                        "recipes: image ", i, " asks to keep ", amount, " bits; 0 to 8 are possible");
+      check_arguments(static_cast<Operation>(operation), words_of_step + 1, i);
     }
   }
 }
@@ -61,6 +98,8 @@ at::Tensor copy_async(const at::Tensor& tensor, const at::Device& device) {
 // device.
 at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& indices, const at::Tensor& recipes,
                    int64_t size, std::vector<double> scale, std::vector<double> shift, at::ScalarType dtype) {
+  check_readable(images, "images");
+  check_readable(recipes, "recipes");
   TORCH_CHECK_VALUE(images.dim() == 4 && images.size(3) == 3 && images.scalar_type() == at::kByte,
                     "images must be (N, H, W, 3) uint8, got ", images.sizes(), " ", images.scalar_type());
   TORCH_CHECK_VALUE(recipes.dim() == 2 && recipes.scalar_type() == at::kInt && recipes.device().is_cpu() &&
@@ -70,11 +109,14 @@ at::Tensor augment(const at::Tensor& images, const std::optional<at::Tensor>& in
   TORCH_CHECK_VALUE(
       size >= 1 && size <= kMaxViewSide && images.size(1) <= kMaxViewSide && images.size(2) <= kMaxViewSide,
       "size and the images' sides must be from 1 to ", kMaxViewSide, ", got ", size, " and ", images.sizes());
-  TORCH_CHECK_VALUE(scale.size() == 3 && shift.size() == 3, "scale and shift must be 3 numbers each");
+  TORCH_CHECK_VALUE(scale.size() == 3 && shift.size() == 3, "scale and shift must be 3 numbers each, got ",
+                    scale.size(), " and ", shift.size());
+  for (const double number : scale) check_finite(number, "scale");
+  for (const double number : shift) check_finite(number, "shift");
   const at::Tensor pixels = images.contiguous();
-  at::Tensor plan = recipes.contiguous(), rows;
-  if (indices.has_value()) {
-    rows = indices->contiguous();
+  at::Tensor plan = *dense(recipes, "recipes"), rows;
+  if (indices.has_value() && indices->defined()) {
+    rows = *dense(*indices, "indices");
     TORCH_CHECK_VALUE(
         rows.dim() == 1 && rows.scalar_type() == at::kLong && rows.device().is_cpu() && rows.size(0) == plan.size(0),
         "indices must be (", plan.size(0), ",) int64 on the CPU, got ", rows.sizes(), " ", rows.scalar_type(), " on ",

@@ -32,6 +32,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 BatchNormShape shape_of(const at::Tensor& x) {
+  check_readable(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
                     "x must be (N, C, H, W) in channels-last layout, got shape ", x.sizes(), " with strides ",
                     x.strides());
@@ -39,20 +40,37 @@ BatchNormShape shape_of(const at::Tensor& x) {
   return {x.numel() / x.size(1), x.size(1)};
 }
 
-void check_like(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
+c10::MaybeOwned<at::Tensor> checked_like(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
+  check_readable(tensor, name);
   TORCH_CHECK_VALUE(tensor.sizes() == x.sizes() && tensor.scalar_type() == x.scalar_type() &&
                         tensor.device() == x.device() && tensor.is_contiguous(at::MemoryFormat::ChannelsLast),
                     name, " must have the shape, dtype, device and channels-last layout of x, ", x.sizes(), " ",
-                    x.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
+                    x.scalar_type(), " on ", x.device(), ", got ", tensor.sizes(), " ", tensor.scalar_type(), " on ",
+                    tensor.device(), " with strides ", tensor.strides());
+  return aligned(tensor, name);
 }
 
-// Checks for one float32 value per channel and returns its address.
-float* per_channel(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == x.size(1) && tensor.scalar_type() == at::kFloat &&
-                        tensor.device() == x.device() && tensor.is_contiguous(),
-                    name, " must be (", x.size(1), ") float32 on ", x.device(), ", got ", tensor.sizes(), " ",
-                    tensor.scalar_type(), " on ", tensor.device());
-  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+// One float32 value per channel.
+c10::MaybeOwned<at::Tensor> per_channel(const at::Tensor& tensor, const at::Tensor& x, const char* name) {
+  return checked_values(tensor, name, x.sizes().slice(1, 1), at::kFloat, x.device());
+}
+
+// Returns running statistics, which are updated in place: a copy will not do, and they must be apart from each other and
+// from all that the kernel reads.
+float* running(const at::Tensor& tensor, const at::Tensor& x, const char* name,
+               std::initializer_list<const at::Tensor*> others) {
+  const c10::MaybeOwned<at::Tensor> checked = per_channel(tensor, x, name);
+  TORCH_CHECK_VALUE(checked->const_data_ptr() == tensor.const_data_ptr(), name,
+                    " must be contiguous, with aligned elements, because it is updated in place; got strides ",
+                    tensor.strides());
+  const auto begin = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+  for (const at::Tensor* other : others) {
+    if (other == nullptr) continue;
+    TORCH_CHECK_VALUE(
+        begin(tensor) + tensor.nbytes() <= begin(*other) || begin(*other) + other->nbytes() <= begin(tensor), name,
+        " is updated in place and must not share memory with another argument");
+  }
+  return tensor.mutable_data_ptr<float>();
 }
 
 at::Tensor workspace_of(const at::Tensor& x, size_t bytes) {
@@ -119,21 +137,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
     bool relu, bool keep_mask) {
   const BatchNormShape shape = shape_of(x);
   const DType dtype = dtype_of(x, "x");
-  if (given(residual)) check_like(*residual, x, "residual");
-  const bool running = given(running_mean) && given(running_var);
-  TORCH_CHECK_VALUE(running || (training && !given(running_mean) && !given(running_var)),
+  const auto pixels = aligned(x, "x"), scale = per_channel(weight, x, "weight"), offset = per_channel(bias, x, "bias");
+  const auto added = given(residual) ? checked_like(*residual, x, "residual") : c10::MaybeOwned<at::Tensor>();
+  const bool has_running = given(running_mean) && given(running_var);
+  TORCH_CHECK_VALUE(has_running || (training && !given(running_mean) && !given(running_var)),
                     "running_mean and running_var must both be given, or, in training, neither");
   TORCH_CHECK_VALUE(!training || shape.rows > 1, "training needs more than one value per channel, got shape ",
                     x.sizes());
+  TORCH_CHECK_VALUE(eps >= 0, "eps must be a number from 0 on, got ", eps);
+  check_finite(eps, "eps");
+  check_finite(momentum, "momentum");
   const auto options = x.options().dtype(at::kFloat);
   at::Tensor y = at::empty_like(x), mean = at::empty({shape.channels}, options), inv_std = at::empty_like(mean);
   at::Tensor mask = at::empty({keep_mask ? batch_norm_mask_words(shape) : 0}, x.options().dtype(at::kShort));
-  BatchNormForward arguments{x.const_data_ptr(),
-                             given(residual) ? residual->const_data_ptr() : nullptr,
-                             per_channel(weight, x, "weight"),
-                             per_channel(bias, x, "bias"),
-                             running ? per_channel(*running_mean, x, "running_mean") : nullptr,
-                             running ? per_channel(*running_var, x, "running_var") : nullptr,
+  const auto updated = [&](const OptionalTensor& tensor, const OptionalTensor& other, const char* name) {
+    if (!has_running) return static_cast<float*>(nullptr);
+    return running(*tensor, x, name, {&*other, &x, given(residual) ? &*residual : nullptr, &weight, &bias});
+  };
+  BatchNormForward arguments{pixels->const_data_ptr(),
+                             given(residual) ? added->const_data_ptr() : nullptr,
+                             scale->const_data_ptr<float>(),
+                             offset->const_data_ptr<float>(),
+                             updated(running_mean, running_var, "running_mean"),
+                             updated(running_var, running_mean, "running_var"),
                              y.data_ptr(),
                              mean.data_ptr<float>(),
                              inv_std.data_ptr<float>(),
@@ -164,21 +190,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     bool with_residual) {
   const BatchNormShape shape = shape_of(x);
   const DType dtype = dtype_of(x, "x");
-  check_like(grad_y, x, "grad_y");
-  TORCH_CHECK_VALUE(!(relu && with_residual) || (mask.numel() == batch_norm_mask_words(shape) && mask.is_contiguous() &&
-                                                 mask.scalar_type() == at::kShort),
-                    "mask must be the one that batch_norm_forward returned with keep_mask=True for this input");
+  TORCH_CHECK_VALUE(!training || shape.rows > 1, "training needs more than one value per channel, got shape ",
+                    x.sizes());
+  const auto pixels = aligned(x, "x"), gradients = checked_like(grad_y, x, "grad_y");
+  const auto scale = per_channel(weight, x, "weight"), offset = per_channel(bias, x, "bias");
+  const auto centre = per_channel(mean, x, "mean"), slope = per_channel(inv_std, x, "inv_std");
+  // The mask that batch_norm_forward returned with keep_mask=True for this input.
+  const int64_t words = batch_norm_mask_words(shape);
+  const auto signs = relu && with_residual ? checked_values(mask, "mask", words, at::kShort, x.device())
+                                           : c10::MaybeOwned<at::Tensor>();
   at::Tensor grad_x = at::empty_like(x);
   at::Tensor grad_residual = with_residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({shape.channels}, x.options().dtype(at::kFloat));
   at::Tensor grad_bias = at::empty_like(grad_weight);
-  BatchNormBackward arguments{grad_y.const_data_ptr(),
-                              x.const_data_ptr(),
-                              per_channel(weight, x, "weight"),
-                              per_channel(bias, x, "bias"),
-                              per_channel(mean, x, "mean"),
-                              per_channel(inv_std, x, "inv_std"),
-                              relu && with_residual ? static_cast<const uint16_t*>(mask.const_data_ptr()) : nullptr,
+  BatchNormBackward arguments{gradients->const_data_ptr(),
+                              pixels->const_data_ptr(),
+                              scale->const_data_ptr<float>(),
+                              offset->const_data_ptr<float>(),
+                              centre->const_data_ptr<float>(),
+                              slope->const_data_ptr<float>(),
+                              relu && with_residual ? static_cast<const uint16_t*>(signs->const_data_ptr()) : nullptr,
                               grad_x.data_ptr(),
                               with_residual ? grad_residual.data_ptr() : nullptr,
                               grad_weight.data_ptr<float>(),

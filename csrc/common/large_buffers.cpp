@@ -1,6 +1,7 @@
 #include "common/large_buffers.h"
 
 #include <ATen/EmptyTensor.h>
+#include <c10/util/safe_numerics.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -112,8 +113,11 @@ class PoolAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (!options.device().is_cpu() || bytes < kLargeBuffer) return at::empty(sizes, options);
+  // What overflows, such as a negative size, is an error of at::empty.
+  uint64_t elements = 0, bytes = 0;
+  const bool overflows = c10::safe_multiplies_u64(sizes, &elements) ||
+                         c10::mul_overflows(elements, uint64_t{options.dtype().itemsize()}, &bytes);
+  if (overflows || !options.device().is_cpu() || bytes < kLargeBuffer) return at::empty(sizes, options);
   static PoolAllocator allocator;
   return at::Tensor(at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                               c10::typeMetaToScalarType(options.dtype()), std::nullopt));

@@ -14,11 +14,13 @@
 #include <string>
 #include <utility>
 
+#include "common/op_checks.h"
 #include "common/types.h"
 
 namespace scan_fast {
 
 inline DType dtype_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.defined(), name, " must be a tensor, got None");
   switch (tensor.scalar_type()) {
     case at::kFloat: return DType::kFloat32;
     case at::kBFloat16: return DType::kBFloat16;
@@ -30,6 +32,8 @@ inline DType dtype_of(const at::Tensor& tensor, const char* name) {
 // Checks that two logit tensors agree in shape, dtype and device, and are not empty.
 inline void check_pair(const at::Tensor& first, const at::Tensor& second, const char* first_name,
                        const char* second_name) {
+  TORCH_CHECK_VALUE(first.defined() && second.defined(), first.defined() ? second_name : first_name,
+                    " must be a tensor, got None");
   TORCH_CHECK_VALUE(first.sizes() == second.sizes(), second_name, " must have the shape of ", first_name, ", ",
                     first.sizes(), ", got ", second.sizes());
   TORCH_CHECK_VALUE(first.scalar_type() == second.scalar_type(), second_name, " must have the dtype of ", first_name,
@@ -39,10 +43,12 @@ inline void check_pair(const at::Tensor& first, const at::Tensor& second, const 
   TORCH_CHECK_VALUE(first.numel() > 0, first_name, " must not be empty, got shape ", first.sizes());
 }
 
-// Returns a pointer to an upstream gradient as float32, or null if the output was not used. `holder` owns the memory.
-inline const float* gradient_pointer(const std::optional<at::Tensor>& gradient, at::Tensor& holder) {
+// Returns a pointer to an upstream gradient of `count` values as float32, or null if the output was not used. `holder`
+// owns the memory.
+inline const float* gradient_pointer(const std::optional<at::Tensor>& gradient, const char* name, int64_t count,
+                                     const at::Device& device, at::Tensor& holder) {
   if (!gradient.has_value() || !gradient->defined()) return nullptr;
-  holder = gradient->to(at::kFloat).contiguous();
+  holder = checked_gradient(*gradient, name, count, device);
   return holder.const_data_ptr<float>();
 }
 

@@ -7,32 +7,41 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include <limits>
 #include <tuple>
 
+#include "common/op_checks.h"
 #include "common/sm90_switch.h"
 #include "neighbors/neighbors.h"
 
 namespace scan_fast {
 namespace {
 
-// Kernels use 32-bit indices, with room for one more tile.
-constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 256;
-
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// The Python layer raises the readable errors. These checks keep a direct caller of the operator from reading out of
-// bounds.
+void check_arguments(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool exclude_self) {
+  check_readable(queries, "queries");
+  check_readable(database, "database");
+  for (const at::ScalarType dtype : {queries.scalar_type(), database.scalar_type()}) {
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                      "queries and database must be float32, bfloat16 or float16, got ", dtype);
+  }
+  TORCH_CHECK_VALUE(
+      queries.dim() == 2 && database.dim() == 2 && queries.size(1) == database.size(1) && queries.size(1) >= 1,
+      "queries and database must be (Q, D) and (N, D) with D from 1 on, got ", queries.sizes(), " and ",
+      database.sizes());
+  TORCH_CHECK_VALUE(queries.device() == database.device(), "queries and database must be on one device, got ",
+                    queries.device(), " and ", database.device());
+  TORCH_CHECK_VALUE(k >= 1 && k <= database.size(0), "k must be from 1 to ", database.size(0), ", got ", k);
+  TORCH_CHECK_VALUE(queries.size(0) <= kMaxCount && database.size(0) <= kMaxCount && database.size(1) <= kMaxCount,
+                    "queries and database may have at most ", kMaxCount, " rows and columns, got ", queries.sizes(),
+                    " and ", database.sizes());
+  TORCH_CHECK_VALUE(!exclude_self || queries.size(0) <= database.size(0),
+                    "exclude_self needs queries to be the first rows of the database, got ", queries.sizes(), " and ",
+                    database.sizes());
+}
+
 TopkProblem make_problem(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
                          bool exclude_self) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && database.dim() == 2 && queries.size(1) == database.size(1),
-                    "queries and database must be (Q, D) and (N, D), got ", queries.sizes(), " and ", database.sizes());
-  TORCH_CHECK_VALUE(queries.device() == database.device(), "queries and database must be on one device");
-  TORCH_CHECK_VALUE(k >= 1 && k <= database.size(0), "k must be from 1 to ", database.size(0), ", got ", k);
-  TORCH_CHECK_VALUE(queries.size(0) < kMaxRows && database.size(0) < kMaxRows && database.size(1) < kMaxRows,
-                    "at most ", kMaxRows, " rows and columns");
-  TORCH_CHECK_VALUE(!exclude_self || queries.size(0) <= database.size(0),
-                    "exclude_self needs queries to be the first rows of the database");
   return {queries.const_data_ptr<float>(),
           database.const_data_ptr<float>(),
           queries.size(0),
@@ -58,8 +67,9 @@ TileSearch* gpu_search() {
 
 Result topk_neighbors(const at::Tensor& queries, const at::Tensor& database, int64_t k, bool normalize,
                       bool exclude_self) {
-  const at::Tensor q = queries.to(at::kFloat).contiguous();
-  const at::Tensor x = queries.is_same(database) ? q : database.to(at::kFloat).contiguous();
+  check_arguments(queries, database, k, exclude_self);
+  const at::Tensor q = *dense(queries.to(at::kFloat), "queries");
+  const at::Tensor x = queries.is_same(database) ? q : *dense(database.to(at::kFloat), "database");
   const TopkProblem problem = make_problem(q, x, k, normalize, exclude_self);
   at::Tensor similarity = at::empty({q.size(0), k}, q.options());
   at::Tensor index = at::empty({q.size(0), k}, q.options().dtype(at::kLong));

@@ -39,7 +39,10 @@ using torch::autograd::variable_list;
 ScanLossShape shape_of(const at::Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2 || logits.dim() == 3, "anchors must be (B, C) or (H, B, C), got shape ",
                     logits.sizes());
-  return {logits.dim() == 3 ? logits.size(0) : 1, logits.size(-2), logits.size(-1)};
+  const ScanLossShape shape{logits.dim() == 3 ? logits.size(0) : 1, logits.size(-2), logits.size(-1)};
+  TORCH_CHECK_VALUE(shape.heads <= kMaxCount && shape.classes <= kMaxCount, "anchors may have at most ", kMaxCount,
+                    " heads and classes, got shape ", logits.sizes());
+  return shape;
 }
 
 auto forward_operator() {
@@ -100,7 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_loss
   check_pair(anchors, neighbors, "anchors", "neighbors");
   const ScanLossShape shape = shape_of(anchors);
   const DType dtype = dtype_of(anchors, "anchors");
-  const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
+  check_finite(entropy_weight, "entropy_weight");
+  const auto a = dense(anchors, "anchors"), n = dense(neighbors, "neighbors");
   const auto options = anchors.options().dtype(at::kFloat);
   const bool batched = anchors.dim() == 3;
   auto with = [&](std::initializer_list<int64_t> sizes) {
@@ -145,23 +149,30 @@ std::tuple<at::Tensor, at::Tensor> scan_loss_backward(const std::optional<at::Te
   check_pair(anchors, neighbors, "anchors", "neighbors");
   const ScanLossShape shape = shape_of(anchors);
   const DType dtype = dtype_of(anchors, "anchors");
-  TORCH_CHECK_VALUE(mean_prob.numel() == shape.heads * shape.classes && mean_prob.is_contiguous() &&
-                        row_stats.numel() == shape.heads * shape.rows * kScanLossRowStats && row_stats.is_contiguous(),
-                    "mean_prob and row_stats must be those that scan_loss_forward returned for these logits");
-  const auto a = anchors.expect_contiguous(), n = neighbors.expect_contiguous();
+  check_finite(entropy_weight, "entropy_weight");
+  // As scan_loss_forward returned them for these logits.
+  const int64_t of_classes[] = {shape.heads, shape.classes}, of_rows[] = {shape.heads, shape.rows, kScanLossRowStats};
+  const size_t skipped = anchors.dim() == 3 ? 0 : 1;
+  const at::Device device = anchors.device();
+  const auto means =
+      checked_values(mean_prob, "mean_prob", at::IntArrayRef(of_classes).slice(skipped), at::kFloat, device);
+  const auto stats =
+      checked_values(row_stats, "row_stats", at::IntArrayRef(of_rows).slice(skipped), at::kFloat, device);
+  const auto a = dense(anchors, "anchors"), n = dense(neighbors, "neighbors");
   at::Tensor grad_anchors = empty_large(anchors.sizes(), anchors.options());
   at::Tensor grad_neighbors = empty_large(anchors.sizes(), anchors.options());
   at::Tensor holders[3];
-  const ScanLossBackward arguments{gradient_pointer(grad_total, holders[0]),
-                                   gradient_pointer(grad_consistency, holders[1]),
-                                   gradient_pointer(grad_entropy, holders[2]),
-                                   a->const_data_ptr(),
-                                   n->const_data_ptr(),
-                                   mean_prob.const_data_ptr<float>(),
-                                   row_stats.const_data_ptr<float>(),
-                                   grad_anchors.data_ptr(),
-                                   grad_neighbors.data_ptr(),
-                                   static_cast<float>(entropy_weight)};
+  const ScanLossBackward arguments{
+      gradient_pointer(grad_total, "grad_total", shape.heads, device, holders[0]),
+      gradient_pointer(grad_consistency, "grad_consistency", shape.heads, device, holders[1]),
+      gradient_pointer(grad_entropy, "grad_entropy", shape.heads, device, holders[2]),
+      a->const_data_ptr(),
+      n->const_data_ptr(),
+      means->const_data_ptr<float>(),
+      stats->const_data_ptr<float>(),
+      grad_anchors.data_ptr(),
+      grad_neighbors.data_ptr(),
+      static_cast<float>(entropy_weight)};
 #ifdef SCAN_FAST_WITH_CUDA
   if (anchors.is_cuda()) {
     const c10::cuda::CUDAGuard guard(anchors.device());

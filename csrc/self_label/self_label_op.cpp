@@ -2,7 +2,7 @@
 // is made of self_label_forward and self_label_backward. scan_loss_op.cpp explains why autograd is implemented here.
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <limits>
+#include <algorithm>
 #include <tuple>
 
 #include "common/large_buffers.h"
@@ -28,9 +28,25 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 SelfLabelShape shape_of(const at::Tensor& logits, const char* name) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, name, " must be (B, C), got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.size(1) <= std::numeric_limits<int32_t>::max(), name, " has too many classes");
+  TORCH_CHECK_VALUE(logits.defined(), name, " must be a tensor, got None");
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.numel() > 0, name, " must be (B, C) and not empty, got shape ",
+                    logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(1) <= kMaxCount, name, " may have at most ", kMaxCount, " classes, got shape ",
+                    logits.sizes());
   return {logits.size(0), logits.size(1)};
+}
+
+// The backward pass on a CPU writes to these places. That on a GPU compares them with the number of each class, so a
+// wrong one changes a result and no memory.
+void check_targets(const at::Tensor& target, int64_t classes) {
+  const int32_t* values = target.const_data_ptr<int32_t>();
+  int32_t least = 0, most = 0;
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    least = std::min(least, values[i]);
+    most = std::max(most, values[i]);
+  }
+  TORCH_CHECK_VALUE(least >= 0 && most < classes, "target must be from 0 to ", classes - 1, ", got ",
+                    least < 0 ? least : most);
 }
 
 auto forward_operator() {
@@ -85,7 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> self_labe
   check_pair(weak, strong, "weak", "strong");
   const SelfLabelShape shape = shape_of(weak, "weak");
   const DType dtype = dtype_of(weak, "weak");
-  const auto w = weak.expect_contiguous(), s = strong.expect_contiguous();
+  TORCH_CHECK_VALUE(threshold >= 0 && threshold <= 1, "threshold must be in [0, 1], got ", threshold);
+  const auto w = dense(weak, "weak"), s = dense(strong, "strong");
   const auto options = weak.options();
   at::Tensor loss = at::empty({}, options.dtype(at::kFloat)), n_confident = at::empty({}, options.dtype(at::kLong));
   at::Tensor target = at::empty({shape.rows}, options.dtype(at::kInt));
@@ -116,16 +133,18 @@ at::Tensor self_label_backward(const at::Tensor& grad_loss, const at::Tensor& st
                                const at::Tensor& row_weight, const at::Tensor& row_stats) {
   const SelfLabelShape shape = shape_of(strong, "strong");
   const DType dtype = dtype_of(strong, "strong");
-  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must be a scalar, got shape ", grad_loss.sizes());
-  TORCH_CHECK_VALUE(target.numel() == shape.rows && target.is_contiguous() && target.scalar_type() == at::kInt &&
-                        row_weight.numel() == shape.rows && row_weight.is_contiguous() &&
-                        row_stats.numel() == shape.rows * kSelfLabelRowStats && row_stats.is_contiguous(),
-                    "target, row_weight and row_stats must be those that self_label_forward returned for these logits");
-  const auto s = strong.expect_contiguous();
-  at::Tensor grad_strong = empty_large(strong.sizes(), strong.options()), holder;
-  const SelfLabelBackward arguments{gradient_pointer(grad_loss, holder), s->const_data_ptr(),
-                                    target.const_data_ptr<int32_t>(),    row_weight.const_data_ptr<float>(),
-                                    row_stats.const_data_ptr<float>(),   grad_strong.data_ptr()};
+  const at::Device device = strong.device();
+  const at::Tensor gradient = checked_gradient(grad_loss, "grad_loss", 1, device);
+  // As self_label_forward returned them for these logits.
+  const auto labels = checked_values(target, "target", shape.rows, at::kInt, device);
+  const auto weights = checked_values(row_weight, "row_weight", shape.rows, at::kFloat, device);
+  const auto stats = checked_values(row_stats, "row_stats", {shape.rows, kSelfLabelRowStats}, at::kFloat, device);
+  if (device.is_cpu()) check_targets(*labels, shape.classes);
+  const auto s = dense(strong, "strong");
+  at::Tensor grad_strong = empty_large(strong.sizes(), strong.options());
+  const SelfLabelBackward arguments{gradient.const_data_ptr<float>(),  s->const_data_ptr(),
+                                    labels->const_data_ptr<int32_t>(), weights->const_data_ptr<float>(),
+                                    stats->const_data_ptr<float>(),    grad_strong.data_ptr()};
 #ifdef SCAN_FAST_WITH_CUDA
   if (strong.is_cuda()) {
     const c10::cuda::CUDAGuard guard(strong.device());

@@ -227,7 +227,8 @@ def test_gradients_of_some_inputs_and_double_backward() -> None:
         (images(2, 32, 4, 4).contiguous(), weights(32, 32, 3), "channels-last"),
         (images(2, 32, 4, 4), weights(32, 32, 3).bfloat16(), "weight must be float32"),
         (images(2, 32, 4, 4), weights(32, 32, 3).contiguous(), "weight must be float32 in channels-last"),
-        (images(2, 32, 1, 1), weights(32, 32, 5), "no kernel for shapes"),
+        (images(2, 32, 4, 4), weights(32, 32, 1), "no kernel for shapes"),
+        (images(2, 32, 1, 1), weights(32, 32, 5), "the kernel must not be larger than the padded image"),
     ],
 )
 def test_wrong_operands_raise(x: Tensor, weight: Tensor, message: str) -> None:

@@ -1,0 +1,134 @@
+"""Whole commands on a finished run of which files were changed: what a damaged or foreign run folder can do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from scan_fast import cli
+from scan_fast.errors import ScanFastError
+from scan_fast.parsing import split_overrides
+
+from ..archives import ZIP_TOKENS, change_npy, change_pickle, change_zip, read_zip, write_zip
+from ..mutations import as_json, change_table, change_tree, mutate
+from ..pictures import pictures
+from ..running import in_process
+from ..target import Target, WrongResult, write
+from .names import file_name
+
+_SETTINGS = (
+    "model.backbone=resnet_digits", "model.width=0.25", "data.image_size=8", "data.workers=1", "pretext.epochs=1", "pretext.batch_size=8",
+    "mining.k=2", "clustering.epochs=1", "clustering.batch_size=8", "clustering.view.cutout=2", "selflabel.epochs=1",
+    "selflabel.batch_size=8", "selflabel.view.cutout=2", "precision=float32", "runtime.threads=1", "runtime.device=cpu", "data.resident=files",
+)  # fmt: skip
+_IMAGES = ("plain.png", "alpha.png", "grey16.png", "turned.png", "plain.gif", "plain.bmp", "plain.tif", "grey.pgm", "baseline.jpg", "turned.jpg")
+_COMMANDS = (
+    "report RUN", "report RUN --single-file", "predict RUN --data images", "predict RUN --data images --out a.csv", "evaluate RUN --json",
+    "evaluate RUN --data images", "compare RUN --json", "name RUN 0 boots", "name RUN --list", "name RUN --clear", "folders RUN --out groups",
+    "embed RUN --data images --out a.npz", "export RUN --format reference --out a.pth.tar", "export RUN --format reference --stage mining --out a",
+    "config RUN", "probe RUN --json", "evaluate RUN --data images --prototypes a.png", "predict RUN --data images --on-error skip",
+)  # fmt: skip
+
+_MODULES = ("matplotlib.font_manager", *(f"scan_fast.{name}" for name in (
+    "evaluating", "probing", "predictor", "applying", "report.build", "report.folders", "reference_export", "runs.comparison", "training.context",
+)))  # fmt: skip
+"""Commands import these when they need them; here once for all processes."""
+
+
+class Commands(Target):
+    """A command on a copy of a finished run with one or two changed files or images."""
+
+    name = "run-folders"
+    share = 4
+    batch = 60
+    seconds = 20
+    memory_mib = 700
+    permitted = (ScanFastError, OSError)
+
+    def __init__(self, shared: Path) -> None:
+        super().__init__(shared)
+        # Commands draw with it, and it keeps what it finds about fonts.
+        os.environ["MPLCONFIGDIR"] = str(shared)
+        in_process(self._train)
+        for name in _MODULES:
+            importlib.import_module(name)
+        self._run = shared / "run"
+        self._files = {
+            path.relative_to(self._run).as_posix(): path.read_bytes()
+            for path in sorted(self._run.rglob("*"))
+            if path.is_file() and path.name != ".lock" and not path.name.startswith("report")
+        }
+        for name, data in self._files.items():
+            if name.endswith(".npz"):
+                self._files[name] = write_zip(read_zip(data))
+
+    def _train(self) -> None:
+        images = self.shared / "images"
+        found = pictures()
+        for number in range(12):
+            name = _IMAGES[number % len(_IMAGES)]
+            place = images / ("x", "y")[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            write(place, f"{number}{os.path.splitext(name)[1]}", found[name])
+        words = ["run", "--data", str(images), "--clusters", "2", *_SETTINGS, "--out", str(self.shared / "run"), "--quiet"]
+        if cli.main(words) != 0:
+            raise RuntimeError("the run failed")
+
+    def draw(self, rng: Random) -> Any:
+        """Return a command, changed files of the run by name, and names for further images."""
+        changed = {}
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            name = rng.choice(list(self._files))
+            changed[name] = None if rng.random() < 0.1 else self._changed(rng, name, self._files[name])
+        images = {file_name(rng): rng.choice(list(pictures())) for _ in range(rng.choice((0, 0, 1, 3)))}
+        return rng.choice(_COMMANDS).split(), changed, images
+
+    def _changed(self, rng: Random, name: str, data: bytes) -> bytes:
+        if rng.random() < 0.2:
+            return mutate(rng, data, list(self._files.values()))
+        if name.endswith(".json"):
+            return as_json(change_tree(rng, json.loads(data)))
+        if name.endswith(".csv"):
+            rows = change_table(rng, [line.split(",") for line in data.decode().splitlines()])
+            return "\n".join(map(",".join, rows)).encode("utf-8", "surrogatepass")
+        if name.endswith(".npz"):
+            return change_zip(rng, read_zip(data), lambda _, content: change_npy(rng, content))
+        if name.endswith(".pt"):
+            return change_zip(
+                rng, read_zip(data), lambda at, content: (change_pickle if at.endswith(".pkl") else mutate)(rng, content)
+            )
+        return mutate(rng, data, (), ZIP_TOKENS)
+
+    def feed(self, given: Any, folder: Path) -> None:
+        """Copy the run, change its files, carry out the command."""
+        words, changed, images = given
+        run = folder / "run"
+        shutil.copytree(self._run, run)
+        for name, data in changed.items():
+            os.unlink(run / name)
+            if data is not None:
+                write(run, name, data)
+        (folder / "images").mkdir()
+        found = pictures()
+        write(folder, "images/a.png", found["plain.png"])
+        for name, picture in images.items():
+            write(folder / "images", os.fsdecode(name), found[picture])
+        words = [str(run) if word == "RUN" else word for word in words]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            parser = cli.build_parser()
+            rest, overrides = split_overrides(words, parser)
+            try:
+                options = parser.parse_args(rest)
+                options.overrides = overrides
+                code = options.run(options)
+            except SystemExit as stop:
+                raise ScanFastError("refused by the parser") from stop
+        if code != 0:
+            raise WrongResult(f"the command returned {code}")

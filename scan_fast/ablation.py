@@ -49,7 +49,7 @@ from .sweep import collect, statistics_of
 
 _FIELDS = ("title", "found", "base", "variants")
 _NAME = re.compile(r"[\w+-][\w.+ -]*")
-_TIMES = re.compile(r"(\d+)x")
+_TIMES = re.compile(r"(\d{1,9})x")
 
 
 @dataclass(frozen=True)

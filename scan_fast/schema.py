@@ -20,12 +20,17 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_boolean_numbers(cls, values: Any) -> Any:
+    def _plain_numbers(cls, values: Any) -> Any:
         # pydantic reads true as 1, and YAML reads yes and on as true.
         if isinstance(values, dict):
             for name, field in cls.model_fields.items():
                 if isinstance(values.get(name), bool) and bool not in (field.annotation, *get_args(field.annotation)):
                     raise ValueError(f"{name} must not be true or false")
+                given = values.get(name)
+                for number in given if isinstance(given, (list, tuple)) else (given,):
+                    # Larger ones fit no tensor, and of thousands of digits they cannot even be written.
+                    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                        raise ValueError(f"{name} must be below 2^63, got a number of {number.bit_length()} bits")
         return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -76,8 +77,9 @@ def parse_group(text: str, n_groups: int) -> int:
         UsageError: for anything else.
     """
     digits = text.removeprefix("#")
-    if not digits.isascii() or not digits.isdigit() or int(digits) >= n_groups:
-        raise UsageError(f"a group is a number from 0 to {n_groups - 1}, got {text!r}")
+    # Python refuses to read numbers of thousands of digits.
+    if not re.fullmatch("[0-9]{1,18}", digits) or int(digits) >= n_groups:
+        raise UsageError(f"a group is a number from 0 to {n_groups - 1}, got {text[:40]!r}")
     return int(digits)
 
 

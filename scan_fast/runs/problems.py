@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from typing import Any
 
 from pydantic import BaseModel
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, 200, 100, 200
 
 
 def explain(problem: Any, root: type[BaseModel]) -> str:
@@ -28,13 +32,22 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
         return f"unknown key {key}: {hint}"
     if problem["type"] == "union_tag_not_found":
         kinds = ", ".join(_kind(model) for model in _models(location, root) if "kind" in model.model_fields)
-        return f"{key}.kind is missing: give one of {kinds} beside {problem['input']!r}"
+        return f"{key}.kind is missing: give one of {kinds} beside {shown(problem['input'])}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":  # raised by our own validators, which say what was given
         return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     given = problem.get("input")
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {shown(given)}"
+
+
+def shown(value: Any) -> str:
+    """Return the representation of a value, at most 300 characters of it and three mappings or lists deep."""
+    try:
+        text = _REPR.repr(value)
+        return text if len(text) <= 300 else f"{text[:300]}..."
+    except ValueError:  # of a whole number with thousands of digits
+        return f"a value of type {type(value).__name__} that is too large to be shown"
 
 
 def _without_kinds(location: list[str], root: type[BaseModel]) -> list[str]:

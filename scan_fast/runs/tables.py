@@ -193,20 +193,27 @@ class Assignments(Predictions):
         import pyarrow
         import pyarrow.parquet
 
+        known = {"path": pyarrow.string(), "cluster": pyarrow.int64(), "split": pyarrow.string()}
+        known |= dict.fromkeys(("confidence", "margin"), pyarrow.float64())
+        further = dict.fromkeys(("label", "name"), pyarrow.string())
         try:
             table = pyarrow.parquet.read_table(pyarrow.py_buffer(file.read()))
-            texts = {
-                name: list(map(restored, table[name].to_pylist())) for name in _TEXTS if name in table.column_names
+            columns = {
+                name: table.column(name).cast(kind)
+                for name, kind in {**known, **further}.items()
+                if name in known or name in table.column_names
             }
-            paths, splits = texts["path"], texts["split"]
-            numbers = [table[name].to_numpy() for name in ("cluster", "confidence", "margin")]
-        except (pyarrow.ArrowException, KeyError, TypeError) as error:
+        # A damaged file also raises plain errors of many classes, such as OSError for its metadata.
+        except (pyarrow.ArrowException, KeyError, OSError, ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"it is no table of assignments ({' '.join(str(error).split())})") from error
-        cluster, confidence, margin = numbers
-        names = {}
-        if "name" in texts:
-            names = {int(c): name for c, name in zip(cluster, texts["name"], strict=True) if name}
-        return cls(paths, cluster, confidence, margin, splits, texts.get("label"), names=names)
+        if any(column.null_count for column in columns.values()):
+            raise ValueError("it is no table of assignments: it has empty cells")
+        cluster, confidence, margin = (columns[name].to_numpy() for name in ("cluster", "confidence", "margin"))
+        if len(cluster) and not 0 <= cluster.min() <= cluster.max() < MOST_CLUSTERS:
+            raise ValueError(f"clusters must be from 0 to {MOST_CLUSTERS - 1}, got {cluster.min()} to {cluster.max()}")
+        texts = {name: list(map(restored, columns[name].to_pylist())) for name in _TEXTS if name in columns}
+        names = {int(c): name for c, name in zip(cluster, texts.get("name", ()), strict=False) if name}
+        return cls(texts["path"], cluster, confidence, margin, texts["split"], texts.get("label"), names=names)
 
     @classmethod
     def load(cls, file: BinaryIO) -> Assignments:
@@ -368,8 +375,15 @@ def _cell(cell: str | None) -> str:
     return cell
 
 
+def _int64(cell: str) -> int:
+    number = int(cell)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{cell[:40]} is too large")
+    return number
+
+
 def _cluster_id(cell: str) -> int:
-    cluster = int(cell)
+    cluster = _int64(cell)
     if cluster < 0:
         raise ValueError(f"cluster must not be negative, got {cluster}")
     if cluster >= MOST_CLUSTERS:

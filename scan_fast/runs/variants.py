@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .tables import as_text, csv_writer, text_cell, text_of
 
@@ -46,7 +46,13 @@ class VariantTable:
             reader = csv.DictReader(text, strict=True)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"the columns must be {', '.join(COLUMNS)}, got {reader.fieldnames}")
-            return cls([{name: _value(name, cell) for name, cell in row.items()} for row in reader])
+            return cls([{name: _value(name, row[name]) for name in COLUMNS} for row in map(_whole, reader)])
+
+
+def _whole(row: dict[str | None, Any]) -> dict[str | None, Any]:
+    if None in row:  # the cells beyond the last column
+        raise ValueError(f"a row has {len(row[None])} cells too many")
+    return row
 
 
 def _cell(value: str | int | float | None) -> str | int | float:

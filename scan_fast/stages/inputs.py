@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RunError
 from ..models.heads import ClusterModel, PretextModel
 from ..models.weights import load_strict
-from ..runs.artifacts import CLUSTER_MODEL, NEIGHBORS, PRETEXT_MODEL, SELFLABEL_MODEL
+from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS, NEIGHBORS, PRETEXT_MODEL, SELFLABEL_MODEL, Artifact
 from ..training.context import Context
+
+T = TypeVar("T", np.float32, np.int64)
 
 
 def pretext_model(context: Context) -> PretextModel:
@@ -37,18 +42,33 @@ def mined_neighbors(context: Context) -> dict[str, Tensor]:
     run.require(NEIGHBORS)
     mined = run.read(NEIGHBORS).index
     neighbors = {}
-    for split, source in context.clustered.items():
-        if split not in mined:
-            raise RunError(f"{run.path_of(NEIGHBORS)} lacks the {split} images: it is not of this run")
-        index = torch.from_numpy(mined[split])
-        if len(index) != len(source):
-            raise RunError(
-                f"{run.path_of(NEIGHBORS)} is of {len(index)} {split} images, there are {len(source)} now; "
-                "the images have changed since: start again in a new folder"
-            )
+    for split in context.clustered:
+        index = torch.from_numpy(_of_split(context, NEIGHBORS, mined, split))
         own = torch.arange(len(index))[:, None]
         neighbors[split] = torch.where(index >= 0, index, own)
     return neighbors
+
+
+def mined_embeddings(context: Context) -> dict[str, NDArray[np.float32]]:
+    """Return the embeddings by split, each (N, D) float32 in the order of the images.
+
+    Raises:
+        RunError: if mining is not finished, or its result is of other images.
+    """
+    rows = context.run.read(EMBEDDINGS).rows
+    return {split: _of_split(context, EMBEDDINGS, rows, split) for split in context.clustered}
+
+
+def _of_split(context: Context, artifact: Artifact[Any], arrays: Mapping[str, NDArray[T]], split: str) -> NDArray[T]:
+    """Return the rows of a split's images in an artifact of mining."""
+    rows, expected = arrays.get(split), len(context.clustered[split])
+    found = 0 if rows is None else len(rows)
+    if rows is None or found != expected:
+        raise RunError(
+            f"{context.run.path_of(artifact)} is of {found} {split} images, there are {expected} now; "
+            "the images have changed since: start again in a new folder"
+        )
+    return rows
 
 
 def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
@@ -64,8 +84,11 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     model = ClusterModel(context.without_pretrained, context.n_clusters, heads)
     load_strict(model, best.model, what=str(run.path_of(CLUSTER_MODEL)))
     head = best.record.get("head")
-    if head is None or head >= heads:
-        raise RunError(f"{run.path_of(CLUSTER_MODEL)} names the head {head} as the best; it has {heads}, from 0")
+    if not isinstance(head, int) or not 0 <= head < heads:
+        raise RunError(
+            f"{run.path_of(CLUSTER_MODEL)} is damaged: its best head is {head!r} of {heads}; "
+            f"repeat what wrote it: scan-fast {CLUSTER_MODEL.command} {run.path} --again"
+        )
     return context.place(model.head(head)), best.record
 
 

@@ -24,7 +24,7 @@ from ..runs.records import FILES, Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import row_counts, rows_of, unit_embedding
 from .handover import Handover
-from .inputs import mined_neighbors, pretext_model
+from .inputs import mined_embeddings, mined_neighbors, pretext_model
 from .stored import features_key
 
 NAME = "mining"
@@ -120,7 +120,7 @@ def note_purity(results: dict[str, Any], split: str, kept: ArrayLike, searched: 
 def measure_purity(context: Context, results: dict[str, Any]) -> None:
     """Measure the purity of the mined neighbours of a finished run again; see :func:`note_purity`."""
     mined = mined_neighbors(context)
-    rows = context.run.read(artifacts.EMBEDDINGS).rows
+    rows = mined_embeddings(context)
     for split, source in context.clustered.items():
         if source.labels is not None:
             index = mined[split]

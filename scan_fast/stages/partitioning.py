@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from .. import distributed
 from ..models.heads import ClusterModel
 from ..partitions import Candidate, Choice, FeatureSpace, choose, refined
-from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS
+from ..runs.artifacts import CLUSTER_MODEL
 from ..runs.records import StageResult
 from ..training.context import Context
 from .assessment import assess
 from .embedding import frozen_logits
 from .handover import CLUSTERING_LOGITS, Handover
-from .inputs import pretext_model
+from .inputs import mined_embeddings, pretext_model
 
 
 def run_partitioning(context: Context, name: str, handover: Handover) -> None:
@@ -39,7 +39,7 @@ def _group(context: Context, name: str) -> dict[str, Tensor]:
     """Do the stage, and return the logits by split."""
     begin = time.perf_counter()
     k, seed = context.n_clusters, context.config.seed
-    space = FeatureSpace(torch.from_numpy(context.run.read(EMBEDDINGS).rows["train"]), seed)
+    space = FeatureSpace(torch.from_numpy(mined_embeddings(context)["train"]), seed)
     choice = choose(space, k, context.config.clustering.ways)
     config = context.config.clustering
     head, chosen, heads = refined(choice, space, k, config.refining, config.heads)

@@ -91,7 +91,9 @@ def _record(results: dict[str, Batch], options: argparse.Namespace, seconds: flo
     for batch in results.values():
         for finding in batch.findings:
             entry = {"target": finding.target, "kind": finding.kind, "what": finding.what, "place": finding.place}
-            first = groups.setdefault((finding.target, *finding.signature), {**entry, "count": 0, "command": finding.command})
+            first = groups.setdefault(
+                (finding.target, *finding.signature), {**entry, "count": 0, "command": finding.command}
+            )
             first["count"] += 1
     rows = {
         name: {

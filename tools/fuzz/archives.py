@@ -27,7 +27,18 @@ PICKLE_TOKENS = (
     b"s", b"e", b"a", b"\x81", b"\x93", b"\x8c\x01a", b"\x82\x01", b"P0\n", b"i", b"o", b"X\x03\x00\x00\x00cpu", b"X\x04\x00\x00\x00cuda",
     b"X\x04\x00\x00\x00meta",
 )  # fmt: skip
-ZIP_TOKENS = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x07\x08", b"\x08\x00", b"\x63\x00", b"../../x", b"\x01\x00", b"\xff" * 4)
+ZIP_TOKENS = (
+    b"PK\x03\x04",
+    b"PK\x01\x02",
+    b"PK\x05\x06",
+    b"PK\x06\x06",
+    b"PK\x07\x08",
+    b"\x08\x00",
+    b"\x63\x00",
+    b"../../x",
+    b"\x01\x00",
+    b"\xff" * 4,
+)
 
 Members = list[tuple[str, bytes]]
 
@@ -80,7 +91,9 @@ def change_zip(rng: Random, members: Members, change: Callable[[str, bytes], byt
 
 
 def _renamed(rng: Random, name: str) -> str:
-    text = rng.choice((*TEXTS, f"{name}x", f"../{name}", f"/{name}", name.upper(), "archive/data.pkl", "data.pkl", "x.npy"))
+    text = rng.choice(
+        (*TEXTS, f"{name}x", f"../{name}", f"/{name}", name.upper(), "archive/data.pkl", "data.pkl", "x.npy")
+    )
     return text.encode("utf-8", "replace").decode().replace("\0", "")
 
 
@@ -88,7 +101,26 @@ def change_npy(rng: Random, data: bytes) -> bytes:
     """Return a .npy file with another header, or with changed bytes."""
     if rng.random() < 0.5:
         return mutate(rng, data, tokens=NPY_TOKENS)
-    descr = rng.choice(("<f4", ">f8", "|O", "<i8", "|u1", "<U3", "|S5", "<M8[ns]", "<c8", "|b1", "|V3", "<f2", [("a", "<f4")], "", 3, "x9"))
+    descr = rng.choice(
+        (
+            "<f4",
+            ">f8",
+            "|O",
+            "<i8",
+            "|u1",
+            "<U3",
+            "|S5",
+            "<M8[ns]",
+            "<c8",
+            "|b1",
+            "|V3",
+            "<f2",
+            [("a", "<f4")],
+            "",
+            3,
+            "x9",
+        )
+    )
     shape: Any = tuple(rng.choice((0, 1, 2, 3, 6, *WHOLE)) for _ in range(rng.randrange(4)))
     if rng.random() < 0.1:
         shape = rng.choice(("", None, [2], (2.0,), (True,), ("a",), tuple([1] * 70)))

@@ -13,7 +13,14 @@ from typing import IO, Any
 ADDRESS_SPACE = 3 << 30
 """Bytes of address space beyond those at the start, after which an allocation fails."""
 
-_NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request")
+_NETWORK = (
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.sendto",
+    "urllib.Request",
+)
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
 _CODE = ("pickle.find_class",)
 _PATHS = {

@@ -10,7 +10,26 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-WHOLE = (0, 1, -1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64)
+WHOLE = (
+    0,
+    1,
+    -1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    65535,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64,
+)
 """Numbers at the limits of integer types."""
 TEXTS = (
     "", " ", "0", "-1", "1e309", "nan", "inf", "null", "true", "~", "auto", "a" * 300, "é", "日本", "\u202e", "\0", "\n",
@@ -224,7 +243,9 @@ def change_table(rng: Random, rows: Sequence[Sequence[str]]) -> list[list[str]]:
         row = rng.choice(changed)
         kind = rng.random()
         if kind < 0.6 and row:
-            row[rng.randrange(len(row))] = rng.choice((*TEXTS, *map(str, WHOLE), *map(str, FLOATS), "x" * 140_000, "1" * 30))
+            row[rng.randrange(len(row))] = rng.choice(
+                (*TEXTS, *map(str, WHOLE), *map(str, FLOATS), "x" * 140_000, "1" * 30)
+            )
         elif kind < 0.7:
             row.insert(rng.randrange(len(row) + 1), rng.choice(TEXTS))
         elif kind < 0.8 and row:

@@ -55,7 +55,23 @@ from ..archives import (
 from ..mutations import TEXTS, WHOLE, as_json, change_table, change_tree, deep, mutate
 from ..target import Target, WrongResult
 
-_JSON_TOKENS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b'"\\ud800"', b"\\u0000", b"[]", b"{}", b"null", b"true", b'"', b",", b":", b"{", b"[")
+_JSON_TOKENS = (
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b"1e999",
+    b'"\\ud800"',
+    b"\\u0000",
+    b"[]",
+    b"{}",
+    b"null",
+    b"true",
+    b'"',
+    b",",
+    b":",
+    b"{",
+    b"[",
+)
 _CSV_TOKENS = (b'"', b'""', b"\r", b"\n", b",", b"\0", b"\xff", b"\xef\xbb\xbf", b"nan", b"-1", b"1e999", b"9" * 400)
 
 _READ_BACK: tuple[type[BaseException], ...] = (ValueError, ScanFastError)
@@ -76,7 +92,9 @@ def contents() -> dict[str, tuple[Artifact[Any], Any]]:
         "clustering", ModelConfig(), 2, 8, 8, "image", "exact", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), weights, "bilinear",
         torch.eye(2), torch.ones(2),
     )  # fmt: skip
-    checkpoint = Checkpoint(weights, {"state": {}, "param_groups": [{"lr": 0.1}]}, {"best": 1}, 3, 1, 0, {"loss": torch.ones(())}, 1.0)
+    checkpoint = Checkpoint(
+        weights, {"state": {}, "param_groups": [{"lr": 0.1}]}, {"best": 1}, 3, 1, 0, {"loss": torch.ones(())}, 1.0
+    )
     cache = DecodeCache()
     cache.note(Identity("/a.png", 10, 20), Header(4, 5, 1, False), 2**64 - 1)
     row = {name: 1.5 for name in COLUMNS} | {"variant": "a", "seeds": 3}
@@ -154,7 +172,9 @@ class _Loaded(Target):
             artifact.dump(content, file)
             artifact.load(io.BytesIO(file.getvalue()))
         except Exception as error:
-            raise WrongResult(f"{name} was read, but not written and read again: {type(error).__name__}: {error}") from error
+            raise WrongResult(
+                f"{name} was read, but not written and read again: {type(error).__name__}: {error}"
+            ) from error
 
 
 class JsonFiles(_Loaded):
@@ -230,7 +250,9 @@ class TensorFiles(_Loaded):
         super().__init__(shared)
         self._members = {name: read_zip(data) for name, data in self._files.items()}
         self._trees = {name: torch.load(io.BytesIO(data), weights_only=True) for name, data in self._files.items()}
-        self._pickles = [content for members in self._members.values() for at, content in members if at.endswith(".pkl")]
+        self._pickles = [
+            content for members in self._members.values() for at, content in members if at.endswith(".pkl")
+        ]
 
     def changed(self, rng: Random, name: str, data: bytes) -> bytes:
         """Change bytes, members, opcodes of the pickle, or values."""

@@ -100,12 +100,16 @@ class Overrides(Target):
     def _word(self, rng: Random) -> str:
         key = rng.choice(self._keys)
         if rng.random() < 0.2:
-            key = rng.choice((key.rpartition(".")[0], f"{key}.kind", f"{key}.a", key[:-1], rng.choice(TEXTS), f".{key}", f"{key}."))
+            key = rng.choice(
+                (key.rpartition(".")[0], f"{key}.kind", f"{key}.a", key[:-1], rng.choice(TEXTS), f".{key}", f"{key}.")
+            )
         kind = rng.random()
         if kind < 0.4:
             value = as_json(value_of(rng)).decode()
         elif kind < 0.8:
-            value = str(rng.choice((*TEXTS, *WHOLE, "[1, 2]", "{kind: none}", "simclr", "2x", "1e-3", "2001-01-01", "0.5")))
+            value = str(
+                rng.choice((*TEXTS, *WHOLE, "[1, 2]", "{kind: none}", "simclr", "2x", "1e-3", "2001-01-01", "0.5"))
+            )
         else:
             value = mutate(rng, b"{kind: strong, size: [1, 2]}", tokens=_TOKENS).decode("utf-8", "surrogateescape")
         word = f"{key}={value}"

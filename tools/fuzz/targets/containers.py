@@ -28,7 +28,18 @@ _TAR_TOKENS = (
     b"ustar\x0000", b"ustar  \0", b"././@LongLink", b"0000000", b"7777777", b"\x80\0\0\0\0\0\0\0\0\0\0\1", b"GNU.sparse.major=1\n", b"12 size=99\n",
     b"11 path=/x\n", b"x", b"g", b"L", b"K", b"S", b"1", b"2", b"5", b"\0" * 512,
 )  # fmt: skip
-_PARQUET_TOKENS = (b"PAR1", b"\x15\x00", b"\x15\x02", b"ARROW:schema", b"image", b"bytes", b"path", b"label", b"\x1f\x8b", b"\x19\x18")
+_PARQUET_TOKENS = (
+    b"PAR1",
+    b"\x15\x00",
+    b"\x15\x02",
+    b"ARROW:schema",
+    b"image",
+    b"bytes",
+    b"path",
+    b"label",
+    b"\x1f\x8b",
+    b"\x19\x18",
+)
 
 
 def check_source(source: Source, wanted: int | None = None) -> None:
@@ -39,11 +50,17 @@ def check_source(source: Source, wanted: int | None = None) -> None:
     """
     images = source.read(torch.arange(len(source)))
     if tuple(images.shape[:3]) != (len(source), source.size, source.size) or len(source.paths) != len(source):
-        raise WrongResult(f"{len(source)} images of {source.size} pixels, {len(source.paths)} names, got {tuple(images.shape)}")
+        raise WrongResult(
+            f"{len(source)} images of {source.size} pixels, {len(source.paths)} names, got {tuple(images.shape)}"
+        )
     if source.labels is not None:
         names = source.class_names or []
-        if len(source.labels) != len(source) or not 0 <= int(source.labels.min()) <= int(source.labels.max()) < len(names):
-            raise WrongResult(f"the labels {source.labels.tolist()} do not fit {len(source)} images of {len(names)} classes")
+        if len(source.labels) != len(source) or not 0 <= int(source.labels.min()) <= int(source.labels.max()) < len(
+            names
+        ):
+            raise WrongResult(
+                f"the labels {source.labels.tolist()} do not fit {len(source)} images of {len(names)} classes"
+            )
     if wanted is not None and len(source) + len(source.skipped) != wanted:
         raise WrongResult(f"of {wanted} images {len(source)} are read and {len(source.skipped)} left out")
 
@@ -81,7 +98,12 @@ class Shards(_Container):
             members.append([f"a/{number:03d}.png", rng.choice(self._pictures)])
             kind = rng.random()
             if kind < 0.4:
-                members.append([f"a/{number:03d}.cls", str(rng.choice((0, 1, "cat", *WHOLE, *TEXTS))).encode("utf-8", "surrogatepass")])
+                members.append(
+                    [
+                        f"a/{number:03d}.cls",
+                        str(rng.choice((0, 1, "cat", *WHOLE, *TEXTS))).encode("utf-8", "surrogatepass"),
+                    ]
+                )
             elif kind < 0.8:
                 label = change_tree(rng, {"label": 1, "cls": "cat"}) if rng.random() < 0.5 else {"label": number}
                 members.append([f"a/{number:03d}.json", as_json(label)])
@@ -93,7 +115,10 @@ class Shards(_Container):
                 if rng.random() < 0.1:
                     info.name = rng.choice((*TEXTS, "../../x.png", "/x.png", f"{'d/' * 120}x.png")) or "x"
                 if rng.random() < 0.05:
-                    info.type, info.linkname = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)), "/etc/passwd"
+                    info.type, info.linkname = (
+                        rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
+                        "/etc/passwd",
+                    )
                 info.size = len(content) if info.isreg() else 0
                 try:
                     archive.addfile(info, io.BytesIO(content))
@@ -149,11 +174,16 @@ class Neighbours(_Container):
     def draw(self, rng: Random) -> Any:
         """Return the bytes of a file and the number of images."""
         n = rng.choice((1, 3, 3, 6))
-        array: Any = np.array([[row, *(rng.randrange(n) for _ in range(3))] for row in range(n)], dtype=rng.choice(("i8", "i4", "u8", "i2")))
+        array: Any = np.array(
+            [[row, *(rng.randrange(n) for _ in range(3))] for row in range(n)],
+            dtype=rng.choice(("i8", "i4", "u8", "i2")),
+        )
         if rng.random() < 0.3:
             array = random_array(rng)
         elif rng.random() < 0.3:
-            array[rng.randrange(n), rng.randrange(4)] = rng.choice((n, n - 1, 0, 100, *((-1,) if array.dtype.kind == "i" else ())))
+            array[rng.randrange(n), rng.randrange(4)] = rng.choice(
+                (n, n - 1, 0, 100, *((-1,) if array.dtype.kind == "i" else ()))
+            )
         file = io.BytesIO()
         np.save(file, array)
         data = file.getvalue()
@@ -184,10 +214,20 @@ class Lists(_Container):
         text = mutate if rng.random() < 0.8 else _unchanged
         kind = rng.random()
         if kind < 0.35:
-            classes = text(rng, b"n01 cat\nn02 dog\n", (b"a\nb\n",), (b"\n", b"\r", b"..", b"/", b"\x85", b"\0", b"\xff", b" "))
-            return {"n01/a.png": 0, "n02/b.png": 0, "classes.txt": classes}, {**settings, "source": rng.choice(("folder", "imagenet"))}
+            classes = text(
+                rng, b"n01 cat\nn02 dog\n", (b"a\nb\n",), (b"\n", b"\r", b"..", b"/", b"\x85", b"\0", b"\xff", b" ")
+            )
+            return {"n01/a.png": 0, "n02/b.png": 0, "classes.txt": classes}, {
+                **settings,
+                "source": rng.choice(("folder", "imagenet")),
+            }
         if kind < 0.7:
-            files: dict[str, Any] = {"train/n01/a.png": 0, "train/n02/b.png": 0, "val/images/v0.png": 0, "val/images/v1.png": 0}
+            files: dict[str, Any] = {
+                "train/n01/a.png": 0,
+                "train/n02/b.png": 0,
+                "val/images/v0.png": 0,
+                "val/images/v1.png": 0,
+            }
             lists = {
                 "val/val_annotations.txt": b"v0.png\tn01\t0\t0\t6\t6\nv1.png\tn02\t0\t0\t6\t6\n",
                 "wnids.txt": b"n01\nn02\n",
@@ -197,11 +237,26 @@ class Lists(_Container):
                 if rng.random() < 0.8:
                     files[name] = text(rng, content, list(lists.values())) if rng.random() < 0.6 else content
             return files, {**settings, "source": "tinyimagenet"}
-        batch = pickle.dumps({b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0, 1], b"label_names": [b"a"]}, protocol=2)
+        batch = pickle.dumps(
+            {b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0, 1], b"label_names": [b"a"]}, protocol=2
+        )
         evil = b"cos\nsystem\n(S'true'\ntR."
-        names = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch", "batches.meta")
-        prefix, source = rng.choice((("cifar-10-batches-py", "cifar10"), ("cifar-100-python", "cifar20"), ("stl10_binary", "stl10")))
-        chosen = {f"{prefix}/{name}": rng.choice((evil, mutate(rng, batch), bytes_like(rng, 64))) for name in (*names, "train", "test", "meta", "train_X.bin")}
+        names = (
+            "data_batch_1",
+            "data_batch_2",
+            "data_batch_3",
+            "data_batch_4",
+            "data_batch_5",
+            "test_batch",
+            "batches.meta",
+        )
+        prefix, source = rng.choice(
+            (("cifar-10-batches-py", "cifar10"), ("cifar-100-python", "cifar20"), ("stl10_binary", "stl10"))
+        )
+        chosen = {
+            f"{prefix}/{name}": rng.choice((evil, mutate(rng, batch), bytes_like(rng, 64)))
+            for name in (*names, "train", "test", "meta", "train_X.bin")
+        }
         return chosen, {**settings, "source": source}
 
     def feed(self, given: Any, folder: Path) -> None:
@@ -210,7 +265,9 @@ class Lists(_Container):
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write(folder, name, self._pictures[0] if content == 0 else content)
-        config = DataConfig(root=folder, classes_file=folder / "classes.txt" if "classes.txt" in files else None, **settings)
+        config = DataConfig(
+            root=folder, classes_file=folder / "classes.txt" if "classes.txt" in files else None, **settings
+        )
         splits = open_splits(config)
         for source in (splits.train, splits.test):
             if source is not None:

@@ -28,7 +28,18 @@ _SETTINGS = (
     "mining.k=2", "clustering.epochs=1", "clustering.batch_size=8", "clustering.view.cutout=2", "selflabel.epochs=1",
     "selflabel.batch_size=8", "selflabel.view.cutout=2", "precision=float32", "runtime.threads=1", "runtime.device=cpu", "data.resident=files",
 )  # fmt: skip
-_IMAGES = ("plain.png", "alpha.png", "grey16.png", "turned.png", "plain.gif", "plain.bmp", "plain.tif", "grey.pgm", "baseline.jpg", "turned.jpg")
+_IMAGES = (
+    "plain.png",
+    "alpha.png",
+    "grey16.png",
+    "turned.png",
+    "plain.gif",
+    "plain.bmp",
+    "plain.tif",
+    "grey.pgm",
+    "baseline.jpg",
+    "turned.jpg",
+)
 _COMMANDS = (
     "report RUN", "report RUN --single-file", "predict RUN --data images", "predict RUN --data images --out a.csv", "evaluate RUN --json",
     "evaluate RUN --data images", "compare RUN --json", "name RUN 0 boots", "name RUN --list", "name RUN --clear", "folders RUN --out groups",
@@ -77,7 +88,17 @@ class Commands(Target):
             place = images / ("x", "y")[number % 2]
             place.mkdir(parents=True, exist_ok=True)
             write(place, f"{number}{os.path.splitext(name)[1]}", found[name])
-        words = ["run", "--data", str(images), "--clusters", "2", *_SETTINGS, "--out", str(self.shared / "run"), "--quiet"]
+        words = [
+            "run",
+            "--data",
+            str(images),
+            "--clusters",
+            "2",
+            *_SETTINGS,
+            "--out",
+            str(self.shared / "run"),
+            "--quiet",
+        ]
         if cli.main(words) != 0:
             raise RuntimeError("the run failed")
 
@@ -102,7 +123,9 @@ class Commands(Target):
             return change_zip(rng, read_zip(data), lambda _, content: change_npy(rng, content))
         if name.endswith(".pt"):
             return change_zip(
-                rng, read_zip(data), lambda at, content: (change_pickle if at.endswith(".pkl") else mutate)(rng, content)
+                rng,
+                read_zip(data),
+                lambda at, content: (change_pickle if at.endswith(".pkl") else mutate)(rng, content),
             )
         return mutate(rng, data, (), ZIP_TOKENS)
 

@@ -73,7 +73,9 @@ class Decoding(Target):
             _check_pixels(again, own.height, own.width)
         scaled, small = decode(data, smallest=rng.choice((1, 4, 100)))
         if scaled != own or small.ndim != 3 or small.shape[2] != 3 or not small.numel():
-            raise WrongResult(f"decoded at a reduced scale, the header is {scaled} instead of {own}, {tuple(small.shape)}")
+            raise WrongResult(
+                f"decoded at a reduced scale, the header is {scaled} instead of {own}, {tuple(small.shape)}"
+            )
         thumbnail = decode_small(data, rng.choice((1, 8, 500)))
         if thumbnail.mode != "RGB" or not min(thumbnail.size):
             raise WrongResult(f"the small image is {thumbnail.mode} of {thumbnail.size}")

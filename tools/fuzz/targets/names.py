@@ -120,7 +120,10 @@ class GroupWords(Target):
 
     def draw(self, rng: Random) -> Any:
         """Return words as a command line has them."""
-        words = [str(rng.choice((0, 1, 2, 3, "#1", "#", *WHOLE, *TEXTS))) if i % 2 == 0 else self._name(rng) for i in range(rng.randrange(6))]
+        words = [
+            str(rng.choice((0, 1, 2, 3, "#1", "#", *WHOLE, *TEXTS))) if i % 2 == 0 else self._name(rng)
+            for i in range(rng.randrange(6))
+        ]
         return [word.replace("\0", "") for word in words]
 
     @staticmethod

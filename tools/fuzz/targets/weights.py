@@ -30,7 +30,18 @@ from ..mutations import as_json, change_tree, mutate, value_of
 from ..target import Target, WrongResult, write
 from .artifacts import saved_tree, tensors
 
-_SAFETENSORS_TOKENS = (b'"dtype":"F32"', b'"F8_E4M3"', b'"I64"', b'"BOOL"', b'"shape":[', b'"data_offsets":[', b'"__metadata__":{', b"[]", b"{}", b"18446744073709551615")
+_SAFETENSORS_TOKENS = (
+    b'"dtype":"F32"',
+    b'"F8_E4M3"',
+    b'"I64"',
+    b'"BOOL"',
+    b'"shape":[',
+    b'"data_offsets":[',
+    b'"__metadata__":{',
+    b"[]",
+    b"{}",
+    b"18446744073709551615",
+)
 
 
 def _network() -> nn.Module:
@@ -58,7 +69,11 @@ class WeightFiles(Target):
         self._trees: list[Any] = [
             dict(state),
             {"model": backbone | heads, "head": 0},
-            {"model": {f"module.{name}": value for name, value in (backbone | projector).items()}, "optimizer": {}, "epoch": 3},
+            {
+                "model": {f"module.{name}": value for name, value in (backbone | projector).items()},
+                "optimizer": {},
+                "epoch": 3,
+            },
             backbone | projector,
             {"state_dict": {f"module.encoder_q.{name}": value for name, value in state.items()}, "arch": "a"},
             {"model": backbone | heads, "best_loss_head": np.int64(0), "best_loss": np.float64(0.5)},
@@ -86,7 +101,9 @@ class WeightFiles(Target):
         if kind < 0.6:
             data = rng.choice(self._files)
             if data.startswith(b"PK"):
-                return f"a{suffix or '.pth'}", change_zip(rng, read_zip(data), lambda _, content: change_pickle(rng, content))
+                return f"a{suffix or '.pth'}", change_zip(
+                    rng, read_zip(data), lambda _, content: change_pickle(rng, content)
+                )
             return f"a{suffix or '.pth'}", change_pickle(rng, data, self._files)
         if kind < 0.9:
             return f"a{suffix or '.pth'}", saved_tree(rng, rng.choice(self._trees))
@@ -134,7 +151,19 @@ class Models(Target):
         weights = ClusterModel(config, 2).state_dict()
         half, n_features = (0.5, 0.5, 0.5), ClusterModel(config, 2).out_features
         saved = SavedModel(
-            "clustering", config, 2, 8, 8, "image", "exact", half, half, weights, "bilinear", torch.ones(2, n_features), torch.ones(2)
+            "clustering",
+            config,
+            2,
+            8,
+            8,
+            "image",
+            "exact",
+            half,
+            half,
+            weights,
+            "bilinear",
+            torch.ones(2, n_features),
+            torch.ones(2),
         )
         file = io.BytesIO()
         saved.dump(file)
@@ -146,10 +175,33 @@ class Models(Target):
         tree = copy.copy(self._tree)
         for _ in range(rng.choice((1, 1, 2))):
             key = rng.choice([key for key in tree if key != "state_dict"])
-            values = [*tensors(rng), "crop", "file", "bicubic", "scaled", 16, 3, 1_000_000, 2**40, (1.0, 2.0), (0.0, 0.0, 0.0)]
+            values = [
+                *tensors(rng),
+                "crop",
+                "file",
+                "bicubic",
+                "scaled",
+                16,
+                3,
+                1_000_000,
+                2**40,
+                (1.0, 2.0),
+                (0.0, 0.0, 0.0),
+            ]
             if key == "model" and rng.random() < 0.8:
                 settings = dict(tree[key])
-                others = ["timm:resnet18", "dinov2-small", "auto", "descriptor", "resnet50", "torchvision:resnet18", True, 16, "/etc/passwd", "mlp"]
+                others = [
+                    "timm:resnet18",
+                    "dinov2-small",
+                    "auto",
+                    "descriptor",
+                    "resnet50",
+                    "torchvision:resnet18",
+                    True,
+                    16,
+                    "/etc/passwd",
+                    "mlp",
+                ]
                 settings[rng.choice(list(settings))] = rng.choice((*others, value_of(rng)))
                 tree[key] = settings
             else:
@@ -171,6 +223,8 @@ class Models(Target):
         source = TensorSource(self._images, size=predictor.size)
         probabilities, features = predictor.outputs(source)
         if probabilities.shape != (2, predictor.n_clusters) or not bool(probabilities.isfinite().all()):
-            raise WrongResult(f"probabilities {tuple(probabilities.shape)} of {predictor.n_clusters} clusters: {probabilities.tolist()}")
+            raise WrongResult(
+                f"probabilities {tuple(probabilities.shape)} of {predictor.n_clusters} clusters: {probabilities.tolist()}"
+            )
         if predictor.typicality is not None:
             predictor.typicality.unlike(*predictor.typicality.nearest(features))

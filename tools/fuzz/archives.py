@@ -15,16 +15,23 @@ from .mutations import TEXTS, WHOLE, mutate
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 NPY_TOKENS = (
-    b"'<f4'", b"'>f8'", b"'|O'", b"'<U9'", b"'<M8[ns]'", b"'|V8'", b"'<c16'", b"[('a', '<f4'), ('b', '|O')]", b"'fortran_order': True",
-    b"(2, 3)", b"()", b"(0,)", b"(-1,)", b"(4294967296,)", b"(1000000000, 1000000000)", b"True", b"None", b"\x93NUMPY\x02\x00",
+    b"'<f4'", b"'>f8'", b"'|O'", b"'<U9'", b"'<M8[ns]'", b"'|V8'", b"'<c16'", b"[('a', '<f4'), ('b', '|O')]",
+    b"'fortran_order': True",
+    b"(2, 3)", b"()", b"(0,)", b"(-1,)", b"(4294967296,)", b"(1000000000, 1000000000)", b"True", b"None",
+    b"\x93NUMPY\x02\x00",
     b"__import__('os')", b"1e400", b"'shape': (2,), ",
 )  # fmt: skip
 PICKLE_TOKENS = (
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n",
-    b"ccollections\nOrderedDict\n", b"cnumpy\ndtype\n", b"ctorch\nSize\n", b"R", b"(", b"t", b"\x85", b"\x86", b"\x87", b"Q", b"b", b"u",
-    b"}", b"]", b")", b"0", b"2", b"q\x00", b"h\x00", b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09\x00\x00\x00\x00\x00\x00\x00\x00\x01",
-    b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\xff", b"G\x7f\xf8\x00\x00\x00\x00\x00\x00", b"N", b"\x88", b"\x89", b".", b"\x80\x02", b"\x80\x04\x95",
-    b"s", b"e", b"a", b"\x81", b"\x93", b"\x8c\x01a", b"\x82\x01", b"P0\n", b"i", b"o", b"X\x03\x00\x00\x00cpu", b"X\x04\x00\x00\x00cuda",
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch\nFloatStorage\n",
+    b"ccollections\nOrderedDict\n", b"cnumpy\ndtype\n", b"ctorch\nSize\n", b"R", b"(", b"t", b"\x85", b"\x86",
+    b"\x87", b"Q", b"b", b"u",
+    b"}", b"]", b")", b"0", b"2", b"q\x00", b"h\x00", b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f",
+    b"\x8a\x09\x00\x00\x00\x00\x00\x00\x00\x00\x01",
+    b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\xff", b"G\x7f\xf8\x00\x00\x00\x00\x00\x00", b"N", b"\x88", b"\x89", b".",
+    b"\x80\x02", b"\x80\x04\x95",
+    b"s", b"e", b"a", b"\x81", b"\x93", b"\x8c\x01a", b"\x82\x01", b"P0\n", b"i", b"o", b"X\x03\x00\x00\x00cpu",
+    b"X\x04\x00\x00\x00cuda",
     b"X\x04\x00\x00\x00meta",
 )  # fmt: skip
 ZIP_TOKENS = (

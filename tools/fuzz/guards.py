@@ -1,4 +1,4 @@
-"""Limits around a process that reads hostile inputs: what it may open, how long it may take, how much memory it may use."""
+"""Limits around a process that reads hostile inputs: files, network, processor time and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _NETWORK = (
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
 _CODE = ("pickle.find_class",)
 _PATHS = {
-    "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.chmod": 1,
+    "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
+    "os.truncate": 1, "os.chmod": 1,
     "shutil.rmtree": 1, "shutil.move": 2,
 }  # fmt: skip
 """Events that change files, with the number of the last path that is changed."""

@@ -1,4 +1,4 @@
-"""Changes of valid inputs: of bytes, of text with cells, and of trees of plain values. All of them draw from a generator."""
+"""Changes of valid inputs, drawn from a generator: of bytes, of tables, and of trees of plain values."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ WHOLE = (
 )
 """Numbers at the limits of integer types."""
 TEXTS = (
-    "", " ", "0", "-1", "1e309", "nan", "inf", "null", "true", "~", "auto", "a" * 300, "é", "日本", "\u202e", "\0", "\n",
-    "\r", "\ud800", "\udcff", "../../x", "/etc/passwd", "/dev/stdin", "/proc/self/mem", "~root", "-", "--help", "a=b", "a.b.c",
+    "", " ", "0", "-1", "1e309", "nan", "inf", "null", "true", "~", "auto", "a" * 300, "é", "日本", "\u202e", "\0",
+    "\n",
+    "\r", "\ud800", "\udcff", "../../x", "/etc/passwd", "/dev/stdin", "/proc/self/mem", "~root", "-", "--help", "a=b",
+    "a.b.c",
     "%s%n", "{0}", "<script>", '"', "'", ",", ";", "\\", "{{7*7}}", "[bold]", "[/]", "http://127.0.0.1:9/x", "file:///etc/passwd",
-    "9" * 400, "1_000", "٣", "²", "0x10", "1.5",
+    "9" * 400, "9" * 5000, "1_000", "٣", "²", "0x10", "1.5",
 )  # fmt: skip
 """Texts that have a meaning somewhere."""
 FLOATS = (0.0, -0.0, 0.5, -1.0, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1.0 + 2**-52)

@@ -20,7 +20,7 @@ def _pixels(mode: str, size: tuple[int, int] = (13, 9)) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     colour = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], axis=-1).astype(np.uint8)
     if mode == "I;16":
-        return Image.fromarray((colour[..., 0].astype(np.uint16) * 257))
+        return Image.fromarray(colour[..., 0].astype(np.uint16) * 257)
     if mode == "F":
         return Image.fromarray(colour[..., 0].astype(np.float32) / 255)
     image = Image.fromarray(colour)
@@ -115,9 +115,14 @@ def pictures() -> dict[str, bytes]:
 
 
 TOKENS = (
-    b"\xff\xd8", b"\xff\xd9", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xdb", b"\xff\xdd\x00\x04\x00\x01", b"\xff\xe1", b"Exif\0\0",
-    b"MM\0*", b"II*\0", b"IHDR", b"PLTE", b"IDAT", b"IEND\xaeB`\x82", b"tRNS", b"eXIf", b"iCCP", b"acTL", b"fcTL", b"fdAT", b"zTXt", b"iTXt", b"GIF89a",
-    b"\x21\xf9\x04", b"\x21\xff\x0b", b"\x2c", b"\x3b", b"BM", b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ANIM", b"ANMF", b"ftypavif", b"ftypheic",
-    b"ftypmif1", b"meta", b"iloc", b"ispe", b"irot", b"\xffO\xffQ", b"jP  \r\n\x87\n", b"jp2h", b"P1\n", b"P6\n", b"Pf\n", b"Py\n", b"8BPS", b"\x00\x00\x01\x00",
-    b"%!PS-Adobe", b"qoif", b"DDS ", b"SIMPLE  =", b"\x89HDF", b"#define a_width 4\n", b"/* XPM */", b"Radiance", b"icns",
+    b"\xff\xd8", b"\xff\xd9", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xdb",
+    b"\xff\xdd\x00\x04\x00\x01", b"\xff\xe1", b"Exif\0\0",
+    b"MM\0*", b"II*\0", b"IHDR", b"PLTE", b"IDAT", b"IEND\xaeB`\x82", b"tRNS", b"eXIf", b"iCCP", b"acTL", b"fcTL",
+    b"fdAT", b"zTXt", b"iTXt", b"GIF89a",
+    b"\x21\xf9\x04", b"\x21\xff\x0b", b"\x2c", b"\x3b", b"BM", b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ANIM",
+    b"ANMF", b"ftypavif", b"ftypheic",
+    b"ftypmif1", b"meta", b"iloc", b"ispe", b"irot", b"\xffO\xffQ", b"jP  \r\n\x87\n", b"jp2h", b"P1\n", b"P6\n",
+    b"Pf\n", b"Py\n", b"8BPS", b"\x00\x00\x01\x00",
+    b"%!PS-Adobe", b"qoif", b"DDS ", b"SIMPLE  =", b"\x89HDF", b"#define a_width 4\n", b"/* XPM */", b"Radiance",
+    b"icns",
 )  # fmt: skip

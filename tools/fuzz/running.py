@@ -44,7 +44,7 @@ def tasks_of(target: Target, seed: int, inputs: int, first: int = 0) -> list[Tas
 
 
 class _Child:
-    """A process that works on a task, in a folder whose content tells whether it wrote outside its working directory."""
+    """A process that works on a task, in a folder that shows what it wrote outside its working directory."""
 
     def __init__(self, task: Task, cage: Path) -> None:
         self._task = task
@@ -69,8 +69,8 @@ class _Child:
             result = os.open(self._cage / "result", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             log = (self._cage / "log").open("w")
             null = os.open(os.devnull, os.O_RDWR)
-            for number, file in enumerate((null, null, log.fileno())):
-                os.dup2(file, number)
+            for number, target in enumerate((null, null, log.fileno())):
+                os.dup2(target, number)
             guards.dump_on_timer(log)
             task = self._task
             batch = run_batch(task.target, task.seed, task.first, task.stop, self._folder, self._progress)

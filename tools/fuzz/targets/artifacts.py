@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,9 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from scan_fast.data.decode import Header
-from scan_fast.data.decode_cache import DecodeCache
-from scan_fast.data.encoded import Identity
 from scan_fast.errors import ScanFastError
 from scan_fast.models.backbones import ModelConfig
 from scan_fast.models.saved import SavedModel
@@ -31,7 +27,6 @@ from scan_fast.runs.records import (
     Checkpoint,
     Embeddings,
     ImageMap,
-    ImageRecord,
     MetricsEntry,
     Neighbors,
     PrecisionRecord,
@@ -39,7 +34,7 @@ from scan_fast.runs.records import (
     SuggestedNumber,
     Summary,
 )
-from scan_fast.runs.tables import Assignments, Confusion, Skipped
+from scan_fast.runs.tables import Assignments, Confusion
 from scan_fast.runs.variants import COLUMNS, VariantTable
 
 from ..archives import (
@@ -53,6 +48,7 @@ from ..archives import (
     write_zip,
 )
 from ..mutations import TEXTS, WHOLE, as_json, change_table, change_tree, deep, mutate
+from ..small_run import small_run
 from ..target import Target, WrongResult
 
 _JSON_TOKENS = (
@@ -79,11 +75,17 @@ _READ_BACK: tuple[type[BaseException], ...] = (ValueError, ScanFastError)
 
 
 def contents() -> dict[str, tuple[Artifact[Any], Any]]:
-    """Return a valid content of every artifact but pictures and pages, by the name of the artifact."""
+    """Return a valid content of artifacts, by their names; pictures and pages are left out, as anything is one."""
     rows = np.eye(3, 2, dtype=np.float32)
     index = np.array([[1, 2], [0, 2], [0, -1]], dtype=np.int64)
     weights = {"a.weight": torch.ones(2, 3), "a.bias": torch.zeros(2)}
-    stages = {"pretext": {"seconds": 1.5, "loss": 0.5}, "clustering": {"seconds": 2, "test": {"acc": 0.5}, "files": {}}}
+    stages: dict[str, dict[str, Any]] = {
+        "pretext": {"seconds": 1.5, "loss": 0.5},
+        "clustering": {"seconds": 2, "test": {"acc": 0.5}, "files": {}},
+    }
+        "pretext": {"seconds": 1.5, "loss": 0.5},
+        "clustering": {"seconds": 2, "test": {"acc": 0.5}, "files": {}},
+    }
     table = Assignments(
         ["a/1.png", "b,2.png", "c\n3.png"], np.array([0, 1, 1]), np.array([0.9, 0.5, 1.0]), np.array([0.8, 0.0, 1.0]),
         ["train", "train", "test"], ["x", "", "y"], names={1: "boots"},
@@ -95,28 +97,23 @@ def contents() -> dict[str, tuple[Artifact[Any], Any]]:
     checkpoint = Checkpoint(
         weights, {"state": {}, "param_groups": [{"lr": 0.1}]}, {"best": 1}, 3, 1, 0, {"loss": torch.ones(())}, 1.0
     )
-    cache = DecodeCache()
-    cache.note(Identity("/a.png", 10, 20), Header(4, 5, 1, False), 2**64 - 1)
-    row = {name: 1.5 for name in COLUMNS} | {"variant": "a", "seeds": 3}
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 1.5) | {"variant": "a", "seeds": 3}
     found: list[tuple[Artifact[Any], Any]] = [
         (artifacts.CONFIG, Config()),
         (artifacts.SUMMARY, Summary(0, stages, {"kmeans": {"acc": 0.5}}, {"network": "a"})),
         (artifacts.METRICS, [MetricsEntry("pretext", epoch, 2, 1e9, {"loss": 0.5}) for epoch in (1, 2)]),
         (artifacts.PRECISION, PrecisionRecord("float32", "it was given", {"width": 1})),
         (artifacts.BACKBONE, BackboneRecord("a", "b", 8, [0.5] * 3, [0.2] * 3, "bilinear", None, None, None, 100)),
-        (artifacts.DECODE_CACHE, cache),
         (artifacts.SUGGESTION, SuggestedNumber(3, [{"k": 3, "score": 0.5, "stability": 0.9, "way": "kmeans"}])),
         (artifacts.NAMES, GroupNames("0" * 32, {0: "shoes", 1: "boots"})),
         (artifacts.SWEEP, {"seeds": [0, 1], "mean": 0.5}),
         (artifacts.ABLATION, {"variants": {"a": {"mean": 0.5}}}),
-        (artifacts.SKIPPED, Skipped([("a.png", "OSError: it is cut off")])),
         (artifacts.ASSIGNMENTS, table),
         (artifacts.ASSIGNMENTS_PARQUET, table),
         (artifacts.CONFUSION, Confusion.of(np.array([[1, 2], [3, 4]]), ["x", "y"])),
         (artifacts.DUPLICATES, Duplicates([DuplicateRow(*_row_of(DuplicateRow))])),
         (artifacts.OUTLIERS, Outliers([OutlierRow(*_row_of(OutlierRow))])),
         (artifacts.ABLATION_TABLE, VariantTable([row])),
-        (artifacts.IMAGES, ImageRecord(["a.png", "b\udcff.png"], np.array([1, 2**64 - 1], dtype=np.uint64))),
         (artifacts.EMBEDDINGS, Embeddings({"train": rows, "test": rows}, "0" * 32)),
         (artifacts.NEIGHBORS, Neighbors({"train": index}, {"train": index.astype(np.float32)})),
         (artifacts.MAP, ImageMap(rows, "0" * 32)),
@@ -150,6 +147,11 @@ class _Loaded(Target):
         chosen = {name: entry for name, entry in contents().items() if name.endswith(self.suffixes)}
         self._artifacts = {name: artifact for name, (artifact, _) in chosen.items()}
         self._files = {name: written(*entry) for name, entry in chosen.items()}
+        for artifact in (artifacts.IMAGES, artifacts.DECODE_CACHE, artifacts.SKIPPED, artifacts.CLUSTER_MODEL):
+            if artifact.name.endswith(self.suffixes):
+                data = (small_run(shared) / artifact.name).read_bytes()
+                self._artifacts[artifact.name] = artifact
+                self._files[artifact.name] = write_zip(read_zip(data)) if artifact.name.endswith(".npz") else data
         self._names = list(self._files)
         self._others = list(self._files.values())
 
@@ -307,7 +309,6 @@ class Others(_Loaded):
     name = "other-files"
     share = 30
     suffixes = (".yaml", ".parquet")
-    # pyarrow has threads of its own, which do not survive a fork: the corpus is made in each process.
 
     def changed(self, rng: Random, name: str, data: bytes) -> bytes:
         """Change bytes."""

@@ -21,12 +21,21 @@ from ..mutations import TEXTS, WHOLE, as_json, bytes_like, change_tree, mutate, 
 from ..target import Target, WrongResult, write
 
 _TOKENS = (
-    b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.system ['true']", b"!!binary ", b"!!set ", b"!!timestamp 2001-01-01",
-    b"? ", b"- ", b": ", b"[", b"]", b"{", b"}", b"|\n", b">\n", b"#", b"%YAML 1.2\n", b"---\n", b"...\n", b"base: a.yaml\n",
-    b"base: ../a.yaml\n", b"presets:\n  a: {}\n", b"preset: a\n", b"kind: none", b"null", b".inf", b"!!float nan", b"0o17",
+    b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.system ['true']", b"!!binary ", b"!!set ",
+    b"!!timestamp 2001-01-01",
+    b"? ", b"- ", b": ", b"[", b"]", b"{", b"}", b"|\n", b">\n", b"#", b"%YAML 1.2\n", b"---\n", b"...\n",
+    b"base: a.yaml\n",
+    b"base: ../a.yaml\n", b"presets:\n  a: {}\n", b"preset: a\n", b"kind: none", b"null", b".inf", b"!!float nan",
+    b"0o17",
     b"1:30:00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t",
 )  # fmt: skip
-_BASE = b"name: a\npreset: fast\nclustering: {n_clusters: 3}\npresets:\n  fast: {pretext: {epochs: 2}}\n  none: there is none\n"
+_BASE = b"""name: a
+preset: fast
+clustering: {n_clusters: 3}
+presets:
+  fast: {pretext: {epochs: 2}}
+  none: there is none
+"""
 
 
 def _default_values() -> dict[str, Any]:

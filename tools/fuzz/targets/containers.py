@@ -7,13 +7,14 @@ import pickle
 import tarfile
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 
+from scan_fast.data.containers import find_files, split_files
 from scan_fast.data.datasets import DataConfig, open_splits, source_from
 from scan_fast.data.neighbor_files import read_neighbors
 from scan_fast.data.sources import Source
@@ -25,7 +26,8 @@ from ..pictures import pictures
 from ..target import Target, WrongResult, write
 
 _TAR_TOKENS = (
-    b"ustar\x0000", b"ustar  \0", b"././@LongLink", b"0000000", b"7777777", b"\x80\0\0\0\0\0\0\0\0\0\0\1", b"GNU.sparse.major=1\n", b"12 size=99\n",
+    b"ustar\x0000", b"ustar  \0", b"././@LongLink", b"0000000", b"7777777", b"\x80\0\0\0\0\0\0\0\0\0\0\1",
+    b"GNU.sparse.major=1\n", b"12 size=99\n",
     b"11 path=/x\n", b"x", b"g", b"L", b"K", b"S", b"1", b"2", b"5", b"\0" * 512,
 )  # fmt: skip
 _PARQUET_TOKENS = (
@@ -77,7 +79,7 @@ def _settings(rng: Random) -> dict[str, Any]:
 
 
 class _Container(Target):
-    permitted = (DataError, MissingPackageError, OSError)
+    permitted: ClassVar[tuple[type[BaseException], ...]] = (DataError, MissingPackageError, OSError)
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
@@ -93,20 +95,16 @@ class Shards(_Container):
 
     def draw(self, rng: Random) -> Any:
         """Return the bytes of a tar file, and settings."""
-        members = []
+        members: list[tuple[str, bytes]] = []
         for number in range(rng.choice((1, 2, 3))):
-            members.append([f"a/{number:03d}.png", rng.choice(self._pictures)])
+            members.append((f"a/{number:03d}.png", rng.choice(self._pictures)))
             kind = rng.random()
             if kind < 0.4:
-                members.append(
-                    [
-                        f"a/{number:03d}.cls",
-                        str(rng.choice((0, 1, "cat", *WHOLE, *TEXTS))).encode("utf-8", "surrogatepass"),
-                    ]
-                )
+                word = str(rng.choice((0, 1, "cat", *WHOLE, *TEXTS)))
+                members.append((f"a/{number:03d}.cls", word.encode("utf-8", "surrogatepass")))
             elif kind < 0.8:
                 label = change_tree(rng, {"label": 1, "cls": "cat"}) if rng.random() < 0.5 else {"label": number}
-                members.append([f"a/{number:03d}.json", as_json(label)])
+                members.append((f"a/{number:03d}.json", as_json(label)))
         file = io.BytesIO()
         form = rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT))
         with tarfile.open(fileobj=file, mode="w", format=form) as archive:
@@ -115,10 +113,8 @@ class Shards(_Container):
                 if rng.random() < 0.1:
                     info.name = rng.choice((*TEXTS, "../../x.png", "/x.png", f"{'d/' * 120}x.png")) or "x"
                 if rng.random() < 0.05:
-                    info.type, info.linkname = (
-                        rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
-                        "/etc/passwd",
-                    )
+                    info.type = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE))
+                    info.linkname = "/etc/passwd"
                 info.size = len(content) if info.isreg() else 0
                 try:
                     archive.addfile(info, io.BytesIO(content))
@@ -145,7 +141,7 @@ class ParquetTables(_Container):
         """Return rows of a table, how its file is changed, and settings. The file itself is written in :meth:`feed`."""
         rows: list[dict[str, Any]] = []
         for number in range(rng.choice((0, 1, 2, 3))):
-            image = {"bytes": rng.choice(self._pictures), "path": None}
+            image: dict[str, Any] = {"bytes": rng.choice(self._pictures), "path": None}
             if rng.random() < 0.15:
                 image = {"bytes": None, "path": rng.choice((None, "0.png", "/etc/passwd", "../x", "", "\0", "."))}
             rows.append({"image": image, "label": rng.choice((number, number, None))})
@@ -200,6 +196,56 @@ class Neighbours(_Container):
         found = read_neighbors(write(folder, "a.npy", data), n)
         if found.dtype != np.int64 or found.ndim != 2 or len(found) != n or found.min() < -1 or found.max() >= n:
             raise WrongResult(f"{found.dtype} {found.shape} of {n} images")
+
+
+class Patterns(_Container):
+    """Patterns that select files, and the splits that their names tell."""
+
+    name = "file-patterns"
+    share = 20
+    _parts = (
+        "{",
+        "}",
+        "..",
+        "0..3",
+        "{0..2}",
+        "{a,b}",
+        "{000..011}",
+        "{9..1}",
+        "*",
+        "**",
+        "?",
+        "[",
+        "]",
+        "[!a]",
+        "/",
+        "a",
+        ".tar",
+        "train-0.tar",
+        "val/",
+    )
+
+    def draw(self, rng: Random) -> Any:
+        """Return a pattern and the names of files."""
+        parts = [rng.choice((*self._parts, *TEXTS, *map(str, WHOLE))) for _ in range(rng.randrange(1, 7))]
+        if rng.random() < 0.05:
+            parts.append("{0.." + rng.choice(("1000", "9" * 9, "9" * 18, "9" * 5000, "7")) + "}")
+        names = ("train-0.tar", "test-0.tar", "a.tar", "val/1.tar", "val/train.tar", "{.tar", "[0].tar", "b")
+        # Wildcards of any depth would walk through folders outside.
+        outside = "/~" if "**" in "".join(parts) else ""
+        pattern = "".join(parts).translate({ord(mark): None for mark in outside})
+        return pattern, rng.sample(names, rng.randrange(1, 5))
+
+    def feed(self, given: Any, folder: Path) -> None:
+        """Find the files, and split them."""
+        pattern, names = given
+        (folder / "val").mkdir()
+        for name in names:
+            write(folder, name, b"")
+        files = find_files(pattern, folder, (".tar",))
+        train, test = split_files(files)
+        if sorted({*train, *(test or ())}) != files:
+            raise WrongResult(f"of {files} {train} are trained on and {test} held out")
 
 
 class Lists(_Container):
@@ -278,4 +324,4 @@ def _unchanged(rng: Random, data: bytes, others: Any = (), tokens: Any = ()) -> 
     return data
 
 
-CONTAINERS: tuple[type[Target], ...] = (Shards, ParquetTables, Neighbours, Lists)
+CONTAINERS: tuple[type[Target], ...] = (Shards, ParquetTables, Neighbours, Patterns, Lists)

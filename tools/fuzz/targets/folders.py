@@ -19,36 +19,24 @@ from scan_fast.parsing import split_overrides
 from ..archives import ZIP_TOKENS, change_npy, change_pickle, change_zip, read_zip, write_zip
 from ..mutations import as_json, change_table, change_tree, mutate
 from ..pictures import pictures
-from ..running import in_process
+from ..small_run import small_run
 from ..target import Target, WrongResult, write
 from .names import file_name
 
-_SETTINGS = (
-    "model.backbone=resnet_digits", "model.width=0.25", "data.image_size=8", "data.workers=1", "pretext.epochs=1", "pretext.batch_size=8",
-    "mining.k=2", "clustering.epochs=1", "clustering.batch_size=8", "clustering.view.cutout=2", "selflabel.epochs=1",
-    "selflabel.batch_size=8", "selflabel.view.cutout=2", "precision=float32", "runtime.threads=1", "runtime.device=cpu", "data.resident=files",
-)  # fmt: skip
-_IMAGES = (
-    "plain.png",
-    "alpha.png",
-    "grey16.png",
-    "turned.png",
-    "plain.gif",
-    "plain.bmp",
-    "plain.tif",
-    "grey.pgm",
-    "baseline.jpg",
-    "turned.jpg",
-)
 _COMMANDS = (
-    "report RUN", "report RUN --single-file", "predict RUN --data images", "predict RUN --data images --out a.csv", "evaluate RUN --json",
-    "evaluate RUN --data images", "compare RUN --json", "name RUN 0 boots", "name RUN --list", "name RUN --clear", "folders RUN --out groups",
-    "embed RUN --data images --out a.npz", "export RUN --format reference --out a.pth.tar", "export RUN --format reference --stage mining --out a",
-    "config RUN", "probe RUN --json", "evaluate RUN --data images --prototypes a.png", "predict RUN --data images --on-error skip",
+    "report RUN", "report RUN --single-file", "predict RUN --data images", "predict RUN --data images --out a.csv",
+    "evaluate RUN --json",
+    "evaluate RUN --data images", "compare RUN --json", "name RUN 0 boots", "name RUN --list", "name RUN --clear",
+    "folders RUN --out groups",
+    "embed RUN --data images --out a.npz", "export RUN --format reference --out a.pth.tar",
+    "export RUN --format reference --stage mining --out a",
+    "config RUN", "probe RUN --json", "evaluate RUN --data images --prototypes a.png",
+    "predict RUN --data images --on-error skip",
 )  # fmt: skip
 
 _MODULES = ("matplotlib.font_manager", *(f"scan_fast.{name}" for name in (
-    "evaluating", "probing", "predictor", "applying", "report.build", "report.folders", "reference_export", "runs.comparison", "training.context",
+    "evaluating", "probing", "predictor", "applying", "report.build", "report.folders", "reference_export",
+    "runs.comparison", "training.context",
 )))  # fmt: skip
 """Commands import these when they need them; here once for all processes."""
 
@@ -65,12 +53,9 @@ class Commands(Target):
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
-        # Commands draw with it, and it keeps what it finds about fonts.
-        os.environ["MPLCONFIGDIR"] = str(shared)
-        in_process(self._train)
+        self._run = small_run(shared)
         for name in _MODULES:
             importlib.import_module(name)
-        self._run = shared / "run"
         self._files = {
             path.relative_to(self._run).as_posix(): path.read_bytes()
             for path in sorted(self._run.rglob("*"))
@@ -79,28 +64,6 @@ class Commands(Target):
         for name, data in self._files.items():
             if name.endswith(".npz"):
                 self._files[name] = write_zip(read_zip(data))
-
-    def _train(self) -> None:
-        images = self.shared / "images"
-        found = pictures()
-        for number in range(12):
-            name = _IMAGES[number % len(_IMAGES)]
-            place = images / ("x", "y")[number % 2]
-            place.mkdir(parents=True, exist_ok=True)
-            write(place, f"{number}{os.path.splitext(name)[1]}", found[name])
-        words = [
-            "run",
-            "--data",
-            str(images),
-            "--clusters",
-            "2",
-            *_SETTINGS,
-            "--out",
-            str(self.shared / "run"),
-            "--quiet",
-        ]
-        if cli.main(words) != 0:
-            raise RuntimeError("the run failed")
 
     def draw(self, rng: Random) -> Any:
         """Return a command, changed files of the run by name, and names for further images."""

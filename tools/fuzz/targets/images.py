@@ -14,6 +14,7 @@ from scan_fast.data.decode import Header, cut, decode, decode_small, read_header
 from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource
 from scan_fast.data.formats import IMAGE_SUFFIXES
+from scan_fast.data.resize import Interpolation
 from scan_fast.errors import DataError, MissingPackageError
 
 from ..mutations import mutate
@@ -21,6 +22,7 @@ from ..pictures import TOKENS, pictures
 from ..target import Target, WrongResult, write
 
 _NO_REFUSAL = (WrongResult, RecursionError, AssertionError)
+_FILTERS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 _LARGE = 1 << 24
 """Pixels above which an image may need more memory than these processes have."""
 
@@ -82,7 +84,7 @@ class Decoding(Target):
         if pixels.numel() > 3 * _LARGE:
             return
         side = rng.choice((1, 5, 16))
-        filter = rng.choice(("bilinear", "bicubic"))
+        filter = rng.choice(_FILTERS)
         _check_pixels(square(pixels, side, filter), side, side)
         boxes = torch.tensor([_box(rng, own.height, own.width) for _ in range(2)])
         _check_pixels(cut(pixels, boxes, side, filter)[1], side, side)

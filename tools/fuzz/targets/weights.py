@@ -223,8 +223,6 @@ class Models(Target):
         source = TensorSource(self._images, size=predictor.size)
         probabilities, features = predictor.outputs(source)
         if probabilities.shape != (2, predictor.n_clusters) or not bool(probabilities.isfinite().all()):
-            raise WrongResult(
-                f"probabilities {tuple(probabilities.shape)} of {predictor.n_clusters} clusters: {probabilities.tolist()}"
-            )
+            raise WrongResult(f"probabilities of {predictor.n_clusters} clusters: {probabilities.tolist()}")
         if predictor.typicality is not None:
             predictor.typicality.unlike(*predictor.typicality.nearest(features))

@@ -144,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
                     "running_mean and running_var must both be given, or, in training, neither");
   TORCH_CHECK_VALUE(!training || shape.rows > 1, "training needs more than one value per channel, got shape ",
                     x.sizes());
-  TORCH_CHECK_VALUE(eps >= 0, "eps must be a number from 0 on, got ", eps);
+  TORCH_CHECK_VALUE(eps > 0 || (eps == 0 && !training), "eps must be positive, or 0 in evaluation, got ", eps);
   check_finite(eps, "eps");
   check_finite(momentum, "momentum");
   const auto options = x.options().dtype(at::kFloat);

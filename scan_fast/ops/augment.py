@@ -79,6 +79,10 @@ def _fake(
     shift: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
+    if images.ndim != 4 or recipes.ndim != 2:
+        raise ValueError(
+            f"images must be (N, H, W, 3) and recipes (n, words), got {tuple(images.shape)} and {tuple(recipes.shape)}"
+        )
     out = images.new_empty((recipes.shape[0], size, size, 3), dtype=dtype)
     return out if dtype == torch.uint8 else out.permute(0, 3, 1, 2)
 

@@ -89,6 +89,8 @@ def _fake_forward(
     relu: bool,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W), got shape {tuple(x.shape)}")
     batch, channels, height, width = x.shape
     words = batch * height * width * ((channels + 15) // 16) if keep_mask else 0
     mean = x.new_empty(channels, dtype=torch.float32)

@@ -124,6 +124,12 @@ def conv2d_fork(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) ->
 
 
 def _fake_forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[2] != weight.shape[3]:
+        raise ValueError(
+            f"x must be (N, C, H, W) and weight (O, C, k, k), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if stride < 1 or padding < 0:
+        raise ValueError(f"stride must be at least 1 and padding 0, got {stride} and {padding}")
     sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
     return _images(x, [x.shape[0], weight.shape[0], *sides])
 
@@ -135,6 +141,8 @@ def _fake_grad_input(
 
 
 def _fake_grad_weight(grad_y: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    if grad_y.ndim != 4 or x.ndim != 4:
+        raise ValueError(f"grad_y and x must be images, got shapes {tuple(grad_y.shape)} and {tuple(x.shape)}")
     return _images(x.float(), [grad_y.shape[1], x.shape[1], kernel, kernel])
 
 

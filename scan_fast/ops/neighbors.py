@@ -121,6 +121,7 @@ if is_available():
     def _(
         queries: Tensor, database: Tensor, k: int, normalize: bool, exclude_self: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        check_arguments(database, k, queries, "cosine")
         shape = (queries.shape[0], k)
         return (
             queries.new_empty(shape, dtype=torch.float32),

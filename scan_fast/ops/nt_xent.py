@@ -170,6 +170,8 @@ if native.is_available():
     def _fake_forward(
         z0: Tensor, z1: Tensor, temperature: float, both_anchors: bool, sample_begin: int, sample_count: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if z0.ndim != 2 or z0.shape != z1.shape:
+            raise ValueError(f"z0 and z1 must have one shape (N, D), got {tuple(z0.shape)} and {tuple(z1.shape)}")
         losses = z0.new_empty((2 if both_anchors else 1) * sample_count, dtype=torch.float32)
         rows = 2 * z0.shape[0]
         unit = z0.new_empty((rows, z0.shape[1]), dtype=torch.float32)

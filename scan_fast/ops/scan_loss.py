@@ -99,6 +99,7 @@ class _DistributedSCANLoss(torch.autograd.Function):
 def _fake_forward(
     anchors: Tensor, neighbors: Tensor, entropy_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_logits("anchors", anchors, "neighbors", neighbors, _DIMENSIONS)
     heads, (rows, classes) = anchors.shape[:-2], anchors.shape[-2:]
 
     def empty(*sizes: int) -> Tensor:

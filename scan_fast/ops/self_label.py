@@ -99,6 +99,7 @@ class _DistributedSelfLabel(torch.autograd.Function):
 def _fake_forward(
     weak: Tensor, strong: Tensor, threshold: float, balance: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_logits("weak", weak, "strong", strong, _DIMENSIONS)
     rows = weak.shape[0]
     return (
         weak.new_empty((), dtype=torch.float32),

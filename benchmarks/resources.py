@@ -31,7 +31,9 @@ class Sample:
     Attributes:
         resident, proportional, private: bytes of memory in use: all pages, shared ones divided among their processes,
             and those of this process alone (RSS, PSS and USS).
-        allocated: bytes that malloc has given out; ``private`` beyond it grows if freed memory is scattered.
+        anonymous: those that belong to no file, in memory or swapped out. The pages of a library count as private or
+            not by what other processes have loaded, so this is the figure to judge by.
+        allocated: bytes that malloc has given out; ``anonymous`` beyond it grows if freed memory is scattered.
         files: open files by kind: file, socket, pipe, and the kinds of anonymous ones.
         threads: threads of the process.
         python_threads: those that Python knows, by name.
@@ -44,6 +46,7 @@ class Sample:
     resident: int
     proportional: int
     private: int
+    anonymous: int
     allocated: int
     files: dict[str, int]
     threads: int
@@ -67,6 +70,7 @@ def sample() -> Sample:
         resident=rss,
         proportional=pss,
         private=sum(private),
+        anonymous=_kilobytes(rollup, "Anonymous") + _kilobytes(rollup, "Swap"),
         allocated=allocated(),
         files=dict(sorted(Counter(_open_files()).items())),
         threads=len(os.listdir(_SELF / "task")),

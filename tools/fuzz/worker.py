@@ -160,17 +160,14 @@ def _feed_one(
         given = target.make(seed, index)
     except Exception as error:
         return finding("harness", f"{type(error).__name__}: {_text_of(error)}", place_of(error.__traceback__)), 0.0
-    found = None
+    found, refusal = None, ""
     memory = guards.peak_memory()
     guards.start_timer(target.seconds)
     begin = time.process_time()
     try:
         target.feed(given, folder)
-        batch.accepted += 1
     except target.permitted as error:
-        batch.refused += 1
-        name = type(error).__name__
-        batch.errors[name] = batch.errors.get(name, 0) + 1
+        refusal = type(error).__name__
     except guards.Forbidden:
         pass
     except BaseException as error:
@@ -178,12 +175,17 @@ def _feed_one(
         found = finding("error", what, place_of(error.__traceback__))
     seconds = time.process_time() - begin
     guards.start_timer(0)
+    grown = guards.peak_memory() - memory
     if guard.seen:
         found = finding("forbidden", guard.seen[0])
         guard.seen.clear()
-    grown = guards.peak_memory() - memory
-    if found is None and grown > target.memory_mib:
+    elif found is None and grown > target.memory_mib:
         found = finding("memory", f"{grown} MiB more")
+    if found is None and refusal:
+        batch.refused += 1
+        batch.errors[refusal] = batch.errors.get(refusal, 0) + 1
+    elif found is None:
+        batch.accepted += 1
     del given
     empty(folder)
     return found, seconds

@@ -83,9 +83,6 @@ def contents() -> dict[str, tuple[Artifact[Any], Any]]:
         "pretext": {"seconds": 1.5, "loss": 0.5},
         "clustering": {"seconds": 2, "test": {"acc": 0.5}, "files": {}},
     }
-        "pretext": {"seconds": 1.5, "loss": 0.5},
-        "clustering": {"seconds": 2, "test": {"acc": 0.5}, "files": {}},
-    }
     table = Assignments(
         ["a/1.png", "b,2.png", "c\n3.png"], np.array([0, 1, 1]), np.array([0.9, 0.5, 1.0]), np.array([0.8, 0.0, 1.0]),
         ["train", "train", "test"], ["x", "", "y"], names={1: "boots"},
@@ -219,7 +216,7 @@ class ArrayFiles(_Loaded):
     """Archives of arrays."""
 
     name = "npz-files"
-    share = 90
+    share = 100
     suffixes = (".npz",)
 
     def __init__(self, shared: Path) -> None:
@@ -245,7 +242,7 @@ class TensorFiles(_Loaded):
     """Files of torch.save: checkpoints, results of stages, models."""
 
     name = "tensor-files"
-    share = 90
+    share = 100
     suffixes = (".pt",)
 
     def __init__(self, shared: Path) -> None:
@@ -307,7 +304,7 @@ class Others(_Loaded):
     """Configurations and tables in Parquet."""
 
     name = "other-files"
-    share = 30
+    share = 25
     suffixes = (".yaml", ".parquet")
 
     def changed(self, rng: Random, name: str, data: bytes) -> bytes:

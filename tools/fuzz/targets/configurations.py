@@ -134,7 +134,7 @@ class YamlFiles(Target):
     """Files of configurations, with presets and a base."""
 
     name = "config-yaml"
-    share = 60
+    share = 50
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
@@ -198,7 +198,7 @@ class Plans(Target):
     """Files of ablations."""
 
     name = "ablation-plans"
-    share = 20
+    share = 12
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
@@ -231,7 +231,7 @@ class CommandLines(Target):
     """Words of command lines: parsed by every command, carried out by ``config``."""
 
     name = "command-lines"
-    share = 25
+    share = 20
     permitted = (ScanFastError,)
 
     def __init__(self, shared: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+import torchvision.datasets  # noqa: F401  (imported when it is needed; here once for all processes)
 
 from scan_fast.data.containers import find_files, split_files
 from scan_fast.data.datasets import DataConfig, open_splits, source_from
@@ -135,7 +136,7 @@ class ParquetTables(_Container):
     """Parquet files with images."""
 
     name = "parquet-tables"
-    share = 30
+    share = 25
 
     def draw(self, rng: Random) -> Any:
         """Return rows of a table, how its file is changed, and settings. The file itself is written in :meth:`feed`."""
@@ -252,7 +253,7 @@ class Lists(_Container):
     """Lists of classes and labels, and data sets with pickles, in their folders."""
 
     name = "label-files"
-    share = 30
+    share = 25
 
     def draw(self, rng: Random) -> Any:
         """Return the files of a folder by name, and settings."""

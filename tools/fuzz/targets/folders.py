@@ -45,7 +45,7 @@ class Commands(Target):
     """A command on a copy of a finished run with one or two changed files or images."""
 
     name = "run-folders"
-    share = 4
+    share = 2
     batch = 60
     seconds = 20
     memory_mib = 700

@@ -118,7 +118,7 @@ class Folder(Target):
     """A few image files, opened as a run opens them."""
 
     name = "image-folders"
-    share = 20
+    share = 15
     permitted = (DataError, MissingPackageError)
     memory_mib = 3000
 

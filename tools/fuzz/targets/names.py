@@ -47,7 +47,7 @@ class FileNames(Target):
     """A folder of files with such names."""
 
     name = "file-names"
-    share = 40
+    share = 30
     permitted = (DataError,)
 
     def draw(self, rng: Random) -> Any:
@@ -112,7 +112,7 @@ class GroupWords(Target):
     """Words that name groups."""
 
     name = "group-names"
-    share = 33
+    share = 25
     permitted = (UsageError,)
 
     def draw(self, rng: Random) -> Any:

@@ -140,7 +140,7 @@ class Models(Target):
     """A model.pt whose settings or weights were changed, loaded and applied."""
 
     name = "saved-models"
-    share = 12
+    share = 8
     permitted = (WeightsError, MissingPackageError, ConfigError)
     memory_mib = 700
 

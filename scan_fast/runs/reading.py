@@ -33,15 +33,19 @@ def parse_json(text: str | bytes) -> Any:
     """Return the values of a JSON text.
 
     Raises:
-        ValueError: if it is none, or its values are nested deeper than :data:`DEEPEST`.
+        ValueError: if it is none, its values are nested deeper than :data:`DEEPEST`, or a number is too large.
     """
     try:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"its values are nested deeper than {DEEPEST} levels") from error
     level, depth = [content], 0
-    while level := [inner for value in level if isinstance(value, dict | list) for inner in _inside(value)]:
-        depth += 1
+    while level:
+        # Such a number fits into no float and no array.
+        if any(isinstance(value, int) and not -(1 << 63) <= value < 1 << 64 for value in level):
+            raise ValueError("a whole number in it has more than 64 bits")
+        level = [inner for value in level if isinstance(value, dict | list) for inner in _inside(value)]
+        depth += bool(level)
         if depth > DEEPEST:
             raise ValueError(f"its values are nested deeper than {DEEPEST} levels")
     return content

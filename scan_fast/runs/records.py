@@ -75,6 +75,8 @@ class Summary:
             isinstance(entry, dict) and is_number(entry.get("seconds")) for entry in stages.values()
         ):
             raise ValueError("stages must hold the seconds and metrics of each stage")
+        if not all(map(_has_sound_metrics, stages.values())):
+            raise ValueError("the metrics of a split, and the purity of neighbours, must be numbers by name")
         if baselines is not None and not (
             isinstance(baselines, dict)
             and all(
@@ -91,6 +93,18 @@ class Summary:
         if seed is not None and not is_count(seed):
             raise ValueError("seed must be a whole number")
         return cls(seed, stages, baselines, backbone, images)
+
+
+def _has_sound_metrics(entry: dict[str, Any]) -> bool:
+    """Return whether what a stage has measured has the form in which the report and the comparison read it."""
+    for split in (entry[name] for name in ("train", "test") if name in entry):
+        if not isinstance(split, dict) or not is_number(split.get("clusters_used", 0)):
+            return False
+        if not all(isinstance(split.get(name, 0), int | float) for name in ("confidence", "acc", "nmi", "ari", "ami")):
+            return False
+    purity = entry.get("purity_at", {})
+    parts = [purity, *(part for part in purity.values() if isinstance(part, dict))] if isinstance(purity, dict) else []
+    return bool(parts) and all(isinstance(value, dict | int | float) for part in parts for value in part.values())
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from .sources import check_annotations, take_rows
 
 _UNKNOWN = -1
 """In a stamp that is not known."""
-_READ_AT_ONCE = 1 << 26
-"""A file of no more bytes is compared and decoded from the same reading."""
 
 
 class ImageFiles:
@@ -253,9 +251,6 @@ class ImageFiles:
         encoded = self.images.encoded(index)
         if identity.stamp == tuple(self.stamps[index].tolist()):
             return encoded
-        if self.identity == "content" and isinstance(encoded, str) and identity.size <= _READ_AT_ONCE:
-            with open(encoded, "rb") as file:
-                encoded = file.read()
         if fingerprint(encoded, self.identity) != int(self.fingerprints[index]):
             raise OSError("the file has changed")
         if self.mtimes[index] not in (_UNKNOWN, identity.mtime_ns):

@@ -66,6 +66,8 @@ class RunFolder:
         self.journal = Journal(self.path)
         self.images: dict[str, Any] | None = None
         """Number and digest of the images, once they are checked; they go to summary.json."""
+        self.images_digest: str | None = None
+        """The digest that results of stages carry, once the images are checked."""
         self.changes: tuple[str, ...] = ()
         """Differences between the environment of this process and that of the start of the run, in words."""
         self._config: Config | None = None

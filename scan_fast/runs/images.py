@@ -29,6 +29,7 @@ class ImageRecord:
         splits: number of images of each split, in order.
         labels: (N,) int64 class numbers, -1 for none.
         class_names: name of each class, empty if there are none.
+        began: :attr:`run_digest` of a run that began with fingerprints of the other kind; empty otherwise.
     """
 
     names: list[str]
@@ -39,6 +40,12 @@ class ImageRecord:
     splits: dict[str, int]
     labels: NDArray[np.int64]
     class_names: list[str]
+    began: str = ""
+
+    @property
+    def run_digest(self) -> str:
+        """The digest of the images as the run began, which the results of its stages carry."""
+        return self.began or self.digest
 
     @property
     def digest(self) -> str:
@@ -91,6 +98,7 @@ class ImageRecord:
             counts=np.array(list(self.splits.values()), dtype=np.int64),
             labels=self.labels,
             class_names=_bytes(self.class_names),
+            began=np.array(self.began),
         )
 
     @classmethod
@@ -123,10 +131,11 @@ class ImageRecord:
             dict(zip(splits, counts.tolist(), strict=True)),
             arrays["labels"],
             class_names,
+            str(arrays["began"]),
         )
 
 
-_KEYS = {"names", "fingerprints", "kind", "stamps", "mtimes", "splits", "counts", "labels", "class_names"}
+_KEYS = {"names", "fingerprints", "kind", "stamps", "mtimes", "splits", "counts", "labels", "class_names", "began"}
 
 
 def _joined(names: Sequence[str] | Mapping[str, int]) -> bytes:

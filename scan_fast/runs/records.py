@@ -266,6 +266,24 @@ class BackboneRecord:
 
 EMBEDDINGS_KEY = "key"
 """Name of the key in embeddings.npz."""
+IMAGES_KEY = "images"
+"""Name of the images' digest in results of stages."""
+_ROWS = 1 << 14
+"""Rows of an array that are checked at once, so that little memory is needed besides."""
+
+
+def check_rows(name: str, array: NDArray[Any], dtype: type[np.generic]) -> None:
+    """Refuse what is no matrix (N, D) of a dtype with finite values.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    if array.ndim != 2 or array.dtype != dtype:
+        raise ValueError(f"{name} must be (N, D) {np.dtype(dtype)}, got {array.shape} {array.dtype}")
+    if array.dtype.kind == "f":
+        for begin in range(0, len(array), _ROWS):
+            if not np.isfinite(array[begin : begin + _ROWS]).all():
+                raise ValueError(f"{name} holds values that are not finite")
 
 
 @dataclass(frozen=True)
@@ -276,15 +294,18 @@ class Embeddings:
         rows: by split, (N, D) float32 unit rows.
         key: a digest of everything that they depend on, if that is known before they are computed: the images, and a
             network that is not trained. Other runs with the same key use them.
+        images: digest of the images, see :attr:`.images.ImageRecord.run_digest`; None if it is not known.
     """
 
     rows: dict[str, NDArray[np.float32]]
     key: str | None = None
+    images: str | None = None
 
     def dump(self, file: BinaryIO) -> None:
         """Write an .npz with one array per split and, if there is one, the key."""
-        key = {} if self.key is None else {EMBEDDINGS_KEY: np.array(self.key)}
-        np.savez(file, **self.rows, **key)  # type: ignore[arg-type]
+        texts = {EMBEDDINGS_KEY: self.key, IMAGES_KEY: self.images}
+        known = {name: np.array(text) for name, text in texts.items() if text is not None}
+        np.savez(file, **self.rows, **known)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, file: BinaryIO) -> Embeddings:
@@ -294,11 +315,10 @@ class Embeddings:
             ValueError: for anything else.
         """
         arrays = load_arrays(file)
-        key = arrays.pop(EMBEDDINGS_KEY, None)
-        wrong = [name for name, rows in arrays.items() if rows.ndim != 2 or rows.dtype.kind != "f"]
-        if wrong:
-            raise ValueError(f"the embeddings of {wrong[0]} must be (N, D) numbers")
-        return cls(arrays, None if key is None else str(key))
+        key, images = (arrays.pop(name, None) for name in (EMBEDDINGS_KEY, IMAGES_KEY))
+        for name, rows in arrays.items():
+            check_rows(name, rows, rows.dtype.type if rows.dtype.kind == "f" else np.float32)
+        return cls(arrays, None if key is None else str(key), None if images is None else str(images))
 
 
 @dataclass(frozen=True)
@@ -307,16 +327,19 @@ class Neighbors:
 
     Attributes:
         index: by split, (N, k) int64 rows of the same split, -1 if there are fewer than k.
-        similarity: by split, (N, k) float32 cosine similarities.
+        similarity: by split, (N, k) float32 cosine similarities, minus infinity for none.
+        images: digest of the images, see :attr:`.images.ImageRecord.run_digest`; None if it is not known.
     """
 
     index: dict[str, NDArray[np.int64]]
     similarity: dict[str, NDArray[np.float32]]
+    images: str | None = None
 
     def dump(self, file: BinaryIO) -> None:
         """Write an .npz with the arrays SPLIT and SPLIT_similarity."""
         similarity = {f"{split}_similarity": array for split, array in self.similarity.items()}
-        np.savez(file, **self.index, **similarity)  # type: ignore[arg-type]
+        known = {} if self.images is None else {IMAGES_KEY: np.array(self.images)}
+        np.savez(file, **self.index, **similarity, **known)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, file: BinaryIO) -> Neighbors:
@@ -326,6 +349,7 @@ class Neighbors:
             ValueError: for anything else.
         """
         arrays = load_arrays(file)
+        images = arrays.pop(IMAGES_KEY, None)
         similarity = {
             name.removesuffix("_similarity"): array for name, array in arrays.items() if name.endswith("_similarity")
         }
@@ -333,13 +357,16 @@ class Neighbors:
         if index.keys() != similarity.keys():
             raise ValueError(f"every split must have its indices and similarities, got {', '.join(arrays)}")
         for name, rows in index.items():
-            if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape != similarity[name].shape:
-                raise ValueError(f"the neighbours of {name} must be (N, k) int64, with as many similarities")
-            if similarity[name].dtype != np.float32:
-                raise ValueError(f"the similarities of {name} must be float32")
-            if rows.size and (rows.min() < -1 or rows.max() >= len(rows)):
-                raise ValueError(f"the neighbours of {name} must be from -1 to {len(rows) - 1}")
-        return cls(index, similarity)
+            check_rows(name, rows, np.int64)
+            own = similarity[name]
+            if own.shape != rows.shape or own.dtype != np.float32 or np.isnan(own).any():
+                raise ValueError(
+                    f"{name}_similarity must be {rows.shape} float32 without NaN, got {own.shape} {own.dtype}"
+                )
+            if rows.size and (rows.max() >= len(rows) or rows.min() < -1):
+                wrong = int(rows.max() if rows.max() >= len(rows) else rows.min())
+                raise ValueError(f"{name} names image {wrong}; its images are numbered from 0 to {len(rows) - 1}")
+        return cls(index, similarity, None if images is None else str(images))
 
 
 @dataclass(frozen=True)
@@ -423,6 +450,7 @@ class Checkpoint:
         step: finished steps of the epoch that has begun.
         totals: by metric, the sum over these steps.
         seconds: the time spent so far.
+        images: digest of the images, see :attr:`.images.ImageRecord.run_digest`; None if it is not known.
     """
 
     model: dict[str, Tensor]
@@ -433,6 +461,7 @@ class Checkpoint:
     step: int
     totals: dict[str, Tensor]
     seconds: float
+    images: str | None = None
 
     def dump(self, file: BinaryIO) -> None:
         """Write a file of torch.save, for ``torch.load(weights_only=True)``."""
@@ -467,14 +496,17 @@ class StageResult:
     Attributes:
         model: the network's state_dict.
         record: how the result was chosen: plain values.
+        images: digest of the images, see :attr:`.images.ImageRecord.run_digest`; None if it is not known.
     """
 
     model: dict[str, Tensor]
     record: dict[str, Any] = field(default_factory=dict)
+    images: str | None = None
 
     def dump(self, file: BinaryIO) -> None:
         """Write a file of torch.save, for ``torch.load(weights_only=True)``."""
-        torch.save({"model": self.model, **self.record}, file)
+        known = {} if self.images is None else {IMAGES_KEY: self.images}
+        torch.save({"model": self.model, **self.record, **known}, file)
 
     @classmethod
     def load(cls, file: BinaryIO) -> StageResult:
@@ -484,11 +516,14 @@ class StageResult:
             ValueError: for anything else.
         """
         content = load_tensors(file)
-        if not is_state_dict(content.get("model")) or not all(isinstance(name, str) for name in content):
+        model, images = content.pop("model", None), content.pop(IMAGES_KEY, None)
+        if not is_state_dict(model) or not isinstance(images, str | None):
             raise ValueError(f"it is no result of a stage, it holds {listed(content)}")
-        if not is_count(content.get("head", 0)):
-            raise ValueError("head must be a whole number, the index of the best cluster head")
-        return cls(content.pop("model"), content)
+        if not all(isinstance(name, str) for name in content) or not is_count(content.get("head", 0)):
+            raise ValueError(
+                "it is no result of a stage: head must be a whole number, the index of the best cluster head"
+            )
+        return cls(model, content, images)
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:

@@ -24,7 +24,7 @@ from .assessment import assess
 from .embedding import backbone_features, row_counts, rows_of
 from .given import run_given_heads
 from .handover import CLUSTERING_LOGITS, FEATURES, Handover
-from .inputs import mined_embeddings, mined_neighbors, pretext_model
+from .inputs import mined_neighbors, mined_rows, pretext_model
 from .partitioning import run_partitioning
 from .stability import Stability
 
@@ -234,7 +234,7 @@ def run_clustering(context: Context, handover: Handover) -> None:
         handover.put(CLUSTERING_LOGITS, split, logits)
         results[split] = assess(context, logits, split)
     record = {name: value for name, value in best.items() if name != "model"}
-    context.run.write(CLUSTER_MODEL, StageResult(best["model"], record))
+    context.run.write(CLUSTER_MODEL, StageResult(best["model"], record, context.run.images_digest))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 
@@ -295,7 +295,7 @@ def _fitted_to_kmeans(context: Context, model: ClusterModel, rows: Tensor, featu
     from threadpoolctl import threadpool_limits
 
     if context.run.has(EMBEDDINGS):
-        unit = mined_embeddings(context)["train"][rows.numpy()].astype(np.float64)
+        unit = mined_rows(context)["train"][rows.numpy()].astype(np.float64)
     else:
         unit = F.normalize(features, dim=1).cpu().numpy().astype(np.float64)
     starts = []

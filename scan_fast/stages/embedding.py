@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from .. import distributed
 from ..evaluation.probes import knn_accuracy, sharded_knn_accuracy
 from ..models.heads import ClusterModel, PretextModel
-from ..runs.artifacts import EMBEDDINGS as EMBEDDED
 from ..training.context import Context
 from ..training.inference import forward_all
 from .handover import EMBEDDINGS, FEATURES, UNIT_FEATURES, Handover
+from .inputs import mined_rows
 from .stored import features_key, stored_features
 
 
@@ -130,7 +130,7 @@ def knn_check(context: Context, model: PretextModel, handover: Handover | None =
 @torch.no_grad()
 def frozen_logits(context: Context, model: ClusterModel) -> dict[str, Tensor]:
     """Return by split the (N, C) float32 logits, on the CPU, of one head on the stored backbone features."""
-    rows = context.run.read(EMBEDDED).rows
+    rows = mined_rows(context)
     size, device = context.config.evaluation.batch_size, next(model.parameters()).device
     return {
         split: torch.cat([model.heads(part.to(device))[0].cpu() for part in torch.from_numpy(rows[split]).split(size)])

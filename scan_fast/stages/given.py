@@ -42,5 +42,5 @@ def run_given_heads(context: Context, name: str, file: Path, head: int | None, h
         logits = forward_all(context, model, model, source)[0].cpu()
         handover.put(CLUSTERING_LOGITS, split, logits)
         results[split] = assess(context, logits, split)
-    context.run.write(CLUSTER_MODEL, StageResult(model.state_dict(), {"head": 0}))
+    context.run.write(CLUSTER_MODEL, StageResult(model.state_dict(), {"head": 0}, context.run.images_digest))
     context.run.finish_stage(name, time.perf_counter() - begin, results, context.config.seed)

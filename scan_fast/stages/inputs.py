@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from ..errors import RunError
 from ..models.heads import ClusterModel, PretextModel
 from ..models.weights import load_strict
 from ..runs.artifacts import CLUSTER_MODEL, EMBEDDINGS, NEIGHBORS, PRETEXT_MODEL, SELFLABEL_MODEL, Artifact
+from ..runs.records import StageResult
 from ..training.context import Context
-
-T = TypeVar("T", np.float32, np.int64)
 
 
 def pretext_model(context: Context) -> PretextModel:
@@ -28,7 +27,7 @@ def pretext_model(context: Context) -> PretextModel:
     run = context.run
     run.require(PRETEXT_MODEL)
     model = PretextModel(context.without_pretrained)
-    load_strict(model, run.read(PRETEXT_MODEL).model, what=str(run.path_of(PRETEXT_MODEL)))
+    load_strict(model, _result(context, PRETEXT_MODEL).model, what=str(run.path_of(PRETEXT_MODEL)))
     return context.place(model)
 
 
@@ -40,35 +39,56 @@ def mined_neighbors(context: Context) -> dict[str, Tensor]:
     """
     run = context.run
     run.require(NEIGHBORS)
-    mined = run.read(NEIGHBORS).index
+    mined = run.read(NEIGHBORS)
+    _check_images(context, NEIGHBORS, mined.images)
+    _check_counts(context, NEIGHBORS, mined.index)
     neighbors = {}
     for split in context.clustered:
-        index = torch.from_numpy(_of_split(context, NEIGHBORS, mined, split))
+        index = torch.from_numpy(mined.index[split])
         own = torch.arange(len(index))[:, None]
         neighbors[split] = torch.where(index >= 0, index, own)
     return neighbors
 
 
-def mined_embeddings(context: Context) -> dict[str, NDArray[np.float32]]:
-    """Return the embeddings by split, each (N, D) float32 in the order of the images.
+def mined_rows(context: Context) -> dict[str, NDArray[np.float32]]:
+    """Return the stored embeddings by split, each (N, D) float32 unit rows in the order of the images.
 
     Raises:
-        RunError: if mining is not finished, or its result is of other images.
+        RunError: if there are none, or they are of other images.
     """
-    rows = context.run.read(EMBEDDINGS).rows
-    return {split: _of_split(context, EMBEDDINGS, rows, split) for split in context.clustered}
+    found = context.run.read(EMBEDDINGS)
+    _check_images(context, EMBEDDINGS, found.images)
+    _check_counts(context, EMBEDDINGS, found.rows)
+    return found.rows
 
 
-def _of_split(context: Context, artifact: Artifact[Any], arrays: Mapping[str, NDArray[T]], split: str) -> NDArray[T]:
-    """Return the rows of a split's images in an artifact of mining."""
-    rows, expected = arrays.get(split), len(context.clustered[split])
-    found = 0 if rows is None else len(rows)
-    if rows is None or found != expected:
+def _result(context: Context, artifact: Artifact[StageResult]) -> StageResult:
+    result = context.run.read(artifact)
+    _check_images(context, artifact, result.images)
+    return result
+
+
+def _check_images(context: Context, artifact: Artifact[Any], images: str | None) -> None:
+    """Refuse a result that was made of other images; one that does not tell may be of these."""
+    ours = context.run.images_digest
+    if images is not None and ours is not None and images != ours:
         raise RunError(
-            f"{context.run.path_of(artifact)} is of {found} {split} images, there are {expected} now; "
-            "the images have changed since: start again in a new folder"
+            f"{context.run.path_of(artifact)} was made of other images than those of this run; "
+            f"{_repair(context, artifact)}"
         )
-    return rows
+
+
+def _check_counts(context: Context, artifact: Artifact[Any], rows: Mapping[str, NDArray[Any]]) -> None:
+    found, wanted = {split: len(each) for split, each in rows.items()}, context.counts_by_split
+    if found != wanted:
+        of, here = (", ".join(f"{count} {split} images" for split, count in each.items()) for each in (found, wanted))
+        raise RunError(
+            f"{context.run.path_of(artifact)} is of {of}, this run is of {here}; {_repair(context, artifact)}"
+        )
+
+
+def _repair(context: Context, artifact: Artifact[Any]) -> str:
+    return artifact.repair.format(command=artifact.command, folder=context.run.path)
 
 
 def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
@@ -79,15 +99,14 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     """
     run = context.run
     run.require(CLUSTER_MODEL)
-    best = run.read(CLUSTER_MODEL)
+    best = _result(context, CLUSTER_MODEL)
     heads = context.config.clustering.saved_heads
     model = ClusterModel(context.without_pretrained, context.n_clusters, heads)
     load_strict(model, best.model, what=str(run.path_of(CLUSTER_MODEL)))
     head = best.record.get("head")
     if not isinstance(head, int) or not 0 <= head < heads:
         raise RunError(
-            f"{run.path_of(CLUSTER_MODEL)} is damaged: its best head is {head!r} of {heads}; "
-            f"repeat what wrote it: scan-fast {CLUSTER_MODEL.command} {run.path} --again"
+            f"{run.path_of(CLUSTER_MODEL)} names head {head} of {heads} as the best; {_repair(context, CLUSTER_MODEL)}"
         )
     return context.place(model.head(head)), best.record
 
@@ -101,5 +120,5 @@ def selflabelled_model(context: Context) -> ClusterModel:
     run = context.run
     run.require(SELFLABEL_MODEL)
     model = ClusterModel(context.without_pretrained, context.n_clusters)
-    load_strict(model, run.read(SELFLABEL_MODEL).model, what=str(run.path_of(SELFLABEL_MODEL)))
+    load_strict(model, _result(context, SELFLABEL_MODEL).model, what=str(run.path_of(SELFLABEL_MODEL)))
     return context.place(model)

@@ -24,7 +24,7 @@ from ..runs.records import FILES, Embeddings, Neighbors
 from ..training.context import Context
 from .embedding import row_counts, rows_of, unit_embedding
 from .handover import Handover
-from .inputs import mined_embeddings, mined_neighbors, pretext_model
+from .inputs import mined_neighbors, mined_rows, pretext_model
 from .stored import features_key
 
 NAME = "mining"
@@ -40,7 +40,7 @@ def run_mining(context: Context, handover: Handover) -> None:
     config = context.config.mining
     model = pretext_model(context)
     embeddings: dict[str, np.ndarray] = {}
-    found = Neighbors({}, {})
+    found = Neighbors({}, {}, context.run.images_digest)
     results: dict[str, Any] = {}
     for split, source in context.clustered.items():
         k = _kept(context, split)
@@ -59,7 +59,8 @@ def run_mining(context: Context, handover: Handover) -> None:
         found.index[split], found.similarity[split] = index[:, :k].numpy(), similarity[:, :k].numpy()
         if source.labels is not None:
             note_purity(results, split, found.index[split], index.numpy(), source.labels)
-    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, distributed.on_first(lambda: features_key(context))))
+    key = distributed.on_first(lambda: features_key(context))
+    context.run.write(artifacts.EMBEDDINGS, Embeddings(embeddings, key, context.run.images_digest))
     context.run.write(artifacts.NEIGHBORS, found)
     seconds = time.perf_counter() - begin
     context.run.drop_metrics(NAME, 0)  # of a process that was killed between this line and the next two
@@ -120,7 +121,7 @@ def note_purity(results: dict[str, Any], split: str, kept: ArrayLike, searched: 
 def measure_purity(context: Context, results: dict[str, Any]) -> None:
     """Measure the purity of the mined neighbours of a finished run again; see :func:`note_purity`."""
     mined = mined_neighbors(context)
-    rows = mined_embeddings(context)
+    rows = mined_rows(context)
     for split, source in context.clustered.items():
         if source.labels is not None:
             index = mined[split]

@@ -13,7 +13,7 @@ from ..runs.artifacts import SUGGESTION
 from ..runs.records import SuggestedNumber
 from ..training.context import Context
 from .handover import Handover
-from .inputs import mined_embeddings
+from .inputs import mined_rows
 
 NAME = "number"
 
@@ -25,7 +25,7 @@ def run_number(context: Context, handover: Handover | None = None) -> None:
 
 def _suggest(context: Context) -> None:
     begin = time.perf_counter()
-    rows = torch.from_numpy(mined_embeddings(context)["train"])
+    rows = torch.from_numpy(mined_rows(context)["train"])
     suggestion = suggest_number(FeatureSpace(rows, context.config.seed))
     curve = [asdict(point) for point in suggestion.curve]
     tried = f"{suggestion.curve[0].k} to {suggestion.curve[-1].k}"

@@ -18,7 +18,7 @@ from ..training.context import Context
 from .assessment import assess
 from .embedding import frozen_logits
 from .handover import CLUSTERING_LOGITS, Handover
-from .inputs import mined_embeddings, pretext_model
+from .inputs import mined_rows, pretext_model
 
 
 def run_partitioning(context: Context, name: str, handover: Handover) -> None:
@@ -39,7 +39,7 @@ def _group(context: Context, name: str) -> dict[str, Tensor]:
     """Do the stage, and return the logits by split."""
     begin = time.perf_counter()
     k, seed = context.n_clusters, context.config.seed
-    space = FeatureSpace(torch.from_numpy(mined_embeddings(context)["train"]), seed)
+    space = FeatureSpace(torch.from_numpy(mined_rows(context)["train"]), seed)
     choice = choose(space, k, context.config.clustering.ways)
     config = context.config.clustering
     head, chosen, heads = refined(choice, space, k, config.refining, config.heads)
@@ -56,7 +56,7 @@ def _group(context: Context, name: str) -> dict[str, Tensor]:
     found = frozen_logits(context, model)
     for split, logits in found.items():
         results[split] = assess(context, logits, split)
-    context.run.write(CLUSTER_MODEL, StageResult(model.state_dict(), record))
+    context.run.write(CLUSTER_MODEL, StageResult(model.state_dict(), record, context.run.images_digest))
     context.run.finish_stage(name, time.perf_counter() - begin, results, seed)
     return found
 

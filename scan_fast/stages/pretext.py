@@ -100,7 +100,7 @@ def run_pretext(context: Context, handover: Handover) -> None:
         begin = time.perf_counter()
         results = knn_check(context, model, handover)
         training = Training(seconds=time.perf_counter() - begin)
-    context.run.write(PRETEXT_MODEL, StageResult(model.state_dict()))
+    context.run.write(PRETEXT_MODEL, StageResult(model.state_dict(), images=context.run.images_digest))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)
 
 

@@ -22,7 +22,7 @@ from ..training.context import Context, data_settings
 from ..training.inference import forward_all
 from .embedding import backbone_features, frozen_logits, row_counts
 from .handover import CLUSTERING_LOGITS, SELFLABEL_LOGITS, Handover
-from .inputs import mined_embeddings
+from .inputs import mined_rows
 
 MOST_PIXELS = 1 << 30
 """Largest size in bytes of the training images, as float32, for which k-means on pixels is a baseline; each of its
@@ -120,7 +120,7 @@ def typicality(context: Context, model: ClusterModel, stage: str, logits: Tensor
         features = distributed.all_rows(own, row_counts(context, "train"))
     elif stage == "clustering" and not context.config.clustering.trains:
         return distributed.on_first(
-            lambda: Typicality.of(torch.from_numpy(mined_embeddings(context)["train"]), clusters, context.n_clusters)
+            lambda: Typicality.of(torch.from_numpy(mined_rows(context)["train"]), clusters, context.n_clusters)
         )
     else:
         source = context.splits.train
@@ -189,7 +189,7 @@ def _baselines(context: Context) -> dict[str, dict[str, float]]:
     if 12 * min(train.size, PIXEL_SIDE) ** 2 * len(train) <= MOST_PIXELS:
         inputs["kmeans_pixels"] = (_pixels(train), _pixels(reported))
     if context.run.has(artifacts.EMBEDDINGS):
-        embeddings = mined_embeddings(context)
+        embeddings = mined_rows(context)
         inputs["kmeans_features"] = (embeddings["train"], embeddings[context.reported])
     repeated = context.config.evaluation.baseline_seeds
     context.tracker.say(f"baselines: k-means on {' and '.join(_INPUTS[name] for name in inputs)}, {repeated} times")

@@ -195,5 +195,5 @@ def run_selflabel(context: Context, handover: Handover) -> None:
             return forward_all(context, stage.result, stage.result, source)[0].cpu()
 
         results[split] = assess(context, handover.get(SELFLABEL_LOGITS, split, logits_of_all), split)
-    context.run.write(SELFLABEL_MODEL, StageResult(stage.result.state_dict(), record))
+    context.run.write(SELFLABEL_MODEL, StageResult(stage.result.state_dict(), record, context.run.images_digest))
     context.run.finish_stage(NAME, training.seconds, {**training.notes, **results}, context.config.seed)

@@ -63,6 +63,8 @@ def stored_features(context: Context) -> dict[str, Tensor] | None:
         file = folder / artifacts.EMBEDDINGS.name
         if file.is_file() and _key_of(file) == key:
             rows = artifacts.read(artifacts.EMBEDDINGS, file).rows
+            if {name: len(array) for name, array in rows.items()} != context.counts_by_split:
+                continue
             context.tracker.say(f"features: {file} holds those of these images by this network")
             return {split: torch.from_numpy(array) for split, array in rows.items()}
     return None

@@ -71,6 +71,11 @@ class Context:
         return "train" if self.splits.test is None else "test"
 
     @property
+    def counts_by_split(self) -> dict[str, int]:
+        """The numbers of images that are clustered, by split."""
+        return {split: len(source) for split, source in self.clustered.items()}
+
+    @property
     def counts(self) -> str:
         """The numbers of images in words."""
         train, test = self.splits.train, self.splits.test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def check_images(run: RunFolder, sources: Mapping[str, Source], kind: IdentityKi
             it.
     """
     now = image_record(sources, kind)
+    run.images = run.images_digest = None
     begun, summary = run.has_results(), run.summary()
     then = run.read(artifacts.IMAGES) if begun and run.has(artifacts.IMAGES) else None
     if then is not None:
@@ -89,14 +91,17 @@ def check_images(run: RunFolder, sources: Mapping[str, Source], kind: IdentityKi
                 f"{run.path} holds a run on other labels: {label}. Undo this, and the same command continues; or "
                 "choose another folder for a new run"
             )
+        now = replace(now, began="" if then.run_digest == now.digest else then.run_digest)
     elif begun and summary.images is not None and summary.images != now.facts:
         raise RunError(
             f"{run.path} has no {artifacts.IMAGES.name}, and its {summary.images.get('count')} images had another "
             f"digest than these {len(now.names)}: choose another folder for a new run"
         )
-    if then is None or not _same_record(then, now):
+    # New stamps alone are no reason to write into a finished run.
+    kept = then is not None and (run.has(artifacts.ASSIGNMENTS) or bool(np.array_equal(then.stamps, now.stamps)))
+    if then is None or not kept or (then.kind, then.began) != (now.kind, now.began):
         run.write(artifacts.IMAGES, now)
-    run.images = now.facts
+    run.images, run.images_digest = now.facts, now.run_digest
     if then is not None and summary.stages and summary.images != run.images:
         summary.images = run.images
         run.write(artifacts.SUMMARY, summary)
@@ -147,10 +152,6 @@ def check_shown(run: RunFolder, sources: Mapping[str, Source], kind: IdentityKin
     then = run.read(artifacts.IMAGES)
     now = image_record({split: source for split, source in sources.items() if split in then.splits}, then.kind)
     compare(run, then, now, sources, some=True)
-
-
-def _same_record(one: ImageRecord, other: ImageRecord) -> bool:
-    return all(np.array_equal(value, getattr(other, name)) for name, value in vars(one).items())
 
 
 def check_ranks_agree(sources: Iterable[Source | None]) -> None:

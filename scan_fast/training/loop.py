@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from .. import distributed
 from ..data.loader import epoch_batches, prefetch, steps_per_epoch
 from ..errors import DataError, RunError, first_line
+from ..models.weights import load_strict
 from ..random import stream_key
 from ..runs import artifacts
+from ..runs.artifacts import COMMANDS
 from ..runs.config import ScheduleConfig, TrainingConfig
 from ..runs.records import Checkpoint, map_tensors
 from ..runs.writer import BackgroundWriter
@@ -137,19 +139,22 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 f"{run.path_of(checkpoint)} is of {state.n_images} images, there are {stage.n_images} now; "
                 "the images have changed since: start again in a new folder"
             )
+        where = run.path_of(checkpoint)
+        advice = f"remove it, and the stage begins again: scan-fast {COMMANDS[stage.name]} {run.path}"
+        if state.images is not None and state.images != run.images_digest:
+            raise RunError(f"{where} was made of other images than those of this run; {advice}")
         try:
-            stage.model.load_state_dict(state.model)
+            load_strict(stage.model, state.model, what=str(where))
             optimizer.load_state_dict(state.optimizer)
             fit_to_device(optimizer)
             stage.load_state(state.stage)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise RunError(
-                f"{run.path_of(checkpoint)} does not fit this run ({first_line(error)[:200]}); remove it, and the same "
-                "command begins the stage again"
+                f"{where} is of another network or optimizer: {first_line(error)[:200]}; {advice}"
             ) from error
         epoch, step, seconds, totals = state.epoch, state.step, state.seconds, state.totals
-        where = f", step {step}" if step else ""
-        tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{where}")
+        further = f", step {step}" if step else ""
+        tracker.say(f"{stage.name}: going on after epoch {epoch}/{training.epochs}{further}")
     run.drop_metrics(stage.name, epoch + 1)
     asked, warmup = training.schedule.warmup_epochs, warmup_epochs(training.schedule, training.epochs)
     if warmup < asked:
@@ -183,6 +188,7 @@ def train(stage: Stage[Any], context: Context) -> Training:
                 step=step,
                 totals=do_step.totals,
                 seconds=seconds + time.perf_counter() - begin,
+                images=run.images_digest,
             ),
         )
         due.saved()

@@ -18,6 +18,7 @@ from driving import (
     assignments,
     contents,
     fill,
+    left_out,
     metrics,
     picture,
     results,
@@ -234,7 +235,14 @@ def test_refused_commands(words: list[str]) -> None:
 
 def test_pretext_weights_that_are_not_there() -> None:
     message = run_here(
-        "run", "digits", *TINY, "pretext.method=weights", "pretext.method.file=no.pt", "--quiet"
+        *(
+            "run",
+            "digits",
+            *left_out(TINY, "pretext."),
+            "pretext.method=weights",
+            "pretext.method.file=no.pt",
+            "--quiet",
+        )
     ).refusal()
     assert "no.pt" in message
 

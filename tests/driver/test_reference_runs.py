@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from driving import TINY, assignments, contents, fill, run_here, summary
+from driving import TINY, assignments, contents, fill, left_out, run_here, summary
 from PIL import Image
 from reference_files import Clusters, Net18, Pretext, cifar10, normalised, prefixed, settled, write
 
@@ -46,7 +46,10 @@ RUN = (
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     torch.manual_seed(0)
     train, test = cifar10(tmp_path / "data", N_TRAIN, N_TEST, monkeypatch)
-    return {"train": train, "test": test, "words": (*RUN, f"data.root={tmp_path / 'data'}")}
+    root = f"data.root={tmp_path / 'data'}"
+    # After heads of a file nothing is trained in stage two.
+    after_heads = left_out(RUN, "clustering.epochs", "clustering.batch_size")
+    return {"train": train, "test": test, "words": (*RUN, root), "after_heads": (*after_heads, root)}
 
 
 def rows_with_self(n: int, k: int) -> np.ndarray:
@@ -98,7 +101,7 @@ def test_self_labelling_starts_from_a_scan_file(images: dict[str, Any], tmp_path
     model = settled(Clusters(Net18(WIDTH), 8 * WIDTH, 10, 3), images["train"])
     file = write(tmp_path / "scan.pth.tar", {"model": model.state_dict(), "head": np.int64(2)}, legacy=True)
     out = tmp_path / "run"
-    result = run_here("selflabel", "cifar10", *images["words"], "--from", file, "--out", out)
+    result = run_here("selflabel", "cifar10", *images["after_heads"], "--from", file, "--out", out)
     assert result.code == 0, result.err
     stages = summary(out)["stages"]
     assert list(stages) == ["clustering", "selflabel"]
@@ -136,9 +139,9 @@ def test_self_labelling_starts_from_a_scan_file(images: dict[str, Any], tmp_path
 def test_a_whole_run_goes_on_after_what_the_file_holds(images: dict[str, Any], tmp_path: Path) -> None:
     model = settled(Clusters(Net18(WIDTH), 8 * WIDTH, 10, 2), images["train"])
     file = write(tmp_path / "zoo.pth.tar", model.state_dict())
-    refused = run_here("run", "cifar10", *images["words"], "--from", file).refusal()
+    refused = run_here("run", "cifar10", *images["after_heads"], "--from", file).refusal()
     assert "does not say which is the best: name one with clustering.weights_head=H, H from 0 to 1" in refused
-    result = run_here("run", "cifar10", *images["words"], "--from", file, "clustering.weights_head=1")
+    result = run_here("run", "cifar10", *images["after_heads"], "--from", file, "clustering.weights_head=1")
     assert result.code == 0, result.err
     (out,) = (Path("runs")).iterdir()
     assert out.name == "cifar10-10-paper-seed0-from-zoo"
@@ -153,7 +156,7 @@ def test_normalisation_that_a_file_does_not_say_is_told(images: dict[str, Any], 
         Image.fromarray(image).save(folder / f"{number:02d}.png")
     model = settled(Clusters(Net18(WIDTH), 8 * WIDTH, 10), images["train"])
     file = write(tmp_path / "scan.pth.tar", {"model": model.state_dict(), "head": 0})
-    settings = [word for word in RUN if word not in ("preset=paper", "data.download=false")]
+    settings = left_out(RUN, "preset=paper", "data.download=false", "clustering.epochs", "clustering.batch_size")
     words = ("selflabel", "--data", folder, "--from", file, *settings, "model.backbone=resnet18_cifar")
     told = f"{file} does not say how its images were normalised: mean 0.485, 0.456, 0.406 and standard deviation 0.229"
     result = run_here(*words, "--out", tmp_path / "assumed")
@@ -168,7 +171,7 @@ def test_normalisation_that_a_file_does_not_say_is_told(images: dict[str, Any], 
 def test_what_cannot_be_gone_on_from_is_refused(images: dict[str, Any], tmp_path: Path) -> None:
     pretext = write(tmp_path / "pretext.pth.tar", Pretext(Net18(WIDTH), 8 * WIDTH, dim=16).state_dict())
     scan = write(tmp_path / "scan.pth.tar", Clusters(Net18(WIDTH), 8 * WIDTH, 14).state_dict())
-    words = images["words"]
+    words = images["after_heads"]
 
     def refusal(command: str, *more: object) -> str:
         return run_here(command, "cifar10", *words, *more).refusal()

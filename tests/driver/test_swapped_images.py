@@ -146,7 +146,7 @@ def test_a_copy_of_the_images_is_the_same(bitmaps: Path, tmp_path: Path) -> None
 def test_unchanged_files_are_not_read_again_and_others_are(
     bitmaps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("run", "--data", bitmaps, *WORDS, "data.resident=files", "--out", tmp_path / "out")
+    words = ("pretext", "--data", bitmaps, *WORDS, "data.resident=files", "--out", tmp_path / "out")
     assert run_here(*words).code == 0
     digested: list[str] = []
 

@@ -81,6 +81,11 @@ TINY_FOLDER = (
 """The same for small folders of images."""
 
 
+def left_out(words: Sequence[str], *beginnings: str) -> list[str]:
+    """Return the words without those that begin like this, as a setting that has no effect is refused."""
+    return [word for word in words if not word.startswith(beginnings)]
+
+
 @dataclass
 class Result:
     """What a command did."""
@@ -268,7 +273,10 @@ def results(folder: Path) -> dict[str, Any]:
         facts |= weights(path)
     for name in ("embeddings.npz", "neighbors.npz"):
         with np.load(folder / name) as file:
-            facts |= {f"{name}.{key}": tensor_hash(torch.from_numpy(file[key])) for key in file.files}
+            for key in file.files:
+                array = file[key]
+                text = array.dtype.kind == "U"
+                facts[f"{name}.{key}"] = str(array) if text else tensor_hash(torch.from_numpy(array))
     facts["assignments.csv"] = (folder / "assignments.csv").read_text()
     facts["metrics.jsonl"] = [{k: v for k, v in entry.items() if k != "time"} for entry in metrics(folder)]
     facts["summary.json"] = without_seconds(summary(folder))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driving import TINY, TINY_FOLDER, fill, opened, run_here, summary
+from driving import TINY, TINY_FOLDER, fill, left_out, opened, run_here, summary
 from PIL import Image
 from torch import nn
 
@@ -315,8 +315,7 @@ def test_a_data_set_of_small_images_is_enlarged_for_the_weights(tmp_path: Path) 
 
 
 def words_of(file: Path, out: Path) -> list[str]:
-    tiny = [word for word in TINY if not word.startswith(("model.", "selflabel.", "clustering.epochs", "data.limit"))]
-    tiny = [word for word in tiny if not word.startswith("clustering.heads")]
+    tiny = left_out(TINY, "model.", "pretext.", "selflabel.", "clustering.", "data.limit")
     model = f"model={{backbone: 'timm:test_resnet.r160_in1k', weights: '{file}', width: 1}}"
     return ["run", "digits", *tiny, "data.limit=60", *FROZEN, model, "--out", str(out)]
 

@@ -180,7 +180,7 @@ def test_a_record_of_other_arrays_is_refused() -> None:
     with np.load(whole) as file:
         good = {name: file[name] for name in file.files}
     for arrays, message in (
-        ({"train": np.zeros(3)}, "it must hold class_names, counts, .*, it holds train"),
+        ({"train": np.zeros(3)}, "it must hold began, class_names, counts, .*, it holds train"),
         (good | {"fingerprints": np.zeros(1, np.uint64)}, r"fingerprints must be \(2,\) uint64 for its 2 names"),
         (good | {"fingerprints": np.zeros(2)}, r"got \(2,\) float64"),
         (good | {"stamps": np.zeros((2, 3), np.int64)}, r"stamps must be \(2, 4\) int64"),

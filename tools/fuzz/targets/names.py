@@ -16,7 +16,7 @@ from scan_fast.data.folders import held_out_rows, list_folder
 from scan_fast.errors import DataError, ScanFastError, UsageError
 from scan_fast.report.pagedata import as_script, folder_url, for_script
 from scan_fast.runs.names import GroupNames, check_name, parse_group, parse_names
-from scan_fast.runs.tables import Assignments, Skipped, printable
+from scan_fast.runs.tables import Assignments, Skipped
 
 from ..mutations import TEXTS, WHOLE, bytes_like
 from ..target import Target, WrongResult
@@ -93,7 +93,7 @@ def check_tables(names: list[str], classes: list[str] | None) -> None:
     file = io.BytesIO()
     table.dump(file)
     again = Assignments.load(io.BytesIO(file.getvalue()))
-    if list(again.paths) != list(map(printable, names)) or again.digest != table.digest:
+    if list(again.paths) != list(names) or again.digest != table.digest:
         raise WrongResult(f"the names are others after they were written: {names} {again.paths}")
     rows = list(csv.reader(io.StringIO(table.to_csv(), newline="")))
     if len(rows) != n + 1 or len({len(row) for row in rows}) != 1:

@@ -11,7 +11,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) 
 NATIVE  := $(sort $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \)))
 SOURCES := setup.py pyproject.toml CMakeLists.txt csrc/sources.cmake csrc/build_facts.py scan_fast/ops/families.json $(NATIVE)
 
-.PHONY: demo test test-fast test-oldest test-arm sanitize tidy lint format reference bench results dist install clean
+.PHONY: demo test test-fast test-oldest test-arm sanitize sanitize-threads tidy lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -39,8 +39,16 @@ format: $(DEV)
 sanitize: $(DEV)          ## the CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize --target _C
-	$(BIN)/python tests/native/run_sanitized.py build/sanitize -q -k "cpu and not compile and not dali" \
+	$(BIN)/python tests/native/run_sanitized.py build/sanitize -q -k "(cpu or hostile) and not compile and not dali" \
 		tests/ops tests/views tests/models
+
+# The C++ tests of the CPU kernels alone, on four threads of the C++ library. libgomp is not instrumented, nor are torch
+# and Python: ThreadSanitizer would report races of theirs that are none.
+sanitize-threads:         ## the CPU kernels under ThreadSanitizer
+	cmake -S csrc/tests -B build/native-threads -DSCAN_FAST_SANITIZE_THREADS=ON
+	cmake --build build/native-threads --target cpu_tests --parallel $$(nproc)
+	SCAN_FAST_TEST_THREADS=4 TSAN_OPTIONS=halt_on_error=1 \
+		ctest --test-dir build/native-threads --label-regex cpu --output-on-failure
 
 # The C++ tests alone: they need neither torch nor Python. csrc/tests/aarch64.cmake says what must be installed.
 test-arm:                 ## the CPU kernels compiled for 64-bit ARM, run by qemu

@@ -65,10 +65,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(SCAN_FAST_FLAGS_amx_avx512 ${SCAN_FAST_FLAGS_amx} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16)
 endif()
 
-# Options for compiling and linking with SCAN_FAST_SANITIZE; the first error of either sanitizer ends the program.
+# Options for compiling and linking with SCAN_FAST_SANITIZE; the first error of either sanitizer ends the program. With
+# SCAN_FAST_SANITIZE_THREADS, ThreadSanitizer takes their place, because it cannot be combined with AddressSanitizer.
+option(SCAN_FAST_SANITIZE_THREADS "Compile with ThreadSanitizer" OFF)
 set(SCAN_FAST_SANITIZE_FLAGS "")
-if(SCAN_FAST_SANITIZE)
-  set(SCAN_FAST_SANITIZE_FLAGS -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
+if(SCAN_FAST_SANITIZE_THREADS)
+  set(SCAN_FAST_SANITIZE_FLAGS -fsanitize=thread -fno-omit-frame-pointer -g)
+elseif(SCAN_FAST_SANITIZE)
+  set(SCAN_FAST_SANITIZE_FLAGS -fsanitize=address,undefined,float-cast-overflow
+    -fno-sanitize-recover=undefined,float-cast-overflow -fno-omit-frame-pointer -g)
 endif()
 
 # scan_fast_set_source_options(): gives the CPU sources the options of their family and role, in this directory.

@@ -55,10 +55,20 @@ def atomic_file(path: str | Path, *, make_folders: bool = True, follow_links: bo
         if target.is_file() and not (target.is_symlink() and not follow_links):
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, RuntimeError) and (cause := _system_error(error)) is not None:
+            raise cause from None
         raise
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the error of the system that led to another: torch.save fails once more as it ends its archive."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 def link_or_copy(source: Path, target: Path) -> None:

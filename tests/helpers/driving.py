@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -167,7 +167,14 @@ class Death:
     signal: int = signal.SIGKILL
 
 
-def _child(words: Sequence[str], log: str, death: Death | None, environment: Mapping[str, str]) -> None:
+class Arrangement(Protocol):
+    """What changes a process before its command begins."""
+
+    def arrange(self) -> None:
+        """Change this process."""
+
+
+def _child(words: Sequence[str], log: str, death: Death | Arrangement | None, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         file = os.open(f"{log}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -176,7 +183,10 @@ def _child(words: Sequence[str], log: str, death: Death | None, environment: Map
     if death is not None:
         # A shell starts jobs in the background with interrupts ignored, and their children inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _arrange(death)
+        if isinstance(death, Death):
+            _arrange(death)
+        else:
+            death.arrange()
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -206,7 +216,7 @@ class Process:
         self,
         *words: object,
         log: Path,
-        death: Death | None = None,
+        death: Death | Arrangement | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         _start_server()
@@ -296,6 +306,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def without_seconds(value: Any) -> Any:
     """Return nested values without the times."""
+    if isinstance(value, list):
+        return [without_seconds(inner) for inner in value]
     if isinstance(value, dict):
         return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
     return value

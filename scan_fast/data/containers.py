@@ -46,23 +46,23 @@ def expand_braces(pattern: str) -> list[str]:
         total *= count
         if total > MOST_CHOICES:
             raise DataError(f"{pattern[:100]}: the braces stand for more than {MOST_CHOICES:,} paths")
-    return _expanded(pattern)
+    texts, end = [""], 0
+    for found in _BRACES.finditer(pattern):
+        choices = _choices(found[1], pattern)
+        texts = [text + pattern[end : found.start()] + choice for text in texts for choice in choices]
+        end = found.end()
+    return [text + pattern[end:] for text in texts]
 
 
-def _expanded(pattern: str) -> list[str]:
-    found = _BRACES.search(pattern)
+def _choices(content: str, pattern: str) -> list[str]:
+    """Return the texts that the content of a pair of braces stands for; the pattern is for the error."""
+    found = _RANGE.fullmatch(content)
     if found is None:
-        return [pattern]
-    content = _RANGE.fullmatch(found[1])
-    if content is None:
-        choices = found[1].split(",")
-    else:
-        first, last = content[1], content[2]
-        if int(first) > int(last):
-            raise DataError(f"{pattern}: the range {found[0]} is descending; write {{{last}..{first}}}")
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [head + choice + rest for choice in choices for rest in _expanded(tail)]
+        return content.split(",")
+    first, last = found[1], found[2]
+    if int(first) > int(last):
+        raise DataError(f"{pattern[:100]}: the range {{{content}}} is descending; write {{{last}..{first}}}")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
 def read_list(file: Path, what: str) -> list[str]:

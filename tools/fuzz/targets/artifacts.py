@@ -145,7 +145,7 @@ class _Loaded(Target):
         self._artifacts = {name: artifact for name, (artifact, _) in chosen.items()}
         self._files = {name: written(*entry) for name, entry in chosen.items()}
         for artifact in (artifacts.IMAGES, artifacts.DECODE_CACHE, artifacts.SKIPPED, artifacts.CLUSTER_MODEL):
-            if artifact.name.endswith(self.suffixes):
+            if artifact.name.endswith(self.suffixes) and (small_run(shared) / artifact.name).is_file():
                 data = (small_run(shared) / artifact.name).read_bytes()
                 self._artifacts[artifact.name] = artifact
                 self._files[artifact.name] = write_zip(read_zip(data)) if artifact.name.endswith(".npz") else data

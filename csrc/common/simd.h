@@ -356,10 +356,10 @@ inline Vec exp(Vec x) {
 }
 
 inline Vec log(Vec x) {
-  IntVec bits;
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)). Unsigned, because the bits of a negative number may wrap around.
+  UnsignedVec bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  // x = 2^e m with m in [sqrt(1/2), sqrt(2))
-  const IntVec offset = bits - 0x3f3504f3;
+  const IntVec offset = reinterpret_cast<IntVec>(bits - 0x3f3504f3u);
   const Vec e = __builtin_convertvector(offset >> 23, Vec);
   const IntVec mantissa = (offset & 0x7fffff) + 0x3f3504f3;
   Vec f;

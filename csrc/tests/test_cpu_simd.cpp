@@ -105,6 +105,9 @@ void exponentials_and_logarithms() {
   const std::vector<float> ends = {0.0f, 1.0f, INFINITY, NAN};
   simd().log(ends.data(), 4, l.data());
   CHECK(l[0] == -INFINITY && l[1] == 0 && l[2] == INFINITY && std::isnan(l[3]));
+  // Negative numbers have no logarithm, and any result will do. But their bits must not overflow an integer.
+  const std::vector<float> negative = {-0.5f, -1e-3f, -1e-8f, -1e30f};
+  simd().log(negative.data(), 4, l.data());
 }
 
 void reductions_and_masks() {

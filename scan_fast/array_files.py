@@ -33,7 +33,9 @@ def read_npy(file: BinaryIO) -> NDArray[Any]:
     file.seek(0)
     try:
         found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-    except (EOFError, OSError) as error:
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # such as OverflowError, for no elements in a huge shape
         raise ValueError("it is cut off or damaged") from error
     return found
 
@@ -84,7 +86,9 @@ def _check_header(file: IO[bytes], size: int) -> None:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except (ValueError, TypeError, SyntaxError, RecursionError, EOFError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python: errors of the tokenizer and many others
         raise ValueError("it is no array of NumPy, or it is cut off or damaged") from error
     if dtype.hasobject:
         raise ObjectsError("it holds Python objects")

@@ -5,9 +5,9 @@
 
 ``--kills`` repeats tiny runs and other commands of several kinds. Each process is killed at a random moment or at a
 random call that changes files, and started again until it ends by itself. ``--all`` lists the calls of one tiny run
-that change files, and has each of them fail in every way of :mod:`faults`, in a process of its own; ``--every N`` takes
-every N-th of them. Then the same command must end in the same bits as one that was left alone, with the same files and
-no others. The exit code is 1 if one does not.
+that change files, and has each of them fail in every way of :mod:`faults`, each time in another process; ``--every N``
+takes every N-th of them. Then the same command must end in the same bits as one that was left alone, with the same
+files and no others. The exit code is 1 if one does not.
 """
 
 from __future__ import annotations

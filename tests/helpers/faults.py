@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -31,6 +32,8 @@ CALLS = ("open", "write", *BY_PATH, *BY_TWO_PATHS, *BY_HANDLE)
 WAYS = ("kill before", "kill after", "EIO", "ENOSPC")
 WAYS_OF_WRITES = (*WAYS, "short write", "short write, ENOSPC")
 """What can happen at a call: death before or after it, an error instead of it, half of a write and then either."""
+LOSSES = ("delete the folder", "move the folder")
+"""What can happen after a call besides; no command can go on then."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Fault:
         log: a file outside of it; each call adds a line with its name and its file.
         call: one of CALLS, or "any"; "" for none: calls are only noted.
         at: the number of the call, from 1.
-        way: one of WAYS or, for a write, of WAYS_OF_WRITES.
+        way: one of WAYS or LOSSES or, for a write, of WAYS_OF_WRITES.
     """
 
     folder: str
@@ -70,9 +73,9 @@ class _Watch:
     def arrange(self) -> None:
         for name in (*BY_PATH, *BY_TWO_PATHS, *BY_HANDLE):
             setattr(os, name, self.watched(name, getattr(os, name)))
-        os.open = self.os_open(os.open)  # type: ignore[assignment]
-        os.write = self.os_write(os.write)  # type: ignore[assignment]
-        io.open = builtins.open = self.open_file  # type: ignore[assignment]
+        os.open = self.os_open(os.open)
+        os.write = self.os_write(os.write)
+        io.open = builtins.open = self.open_file
 
     def concerns(self, *places: Any) -> bool:
         for place in places:
@@ -103,6 +106,10 @@ class _Watch:
         result = function()
         if way == "kill after":
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "delete the folder":
+            shutil.rmtree(self.folder)
+        if way == "move the folder":
+            os.rename(self.folder, f"{self.folder}-moved")
         return result
 
     def watched(self, call: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -107,10 +107,14 @@ def test_what_fuzzing_has_found_is_refused(name: str, tmp_path: Path) -> None:
 def test_braces_that_stand_for_too_many_names_are_refused() -> None:
     assert expand_braces("a{08..10}{x,y}b") == [f"a{n}{c}b" for n in ("08", "09", "10") for c in "xy"]
     assert len(expand_braces("{a}" * 3000)[0]) == 3000
-    for pattern in ("{0..999999999}", "{0..1000}{0..1000}", "{0..9}{0..9}{a,b}{0..9}{0..9}{0..9}"):
+    for pattern in (
+        "{0..999999999}",
+        "{0.." + "9" * 5000 + "}",
+        "{0..1000}{0..1000}",
+        "{0..9}{0..9}{a,b}{0..9}{0..9}{0..9}",
+    ):
         with pytest.raises(DataError, match="more than 100,000 paths"):
             expand_braces(pattern)
-    assert expand_braces(f"{{0..{'9' * 5000}}}") == [f"0..{'9' * 5000}"]  # no range of numbers
 
 
 def test_a_value_that_cannot_be_shown_is_refused_in_short() -> None:

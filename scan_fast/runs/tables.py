@@ -375,17 +375,10 @@ def _cell(cell: str | None) -> str:
     return cell
 
 
-def _int64(cell: str) -> int:
-    number = int(cell)
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{cell[:40]} is too large")
-    return number
-
-
 def _cluster_id(cell: str) -> int:
-    cluster = _int64(cell)
+    cluster = int(cell)
     if cluster < 0:
-        raise ValueError(f"cluster must not be negative, got {cluster}")
+        raise ValueError(f"cluster must not be negative, got {cell[:40]}")
     if cluster >= MOST_CLUSTERS:
         raise ValueError(f"cluster must be below {MOST_CLUSTERS}")
     return cluster

@@ -168,12 +168,20 @@ def test_metrics_with_huge_numbers_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [[1, 1, 65000, 65000, 1, 1, 5], [1, 1, 8, 8, 9, 1, 5], [1, 1, 8, 8, 1, 1, 1 << 64], [1, 1, -8, 8, 1, 0, 5]]
+    "entry",
+    [
+        [1, 1, 1, 1, 65000, 65000, 1, 1, 5, 0],
+        [1, 1, 1, 1, 8, 8, 9, 1, 5, 0],
+        [1, 1, 1, 1, 8, 8, 1, 1, 1 << 64, 0],
+        [1, 1, 1, 1, -8, 8, 1, 0, 5, 0],
+        [1, 1, 1, 1, 8, 8, 1, 0, 5, 2],
+        [1, 1, 1, 1 << 63, 8, 8, 1, 0, 5, 0],
+    ],
 )
 def test_images_that_cannot_have_been_decoded_are_not_recalled(entry: list[int]) -> None:
-    good = [1, 1, 8, 8, 1, 1, 5]
+    good = [1, 1, 1, 1, 8, 8, 1, 1, 5, 0]
     for each, kept in ((good, True), (entry, False)):
-        cache = DecodeCache(json.dumps({"version": 2, "files": {"/a.jpg": each}}).encode())
+        cache = DecodeCache(json.dumps({"version": 3, "files": {"/a.jpg": each}}).encode())
         assert bool(cache._former) == kept
 
 

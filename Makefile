@@ -11,7 +11,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) 
 NATIVE  := $(sort $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \)))
 SOURCES := setup.py pyproject.toml CMakeLists.txt csrc/sources.cmake csrc/build_facts.py scan_fast/ops/families.json $(NATIVE)
 
-.PHONY: demo test test-fast test-oldest test-arm sanitize sanitize-threads tidy lint format reference bench results dist install clean
+.PHONY: demo test test-fast test-oldest test-arm fuzz sanitize sanitize-threads tidy lint format reference bench results dist install clean
 
 demo: $(STAMP)            ## all stages on the handwritten digits
 	$(BIN)/scan-fast run digits
@@ -55,6 +55,10 @@ test-arm:                 ## the CPU kernels compiled for 64-bit ARM, run by qem
 	cmake -S csrc/tests -B build/native-arm -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/tests/aarch64.cmake
 	cmake --build build/native-arm --target cpu_tests --parallel $$(nproc)
 	ctest --test-dir build/native-arm --label-regex cpu --output-on-failure
+
+# tests/fuzz runs 1,500 of them. A finding names the command that repeats it.
+fuzz: $(DEV)              ## a million inputs made by machines, about an hour on two cores; FUZZ="--inputs 20000 --seed 1"
+	$(BIN)/python -m tools.fuzz --inputs 1000000 --json build/fuzz.json $(FUZZ)
 
 tidy: $(DEV)              ## clang-tidy over the C++ sources, with the compile commands of the preset release
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset release -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CXX_COMPILER=clang++

@@ -32,12 +32,11 @@ def read_npy(file: BinaryIO) -> NDArray[Any]:
     _check_header(file, size)
     file.seek(0)
     try:
-        found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return _read_array(file)
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # such as OverflowError, for no elements in a huge shape
         raise ValueError("it is cut off or damaged") from error
-    return found
 
 
 def read_npz(file: BinaryIO, only: str | None = None) -> dict[str, NDArray[Any]]:
@@ -72,12 +71,21 @@ def read_npz(file: BinaryIO, only: str | None = None) -> dict[str, NDArray[Any]]
                 with archive.open(member) as content:
                     _check_header(content, member.file_size)
                 with archive.open(member) as content:
-                    arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
+                    arrays[name] = _read_array(content)
             return arrays
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise errors of many classes
         raise ValueError(f"it is cut off or damaged ({type(error).__name__})") from error
+
+
+def _read_array(file: IO[bytes]) -> NDArray[Any]:
+    found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    if found.dtype.kind == "U" and found.size and found.dtype.itemsize:
+        codes = np.ascontiguousarray(found).view(np.dtype(np.uint32).newbyteorder(found.dtype.byteorder))
+        if codes.max() > 0x10FFFF:  # Python fails with a SystemError when such a text is used
+            raise ValueError("its texts hold characters that do not exist")
+    return found
 
 
 def _check_header(file: IO[bytes], size: int) -> None:

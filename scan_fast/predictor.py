@@ -137,6 +137,11 @@ class Predictor(ImageNetwork):
         super().__init__(saved.build(), form, device)
         self.typicality: Typicality | None = None
         if saved.centers is not None and saved.least_similarity is not None:
+            if saved.centers.shape[1] != self.model.out_features:
+                raise WeightsError(
+                    f"centers must have the {self.model.out_features} features of the network, "
+                    f"they have {saved.centers.shape[1]}"
+                )
             self.typicality = Typicality(saved.centers, saved.least_similarity)
 
     @property

@@ -180,7 +180,7 @@ def index_files(files: Sequence[str], index: Callable[[str], T]) -> list[T]:
 
 
 def class_numbers(labels: Sequence[Label]) -> tuple[Tensor | None, list[str] | None]:
-    """Number the distinct labels, in numeric order if all are integers, else in alphabetical order.
+    """Number the distinct labels, in numeric order if all are integers (of at most 18 digits), else alphabetically.
 
     Returns:
         (N,) int64 class numbers and the name of each class; None and None unless every image has a label.
@@ -188,7 +188,7 @@ def class_numbers(labels: Sequence[Label]) -> tuple[Tensor | None, list[str] | N
     if not labels or None in labels:
         return None, None
     texts = [str(label) for label in labels]
-    numeric = all(re.fullmatch(r"-?\d+", text) for text in texts)
+    numeric = all(re.fullmatch(r"-?\d{1,18}", text) for text in texts)
     names = sorted(set(texts), key=int) if numeric else sorted(set(texts))
     rank = {name: number for number, name in enumerate(names)}
     return torch.tensor([rank[text] for text in texts], dtype=torch.int64), names

@@ -253,7 +253,14 @@ def decode(
                     pixels = torch.from_numpy(np.array(to_rgb(image)))
                     if image.format == "PNG":
                         header = _header(image)
-                return header, upright(pixels, header.orientation)
+                decoded = upright(pixels, header.orientation)
+                # A HEIC may state one size in its header and hold an image of another.
+                if smallest is None and decoded.shape[:2] != (header.height, header.width):
+                    raise ValueError(
+                        f"its header states {header.width} x {header.height} pixels, "
+                        f"it holds {decoded.shape[1]} x {decoded.shape[0]}"
+                    )
+                return header, decoded
     with _alone(header.width, header.height):
         whole = _whole_jpeg(encoded)
         if whole is None:

@@ -46,6 +46,10 @@ class RefusedError(_StatedError):
     """A file that holds more than tensors and plain values."""
 
 
+_SMALL = 256 << 20
+"""Bytes of a file that any machine has the memory for."""
+
+
 def read_tensors(file: BinaryIO) -> Any:
     """Read what torch.save wrote, in its format of today or the older one, onto the CPU.
 
@@ -59,8 +63,8 @@ def read_tensors(file: BinaryIO) -> Any:
         RefusedError: if it holds anything else; the message is a sentence about "it".
         ValueError: if it is cut off, damaged or of another kind; likewise.
     """
+    size = file.seek(0, os.SEEK_END)
     try:
-        size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if reason := _other_kind(file):
             raise ValueError(reason)
@@ -74,8 +78,13 @@ def read_tensors(file: BinaryIO) -> Any:
             raise ValueError(_DAMAGED)
         _check_sizes(content, size)
         return content
-    except (ValueError, MemoryError):
+    except ValueError:
         raise
+    except MemoryError as error:
+        if size > _SMALL:
+            raise
+        # A damaged length: of a text of gigabytes, say.
+        raise ValueError(_DAMAGED) from error
     except Exception as error:  # a damaged file may raise nearly anything
         raise _refusal(error) from error
 

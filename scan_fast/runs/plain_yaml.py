@@ -29,7 +29,8 @@ def parse_yaml(text: str) -> Any:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except ValueError as error:  # of a date that does not exist, or a number with thousands of digits
+    # Of a date that does not exist, or a number with thousands of digits; or of a text that a tag calls a date.
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"a number or a date in it is not valid ({error})") from error
     rest = [values]
     while rest:

@@ -20,7 +20,7 @@ from tools.fuzz.target import Target
 from tools.fuzz.targets import TARGETS
 from tools.fuzz.worker import Batch
 
-INPUTS = 2000
+INPUTS = 1500
 SEED = 1
 
 

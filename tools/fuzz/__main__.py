@@ -81,6 +81,7 @@ def _run(targets: list[Target], options: argparse.Namespace) -> int:
     results = run_tasks(tasks, options.processes, say)
     record = _record(results, options, time.monotonic() - begin)
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     _show(record)
     return bool(record["findings"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from scan_fast import cli
@@ -44,8 +45,8 @@ def _train(images: Path, run: Path) -> None:
         name = _IMAGES[number % len(_IMAGES)]
         folder = images / ("x", "y")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        path = write(folder, f"{number}{os.path.splitext(name)[1]}", found[name])
-        os.utime(path, (1e9, 1e9))  # files that have just changed are not noted as good
+        write(folder, f"{number}{os.path.splitext(name)[1]}", found[name])
     write(images / "x", "broken.png", b"\x89PNG")
+    time.sleep(2.5)  # files that have just changed are not noted as good
     if cli.main(["run", "--data", str(images), "--clusters", "2", *_SETTINGS, "--out", str(run), "--quiet"]) != 0:
         raise RuntimeError("the run failed")

@@ -120,8 +120,15 @@ class ParquetRows(EncodedImages):
 
 
 def _may_name_files(group: Any, column: str) -> bool:
-    """Return whether a row group may have rows without bytes, which name the file of their image."""
-    parts = {part.path_in_schema: part for part in (group.column(i) for i in range(group.num_columns))}
+    """Return whether a row group may have rows without bytes, which name the file of their image.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    try:
+        parts = {part.path_in_schema: part for part in (group.column(i) for i in range(group.num_columns))}
+    except UnicodeDecodeError as error:
+        raise DataError(f"a column of a Parquet file has a damaged name ({error}); write the file again") from error
     held = parts.get(f"{column}.bytes")
     if f"{column}.path" not in parts:
         return False

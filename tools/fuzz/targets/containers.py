@@ -232,9 +232,9 @@ class Patterns(_Container):
         if rng.random() < 0.05:
             parts.append("{0.." + rng.choice(("1000", "9" * 9, "9" * 18, "9" * 5000, "7")) + "}")
         names = ("train-0.tar", "test-0.tar", "a.tar", "val/1.tar", "val/train.tar", "{.tar", "[0].tar", "b")
-        # Wildcards of any depth would walk through folders outside.
+        # Folders outside, or wildcards of any depth in them, would be walked through.
         outside = "/~" if "**" in "".join(parts) else ""
-        pattern = "".join(parts).translate({ord(mark): None for mark in outside})
+        pattern = "".join(parts).translate({ord(mark): None for mark in outside}).lstrip("{/~")
         return pattern, rng.sample(names, rng.randrange(1, 5))
 
     def feed(self, given: Any, folder: Path) -> None:

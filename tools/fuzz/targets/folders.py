@@ -15,8 +15,10 @@ from typing import Any
 from scan_fast import cli
 from scan_fast.errors import ScanFastError
 from scan_fast.parsing import split_overrides
+from scan_fast.runs.artifacts import METRICS
+from scan_fast.runs.digests import Journal, digest_of, is_archive
 
-from ..archives import ZIP_TOKENS, change_npy, change_pickle, change_zip, read_zip, write_zip
+from ..archives import ZIP_TOKENS, change_npy, change_pickle, change_zip, read_zip, sealed, write_zip
 from ..mutations import as_json, change_table, change_tree, mutate
 from ..pictures import pictures
 from ..small_run import small_run
@@ -66,13 +68,13 @@ class Commands(Target):
                 self._files[name] = write_zip(read_zip(data))
 
     def draw(self, rng: Random) -> Any:
-        """Return a command, changed files of the run by name, and names for further images."""
+        """Return a command, changed files by name, names of images, and whether the digests fit the changed files."""
         changed = {}
         for _ in range(rng.choice((1, 1, 1, 2))):
             name = rng.choice(list(self._files))
             changed[name] = None if rng.random() < 0.1 else self._changed(rng, name, self._files[name])
         images = {file_name(rng): rng.choice(list(pictures())) for _ in range(rng.choice((0, 0, 1, 3)))}
-        return rng.choice(_COMMANDS).split(), changed, images
+        return rng.choice(_COMMANDS).split(), changed, images, rng.random() < 0.85
 
     def _changed(self, rng: Random, name: str, data: bytes) -> bytes:
         if rng.random() < 0.2:
@@ -94,12 +96,14 @@ class Commands(Target):
 
     def feed(self, given: Any, folder: Path) -> None:
         """Copy the run, change its files, carry out the command."""
-        words, changed, images = given
+        words, changed, images, with_digests = given
         run = folder / "run"
         shutil.copytree(self._run, run)
         for name, data in changed.items():
             os.unlink(run / name)
-            if data is not None:
+            if data is not None and with_digests:
+                write(run, name, _with_digest(run, name, data))
+            elif data is not None:
                 write(run, name, data)
         (folder / "images").mkdir()
         found = pictures()
@@ -118,3 +122,13 @@ class Commands(Target):
                 raise ScanFastError("refused by the parser") from stop
         if code != 0:
             raise WrongResult(f"the command returned {code}")
+
+
+def _with_digest(run: Path, name: str, data: bytes) -> bytes:
+    """Return what to write as a file of the run, so that its digest is right."""
+    if is_archive(name):
+        return sealed(data)
+    journal = Journal(run)
+    for part in (data, *(data.split(b"\n") if name == METRICS.name else ())):
+        journal.add(name, digest_of(part))
+    return data

@@ -33,6 +33,8 @@ class Decoding(Target):
     name = "image-decoding"
     share = 100
     permitted = (DataError, MissingPackageError)
+    # An image of 40 million pixels takes seconds each time, and is decoded five times.
+    seconds = 90
     # Twice what PIL and the arrays behind it take for the largest image that is decoded.
     memory_mib = 3000
 

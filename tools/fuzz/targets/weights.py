@@ -25,7 +25,7 @@ from scan_fast.models.saved import SavedModel
 from scan_fast.models.weight_files import fit_weight_file
 from scan_fast.predictor import Predictor
 
-from ..archives import ZIP_TOKENS, change_pickle, change_zip, read_zip
+from ..archives import ZIP_TOKENS, change_pickle, change_zip, read_zip, sealed
 from ..mutations import as_json, change_tree, mutate, value_of
 from ..target import Target, WrongResult, write
 from .artifacts import saved_tree, tensors
@@ -217,7 +217,7 @@ class Models(Target):
 
     def feed(self, given: Any, folder: Path) -> None:
         """Load the model and apply it to two images."""
-        predictor = Predictor.load(write(folder, "model.pt", given))
+        predictor = Predictor.load(write(folder, "model.pt", sealed(given)))
         if predictor.size > 64 or predictor.form.view_size > 64:
             return  # accepted, but too slow to apply
         source = TensorSource(self._images, size=predictor.size)

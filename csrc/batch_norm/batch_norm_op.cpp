@@ -122,6 +122,7 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
 at::Tensor batch_norm(const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& weight,
                       const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, bool relu) {
+  TORCH_CHECK_VALUE(eps > 0 || (eps == 0 && !training), "eps must be positive, or 0 in evaluation, got ", eps);
   const bool wanted = x.requires_grad() || weight.requires_grad() || bias.requires_grad() ||
                       (given(residual) && residual->requires_grad());
   if (at::GradMode::is_enabled() && wanted) {
@@ -144,7 +145,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
                     "running_mean and running_var must both be given, or, in training, neither");
   TORCH_CHECK_VALUE(!training || shape.rows > 1, "training needs more than one value per channel, got shape ",
                     x.sizes());
-  TORCH_CHECK_VALUE(eps > 0 || (eps == 0 && !training), "eps must be positive, or 0 in evaluation, got ", eps);
+  // Without eps, the statistics are those of the batch itself, as layers over several processes need them.
+  TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
   check_finite(eps, "eps");
   check_finite(momentum, "momentum");
   const auto options = x.options().dtype(at::kFloat);

@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Artifact[Any], bytes | Callable[[], bytes], str]] = {
     "variants with an open quote": (artifacts.ABLATION_TABLE, b'"', "no CSV"),
     "variants with a cell too many": (artifacts.ABLATION_TABLE, _VARIANTS, "1 cells too many"),
     "count beyond 64 bits": (artifacts.CONFUSION, b"x,a\na,9223372036854775808\n", "too large"),
-    "cluster beyond 64 bits": (artifacts.ASSIGNMENTS, _ASSIGNMENTS + b"a,9223372036854775808,1,1,train\n", "must be below"),
+    "cluster beyond 64 bits": (artifacts.ASSIGNMENTS, _ASSIGNMENTS + b"a,9223372036854775808,1,1,train\n", "be below"),
     "parquet with damaged metadata": (
         artifacts.ASSIGNMENTS_PARQUET,
         lambda: (data := _parquet()())[:-20] + b"\xff" * 8 + data[-12:],

@@ -121,7 +121,7 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         "mask must be",
     ),
     "x without memory": (changed("batch_norm_backward", x=shrunk("x")), "x must lie within its storage"),
-    "eps nan": (changed("batch_norm_forward", eps=NAN), "eps must be positive, or 0 in evaluation, got nan"),
+    "eps nan": (changed("batch_norm_forward", eps=NAN), "eps must not be negative, got nan"),
     "momentum inf": (changed("batch_norm", momentum=float("inf")), "momentum must be a finite number"),
     # convolution
     "kernel larger than the image": (small_image("conv2d_forward", 2, 0), "must not be larger than the padded image"),

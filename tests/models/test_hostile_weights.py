@@ -29,6 +29,7 @@ from scan_fast.models.saved import SavedModel
 from scan_fast.models.tensor_files import RefusedError, read_tensors
 from scan_fast.models.weight_files import read_checkpoint
 from scan_fast.predictor import Predictor
+from scan_fast.runs.digests import seal
 from scan_fast.runs.reading import load_arrays, load_tensors
 from scan_fast.runs.records import Checkpoint, StageResult
 
@@ -51,6 +52,13 @@ def saved(content: Any, **options: Any) -> bytes:
         warnings.simplefilter("ignore")
         torch.save(content, file, **options)
     return file.getvalue()
+
+
+def save_sealed(content: Any, path: Path) -> None:
+    """Write a file whose digest is right, whatever it holds."""
+    with path.open("w+b") as file:
+        torch.save(content, file)
+        seal(file)
 
 
 def changed(content: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -231,7 +239,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_loading_a_model_asks_for_nothing_else(settings: dict[str, Any], tmp_path: Path, no_network: None) -> None:
     """Neither a download nor another file: the weights are in the model.pt."""
-    torch.save(model_content(model=settings), tmp_path / "model.pt")
+    save_sealed(model_content(model=settings), tmp_path / "model.pt")
     try:
         predictor = Predictor.load(tmp_path / "model.pt")
     except WeightsError as error:
@@ -272,7 +280,7 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("field", WRONG)
 def test_a_model_with_wrong_fields_is_one_line(field: str, tmp_path: Path) -> None:
     for value in WRONG[field]:
-        torch.save(model_content(**{field: value}), tmp_path / "model.pt")
+        save_sealed(model_content(**{field: value}), tmp_path / "model.pt")
         with little_memory(), pytest.raises(ScanFastError, match=r"model\.pt") as info:
             Predictor.load(tmp_path / "model.pt")
         assert len(str(info.value)) < 1000 and "\n" not in str(info.value), value
@@ -287,13 +295,13 @@ def test_a_network_that_its_weights_do_not_fill_is_not_built(tmp_path: Path) -> 
     ):
         content = model_content(model=settings, n_clusters=1_000_000)
         del content["centers"], content["least_similarity"]
-        torch.save(content, tmp_path / "model.pt")
-        with little_memory(), pytest.raises(WeightsError, match=r"do not fit|cannot be built"):
+        save_sealed(content, tmp_path / "model.pt")
+        with little_memory(), pytest.raises(WeightsError, match=r"do not fit|cannot be built|must be below"):
             Predictor.load(tmp_path / "model.pt")
     for entry in (torch.zeros(3).to_sparse(), torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.complex64)):
         content = model_content()
         content["state_dict"]["cluster_head.0.bias"] = entry
-        torch.save(content, tmp_path / "model.pt")
+        save_sealed(content, tmp_path / "model.pt")
         with pytest.raises(WeightsError, match="1 entries that are not plain real numbers"):
             Predictor.load(tmp_path / "model.pt")
 

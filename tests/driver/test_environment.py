@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from driving import TINY, Death, Process, run_here, summary, without_seconds
+from driving import TINY, Death, Process, run_here, summary, without_seconds, write_known
 
 from scan_fast import __version__
 
@@ -64,5 +64,5 @@ def test_a_record_of_anything_else_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run_here("pretext", "digits", *WORDS, "--out", out, "--quiet").code == 0
     for content, message in (("{}", "must hold facts"), ('{"facts": {}, "changes": [1]}', "changes, a list of texts")):
-        (out / "environment.json").write_text(content)
+        write_known(out, "environment.json", content)
         assert message in run_here("mine", out, "--quiet").refusal()

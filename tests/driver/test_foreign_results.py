@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driving import TINY, TINY_FOLDER, fill, left_out, run_here
+from driving import TINY, TINY_FOLDER, fill, left_out, run_here, save_sealed
 
 from scan_fast.runs.records import Embeddings, Neighbors, StageResult
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_on_other_images_or_of_another_network(two_runs: tuple[Path
     weights = state["model"]
     name = next(iter(weights))
     del state["images"]
-    torch.save(state | {"model": {**weights, name: weights[name][:1]}}, out / file)
+    save_sealed(state | {"model": {**weights, name: weights[name][:1]}}, out / file)
     message = run_here("cluster", out, "--quiet").refusal()
     assert f"{out / file} is of another network or optimizer: " in message and name in message
     (out / file).unlink()
@@ -93,7 +93,7 @@ def neighbors(**changes: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("load", "arrays", "reason"),
     [
-        (Embeddings.load, {"train": ROWS.astype(np.float64)}, r"train must be \(N, D\) float32, got \(4, 3\) float64"),
+        (Embeddings.load, {"train": ROWS.astype(np.int64)}, r"train must be \(N, D\) float32, got \(4, 3\) int64"),
         (Embeddings.load, {"train": ROWS[0]}, r"train must be \(N, D\) float32, got \(3,\) float32"),
         (Embeddings.load, {"train": np.where(ROWS > 0, np.nan, ROWS)}, "train holds values that are not finite"),
         (Neighbors.load, neighbors(train=INDEX + 1), "train names image 4; its images are numbered from 0 to 3"),
@@ -117,5 +117,5 @@ def test_a_result_holds_tensors_by_name() -> None:
     file = io.BytesIO()
     torch.save({"model": {"weight": [1.0]}}, file)
     file.seek(0)
-    with pytest.raises(ValueError, match="its model must hold tensors by name"):
+    with pytest.raises(ValueError, match="it is no result of a stage"):
         StageResult.load(file)

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from driving import contents, run_here
+from driving import contents, run_here, save_sealed, write_known
 
 from scan_fast.estimator import ImageClusterer
 from scan_fast.runs.artifacts import CLUSTER_MODEL, MODEL, NEIGHBORS
+from scan_fast.runs.digests import seal
 
 
 class Marker:
@@ -50,7 +51,7 @@ def change(path: Path, **changes: Any) -> None:
     content = torch.load(path, weights_only=True)
     for name, value in changes.items():
         content[name] = {**content[name], **value} if isinstance(value, dict) else value
-    torch.save(content, path)
+    save_sealed(content, path)
 
 
 def test_settings_that_name_weights_are_not_followed(foreign: Path, images: Path, no_network: None) -> None:
@@ -60,7 +61,7 @@ def test_settings_that_name_weights_are_not_followed(foreign: Path, images: Path
     change(foreign / MODEL.name, model={"weights": str(foreign.parent / "weights.pth")})
     config = yaml.safe_load((foreign / "config.yaml").read_text())
     config["model"] |= {"backbone": "resnet18-imagenet", "pretrained": True, "width": 1.0}
-    (foreign / "config.yaml").write_text(yaml.safe_dump(config))
+    write_known(foreign, "config.yaml", yaml.safe_dump(config))
     assert run_here("predict", foreign, "--data", images).out == plain
     for command in (
         ["embed", foreign, "--data", images, "--out", "features.npz"],
@@ -79,7 +80,7 @@ def test_settings_that_name_weights_are_not_followed(foreign: Path, images: Path
 def test_files_with_code_are_refused_without_advice_to_run_it(foreign: Path, images: Path) -> None:
     marker = foreign.parent / "executed"
     for name in (MODEL.name, CLUSTER_MODEL.name):
-        torch.save({"format": 1, "model": Marker(marker)}, foreign / name)
+        save_sealed({"format": 1, "model": Marker(marker)}, foreign / name)
     for command in (
         ["predict", foreign, "--data", images],
         ["embed", foreign, "--data", images, "--out", "features.npz"],
@@ -109,13 +110,15 @@ def test_files_with_code_are_refused_without_advice_to_run_it(foreign: Path, ima
 def test_results_with_values_of_other_kinds_are_one_line(name: str, content: Any, command: str, foreign: Path) -> None:
     path = foreign / name
     if path.suffix == ".json":
-        path.write_text(json.dumps(content))
+        write_known(foreign, name, json.dumps(content))
     elif path.suffix == ".npz":
         import numpy as np
 
         with np.load(path) as arrays:
             whole = {key: arrays[key] for key in arrays.files}
         np.savez(path, **{**whole, **{key: np.array(value) for key, value in content.items()}})
+        with path.open("r+b") as file:
+            seal(file)
     else:
         change(path, **content)
     words = {"run": ["--quiet"], "evaluate": []}.get(command, ["--quiet", "--again"])
@@ -130,7 +133,7 @@ def test_folders_of_groups_stay_inside_of_theirs(foreign: Path) -> None:
     from scan_fast.runs.folder import RunFolder
 
     digest = RunFolder(foreign).read(ASSIGNMENTS).digest
-    (foreign / "names.json").write_text(json.dumps({"assignments": digest, "names": names}))
+    write_known(foreign, "names.json", json.dumps({"assignments": digest, "names": names}))
     before = set(contents(foreign.parent))
     assert run_here("folders", foreign, "--out", foreign.parent / "groups").code == 0
     made = set(contents(foreign.parent)) - before

@@ -395,7 +395,7 @@ def test_neighbours_of_other_images_are_refused_by_the_name_of_these(tmp_path: P
     words = ("--config", "cifar10", *SMALL, "--data", tmp_path / "images", "--neighbors")
     refused = run_here("evaluate", path, *words, tmp_path / "n.npy").refusal()
     assert f"n.npy is of 4 images, there are 6 images of {tmp_path / 'images'}" in refused
-    assert "is not a readable .npy file: it is none" in run_here("evaluate", path, *words, path).refusal()
+    assert "is not a readable .npy file: it is no array of NumPy" in run_here("evaluate", path, *words, path).refusal()
 
 
 def test_embedded_vectors_are_not_normalised(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_leftovers_of_a_killed_process_are_no_content(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.abc.tmp").write_text("name: di")
     with RunFolder.open(tmp_path, tiny_config()) as folder:
         assert folder.read(CONFIG) == tiny_config()
-        assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".config.yaml", "digests.txt", ".lock"}
 
 
 def test_the_lock_is_held_and_given_back(tmp_path: Path) -> None:

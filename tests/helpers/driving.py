@@ -27,6 +27,7 @@ from PIL import Image
 import scan_fast
 from scan_fast.cli import main
 from scan_fast.runs.config import Config, find_config, load_config
+from scan_fast.runs.digests import Journal, digest_of, seal
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.tracker import Tracker
 from scan_fast.runs.verification import accept
@@ -326,6 +327,19 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (".lock", "config.yaml", ".config.yaml", "digests.txt")
     }
+
+
+def save_sealed(content: Any, path: Path) -> None:
+    """Write a file of torch.save whose digest is right, whatever it holds."""
+    with path.open("w+b") as file:
+        torch.save(content, file)
+        seal(file)
+
+
+def write_known(folder: Path, name: str, text: str) -> None:
+    """Write a text file of a run folder and its digest, whatever it holds."""
+    (folder / name).write_text(text)
+    Journal(folder).add(name, digest_of(text.encode()))
 
 
 def accept_files(folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from driving import save_sealed
 
 from scan_fast.array_files import ObjectsError, read_npy, read_npz
 from scan_fast.errors import ScanFastError, WeightsError
@@ -29,7 +30,6 @@ from scan_fast.models.saved import SavedModel
 from scan_fast.models.tensor_files import RefusedError, read_tensors
 from scan_fast.models.weight_files import read_checkpoint
 from scan_fast.predictor import Predictor
-from scan_fast.runs.digests import seal
 from scan_fast.runs.reading import load_arrays, load_tensors
 from scan_fast.runs.records import Checkpoint, StageResult
 
@@ -52,13 +52,6 @@ def saved(content: Any, **options: Any) -> bytes:
         warnings.simplefilter("ignore")
         torch.save(content, file, **options)
     return file.getvalue()
-
-
-def save_sealed(content: Any, path: Path) -> None:
-    """Write a file whose digest is right, whatever it holds."""
-    with path.open("w+b") as file:
-        torch.save(content, file)
-        seal(file)
 
 
 def changed(content: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:

@@ -12,6 +12,10 @@ that vary. After each round it measures what it holds of the system (:mod:`bench
 The verdict is "flat", "grows" (the lower end of an interval is above the bound, or a count changes), or "unclear": the
 rounds are too few to tell. The exit code is 0, 1 or 2. Freed memory that malloc keeps is told apart by two figures:
 what malloc has given out, and what is left after it gave free pages back at the end.
+
+PyTorch keeps what it has prepared for the last 1,024 shapes, up to some hundred megabytes. That takes hours to fill
+here and would hide a leak. So the caches hold a few shapes each, unless the environment says otherwise or ``--caches``
+is given.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ SLOPE_BOUND = MIB / 100
 GROWTH_BOUND = 0.02
 OBJECTS_BOUND = 50.0
 """Objects per round."""
+CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""Environment variables, and the capacity of PyTorch's cache and of oneDNN's. Both are read at the first operation."""
 EXIT_CODES = {"flat": 0, "grows": 1, "unclear": 2}
 
 
@@ -134,6 +140,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), metavar="ACTIVITY")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the verdict; the log of the rounds goes beside it")
+    parser.add_argument("--caches", action="store_true", help="leave PyTorch's caches of shapes as large as they are")
     options = parser.parse_args()
     if sys.platform != "linux":
         parser.error(f"memory is read from /proc, which {sys.platform} does not have")
@@ -141,6 +148,9 @@ def main() -> int:
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
+    if not options.caches:
+        for name, capacity in CACHES.items():
+            os.environ.setdefault(name, capacity)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="scan-fast-soak-") as own:
         # Others use the system's temporary folder as well; what is left in this one is ours.
@@ -149,6 +159,7 @@ def main() -> int:
             chosen = {name: ACTIVITIES[name] for name in options.only}
             samples = soak(chosen, seconds=60 * options.minutes, rounds=options.rounds, seed=options.seed, log=log)
             result = judge(samples) | {"seconds": round(time.monotonic() - begin, 1), "activities": options.only}
+            result["caches"] = {name: os.environ.get(name) for name in CACHES}
             if trim() and samples:
                 result["after_trim"] = sample().to_dict()
         finally:

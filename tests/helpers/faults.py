@@ -193,8 +193,12 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """Return all that two equal runs agree in, the names of their files included."""
+    """Return all that two equal runs agree in, the names of their files included.
+
+    The checkpoints of finished stages do not count: repeating begins with their removal, and a kill may follow at once.
+    """
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names -= {name for name in names if name.startswith("checkpoints/") and not name.endswith("-final.pt")}
     suggestion = folder / "suggested-k.json"
     number = without_seconds(json.loads(suggestion.read_text())) if suggestion.is_file() else None
     page = (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")

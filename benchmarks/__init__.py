@@ -23,6 +23,7 @@ BENCHMARKS = {
     "ablations": "the ablations of the SCAN paper",
     "crops": "crops of ImageNet's images against torchvision's",
     "dtypes": "mining and the choice of a head in float32 and in bfloat16",
+    "digests": "the cost of digests in a run",
     "soak": "hours of everything in one process: memory, open files and threads that stay",
     "targets": "the promises of this project, measured",
     "gpu_run": "CIFAR-10 on a GPU in the minutes that are left",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..atomic import atomic_file
 from ..data.sources import Source
 from ..evaluation.prototypes import central_prototypes
-from ..runs.tables import csv_writer, path_cell, text_cell
+from ..runs.csv_files import csv_writer, path_cell, text_cell
 from .figures import plain
 
 TILE = 160

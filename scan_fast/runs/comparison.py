@@ -11,8 +11,8 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from ..evaluation.metrics import metric_titles
 from .artifacts import ASSIGNMENTS, MODEL
+from .csv_files import csv_writer, path_cell, text_cell
 from .folder import RunFolder
-from .tables import csv_writer, path_cell, text_cell
 
 _METRICS = ("confidence", "acc_many_to_one", "acc", "nmi", "ari", "ami")
 BASELINES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, BinaryIO, Literal
 
-from .tables import as_text, csv_writer, path_cell, path_of
+from .csv_files import as_text, csv_writer, path_cell, path_of
 
 
 @dataclass(frozen=True)

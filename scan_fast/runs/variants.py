@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from .tables import as_text, csv_writer, text_cell, text_of
+from .csv_files import as_text, csv_writer, text_cell, text_of
 
 MEASURES = ("acc", "nmi", "ari", "purity", "seconds")
 """The measures that are compared: accuracy, normalised mutual information and adjusted Rand index of the last stage's

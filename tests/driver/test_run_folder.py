@@ -19,9 +19,9 @@ from scan_fast.data.datasets import open_splits
 from scan_fast.data.decode import decode
 from scan_fast.errors import RunError
 from scan_fast.runs.artifacts import CONFIG, DECODE_CACHE
+from scan_fast.runs.csv_files import path_cell
 from scan_fast.runs.folder import RunFolder
 from scan_fast.runs.records import MetricsEntry
-from scan_fast.runs.tables import path_cell
 from scan_fast.runs.tracker import Tracker
 from scan_fast.stages.pipeline import run_stages, stages_of
 from scan_fast.training.context import open_context

@@ -19,8 +19,8 @@ from scan_fast.data.encoded import ImagePaths
 from scan_fast.data.files import FileSource
 from scan_fast.data.sources import Source, TensorSource
 from scan_fast.report import write_report
+from scan_fast.runs.csv_files import path_cell, text_cell
 from scan_fast.runs.folder import RunFolder
-from scan_fast.runs.tables import path_cell, text_cell
 from scan_fast.runs.verification import accept
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -11,18 +11,9 @@ import pytest
 import torch
 
 from scan_fast.runs.comparison import Comparison, Result
+from scan_fast.runs.csv_files import path_cell, path_of, text_cell, text_of
 from scan_fast.runs.findings import DuplicateRow, Duplicates, OutlierRow, Outliers
-from scan_fast.runs.tables import (
-    Assignments,
-    Confusion,
-    Placements,
-    Predictions,
-    Skipped,
-    path_cell,
-    path_of,
-    text_cell,
-    text_of,
-)
+from scan_fast.runs.tables import Assignments, Confusion, Placements, Predictions, Skipped
 from scan_fast.runs.variants import COLUMNS, VariantTable
 
 NAMES = [

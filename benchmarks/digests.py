@@ -40,7 +40,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (files, "fingerprint", "images"),
     (images, "_pixel_digests", "images"),
 )
-"""Where each function is called from, its name, and what its digests are of."""
+"""Modules or classes with the name of a function that they call, and what its digests are of."""
 
 
 class Timer:

@@ -93,7 +93,7 @@ def scenarios(work: Path) -> list[Scenario]:
     result = run_here("run", "digits", *SHORT, "--quiet", "--out", finished)
     assert result.code == 0, result.err
     small = ["--quiet", *TINY_FOLDER, EVERY_STEP, "data.test_fraction=0.2"]
-    frozen = ["--quiet", "preset=descriptor", "data.image_size=32", "clustering.epochs=3", "runtime.threads=1"]
+    frozen = ["--quiet", "preset=descriptor", "data.image_size=32", "runtime.threads=1"]
 
     def digits(*more: str) -> Callable[[Path], list[object]]:
         return lambda folder: ["run", "digits", *SHORT, *more, "--quiet", "--out", folder]

@@ -94,8 +94,6 @@ def _check_header(file: IO[bytes], size: int) -> None:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except MemoryError:
-        raise
     except Exception as error:  # NumPy parses the header as Python: errors of the tokenizer and many others
         raise ValueError("it is no array of NumPy, or it is cut off or damaged") from error
     if dtype.hasobject:

@@ -97,6 +97,10 @@ def find_files(pattern: str, root: Path | None, suffixes: Sequence[str]) -> list
     """
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(f"{pattern}: only local files are read; download them first")
+    try:
+        os.fsencode(pattern)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{pattern!a} cannot be the name of a file: {error.reason}") from error
     found: set[str] = set()
     for choice in expand_braces(pattern):
         path = os.path.join("" if root is None else root.expanduser(), os.path.expanduser(choice))

@@ -511,6 +511,8 @@ def build_config(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise _described(error) from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{error.object[:100]!a} is no text: {error.reason}") from None
 
 
 def _described(error: ValidationError) -> ConfigError:

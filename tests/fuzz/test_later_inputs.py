@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scan_fast.array_files import read_npy
-from scan_fast.data.containers import class_numbers
+from scan_fast.data.containers import class_numbers, find_files
 from scan_fast.data.datasets import source_from
 from scan_fast.data.decode import decode
 from scan_fast.data.neighbor_files import read_neighbors
@@ -111,3 +111,8 @@ def test_a_heic_whose_header_states_another_size_is_unreadable() -> None:
     assert decode(data)[0][:2] == (64, 48)
     with pytest.raises(ValueError, match="its header states 48 x 64 pixels, it holds 64 x 64"):
         decode(data.replace(shift, b"\xbf" + shift[1:]))
+
+
+def test_texts_that_no_file_can_be_called_are_refused() -> None:
+    with pytest.raises(DataError, match="cannot be the name of a file: surrogates not allowed"):
+        find_files("a\ud800.tar", None, (".tar",))

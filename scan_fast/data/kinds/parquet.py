@@ -193,7 +193,7 @@ def _index_file(file: str, labelled: bool) -> File:
             return File(reader.metadata, column, _labels(reader) if labelled else [])
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 

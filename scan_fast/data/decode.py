@@ -254,8 +254,8 @@ def decode(
                     if image.format == "PNG":
                         header = _header(image)
                 decoded = upright(pixels, header.orientation)
-                # A HEIC may state one size in its header and hold an image of another.
-                if smallest is None and decoded.shape[:2] != (header.height, header.width):
+                # A HEIC may state one size in its header and hold an image of another. A TIFF may be upright already.
+                if smallest is None and sorted(decoded.shape[:2]) != sorted((header.height, header.width)):
                     raise ValueError(
                         f"its header states {header.width} x {header.height} pixels, "
                         f"it holds {decoded.shape[1]} x {decoded.shape[0]}"

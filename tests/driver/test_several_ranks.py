@@ -182,7 +182,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         pytest.skip("only root mounts a small disk")
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
         message = failing(2, *WORDS, "--out", disk / "run", folder=tmp_path / "logs")

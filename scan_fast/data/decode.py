@@ -99,6 +99,9 @@ def open_image(encoded: Encoded | Path) -> ImageFile.ImageFile:
     image = _opened(encoded)
     width, height = image.size
     if image.format == "TIFF" and isinstance(image, TiffImagePlugin.TiffImageFile):
+        # PIL maps uncompressed files that it knows by name into memory, as if those with an orientation were upright
+        # there already, and then turns what it has mixed up.
+        image.filename = ""
         # A tile is decoded whole, however little of it is in the image.
         tile = [image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
         width, height = (max(side, edge) for side, edge in zip((width, height), tile, strict=True))
@@ -254,8 +257,8 @@ def decode(
                     if image.format == "PNG":
                         header = _header(image)
                 decoded = upright(pixels, header.orientation)
-                # A HEIC may state one size in its header and hold an image of another. A TIFF may be upright already.
-                if smallest is None and sorted(decoded.shape[:2]) != sorted((header.height, header.width)):
+                # A HEIC may state one size in its header and hold an image of another.
+                if smallest is None and decoded.shape[:2] != (header.height, header.width):
                     raise ValueError(
                         f"its header states {header.width} x {header.height} pixels, "
                         f"it holds {decoded.shape[1]} x {decoded.shape[0]}"

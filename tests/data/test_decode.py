@@ -129,6 +129,20 @@ def test_whole_files_have_the_levels_of_pil(tmp_path: Path, name: str, orientati
         assert known in (None, header)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_grey_tiff_is_upright(tmp_path: Path, orientation: int) -> None:
+    """PIL maps such a file into memory if it knows its name, and mixes up the rows of one with an orientation."""
+    array = varied(1, 23, 38)[0].numpy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file, other = (save(tmp_path / name, array, "L", exif=exif) for name in ("grey.tif", "grey.png"))
+    expected = decode(other)[1]
+    for encoded in (file, file.read_bytes()):
+        header, got = decode(encoded)
+        assert got.equal(expected)
+        assert header[:2] == read_header(encoded)[:2] == expected.shape[:2]
+
+
 def test_boxes_are_cut_and_resized_as_pil_does(tmp_path: Path) -> None:
     for height, width, size in ((40, 30, 16), (40, 30, 64), (300, 7, 32), (1, 1, 8)):
         image = varied(1, height, width)[0]

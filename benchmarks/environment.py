@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scan_fast import __version__
+from scan_fast.devices import processor_name
 from scan_fast.ops import native
 
 CPU_CLASSES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "baseline": "the baseline of its architecture"}
@@ -43,7 +44,7 @@ def result_file(kind: str, name: str) -> str:
 def describe(device: str) -> dict[str, Any]:
     """Return hardware, versions and commit as plain values."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "scan_fast": __version__,
         "torch": torch.__version__,
@@ -51,14 +52,6 @@ def describe(device: str) -> dict[str, Any]:
         "build": native.build_info(),
         "commit": _commit(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _commit() -> str:

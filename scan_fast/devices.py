@@ -1,6 +1,10 @@
-"""Choice of the device by name."""
+"""Choice of the device by name, and the name of the processor."""
 
 from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
 
 import torch
 
@@ -42,3 +46,14 @@ def choose_device(name: str, option: str = "runtime.device") -> torch.device:
     if device.type == "cuda" and device.index is not None and distributed.several():
         raise ConfigError(f"{option}={name} would give all processes one GPU; {option}=cuda gives each its own")
     return device
+
+
+@functools.cache
+def processor_name() -> str:
+    """Return the name of the processor, or of its architecture if the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -197,17 +198,23 @@ def _check_code() -> None:
             )
 
 
-def code() -> dict[str, str]:
-    """Return what results depend on besides data and configuration: versions, and a digest of this package."""
-    from .. import __version__
-
+@functools.cache
+def package_digest() -> str:
+    """Return 16 hexadecimal digits of a hash of this package's Python files."""
     state = hashlib.blake2b(digest_size=8)
     package = Path(__file__).resolve().parents[1]
     for file in sorted(package.rglob("*.py")):
         state.update(file.relative_to(package).as_posix().encode())
         state.update(file.read_bytes())
+    return state.hexdigest()
+
+
+def code() -> dict[str, str]:
+    """Return what results depend on besides data and configuration: versions, and a digest of this package."""
+    from .. import __version__
+
     return {
-        "scan-fast": f"{__version__} ({state.hexdigest()})",
+        "scan-fast": f"{__version__} ({package_digest()})",
         "PyTorch": torch.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }

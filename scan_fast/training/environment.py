@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-import platform
 from pathlib import Path
 
 import torch
 
 from .. import __version__, distributed
+from ..devices import processor_name
+from ..distributed.joining import package_digest
 from ..models.weight_files import file_digest
 from ..ops import native
 from ..runs import artifacts
@@ -27,11 +27,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "scan-fast": __version__,
-        "source": source_digest(),
+        "source": package_digest()[:12],
         "kernels": kernels_digest(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "processor": processor(),
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": gpu or device.type,
         "processes": distributed.current().world,
@@ -60,17 +60,6 @@ def note_environment(run: RunFolder, now: Facts, *, afresh: bool = False) -> lis
 
 
 @functools.cache
-def source_digest() -> str:
-    """Return 12 hexadecimal digits of a hash of the package's Python files."""
-    package = Path(__file__).parents[1]
-    state = hashlib.blake2b(digest_size=6)
-    for path in sorted(package.rglob("*.py")):
-        content = path.read_bytes()
-        state.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
-    return state.hexdigest()
-
-
-@functools.cache
 def kernels_digest() -> str:
     """Return 12 hexadecimal digits of a hash of the compiled kernels, "none" without them."""
     if not native.is_available():
@@ -78,14 +67,3 @@ def kernels_digest() -> str:
     module = importlib.util.find_spec("scan_fast._C")
     assert module is not None and module.origin is not None
     return file_digest(Path(module.origin))[:12]
-
-
-@functools.cache
-def processor() -> str:
-    """Return the name of the processor, or of its architecture if the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()

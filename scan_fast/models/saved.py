@@ -17,7 +17,7 @@ from ..errors import ScanFastError, WeightsError, first_line
 from .backbones import ModelConfig
 from .heads import ClusterModel
 from .tensor_files import read_tensors
-from .weights import check_fits, load_strict, unusable_entries
+from .weights import check_fits, is_state_dict, load_strict, unusable_entries
 
 FORMAT = 1
 LARGEST_SIDE = 4096
@@ -145,12 +145,6 @@ def _one_of(kind: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in get_args(kind)
 
 
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items()
-    )
-
-
 def _is_table(value: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and not unusable_entries({"": value}))
 
@@ -164,7 +158,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "decode": _one_of(Decode),
     "mean": _triple(-math.inf),
     "std": _triple(0.0),
-    "state_dict": _is_state_dict,
+    "state_dict": is_state_dict,
     "interpolation": _one_of(Interpolation),
     "centers": _is_table,
     "least_similarity": _is_table,

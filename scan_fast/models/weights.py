@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,13 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, Tensor], *, what: str
     found = [problem for problem in problems if problem]
     if found:
         raise WeightsError(f"{what} do not fit {type(module).__name__}: " + "; ".join(found))
+
+
+def is_state_dict(value: Any) -> bool:
+    """Return whether a value holds tensors by name."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items()
+    )
 
 
 def unusable_entries(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -25,6 +25,7 @@ from .findings import Duplicates, Outliers
 from .images import ImageRecord
 from .names import GroupNames
 from .plain_yaml import parse_yaml
+from .reading import load_json
 from .records import (
     BackboneRecord,
     Checkpoint,
@@ -38,7 +39,6 @@ from .records import (
     Summary,
     dump_json,
     dump_metrics,
-    load_json,
     load_metrics,
 )
 from .tables import Assignments, Confusion, Skipped

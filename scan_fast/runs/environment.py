@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .records import dump_json, load_json
+from .reading import load_json
+from .records import dump_json
 
 Facts = Mapping[str, str | int]
 """The environment of a process: by a name in words, a version, a number of threads and so on."""

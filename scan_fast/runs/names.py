@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from ..errors import UsageError
 from ..text import shown
-from .records import dump_json, load_json
+from .reading import load_json
+from .records import dump_json
 
 LONGEST_NAME = 80
 

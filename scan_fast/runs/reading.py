@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..array_files import read_npz
 from ..models.tensor_files import read_tensors
@@ -95,10 +94,3 @@ def is_number(value: Any) -> bool:
 def is_count(value: Any, least: int = 0) -> bool:
     """Return whether a value is a whole number of 63 bits, not below ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 63
-
-
-def is_state_dict(value: Any) -> bool:
-    """Return whether a value holds tensors by name."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items()
-    )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..models.saved import MOST_CLUSTERS
-from .reading import is_count, is_number, is_state_dict, listed, load_arrays, load_tensors, parse_json
-from .reading import load_json as load_json
+from ..models.weights import is_state_dict
+from .reading import is_count, is_number, listed, load_arrays, load_json, load_tensors, parse_json
 
 T = TypeVar("T")
 

@@ -71,6 +71,16 @@ def _system_error(error: BaseException) -> OSError | None:
     return seen
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for reading, and for writing at its end; make it if it is missing.
+
+    Raises:
+        OSError: if it cannot be opened, or is a symbolic link: what it points to is left alone.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b")
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, atomically: a hard link, or a copy if the file system has none.
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from .errors import UsageError
+from .text import show
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -41,23 +42,23 @@ def check(options: argparse.Namespace) -> int:
     target: Path = options.target
     if target.is_file():
         if options.accept and accept_file(target):
-            print(f"{target} has a digest now")
+            show(f"{target} has a digest now")
         read(MODEL, target)
-        print(f"{target} is as it was written")
+        show(f"{target} is as it was written")
         return 0
     run = RunFolder.existing(target)
     if options.accept:
         with run:
             for name in accept(run):
-                print(f"{name} has a digest now")
+                show(f"{name} has a digest now")
     found = list(problems(run))
     for _, text in found:
-        print(text)
+        show(text)
     files = present(run)
     if found:
         names = ", ".join(artifact.name for artifact, _ in found)
         raise RunError(f"{len(found)} of {len(files)} files of {target} are not as they were written: {names}")
-    print(f"{len(files)} files of {target} are as they were written")
+    show(f"{len(files)} files of {target} are as they were written")
     return 0
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
-from ..atomic import atomic_file
+from ..atomic import atomic_file, open_to_append
 
 JOURNAL = "digests.txt"
 
@@ -142,13 +142,14 @@ class Journal:
             OSError: if it cannot be written.
         """
         line = f"{' '.join(filter(None, (digest, former)))} {name}\n".encode()
-        with os.fdopen(os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666), "r+b", 0) as file:
+        with open_to_append(self.path) as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
                 if file.read(1) != b"\n":  # a line was cut short by a kill or a full disk
                     line = b"\n" + line
-            _write_whole(file, line)
+            file.write(line)
+            file.flush()
             os.fsync(file.fileno())
 
     def shorten(self, by_line: tuple[str, ...] = (), *, at_least: int = 100) -> None:
@@ -183,9 +184,3 @@ class Journal:
 
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
-
-
-def _write_whole(file: BinaryIO, content: bytes) -> None:
-    """Write all bytes to an unbuffered file, which may take fewer at a time."""
-    while content:
-        content = content[file.write(content) :]

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from .. import distributed
-from ..atomic import is_leftover, link_or_copy, remove_leftovers
+from ..atomic import is_leftover, link_or_copy, open_to_append, remove_leftovers
 from ..data.decode_cache import DecodeCache
 from ..errors import RunError
 from . import artifacts
@@ -34,8 +34,6 @@ try:
     import fcntl
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
-
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -201,7 +199,7 @@ class RunFolder:
         """
         if not self.has(artifact):
             raise self._missing(artifact)
-        return artifacts.read(artifact, self.path_of(artifact), self._advice(artifact), self.journal)
+        return artifacts.read(artifact, self.path_of(artifact), self.repair_of(artifact), self.journal)
 
     @_by_rank_0
     def require(self, artifact: Artifact[Any]) -> None:
@@ -271,9 +269,10 @@ class RunFolder:
             try:
                 artifacts.checked(artifact, file, self.journal)
             except ValueError as error:
-                raise RunError(artifacts.problem(path, error, self._advice(artifact))) from error
+                raise RunError(artifacts.problem(path, error, self.repair_of(artifact))) from error
 
-    def _advice(self, artifact: Artifact[Any]) -> str:
+    def repair_of(self, artifact: Artifact[Any]) -> str:
+        """Return what to do about an artifact that cannot be used, in words."""
         return artifact.repair.format(command=artifact.command, folder=self.path)
 
     @_by_rank_0
@@ -354,7 +353,7 @@ class RunFolder:
         """Append one line to metrics.jsonl. A crash may cut it short; readers then leave it out."""
         path, line = self._place(METRICS), entry.to_line().encode()
         artifacts.enter(METRICS, line, path, self.journal)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666), "ab") as file:
+        with open_to_append(path) as file:
             file.write(line)
 
     @_by_rank_0

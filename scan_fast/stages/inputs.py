@@ -74,7 +74,7 @@ def _check_images(context: Context, artifact: Artifact[Any], images: str | None)
     if images is not None and ours is not None and images != ours:
         raise RunError(
             f"{context.run.path_of(artifact)} was made of other images than those of this run; "
-            f"{_repair(context, artifact)}"
+            f"{context.run.repair_of(artifact)}"
         )
 
 
@@ -83,12 +83,8 @@ def _check_counts(context: Context, artifact: Artifact[Any], rows: Mapping[str, 
     if found != wanted:
         of, here = (", ".join(f"{count} {split} images" for split, count in each.items()) for each in (found, wanted))
         raise RunError(
-            f"{context.run.path_of(artifact)} is of {of}, this run is of {here}; {_repair(context, artifact)}"
+            f"{context.run.path_of(artifact)} is of {of}, this run is of {here}; {context.run.repair_of(artifact)}"
         )
-
-
-def _repair(context: Context, artifact: Artifact[Any]) -> str:
-    return artifact.repair.format(command=artifact.command, folder=context.run.path)
 
 
 def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
@@ -106,7 +102,7 @@ def cluster_model(context: Context) -> tuple[ClusterModel, dict[str, Any]]:
     head = best.record.get("head")
     if not isinstance(head, int) or not 0 <= head < heads:
         raise RunError(
-            f"{run.path_of(CLUSTER_MODEL)} names head {head} of {heads} as the best; {_repair(context, CLUSTER_MODEL)}"
+            f"{run.path_of(CLUSTER_MODEL)} names head {head} of {heads} as the best; {run.repair_of(CLUSTER_MODEL)}"
         )
     return context.place(model.head(head)), best.record
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from containers import Item, encoded, write_parquet, write_tar
+from hostile_files import Marker
 from images import varied
 
 from scan_fast.data import DataConfig, open_splits
@@ -27,16 +28,6 @@ def opened(source: str, **options: Any) -> Any:
     return open_splits(
         DataConfig.model_validate({"source": source, "image_size": 8, "resident": "files", **options})
     ).train
-
-
-class Marker:
-    """Makes a file if it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.file}",)
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:

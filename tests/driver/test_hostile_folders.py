@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +12,11 @@ import pytest
 import torch
 import yaml
 from driving import contents, run_here, save_sealed, write_known
+from hostile_files import Marker
 
 from scan_fast.estimator import ImageClusterer
 from scan_fast.runs.artifacts import CLUSTER_MODEL, MODEL, NEIGHBORS
 from scan_fast.runs.digests import seal
-
-
-class Marker:
-    """Makes a file if it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.file}",)
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was asked")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("scan_fast.models.backbones.fetch", refuse)
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import resource
-import socket
 import struct
 import warnings
 import zipfile
@@ -21,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from driving import save_sealed
+from hostile_files import Marker
 
 from scan_fast.array_files import ObjectsError, read_npy, read_npz
 from scan_fast.errors import ScanFastError, WeightsError
@@ -34,16 +33,6 @@ from scan_fast.runs.reading import load_arrays, load_tensors
 from scan_fast.runs.records import Checkpoint, StageResult
 
 HUGE = 1 << 60
-
-
-class Marker:
-    """Makes a file if it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.file}",)
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -208,17 +197,6 @@ def model_content(**changes: Any) -> dict[str, Any]:
         "least_similarity": torch.zeros(3),
     }
     return content | changes
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was asked")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("scan_fast.models.backbones.fetch", refuse)
 
 
 @pytest.mark.parametrize(

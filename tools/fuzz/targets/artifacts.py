@@ -20,6 +20,7 @@ from scan_fast.models.saved import SavedModel
 from scan_fast.runs import artifacts
 from scan_fast.runs.artifacts import Artifact
 from scan_fast.runs.config import Config
+from scan_fast.runs.digests import is_archive
 from scan_fast.runs.findings import DuplicateRow, Duplicates, OutlierRow, Outliers
 from scan_fast.runs.names import GroupNames
 from scan_fast.runs.records import (
@@ -151,6 +152,7 @@ class _Loaded(Target):
                 self._files[artifact.name] = write_zip(read_zip(data)) if artifact.name.endswith(".npz") else data
         self._names = list(self._files)
         self._others = list(self._files.values())
+        self._members = {name: read_zip(data) for name, data in self._files.items() if is_archive(name)}
 
     def draw(self, rng: Random) -> Any:
         """Return the name of an artifact, and a changed file."""
@@ -219,10 +221,6 @@ class ArrayFiles(_Loaded):
     share = 100
     suffixes = (".npz",)
 
-    def __init__(self, shared: Path) -> None:
-        super().__init__(shared)
-        self._members = {name: read_zip(data) for name, data in self._files.items()}
-
     def changed(self, rng: Random, name: str, data: bytes) -> bytes:
         """Change bytes, members, headers of arrays, or whole arrays."""
         kind = rng.random()
@@ -247,7 +245,6 @@ class TensorFiles(_Loaded):
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
-        self._members = {name: read_zip(data) for name, data in self._files.items()}
         self._trees = {name: torch.load(io.BytesIO(data), weights_only=True) for name, data in self._files.items()}
         self._pickles = [
             content for members in self._members.values() for at, content in members if at.endswith(".pkl")

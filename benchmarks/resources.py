@@ -20,6 +20,8 @@ import numpy as np
 from scipy.stats import t as student
 
 _SELF = Path("/proc/self")
+_M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 BLOCKS = 20
 """Rounds next to each other are averaged in so many blocks, because neighbouring rounds are not independent."""
 
@@ -32,8 +34,11 @@ class Sample:
         resident, proportional, private: bytes of memory in use: all pages, shared ones divided among their processes,
             and those of this process alone (RSS, PSS and USS).
         anonymous: those that belong to no file, in memory or swapped out. The pages of a library count as private or
-            not by what other processes have loaded, so this is the figure to judge by.
-        allocated: bytes that malloc has given out; ``anonymous`` beyond it grows if freed memory is scattered.
+            not by what other processes have loaded.
+        trimmed: ``anonymous`` after malloc gave back the free pages that it keeps for later, some hundred megabytes
+            that come and go. What stays is in use, or lies on a page with something in use, so this is the figure to
+            judge by. As ``anonymous`` if the C library cannot give pages back.
+        allocated: bytes that malloc has given out; ``trimmed`` beyond it grows if freed memory is scattered.
         files: open files by kind: file, socket, pipe, and the kinds of anonymous ones.
         threads: threads of the process.
         python_threads: those that Python knows, by name.
@@ -47,6 +52,7 @@ class Sample:
     proportional: int
     private: int
     anonymous: int
+    trimmed: int
     allocated: int
     files: dict[str, int]
     threads: int
@@ -62,15 +68,18 @@ class Sample:
 
 
 def sample() -> Sample:
-    """Collect garbage and measure this process."""
+    """Collect garbage, measure this process, and give freed memory back to the system."""
     gc.collect()
     rollup = (_SELF / "smaps_rollup").read_text()
+    trim()
+    after = (_SELF / "smaps_rollup").read_text()
     rss, pss, *private = (_kilobytes(rollup, name) for name in ("Rss", "Pss", "Private_Clean", "Private_Dirty"))
     return Sample(
         resident=rss,
         proportional=pss,
         private=sum(private),
         anonymous=_kilobytes(rollup, "Anonymous") + _kilobytes(rollup, "Swap"),
+        trimmed=_kilobytes(after, "Anonymous") + _kilobytes(after, "Swap"),
         allocated=allocated(),
         files=dict(sorted(Counter(_open_files()).items())),
         threads=len(os.listdir(_SELF / "task")),
@@ -130,6 +139,17 @@ def trim() -> bool:
     """Give freed pages back to the system; return whether this C library can."""
     function = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return function is not None and function(0) >= 0
+
+
+def use_one_arena() -> bool:
+    """Let all threads share one arena of glibc's malloc, unless the environment has a word on it; return whether it is so.
+
+    Each thread has an arena of its own otherwise, whose free end ``malloc_trim`` never gives back.
+    """
+    if "MALLOC_ARENA_MAX" in os.environ:
+        return os.environ["MALLOC_ARENA_MAX"] == "1"
+    function = getattr(ctypes.CDLL(None), "mallopt", None)
+    return function is not None and function(_M_ARENA_MAX, 1) == 1
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ One process does in small, over and over, what users do in long-lived ones (:mod
 that vary. After each round it measures what it holds of the system (:mod:`benchmarks.resources`) and appends a line to
 ``FILE`` with the ending ``.jsonl``. At the end it judges the second part of the run:
 
-- memory: the line through the bytes that belong to no file rises by less than a MiB in 100 rounds, at the upper end of
-  the slope's 95 % confidence interval, and by less than 2 % in all;
+- memory: the line through the bytes that belong to no file, once malloc has given free pages back, rises by less than a
+  MiB in 100 rounds, at the upper end of the slope's 95 % confidence interval, and by less than 2 % in all;
 - objects of Python: less than 50 per round, likewise (DALI keeps some ten for each new thread that uses it);
 - open files, threads, child processes, temporary files: as many after each round as after the others.
 
 The verdict is "flat", "grows" (the lower end of an interval is above the bound, or a count changes), or "unclear": the
-rounds are too few to tell. The exit code is 0, 1 or 2. Freed memory that malloc keeps is told apart by two figures:
-what malloc has given out, and what is left after it gave free pages back at the end.
+rounds are too few to tell. The exit code is 0, 1 or 2. The log also has the bytes that malloc has given out, and the
+resident memory before free pages went back.
 
 PyTorch keeps what it has prepared for the last 1,024 shapes, up to some hundred megabytes. That takes hours to fill
 here and would hide a leak. So the caches hold a few shapes each, unless the environment says otherwise or ``--caches``
-is given.
+is given. For the same reason all threads share one arena of malloc, unless MALLOC_ARENA_MAX is set.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 from .environment import describe
 from .files import write_json
-from .resources import Sample, Trend, sample, trend, trim
+from .resources import Sample, Trend, sample, trend, use_one_arena
 from .soak_work import ACTIVITIES, Activity
 
 MIB = 1 << 20
@@ -101,9 +101,9 @@ def judge(samples: Sequence[Sample], start: float = 0.5) -> dict[str, Any]:
     unclear: list[str] = []
     trends: dict[str, Trend] = {
         name: trend([getattr(each, name) for each in late])
-        for name in ("resident", "proportional", "private", "anonymous", "allocated", "objects")
+        for name in ("resident", "proportional", "private", "anonymous", "trimmed", "allocated", "objects")
     }
-    memory, objects = trends["anonymous"], trends["objects"]
+    memory, objects = trends["trimmed"], trends["objects"]
     for what, line, bound, unit, scale in (
         ("memory", memory, SLOPE_BOUND, "MiB per 100 rounds", 100 / MIB),
         ("objects of Python", objects, OBJECTS_BOUND, "objects per round", 1.0),
@@ -151,6 +151,7 @@ def main() -> int:
     if not options.caches:
         for name, capacity in CACHES.items():
             os.environ.setdefault(name, capacity)
+    one_arena = use_one_arena()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="scan-fast-soak-") as own:
         # Others use the system's temporary folder as well; what is left in this one is ours.
@@ -160,8 +161,7 @@ def main() -> int:
             samples = soak(chosen, seconds=60 * options.minutes, rounds=options.rounds, seed=options.seed, log=log)
             result = judge(samples) | {"seconds": round(time.monotonic() - begin, 1), "activities": options.only}
             result["caches"] = {name: os.environ.get(name) for name in CACHES}
-            if trim() and samples:
-                result["after_trim"] = sample().to_dict()
+            result["one_arena"] = one_arena
         finally:
             tempfile.tempdir = None
             del os.environ["TMPDIR"]

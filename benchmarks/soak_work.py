@@ -124,7 +124,7 @@ def fit_folder(folder: Path, draw: random.Random) -> None:
     if draw.random() < 0.4:
         preset = "descriptor"
         kept = ("data.workers", "data.resident", "runtime.threads", "runtime.device", "runtime.checkpoint_seconds")
-        chosen = {key: chosen[key] for key in kept} | {"data.image_size": 32, "clustering.epochs": 2}
+        chosen = {key: chosen[key] for key in kept} | {"data.image_size": 32}
     number = draw.choice((3, "auto"))
     clusterer = ImageClusterer(number, preset=preset, settings=chosen, out=folder / "run").fit(images)
     assert clusterer.predict(sorted(map(str, images.iterdir()))[:4]).shape == (4,)

@@ -142,7 +142,7 @@ def trim() -> bool:
 
 
 def use_one_arena() -> bool:
-    """Let all threads share one arena of glibc's malloc, unless the environment has a word on it; return whether it is so.
+    """Let all threads share one arena of glibc's malloc, unless the environment says otherwise; return whether they do.
 
     Each thread has an arena of its own otherwise, whose free end ``malloc_trim`` never gives back.
     """

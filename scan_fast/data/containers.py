@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,14 +125,28 @@ def common_folder(files: Sequence[str]) -> str:
     return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
 
 
-def split_files(files: Sequence[str]) -> tuple[list[str], list[str] | None]:
+class SplitFiles(NamedTuple):
+    """Container files by split.
+
+    Attributes:
+        train: the training files.
+        test: the test files, or None.
+        unused: those of a second held-out split, such as ``val`` if there is a ``test``.
+    """
+
+    train: list[str]
+    test: list[str] | None
+    unused: list[str]
+
+
+def split_files(files: Sequence[str]) -> SplitFiles:
     """Split container files into train and test by name.
 
     A file belongs to the split that its name starts with, such as ``train-00000-of-00004.parquet``, or that a folder
     below the common one is called.
 
     Returns:
-        The training files and the test files; all files and None unless there are files of both splits.
+        All files are training files unless there are some of both splits.
 
     Raises:
         DataError: if there are files of both splits and others of neither.
@@ -147,13 +161,13 @@ def split_files(files: Sequence[str]) -> tuple[list[str], list[str] | None]:
     train = next((splits[name] for name in TRAIN_NAMES if name in splits), None)
     test = next((splits[name] for name in TEST_NAMES if name in splits), None)
     if train is None or test is None:
-        return list(files), None
+        return SplitFiles(list(files), None, [])
     if None in splits:
         raise DataError(
             f"{splits[None][0]} belongs to no split by its name, but {train[0]} to train and {test[0]} to test; "
             "select fewer files, or rename it"
         )
-    return train, test
+    return SplitFiles(train, test, [file for file in files if file not in {*train, *test}])
 
 
 def index_files(files: Sequence[str], index: Callable[[str], T]) -> list[T]:

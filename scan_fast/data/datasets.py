@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .encoded import ImagePaths
 from .folders import list_folder
 from .kinds import SOURCES, ContainerKind, Triple, absolute_source, find_kind, is_prefixed
 from .kinds.folder import folder_contents
-from .kinds.kind import Contents, file_source, held_out
+from .kinds.kind import Contents, Opened, file_source, held_out
 from .sources import Source, SubsetSource, TensorSource, dataset_source
 
 __all__ = [
@@ -49,6 +50,7 @@ class Splits:
         test: held-out images, for model selection and reporting; None if all images are trained on.
         pretext: a larger set for the pretext stage, or None.
         mean, std: per-channel normalisation in [0, 1].
+        unused: what lies beside the splits and belongs to none of them, such as ``val`` if there is a ``test``.
     """
 
     train: Source
@@ -56,6 +58,7 @@ class Splits:
     pretext: Source | None
     mean: Triple
     std: Triple
+    unused: Sequence[str] = ()
 
 
 def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> Splits:
@@ -69,12 +72,12 @@ def open_splits(config: DataConfig, decode_cache: DecodeCache | None = None) -> 
     Raises:
         DataError: if images are missing, unreadable or inconsistent; the message says what would be right.
     """
-    train, test, pretext = find_kind(config.source).open(config, decode_cache)
+    opened = find_kind(config.source).open(config, decode_cache)
     if config.labels == "none":
-        for source in (train, test, pretext):
+        for source in (opened.train, opened.test, opened.pretext):
             if source is not None:
                 source.labels = source.class_names = None
-    return _splits(train, test, pretext, config)
+    return _splits(opened, config)
 
 
 def split_source(source: Source, config: DataConfig) -> Splits:
@@ -83,10 +86,11 @@ def split_source(source: Source, config: DataConfig) -> Splits:
     Raises:
         DataError: if one image is to be split, or for ``data.shuffle=shards`` if the images are not in shards.
     """
-    return _splits(*held_out(source, config.test_fraction), None, config)
+    return _splits(Opened(*held_out(source, config.test_fraction)), config)
 
 
-def _splits(train: Source, test: Source | None, pretext: Source | None, config: DataConfig) -> Splits:
+def _splits(opened: Opened, config: DataConfig) -> Splits:
+    train, test, pretext, unused = opened
     if config.shuffle == "shards" and any(each is not None and each.groups is None for each in (train, pretext)):
         raise DataError(
             "data.shuffle=shards is for images in tar files (webdataset:SHARDS) or Parquet (parquet:GLOB), which "
@@ -99,6 +103,7 @@ def _splits(train: Source, test: Source | None, pretext: Source | None, config: 
         pretext=None if pretext is None else _limited(pretext, config.limit),
         mean=mean,
         std=std,
+        unused=unused,
     )
 
 

@@ -185,17 +185,29 @@ def split_folder(
     return train_part, test_part
 
 
+def beside_splits(root: Path, splits: Sequence[Path]) -> list[str]:
+    """Return the names of folders and image files beside the folders of the splits; none if the root is the only one."""
+    if root in splits:
+        return []
+    return sorted(entry.name for entry in _content(root) if entry not in splits)
+
+
 def _unlabelled(listing: Listing) -> Listing:
     return replace(listing, labels=None, class_names=None)
 
 
 def _has_other_content(root: Path) -> bool:
     """Return whether the root holds anything but split folders."""
-    return any(
-        entry.name.lower() not in TEST_NAMES
+    return any(entry.name.lower() not in TEST_NAMES for entry in _content(root))
+
+
+def _content(root: Path) -> list[Path]:
+    """Return the folders and image files in a folder that are not hidden."""
+    return [
+        entry
         for entry in root.iterdir()
         if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES)
-    )
+    ]
 
 
 def held_out_rows(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:

@@ -237,6 +237,9 @@ def open_context(
         tracker.say(f"images: kept on {device}")
     elif not all(source.resident for source in sources):
         tracker.say("images: decoded from their files at each use (data.resident)")
+    if splits.unused:
+        more = f" and {len(splits.unused) - 3} more" if len(splits.unused) > 3 else ""
+        tracker.say(f"images: {', '.join(splits.unused[:3])}{more} not used, beside the folders or files of the splits")
     splits = normalized(splits, config, expected)
     renderer = make_renderer(config.data, splits, device)
     context = Context(config, run, tracker, splits, device, renderer, expected, left_out)

@@ -54,15 +54,15 @@ def test_files_are_found_by_pattern(tmp_path: Path) -> None:
 
 
 def test_splits_follow_the_names_of_files_and_folders() -> None:
-    def split(*files: str) -> tuple[list[str], list[str] | None]:
-        train, test = split_files([f"/data/{file}" for file in files])
-        return [f[6:] for f in train], None if test is None else [f[6:] for f in test]
+    def split(*files: str) -> tuple[list[str], list[str] | None, list[str]]:
+        train, test, unused = split_files([f"/data/{file}" for file in files])
+        return [f[6:] for f in train], None if test is None else [f[6:] for f in test], [f[6:] for f in unused]
 
     hub = ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001.parquet")
-    assert split(*hub) == (list(hub[:2]), [hub[2]])
-    assert split("train/0.tar", "val/0.tar", "test/0.tar") == (["train/0.tar"], ["test/0.tar"])
-    assert split("train-0.tar", "extra-0.tar") == (["train-0.tar", "extra-0.tar"], None)
-    assert split("training.tar", "tests.tar") == (["training.tar", "tests.tar"], None)
+    assert split(*hub) == (list(hub[:2]), [hub[2]], [])
+    assert split("train/0.tar", "val/0.tar", "test/0.tar") == (["train/0.tar"], ["test/0.tar"], ["val/0.tar"])
+    assert split("train-0.tar", "extra-0.tar") == (["train-0.tar", "extra-0.tar"], None, [])
+    assert split("training.tar", "tests.tar") == (["training.tar", "tests.tar"], None, [])
     with pytest.raises(DataError, match=r"extra-0\.tar belongs to no split by its name"):
         split("train-0.tar", "test-0.tar", "extra-0.tar")
 

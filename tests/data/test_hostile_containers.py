@@ -103,7 +103,9 @@ def test_values_that_parquet_repeats_are_bounded(tmp_path: Path, monkeypatch: py
     with pytest.raises(DataError, match="its labels have more than 1024 bytes each"):
         opened(f"parquet:{tmp_path / 'a.parquet'}")
     monkeypatch.setattr(parquet, "_LARGEST_SHARE", 0)
-    with pytest.raises(DataError, match="its row group takes more than 1,048,576 bytes of memory; write smaller"):
+    with pytest.raises(
+        DataError, match="column image of its row group takes more than 1,048,576 bytes of memory; write"
+    ):
         opened(f"parquet:{tmp_path / 'a.parquet'}", labels="none")
 
 

@@ -32,10 +32,9 @@ CIFAR20_NAMES = (
 
 def _open_cifar10(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     train, test = (open_torchvision("CIFAR10", config, train=part) for part in (True, False))
-    return (
+    return Opened(
         array_source("train", train.data, train.targets, train.classes, config),
         array_source("test", test.data, test.targets, test.classes, config),
-        None,
     )
 
 
@@ -43,10 +42,9 @@ def _open_cifar20(config: DataConfig, decode_cache: DecodeCache | None) -> Opene
     """Open CIFAR-100 with its 20 superclasses."""
     coarse = np.array(CIFAR20_COARSE)
     train, test = (open_torchvision("CIFAR100", config, train=part) for part in (True, False))
-    return (
+    return Opened(
         array_source("train", train.data, coarse[train.targets], CIFAR20_NAMES, config),
         array_source("test", test.data, coarse[test.targets], CIFAR20_NAMES, config),
-        None,
     )
 
 

@@ -32,7 +32,7 @@ def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
         names = [str(d) for d in range(10)]
         return TensorSource(grey[indices], labels[indices], paths, names, config.image_size, config.filter)
 
-    return part("train", order[cut:].sort().values), part("test", order[:cut].sort().values), None
+    return Opened(part("train", order[cut:].sort().values), part("test", order[:cut].sort().values))
 
 
 DIGITS = SourceKind(

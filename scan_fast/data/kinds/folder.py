@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ..agreement import on_all
 from ..containers import read_list
 from ..decode_cache import DecodeCache
 from ..encoded import ImagePaths
-from ..folders import Listing, check_folder, find_split, list_folder, split_folder
+from ..folders import Listing, beside_splits, check_folder, find_split, list_folder, split_folder
 from .kind import Contents, Opened, SourceKind, open_contents
 
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ def _folder(config: DataConfig) -> Contents:
     root = config.root.expanduser()
     check_folder(root)
     train, test = split_folder(root, class_list(config), labelled=config.labels == "auto")
-    return folder_contents(train, root) if test is None else split_contents(train, test, root)
+    if test is None:
+        contents = folder_contents(train, root)
+    else:
+        contents = split_contents(train, test, root)
+    return replace(contents, unused=beside_splits(root, [part.folder for part in (train, test) if part is not None]))
 
 
 def _open_imagenet(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:

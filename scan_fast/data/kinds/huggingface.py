@@ -104,7 +104,10 @@ def _index(argument: str, config: DataConfig) -> Contents:
     if not len(rows):
         raise DataError(f"hf:{argument} holds no images: its splits {', '.join(splits)} have no rows")
     numbers, names = _labels(parts, label) if config.labels == "auto" and label is not None else (None, None)
-    return Contents(rows, numbers, names, range(len(parts[0]), len(rows)) if len(parts) == 2 else None)
+    test = range(len(parts[0]), len(rows)) if len(parts) == 2 else None
+    return Contents(
+        rows, numbers, names, test, unused=[] if wanted else [split for split in found if split not in splits]
+    )
 
 
 def _split_argument(argument: str) -> tuple[str, str | None, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,21 @@ if TYPE_CHECKING:
 
 Triple = tuple[float, float, float]
 
-#: Training images; held-out test images, or None; and, for a few sources, larger pretext images.
-Opened = tuple[Source, Source | None, Source | None]
+
+class Opened(NamedTuple):
+    """Images of a source.
+
+    Attributes:
+        train: training images.
+        test: held-out test images, or None.
+        pretext: larger pretext images, for a few sources.
+        unused: what lies beside the splits and belongs to none of them, such as ``val`` if there is a ``test``.
+    """
+
+    train: Source
+    test: Source | None
+    pretext: Source | None = None
+    unused: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Contents:
         class_names: name of each class, or None.
         test: numbers of the images of the test split; None if the source has no splits.
         problems: (name, reason) of images that could not be listed.
+        unused: as in :class:`Opened`.
     """
 
     images: EncodedImages
@@ -60,6 +74,7 @@ class Contents:
     class_names: list[str] | None = None
     test: Sequence[int] | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)
+    unused: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ def open_contents(
     )
     source = file_source(contents, config, size=size, decode_cache=decode_cache)
     if contents.test is None:
-        return *held_out(source, config.test_fraction), None
+        return Opened(*held_out(source, config.test_fraction), None, contents.unused)
     own = {contents.images.names[row] for row in contents.test}
     train = [row for row, name in enumerate(source.paths) if name not in own]
     test = [row for row, name in enumerate(source.paths) if name in own]
@@ -167,7 +182,9 @@ def open_contents(
         if not rows:
             reasons = [entry for entry in source.skipped if (entry[0] in own) == (split == "test")]
             raise none_readable(listed, f"{split} images of {contents.images.root or config.source}", reasons)
-    return SubsetSource(source, torch.tensor(train)), SubsetSource(source, torch.tensor(test)), None
+    return Opened(
+        SubsetSource(source, torch.tensor(train)), SubsetSource(source, torch.tensor(test)), None, contents.unused
+    )
 
 
 def _split(contents: Contents, config: DataConfig) -> tuple[list[int], list[int]]:

@@ -28,6 +28,8 @@ _LARGEST_SHARE = 1 / 4
 _ALWAYS = 1 << 30
 """Bytes that a row group, and all labels of a file, may take in any case."""
 _LONGEST_LABEL = 1024
+_ALWAYS_PATHS = 1 << 20
+_LONGEST_PATH = 4096
 _ROWS_AT_ONCE = 16
 _KEPT_GROUPS = 8
 """Number of row groups whose images stay in memory in any case."""
@@ -60,7 +62,8 @@ class ParquetRows(EncodedImages):
         self._group_starts = np.cumsum([0, *sizes])
         self.groups = np.repeat(np.arange(len(groups), dtype=np.int64), sizes)
         self._bytes = [footers[f].row_group(g).total_byte_size for f, g in groups]
-        self._names_files = [_may_name_files(footers[f].row_group(g), column) for f, g in groups]
+        self._have_paths = [f"{column}.path" in _column_names(footer) for footer in footers]
+        self._paths: dict[int, Any] = {}
         self._limit = _KEPT_SHARE * free_memory() / distributed.current().local_world
         self._held = 0
         self._file_starts = np.cumsum([0, *counts])
@@ -80,13 +83,31 @@ class ParquetRows(EncodedImages):
 
     def identity(self, index: int) -> Identity:
         """Return the identity of a row: its file's, with its number; of a row that names another file, that one's."""
-        if self._names_files[int(np.searchsorted(self._group_starts, index, side="right")) - 1]:
+        if self._may_name_a_file(index):
             encoded = self.encoded(index)
             if isinstance(encoded, str):
                 return file_identity(encoded, os.stat(encoded))
         file = int(np.searchsorted(self._file_starts, index, side="right")) - 1
         path = self._files[file]
         return file_identity(path, os.stat(path), f"row {index - int(self._file_starts[file])}")
+
+    def _may_name_a_file(self, index: int) -> bool:
+        """Return whether a row has the path of a file that exists. Its bytes, which come first, are not read.
+
+        Arrow's statistics would tell whether bytes are missing, but asking for damaged ones ends the process.
+        """
+        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        file, number = self._groups[group]
+        if not self._have_paths[file]:
+            return False
+        if group not in self._paths:
+            footer = self._footers[file]
+            limit = _ALWAYS_PATHS + footer.row_group(number).num_rows * _LONGEST_PATH
+            with self._parquet.ParquetFile(self._files[file], metadata=footer) as reader:
+                self._paths[group] = _decoded(reader, number, f"{self._column}.path", limit)
+        row = self._paths[group][index - int(self._group_starts[group])].as_py()
+        path = row.get("path") if isinstance(row, dict) else None
+        return isinstance(path, str) and os.path.exists(os.path.join(os.path.dirname(self._files[file]), path))
 
     def _rows(self, group: int) -> Any:
         """Return the image column of a row group; threads that ask for the same one wait for one reader."""
@@ -103,7 +124,8 @@ class ParquetRows(EncodedImages):
             try:
                 file, number = self._groups[group]
                 with self._parquet.ParquetFile(self._files[file], metadata=self._footers[file]) as reader:
-                    rows = _decoded(reader, number, self._column)
+                    limit = max(_ALWAYS, free_memory() * _LARGEST_SHARE)
+                    rows = _decoded(reader, number, self._column, limit)
                 with self._lock:
                     # What the file says of it may be another size.
                     if self._kept.get(group) is future:
@@ -119,37 +141,34 @@ class ParquetRows(EncodedImages):
         return future.result()
 
 
-def _may_name_files(group: Any, column: str) -> bool:
-    """Return whether a row group may have rows without bytes, which name the file of their image.
+def _column_names(footer: Any) -> list[str]:
+    """Return the names of the columns of a file, each with those that it is in.
 
     Raises:
         DataError: if the file is damaged.
     """
     try:
-        parts = {part.path_in_schema: part for part in (group.column(i) for i in range(group.num_columns))}
+        return [footer.schema.column(place).path for place in range(len(footer.schema))]
     except UnicodeDecodeError as error:
         raise DataError(f"a column of a Parquet file has a damaged name ({error}); write the file again") from error
-    held = parts.get(f"{column}.bytes")
-    if f"{column}.path" not in parts:
-        return False
-    statistics = None if held is None else held.statistics
-    return statistics is None or not statistics.has_null_count or statistics.null_count > 0
 
 
-def _decoded(reader: Any, group: int, column: str) -> Any:
+def _decoded(reader: Any, group: int, column: str, limit: float) -> Any:
     """Return a column of a row group. A value that is stored once and named in each row takes its size in each.
 
     Raises:
-        ValueError: if it takes more than a quarter of the free memory, and a gibibyte.
+        ValueError: if it takes more than `limit` bytes.
     """
     pyarrow = optional_package("pyarrow", "parquet")
-    limit = max(_ALWAYS, int(free_memory() * _LARGEST_SHARE))
     arrays, size = [], 0
     for batch in reader.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
         arrays.append(batch.column(0))
         size += batch.nbytes
         if size > limit:
-            raise ValueError(f"its row group takes more than {limit:,} bytes of memory; write smaller row groups")
+            raise ValueError(
+                f"the column {column} of its row group takes more than {limit:,.0f} bytes of memory; "
+                "write smaller row groups"
+            )
     return pyarrow.concat_arrays(arrays) if arrays else pyarrow.array([])
 
 
@@ -164,7 +183,7 @@ class File(NamedTuple):
 def _index(argument: str, config: DataConfig) -> Contents:
     """List the rows of all files."""
     on_all(lambda: optional_package("pyarrow.parquet", "parquet"))
-    train, test = on_all(lambda: split_files(find_files(argument, config.root, (".parquet",))))
+    train, test, unused = on_all(lambda: split_files(find_files(argument, config.root, (".parquet",))))
     files = [*train, *(test or [])]
     found = index_files(files, lambda file: _index_file(file, config.labels == "auto"))
     column = found[0].column
@@ -178,7 +197,7 @@ def _index(argument: str, config: DataConfig) -> Contents:
     numbers, names = class_numbers([label for own in found for label in own.labels])
     first_test = sum(footer.num_rows for footer in footers[: len(train)])
     rows = None if test is None else range(first_test, len(images))
-    return Contents(images, numbers, names, rows)
+    return Contents(images, numbers, names, rows, unused=[os.path.relpath(file, images.root) for file in unused])
 
 
 def _index_file(file: str, labelled: bool) -> File:
@@ -189,6 +208,9 @@ def _index_file(file: str, labelled: bool) -> File:
             rows, size = reader.metadata.num_rows, os.path.getsize(file)
             if rows > size:
                 raise DataError(f"{file} is said to have {rows:,} rows, in {size:,} bytes: it is no table of images")
+            groups = [reader.metadata.row_group(group).num_rows for group in range(reader.metadata.num_row_groups)]
+            if min(groups, default=0) < 0 or sum(groups) != rows:
+                raise DataError(f"{file} is said to have {rows:,} rows, its row groups {sum(groups):,}; write it again")
             column = image_column(reader.schema_arrow, file)
             return File(reader.metadata, column, _labels(reader) if labelled else [])
     except DataError:

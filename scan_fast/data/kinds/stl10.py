@@ -31,7 +31,7 @@ def _open(config: DataConfig, decode_cache: DecodeCache | None) -> Opened:
     images[len(train.data) :] = extra.data.transpose(0, 2, 3, 1)
     paths = [*train_source.paths, *(f"stl10/unlabeled/{i:05d}" for i in range(len(extra.data)))]
     everything = TensorSource(torch.from_numpy(images), None, paths, None, config.image_size, config.filter)
-    return train_source, test_source, everything
+    return Opened(train_source, test_source, everything)
 
 
 STL10 = SourceKind("stl10", _open)

@@ -107,7 +107,7 @@ class Shard(NamedTuple):
 
 def _index(argument: str, config: DataConfig) -> Contents:
     """List the images of all shards."""
-    train, test = on_all(lambda: split_files(find_files(argument, config.root, (".tar",))))
+    train, test, unused = on_all(lambda: split_files(find_files(argument, config.root, (".tar",))))
     shards = [*train, *(test or [])]
     root = common_folder(shards)
     labelled = config.labels == "auto"
@@ -122,7 +122,8 @@ def _index(argument: str, config: DataConfig) -> Contents:
     numbers, classes = class_numbers([label for shard in found for label in shard.labels])
     first_test = sum(len(shard.images) for shard in found[: len(train)])
     rows = None if test is None else range(first_test, len(members))
-    return Contents(TarMembers(shards, members, root), numbers, classes, rows, problems)
+    names = [os.path.relpath(shard, root) for shard in unused]
+    return Contents(TarMembers(shards, members, root), numbers, classes, rows, problems, names)
 
 
 def _index_shard(path: str, short: str, labelled: bool) -> Shard:

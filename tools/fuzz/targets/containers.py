@@ -93,6 +93,7 @@ class Shards(_Container):
 
     name = "tar-shards"
     share = 40
+    memory_mib = 3000  # as for images
 
     def draw(self, rng: Random) -> Any:
         """Return the bytes of a tar file, and settings."""
@@ -137,6 +138,7 @@ class ParquetTables(_Container):
 
     name = "parquet-tables"
     share = 25
+    memory_mib = 3000  # as for images
 
     def draw(self, rng: Random) -> Any:
         """Return rows of a table, how its file is changed, and settings. The file itself is written in :meth:`feed`."""
@@ -244,9 +246,9 @@ class Patterns(_Container):
         for name in names:
             write(folder, name, b"")
         files = find_files(pattern, folder, (".tar",))
-        train, test = split_files(files)
-        if sorted({*train, *(test or ())}) != files:
-            raise WrongResult(f"of {files} {train} are trained on and {test} held out")
+        train, test, unused = split_files(files)
+        if sorted([*train, *(test or ()), *unused]) != files:
+            raise WrongResult(f"of {files} {train} are trained on, {test} held out and {unused} not used")
 
 
 class Lists(_Container):

@@ -186,7 +186,7 @@ def split_folder(
 
 
 def beside_splits(root: Path, splits: Sequence[Path]) -> list[str]:
-    """Return the names of folders and image files beside the folders of the splits; none if the root is the only one."""
+    """Return the names of folders and image files beside the folders of the splits; none if one is the root itself."""
     if root in splits:
         return []
     return sorted(entry.name for entry in _content(root) if entry not in splits)

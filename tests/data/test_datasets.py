@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def test_split_folders_with_classes(tmp_path: Path, test_name: str) -> None:
     assert splits.train.labels.tolist() == splits.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert splits.train.paths[0] == "train/ant/000.png" and splits.test.paths[-1] == f"{test_name}/cat/001.png"
     assert splits.pretext is None and (splits.mean, splits.std) == STATISTICS["imagenet"]
+
+
+def test_what_lies_beside_the_splits_is_named(tmp_path: Path) -> None:
+    for part in ("train", "test", "val", "later"):
+        many(tmp_path / part, 2)
+    many(tmp_path, 1)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden").mkdir()
+    splits = opened(tmp_path)
+    assert (len(splits.train), len(splits.test), splits.unused) == (2, 2, ["000.png", "later", "val"])
+    assert not opened(tmp_path / "val").unused
+    shutil.rmtree(tmp_path / "test")
+    assert opened(tmp_path).unused == ["000.png", "later"]
 
 
 def test_one_sub_folder_per_class_is_split_by_hash(tmp_path: Path) -> None:

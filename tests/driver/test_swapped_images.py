@@ -265,6 +265,18 @@ def test_a_record_that_was_removed_is_known_by_its_digest(bitmaps: Path, tmp_pat
     assert "its 24 images had another digest than these 24" in run_here(*words).refusal()
 
 
+def test_a_start_names_the_images_that_it_does_not_use(bitmaps: Path, tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test", "val")):
+        (tmp_path / "split" / part).mkdir(parents=True)
+        for path in sorted(bitmaps.iterdir())[8 * number : 8 * number + 8]:
+            path.rename(tmp_path / "split" / part / path.name)
+    words = [word for word in WORDS if word != "--quiet"]
+    result = run_here("run", "--data", tmp_path / "split", "--out", tmp_path / "run", *words)
+    assert result.code == 0, result.err
+    assert "images: val not used, beside the folders or files of the splits" in result.out
+    assert "images: 16, digest" in result.out
+
+
 def test_the_digest_tells_whether_two_runs_are_on_the_same_images(bitmaps: Path, tmp_path: Path) -> None:
     def run(name: str) -> Result:
         words = [word for word in WORDS if word != "--quiet"]

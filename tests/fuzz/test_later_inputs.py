@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,41 @@ def test_a_parquet_column_whose_name_is_no_text_is_refused(tmp_path: Path) -> No
         (tmp_path / "a.parquet").write_bytes(data)
         with pytest.raises(DataError):
             source_from(f"parquet:{tmp_path}/a.parquet")
+
+
+DAMAGE = """
+import sys
+from scan_fast.data.datasets import DataConfig, source_from
+from scan_fast.errors import DataError
+path = sys.argv[1]
+data = open(path, "rb").read()
+length = int.from_bytes(data[-8:-4], "little")
+settings = DataConfig(image_size=8, on_error="skip", workers=1)
+for place in range(len(data) - 8 - length, len(data) - 8):
+    for change in (1, 6):
+        with open(path, "wb") as file:
+            file.write(data[:place] + bytes([data[place] ^ change]) + data[place + 1 :])
+        try:
+            source_from(f"parquet:{path}", settings)
+        except DataError:
+            pass
+print("done")
+"""
+
+
+def test_a_parquet_file_with_any_changed_byte_of_its_footer_is_read_or_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    image = {"bytes": pictures()["plain.png"], "path": None}
+    schema = pyarrow.schema([("image", kind)])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"image": image}] * 3, schema), tmp_path / "a.parquet")
+    # Arrow ends the process at some of them, if it is asked for the statistics of their columns.
+    words = [sys.executable, "-c", DAMAGE, str(tmp_path / "a.parquet")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout == "done\n"
 
 
 def test_centres_of_other_features_than_the_network_has_are_refused() -> None:

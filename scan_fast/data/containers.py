@@ -101,6 +101,8 @@ def find_files(pattern: str, root: Path | None, suffixes: Sequence[str]) -> list
         os.fsencode(pattern)
     except UnicodeEncodeError as error:
         raise DataError(f"{pattern!a} cannot be the name of a file: {error.reason}") from error
+    if "\0" in pattern:
+        raise DataError(f"{pattern!a} cannot be the name of a file: it has a null character")
     found: set[str] = set()
     for choice in expand_braces(pattern):
         path = os.path.join("" if root is None else root.expanduser(), os.path.expanduser(choice))

@@ -153,3 +153,6 @@ def test_a_heic_whose_header_states_another_size_is_unreadable() -> None:
 def test_texts_that_no_file_can_be_called_are_refused() -> None:
     with pytest.raises(DataError, match="cannot be the name of a file: surrogates not allowed"):
         find_files("a\ud800.tar", None, (".tar",))
+    for pattern in ("a\0/?.tar", "a\0.tar"):
+        with pytest.raises(DataError, match="it has a null character"):
+            find_files(pattern, None, (".tar",))

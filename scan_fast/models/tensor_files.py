@@ -76,7 +76,7 @@ def read_tensors(file: BinaryIO) -> Any:
             content = torch.load(file, map_location="cpu", weights_only=True)
         if not sound:
             raise ValueError(_DAMAGED)
-        _check_sizes(content, size)
+        _check_tensors(content, size)
         return content
     except ValueError:
         raise
@@ -270,12 +270,15 @@ def _storage(identity: Any) -> tuple[str, int]:
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def _check_sizes(content: Any, size: int) -> None:
-    """Refuse tensors that repeat their elements without end, and values that are nested without end."""
+def _check_tensors(content: Any, size: int) -> None:
+    """Refuse tensors that repeat their elements without end or have hooks, and values that are nested without end."""
     for name, tensor in _tensors(content):
         plain = tensor.layout == torch.strided and not tensor.is_nested
         if plain and not tensor.is_meta and tensor.numel() * tensor.element_size() > size:
             raise ValueError(f"its tensor {name[:60]!r} has the shape {tuple(tensor.shape)}, for which it is too small")
+        # torch.save writes an empty dictionary; torch.load takes whatever is there.
+        if tensor._backward_hooks:
+            raise ValueError(f"its tensor {name[:60]!r} is said to have hooks, which torch.save does not write")
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:

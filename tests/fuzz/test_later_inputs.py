@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,19 @@ def test_a_length_of_gigabytes_in_a_small_file_is_damage() -> None:
     assert name in file.getvalue()
     with pytest.raises(ValueError, match="damaged"):
         read_tensors(_LittleMemory(file.getvalue().replace(name, b"X\xff\xff\xff\xffsome name")))
+
+
+def test_a_tensor_with_hooks_is_refused() -> None:
+    saved, changed = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.ones(2)}, saved)
+    hooks = b"ccollections\nOrderedDict\nq\n)Rq\x0b"
+    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(changed, "w") as other:
+        for name in archive.namelist():
+            data = archive.read(name)
+            assert data.count(hooks) == name.endswith("data.pkl")
+            other.writestr(name, data.replace(hooks, b"M\xff\xff"))
+    with pytest.raises(ValueError, match="its tensor 'a' is said to have hooks"):
+        read_tensors(changed)
 
 
 @pytest.mark.parametrize(

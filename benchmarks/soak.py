@@ -35,7 +35,7 @@ from typing import Any
 from .environment import describe
 from .files import write_json
 from .resources import Sample, Trend, sample, trend, use_one_arena
-from .soak_work import ACTIVITIES, Activity
+from .soak_work import ACTIVITIES, LEFT_OUT, Activity, renderers
 
 MIB = 1 << 20
 SLOPE_BOUND = MIB / 100
@@ -141,7 +141,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the verdict; the log of the rounds goes beside it")
     parser.add_argument("--caches", action="store_true", help="leave PyTorch's caches of shapes as large as they are")
+    parser.add_argument("--without-dali", action="store_true", help="render with the other renderers alone")
     options = parser.parse_args()
+    LEFT_OUT.update(["dali"] if options.without_dali else [])
     if sys.platform != "linux":
         parser.error(f"memory is read from /proc, which {sys.platform} does not have")
     log = None if options.json is None else options.json.with_suffix(".jsonl")
@@ -162,6 +164,7 @@ def main() -> int:
             result = judge(samples) | {"seconds": round(time.monotonic() - begin, 1), "activities": options.only}
             result["caches"] = {name: os.environ.get(name) for name in CACHES}
             result["one_arena"] = one_arena
+            result["renderers"] = list(renderers())
         finally:
             tempfile.tempdir = None
             del os.environ["TMPDIR"]

@@ -81,9 +81,14 @@ def settings(draw: random.Random) -> dict[str, Any]:
     }
 
 
+LEFT_OUT: set[str] = set()
+"""Renderers that are not to be used."""
+
+
 def renderers() -> tuple[str, ...]:
-    """Return the renderers that this machine has."""
-    return ("fused", "torch", "dali") if render_dali.is_installed() else ("fused", "torch")
+    """Return the renderers that this machine has, without those of :data:`LEFT_OUT`."""
+    found = ("fused", "torch", "dali") if render_dali.is_installed() else ("fused", "torch")
+    return tuple(name for name in found if name not in LEFT_OUT)
 
 
 def run(*words: object) -> int:

@@ -188,7 +188,7 @@ class Models(Target):
                 (1.0, 2.0),
                 (0.0, 0.0, 0.0),
             ]
-            if key == "model" and rng.random() < 0.8:
+            if key == "model" and isinstance(tree[key], dict) and rng.random() < 0.8:
                 settings = dict(tree[key])
                 others = [
                     "timm:resnet18",

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ranks import answers_by_rank
 from scan_fast.data import DataConfig, FileSource, ImagePaths, Source, agreement, checking, open_splits
 from scan_fast.data.decode import decode
 from scan_fast.data.decode_cache import DecodeCache
+from scan_fast.data.encoded import SETTLED_NS
 from scan_fast.data.kinds import webdataset
 from scan_fast.data.placement import HOST_SHARE, free_memory, kept_on_host
 from scan_fast.distributed import ranks
@@ -141,6 +143,7 @@ def test_all_ranks_end_as_one_process_does(tmp_path: Path) -> None:
     cases.append({"source": single, "resident": "files", "test_fraction": 0.3, "on_error": "skip"})
     for path in tmp_path.rglob("*"):  # an hour ago, so that the cache takes them
         os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    time.sleep(SETTLED_NS / 1e9 + 0.1)  # this was a change, too
 
     for case, found in zip(cases, on_ranks(tmp_path, cases), strict=True):
         expected = opened(case)

@@ -169,7 +169,8 @@ def split_files(files: Sequence[str]) -> SplitFiles:
             f"{splits[None][0]} belongs to no split by its name, but {train[0]} to train and {test[0]} to test; "
             "select fewer files, or rename it"
         )
-    return SplitFiles(train, test, [file for file in files if file not in {*train, *test}])
+    used = {*train, *test}
+    return SplitFiles(train, test, [file for file in files if file not in used])
 
 
 def index_files(files: Sequence[str], index: Callable[[str], T]) -> list[T]:

@@ -72,14 +72,14 @@ class ParquetRows(EncodedImages):
 
     def encoded(self, index: int) -> Encoded:
         """Return the bytes in a row, or the path of the file that the row names."""
-        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
-        value = self._rows(group)[index - int(self._group_starts[group])].as_py()
+        group, row = self._place(index)
+        value = self._rows(group)[row].as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if data is not None:
             return bytes(data)
         if path is None:
             raise ValueError("the row holds no image")
-        return regular_file(os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path))
+        return regular_file(self._beside(group, path))
 
     def identity(self, index: int) -> Identity:
         """Return the identity of a row: its file's, with its number; of a row that names another file, that one's."""
@@ -96,7 +96,7 @@ class ParquetRows(EncodedImages):
 
         Arrow's statistics would tell whether bytes are missing, but asking for damaged ones ends the process.
         """
-        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        group, row = self._place(index)
         file, number = self._groups[group]
         if not self._have_paths[file]:
             return False
@@ -105,9 +105,18 @@ class ParquetRows(EncodedImages):
             limit = _ALWAYS_PATHS + footer.row_group(number).num_rows * _LONGEST_PATH
             with self._parquet.ParquetFile(self._files[file], metadata=footer) as reader:
                 self._paths[group] = _decoded(reader, number, f"{self._column}.path", limit)
-        row = self._paths[group][index - int(self._group_starts[group])].as_py()
-        path = row.get("path") if isinstance(row, dict) else None
-        return isinstance(path, str) and os.path.exists(os.path.join(os.path.dirname(self._files[file]), path))
+        value = self._paths[group][row].as_py()
+        path = value.get("path") if isinstance(value, dict) else None
+        return isinstance(path, str) and os.path.exists(self._beside(group, path))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the row group of an image, and its row in there."""
+        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        return group, index - int(self._group_starts[group])
+
+    def _beside(self, group: int, path: str) -> str:
+        """Return a path that a row names, relative to the file of its row group."""
+        return os.path.join(os.path.dirname(self._files[self._groups[group][0]]), path)
 
     def _rows(self, group: int) -> Any:
         """Return the image column of a row group; threads that ask for the same one wait for one reader."""
